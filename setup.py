@@ -1,0 +1,46 @@
+"""Packaging of tinylora_jax; `pip install -e '.[demo]'` or `'.[test]'`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tinylora_jax",
+    version="0.1.0",
+    description="TinyLoRA in JAX/Flax: reinforcement learning of language models in 13 parameters",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["tinylora_jax*", "experiments*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "transformers>=5.0",
+        "datasets>=3.0",
+        "grain>=0.2.12",
+        "absl-py>=2.1",
+        "ml_collections>=1.0",
+        "jaxtyping>=0.3",
+        "numpy>=2.0",
+        "safetensors>=0.4",
+        "gguf>=0.17",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # The demo needs nothing beyond the base; the name is kept so that the command says what it is for.
+        "demo": [],
+        "reasoning-gym": ["reasoning-gym>=0.1.19"],
+        # Oracles of the tests: transformers' own models run on torch. The pin keeps pip from
+        # replacing a CPU build with the newest CUDA one.
+        "test": [
+            "pytest>=8",
+            "beartype>=0.19",
+            "torch==2.13.0",
+            "accelerate>=1.0",
+            "peft>=0.19",
+            "reasoning-gym>=0.1.19",
+        ],
+    },
+)

@@ -1,0 +1,16 @@
+"""Pure transforms of any pytree of weights: no model and no Flax inside."""
+
+from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
+from tinylora_jax.adapters.kernel import matmul as matmul
+from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
+from tinylora_jax.adapters.targets import Module as Module
+from tinylora_jax.adapters.targets import Target as Target
+from tinylora_jax.adapters.targets import select as select
+from tinylora_jax.adapters.targets import tie_groups as tie_groups
+from tinylora_jax.adapters.tinylora import Factors as Factors
+from tinylora_jax.adapters.tinylora import TinyLoRA as TinyLoRA
+from tinylora_jax.adapters.tinylora import apply as apply
+from tinylora_jax.adapters.tinylora import delta as delta
+from tinylora_jax.adapters.tinylora import factorize as factorize
+from tinylora_jax.adapters.tinylora import init as init
+from tinylora_jax.adapters.tinylora import merge as merge

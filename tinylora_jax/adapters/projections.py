@@ -1,0 +1,55 @@
+"""The fixed random matrices P, the same numbers on every back end, library version and machine.
+
+A trained vector means nothing without its P. Neither NumPy's nor JAX's generators promise the same
+normal deviates for ever or on every device, so these come from SHA-256 in counter mode and the
+Box–Muller transform in float64, which any language can reproduce.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def standard_normals(label: str, count: int) -> np.ndarray:
+    """Draws standard normal numbers that depend on a text alone.
+
+    Block k is SHA-256(`label` + ":" + k) read as four big-endian 64-bit words. Each pair of words
+    (a, b) gives u₁ = (⌊a / 2¹¹⌋ + 1) / 2⁵³ ∈ (0, 1], u₂ = ⌊b / 2¹¹⌋ / 2⁵³ ∈ [0, 1) and the two numbers
+    √(−2 ln u₁) · cos 2πu₂ and √(−2 ln u₁) · sin 2πu₂.
+
+    Args:
+      label: the seed, as text.
+      count: how many numbers.
+
+    Returns:
+      float64 `[count]`.
+
+    >>> standard_normals("0:layers/0/mlp/up_proj/kernel", 3).round(6).tolist()
+    [1.03303, 0.321085, -0.116093]
+    """
+    blocks = -(-count // 4)
+    stream = b"".join(hashlib.sha256(f"{label}:{k}".encode()).digest() for k in range(blocks))
+    words = (np.frombuffer(stream, dtype=">u8").astype(np.uint64) >> np.uint64(11)).astype(np.float64)
+    first, second = (words[0::2] + 1.0) / 2.0**53, words[1::2] / 2.0**53
+    radius, angle = np.sqrt(-2.0 * np.log(first)), 2.0 * np.pi * second
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
+
+
+def projection(seed: int, module_name: str, u: int, rank: int) -> np.ndarray:
+    """The matrices P of one module: independent N(0, 1/rank) entries.
+
+    The paper leaves the distribution open; this is the one PEFT uses.
+
+    Args:
+      seed: the adapter's seed.
+      module_name: `Module.name`; every module has matrices of its own.
+      u: how many matrices.
+      rank: their size.
+
+    Returns:
+      float32 `[u, rank, rank]`.
+    """
+    normals = standard_normals(f"{seed}:{module_name}", u * rank * rank)
+    return (normals / np.sqrt(rank)).astype(np.float32).reshape(u, rank, rank)

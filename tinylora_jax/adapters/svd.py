@@ -1,0 +1,107 @@
+"""Truncated SVD of many matrices, with signs that every back end agrees on."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jaxtyping import Array, Float
+
+_HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits
+
+
+class SVD(NamedTuple):
+    """The leading singular triplets of a batch of matrices: W ≈ U · diag(S) · Vᵀ."""
+
+    U: Float[Array, "batch rows rank"]
+    S: Float[Array, "batch rank"]
+    V: Float[Array, "batch columns rank"]
+
+
+def canonical_signs(svd: SVD) -> SVD:
+    """Flips pairs of singular vectors so that the largest entry of each column of U is positive.
+
+    A singular pair is determined only up to a common sign, and back ends choose differently.
+    """
+    at = jnp.argmax(jnp.abs(svd.U), axis=1, keepdims=True)
+    sign = jnp.where(jnp.take_along_axis(svd.U, at, axis=1) < 0, -1.0, 1.0).astype(svd.U.dtype)
+    return SVD(svd.U * sign, svd.S, svd.V * sign)
+
+
+@partial(jax.jit, static_argnames="rank")
+def exact_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
+    """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better."""
+    wide = W.astype(jnp.promote_types(W.dtype, jnp.float32))
+    U, S, Vt = jnp.linalg.svd(wide, full_matrices=False)
+    return canonical_signs(SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2)))
+
+
+@partial(jax.jit, static_argnames=("rank", "max_iterations"))
+def subspace_svd(
+    W: Float[Array, "batch rows columns"], rank: int, tolerance: float = 3e-6, max_iterations: int = 300
+) -> tuple[SVD, Float[Array, " batch"]]:
+    """The leading `rank` triplets by block subspace iteration: matrix products instead of a full SVD.
+
+    Iterates Q ← orth(W · orth(Wᵀ Q)) on a block wider than `rank`, then solves the small problem Qᵀ W.
+
+    Args:
+      W: the matrices.
+      rank: triplets wanted.
+      tolerance: stop once no residual ‖W v − s u‖ is above this fraction of the largest singular value.
+      max_iterations: give up after so many products with W Wᵀ.
+
+    Returns:
+      The triplets and each matrix's largest relative residual, which the caller must check.
+    """
+    W = W.astype(jnp.promote_types(W.dtype, jnp.float32))
+    batch, rows, columns = W.shape
+    block = min(rows, columns, max(16, 4 * rank))
+    product = partial(jnp.einsum, precision=_HIGHEST)
+
+    def solve(Q):
+        small, S, Vt = jnp.linalg.svd(product("brk,brc->bkc", Q, W), full_matrices=False)
+        U, V = product("brk,bkl->brl", Q, small)[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2)
+        residual = product("brc,bck->brk", W, V) - U * S[:, None, :rank]
+        worst = jnp.max(jnp.linalg.norm(residual, axis=1), axis=-1) / jnp.maximum(S[:, 0], 1e-30)
+        return SVD(U, S[..., :rank], V), worst
+
+    def iterate(carry):
+        count, Q, _ = carry
+        for _ in range(4):
+            back, _ = jnp.linalg.qr(product("brc,brk->bck", W, Q))
+            Q, _ = jnp.linalg.qr(product("brc,bck->brk", W, back))
+        return count + 4, Q, solve(Q)[1]
+
+    start = jax.random.normal(jax.random.key(0), (1, rows, block), W.dtype)
+    Q, _ = jnp.linalg.qr(jnp.broadcast_to(start, (batch, rows, block)))
+    unfinished = lambda carry: (carry[0] < max_iterations) & jnp.any(carry[2] > tolerance)
+    _, Q, _ = jax.lax.while_loop(unfinished, iterate, (0, Q, jnp.full((batch,), jnp.inf, W.dtype)))
+    svd, residual = solve(Q)
+    return canonical_signs(svd), residual
+
+
+def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str = "exact") -> SVD:
+    """The leading `rank` singular triplets of a batch of equally shaped matrices.
+
+    Args:
+      W: the matrices, any float dtype.
+      rank: triplets wanted, at most the smaller side.
+      method: `exact` (full SVD) or `subspace` (faster for large matrices; each result is verified by its
+        residual, and a batch with one above 2e-5 is decomposed exactly).
+
+    Returns:
+      The triplets with canonical signs, float32 (float64 for float64 input).
+    """
+    if method == "exact":
+        return exact_svd(W, rank)
+    if method != "subspace":
+        raise ValueError(f"SVD method {method!r}: expected 'exact' or 'subspace'")
+    svd, residual = subspace_svd(W, rank)
+    worst = float(jnp.max(residual))
+    if worst <= 2e-5:
+        return svd
+    logging.warning("subspace iteration left a residual of %.1e on shape %s; using the full SVD", worst, W.shape)
+    return exact_svd(W, rank)

@@ -1,0 +1,151 @@
+"""Which weights of a tree are adapted, in which order, and which of them share a vector."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@dataclass(frozen=True)
+class Target:
+    """Selects leaves by path and says what their axes mean.
+
+    Attributes:
+      path: regular expression, matched in full against the leaf's path such as `layers/3/mlp/up_proj/kernel`.
+      layout: one word per axis: `in`, `out` or `layer`. Inputs may span several axes, and outputs too:
+        `in out out` is a query kernel `[hidden, heads, head_dim]`, `layer in out` a stack of kernels,
+        `out in` a torch weight.
+    """
+
+    path: str
+    layout: str = "in out"
+
+    def __post_init__(self):
+        words = self.layout.split()
+        if set(words) - {"in", "out", "layer"} or not {"in", "out"} <= set(words) or words.count("layer") > 1:
+            raise ValueError(
+                f"layout {self.layout!r} of target {self.path!r}: expected one word per axis out of"
+                " 'in', 'out' and at most one 'layer', such as 'in out' or 'layer in out out'"
+            )
+        re.compile(self.path)
+
+    def axes(self, word: str) -> tuple[int, ...]:
+        """Positions of the axes that carry `word`."""
+        return tuple(i for i, name in enumerate(self.layout.split()) if name == word)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted linear map: a leaf, or one layer of a stacked leaf.
+
+    Attributes:
+      path: path of the leaf.
+      target: the target that selected it.
+      layer: index on the leaf's `layer` axis; None for an unstacked leaf.
+      shape: `(in, out)` after flattening.
+    """
+
+    path: str
+    target: Target
+    layer: int | None
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Unique name, which also seeds the module's projections: the path, and `[layer]` when stacked."""
+        return self.path if self.layer is None else f"{self.path}[{self.layer}]"
+
+    @property
+    def kind(self) -> str:
+        """The path with its numbers taken out: equal for the same projection of every layer."""
+        return "/".join("*" if part.isdigit() else part for part in self.path.split("/"))
+
+    @property
+    def depth(self) -> tuple[int, ...]:
+        """The numbers in the path, then the stacked layer: the order of layers."""
+        numbers = tuple(int(part) for part in self.path.split("/") if part.isdigit())
+        return numbers if self.layer is None else (*numbers, self.layer)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """Joins a JAX key path with slashes: `layers/3/mlp/up_proj/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which layer 2 comes before layer 10, whatever the container's own order."""
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("/"))
+
+
+def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
+    """Finds the adapted modules of a tree, ordered by depth, then by target, then by path.
+
+    The order decides which modules share a vector and does not depend on how the tree's containers
+    order their keys.
+
+    Args:
+      params: any pytree of arrays (or of `jax.ShapeDtypeStruct`).
+      targets: what to adapt; a leaf belongs to the first target that matches it.
+
+    Returns:
+      The modules, a stacked leaf counting once per layer.
+
+    Raises:
+      ValueError: a target matches nothing, or a leaf's rank does not fit its target's layout.
+    """
+    leaves = {path_string(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    found: list[tuple[tuple, Module]] = []
+    matched: set[str] = set()
+    problems: list[str] = []
+    for rank, target in enumerate(targets):
+        paths = [p for p in leaves if p not in matched and re.fullmatch(target.path, p)]
+        if not paths:
+            problems.append(f"target {target.path!r} matches no leaf that an earlier target has not taken")
+        matched.update(paths)
+        for path in paths:
+            shape = leaves[path].shape
+            if len(shape) != len(target.layout.split()):
+                problems.append(f"{path} has shape {shape}, but its target's layout is {target.layout!r}")
+                continue
+            size = tuple(math.prod(shape[axis] for axis in target.axes(word)) for word in ("in", "out"))
+            layers = range(shape[target.axes("layer")[0]]) if target.axes("layer") else (None,)
+            for layer in layers:
+                module = Module(path, target, layer, size)
+                found.append(((module.depth, rank, _natural(path)), module))
+    if problems:
+        some = ", ".join(sorted(leaves, key=_natural)[:8])
+        raise ValueError("cannot select modules to adapt:\n  " + "\n  ".join(problems) + f"\nThe tree has: {some}, …")
+    return tuple(module for _, module in sorted(found, key=lambda pair: pair[0]))
+
+
+def tie_groups(modules: Sequence[Module], n_tie: int, tying: str) -> tuple[int, ...]:
+    """Assigns each module to the group whose vector it uses (§6.5 of the paper).
+
+    `tiled` gives neighbours in depth the same vector whatever their type: ceil(N / n_tie) groups.
+    `structured` ties neighbours in depth of the same type: Σ over types of ceil(layers / n_tie) groups.
+
+    Args:
+      modules: in the order of `select`.
+      n_tie: modules per group.
+      tying: `tiled` or `structured`.
+
+    Returns:
+      One group index per module.
+    """
+    if tying == "tiled":
+        return tuple(i // n_tie for i in range(len(modules)))
+    by_kind: dict[str, list[int]] = {}
+    for i, module in enumerate(modules):
+        by_kind.setdefault(module.kind, []).append(i)
+    groups = [0] * len(modules)
+    first = 0
+    for members in by_kind.values():
+        for j, i in enumerate(members):
+            groups[i] = first + j // n_tie
+        first += math.ceil(len(members) / n_tie)
+    return tuple(groups)

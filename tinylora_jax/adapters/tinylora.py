@@ -1,0 +1,244 @@
+"""TinyLoRA as transforms of a pytree of weights: factorize once, then apply or merge any vector.
+
+    ΔW = U Σ (Σᵢ v[g, i] Pᵢ) Vᵀ        for every adapted module, g its tie group
+
+(equation 3 and §4 of "Learning to Reason in 13 Parameters", arXiv 2602.04118). W is the torch-oriented
+weight `[out, in]`; kernels laid out `[in, out]` get the transpose of the same update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters.kernel import AdaptedKernel
+from tinylora_jax.adapters.projections import projection
+from tinylora_jax.adapters.svd import SVD, truncated_svd
+from tinylora_jax.adapters.targets import Module, Target, path_string, select, tie_groups
+
+LINEAR_MAPS = tuple(
+    rf"(.*/)?{name}/kernel"
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
+"""The seven linear maps of a block, the paper's choice of modules."""
+
+
+@dataclass(frozen=True)
+class TinyLoRA:
+    """What to train: a frozen, hashable description; the trained vector has ceil-many rows of `u` numbers.
+
+    Attributes:
+      rank: r, the rank of the truncated SVD (the paper's main experiments use 2).
+      u: numbers per tie group.
+      n_tie: modules per tie group.
+      tying: `tiled` (neighbours in depth share, whatever their type) or `structured` (the same type shares).
+      targets: regular expressions over leaf paths, or `Target`s for kernels that are not `[in, out]`.
+      seed: of the fixed projections P.
+
+    >>> TinyLoRA(rank=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: TinyLoRA needs rank >= 1, got 0
+    """
+
+    rank: int = 2
+    u: int = 1
+    n_tie: int = 1
+    tying: str = "tiled"
+    targets: tuple[str | Target, ...] = LINEAR_MAPS
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("rank", "u", "n_tie"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"TinyLoRA needs {name} >= 1, got {value!r}")
+        if self.tying not in ("tiled", "structured"):
+            raise ValueError(f"TinyLoRA tying {self.tying!r}: expected 'tiled' or 'structured'")
+        if not self.targets:
+            raise ValueError("TinyLoRA needs at least one target")
+        object.__setattr__(self, "targets", tuple(t if isinstance(t, Target) else Target(t) for t in self.targets))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LeafFactors:
+    """Frozen factors of one leaf; `layers` is 1 for a leaf that is not stacked.
+
+    Attributes:
+      U: left singular vectors, `[layers, out, rank]`, float32.
+      S: singular values, `[layers, rank]`, float32.
+      V: right singular vectors, `[layers, in, rank]`, float32.
+      P: fixed projections, `[layers, u, rank, rank]`, float32.
+      groups: tie group of each layer.
+      target: meaning of the leaf's axes.
+    """
+
+    U: jax.Array
+    S: jax.Array
+    V: jax.Array
+    P: jax.Array
+    groups: tuple[int, ...] = field(metadata={"static": True})
+    target: Target = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factors:
+    """Everything frozen that turns a vector into an update: factors by leaf path, and the spec they follow."""
+
+    leaves: dict[str, LeafFactors]
+    spec: TinyLoRA = field(metadata={"static": True})
+
+    @property
+    def num_groups(self) -> int:
+        """Rows of the trained vector."""
+        return 1 + max(group for leaf in self.leaves.values() for group in leaf.groups)
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers are trained."""
+        return self.num_groups * self.spec.u
+
+
+def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_bytes: int = 2**30) -> Factors:
+    """Computes the frozen factors of every adapted module.
+
+    Args:
+      params: any pytree of weights.
+      spec: what to adapt.
+      method: see `truncated_svd`.
+      max_batch_bytes: bound on the float32 copies of the matrices decomposed together.
+
+    Returns:
+      The factors, on the default device.
+
+    Raises:
+      ValueError: a target matches nothing, or the rank exceeds a matrix's smaller side (each is named).
+    """
+    modules = select(params, spec.targets)
+    small = [f"{m.name} {m.shape}" for m in modules if spec.rank > min(m.shape)]
+    if small:
+        raise ValueError(
+            f"rank {spec.rank} exceeds the smaller side of {len(small)} modules: {', '.join(small[:5])};"
+            " lower the rank or narrow the targets"
+        )
+    groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
+    found: dict[Module, SVD] = {}
+    for batch, W in _batches(params, modules, max_batch_bytes):
+        svd = truncated_svd(W, spec.rank, method)
+        for i, module in enumerate(batch):
+            found[module] = SVD(*(part[i] for part in svd))
+    by_path: dict[str, list[Module]] = {}
+    for module in modules:
+        by_path.setdefault(module.path, []).append(module)
+    leaves = {}
+    for path, members in by_path.items():
+        U, S, V = (jnp.stack(parts) for parts in zip(*(found[m] for m in members), strict=True))
+        P = jnp.asarray(np.stack([projection(spec.seed, m.name, spec.u, spec.rank) for m in members]))
+        leaves[path] = LeafFactors(U, S, V, P, tuple(groups[m] for m in members), members[0].target)
+    return Factors(leaves, spec)
+
+
+def _batches(params: Any, modules: Sequence[Module], max_bytes: int) -> Iterator[tuple[list[Module], jax.Array]]:
+    """Groups modules of equal shape into bounded batches of weights oriented `[out, in]`."""
+    by_path = {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    by_shape: dict[tuple[int, int], list[Module]] = {}
+    for module in modules:
+        by_shape.setdefault(module.shape, []).append(module)
+    for shape, members in by_shape.items():
+        size = max(1, max_bytes // (4 * math.prod(shape)))
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            yield batch, jnp.stack([_oriented(by_path[m.path], m.target)[m.layer or 0] for m in batch])
+
+
+def _oriented(leaf: jax.Array, target: Target) -> jax.Array:
+    """A leaf as `[layers, out, in]`, its input and output axes flattened."""
+    order = [target.axes(word) for word in ("layer", "out", "in")]
+    sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in order]
+    return jnp.transpose(leaf, sum(order, ())).reshape(sizes)
+
+
+def _restored(W: jax.Array, like: jax.Array, target: Target) -> jax.Array:
+    """The inverse of `_oriented`: `[layers, out, in]` back to the shape of `like`."""
+    order = sum((target.axes(word) for word in ("layer", "out", "in")), ())
+    return jnp.transpose(W.reshape([like.shape[axis] for axis in order]), np.argsort(order))
+
+
+def init(factors: Factors) -> Float[Array, "groups u"]:
+    """The vector at the start of training: zeros, under which every adapted weight is the base weight."""
+    return jnp.zeros((factors.num_groups, factors.spec.u), jnp.float32)
+
+
+def _expand(leaf: LeafFactors, v: Float[Array, "... groups u"]) -> Float[Array, "... layers rank rank"]:
+    """R = Σᵢ v[g, i] Pᵢ for every layer of a leaf."""
+    return jnp.einsum("...lu,luij->...lij", v[..., np.asarray(leaf.groups), :], leaf.P)
+
+
+def _check_vector(factors: Factors, v: jax.Array, ranks: tuple[int, ...]) -> None:
+    expected = (factors.num_groups, factors.spec.u)
+    if v.ndim not in ranks or v.shape[-2:] != expected:
+        rows = " (or with one leading axis of rows)" if 3 in ranks else ""
+        raise ValueError(f"v has shape {v.shape}, but these factors need {expected}{rows}")
+
+
+def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any:
+    """The tree with every adapted weight replaced by an `AdaptedKernel`: base and update kept apart.
+
+    Args:
+      params: the tree that was factorized.
+      factors: its factors.
+      v: the vector, `[groups, u]`, or `[rows, groups, u]` for one adapter per row of a batch.
+
+    Returns:
+      The same tree; forward code multiplies through `matmul`.
+
+    Raises:
+      ValueError: the shape of `v` does not fit, or a kernel's layout is not `layer… in… out…` (merge those).
+    """
+    _check_vector(factors, v, (2, 3))
+
+    def wrap(path, leaf):
+        name = path_string(path)
+        if name not in factors.leaves:
+            return leaf
+        part = factors.leaves[name]
+        if part.target.layout.split() != sorted(part.target.layout.split(), key=("layer", "in", "out").index):
+            raise ValueError(f"{name} is laid out {part.target.layout!r}; apply needs 'layer in out' order, use merge")
+        core = _expand(part, v).swapaxes(-1, -2) * part.S[:, None, :]
+        fields = (part.V, jnp.moveaxis(core, -3, 0), part.U)
+        return AdaptedKernel(leaf, *(fields if part.target.axes("layer") else (f[0] for f in fields)))
+
+    return jax.tree_util.tree_map_with_path(wrap, params)
+
+
+def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
+    """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype."""
+    updates = delta(factors, v)
+
+    def add(path, leaf):
+        name = path_string(path)
+        if name not in updates:
+            return leaf
+        update = _restored(updates[name], leaf, factors.leaves[name].target)
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(add, params)
+
+
+def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Array, "layers out in"]]:
+    """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, by path, in the paper's orientation `[out, in]`."""
+    _check_vector(factors, v, (2,))
+    return {
+        path: jnp.einsum("lor,lr,lrs,lis->loi", leaf.U, leaf.S, _expand(leaf, v), leaf.V)
+        for path, leaf in factors.leaves.items()
+    }

@@ -1,0 +1,45 @@
+"""The key/value cache: slot i of a row holds the key and value of that row's position i."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from tinylora_jax.models.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, one pair of arrays a layer so that XLA updates each in place.
+
+    A query at position p attends to slots 0…p and to nothing else. Slots beyond a row's length may hold
+    anything: they are written before a query can see them. So right padding needs no mask of its own.
+
+    Attributes:
+      keys: per layer `[rows, capacity, kv_heads, head_dim]`.
+      values: the same.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+        """A cache of zeros for `capacity` positions."""
+        shape = (rows, capacity, config.num_kv_heads, config.head_dim)
+        make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        return cls(make(), make())
+
+    def repeat(self, times: int) -> KVCache:
+        """Each row `times` times in a row: the samples of a group share one prefill."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+
+def write(buffer: jax.Array, update: jax.Array, start: Int[Array, " rows"]) -> jax.Array:
+    """Writes `update` `[rows, seq, …]` into `buffer` `[rows, capacity, …]` from each row's `start` on."""
+    place = lambda b, u, s: jax.lax.dynamic_update_slice_in_dim(b, u, s, axis=0)
+    return jax.vmap(place)(buffer, update.astype(buffer.dtype), start)

@@ -1,0 +1,208 @@
+"""One decoder for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; they differ by fields of `ModelConfig`.
+
+Kernels are stored `[in, out]`, and every product goes through `matmul`, so the same code runs base,
+adapted and merged weights.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tinylora_jax.adapters import AdaptedKernel, matmul
+from tinylora_jax.models.cache import KVCache, write
+from tinylora_jax.models.config import ModelConfig
+from tinylora_jax.models.rope import cos_sin, rotate
+
+Hidden = Float[Array, "rows seq hidden"]
+Layer = tuple[jax.Array, jax.Array]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization in float32 with a learned scale."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale.get_value()
+
+
+class Linear(nnx.Module):
+    """y = x·W + b through `matmul`."""
+
+    def __init__(self, num_in: int, num_out: int, use_bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (num_in, num_out), dtype) * num_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
+
+    def __call__(self, x: Hidden) -> Hidden:
+        y = matmul(x, self.kernel.get_value())
+        return y if self.bias is None else y + self.bias.get_value()
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embeddings."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
+        make = partial(Linear, dtype=dtype, rngs=rngs)
+        self.q_proj = make(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = make(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = make(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = make(c.num_heads * c.head_dim, c.hidden_size, c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
+        self.head_dim = c.head_dim
+
+    def __call__(
+        self, x: Hidden, angles: tuple[jax.Array, jax.Array], start: Int[Array, " rows"], layer: Layer | None
+    ) -> tuple[Hidden, Layer | None]:
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        if layer is None:
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        else:
+            layer = (write(layer[0], k, start), write(layer[1], v, start))
+            position = start[:, None] + jnp.arange(x.shape[1])
+            visible = jnp.arange(layer[0].shape[1]) <= position[:, None, :, None]
+            mixed = jax.nn.dot_product_attention(q, *layer, mask=visible)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), layer
+
+
+class MLP(nnx.Module):
+    """Gated MLP: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        make = partial(Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        self.gate_proj = make(config.hidden_size, config.intermediate_size)
+        self.up_proj = make(config.hidden_size, config.intermediate_size)
+        self.down_proj = make(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: Hidden, angles: tuple[jax.Array, jax.Array], start: Int[Array, " rows"], layer: Layer | None
+    ) -> tuple[Hidden, Layer | None]:
+        mixed, layer = self.self_attn(self.input_layernorm(x), angles, start, layer)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), layer
+
+
+class Embedding(nnx.Module):
+    """Rows of a table."""
+
+    def __init__(self, rows: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width), dtype) * 0.02)
+
+    def __call__(self, tokens: Int[Array, "rows seq"]) -> Hidden:
+        return jnp.take(self.embedding.get_value(), tokens, axis=0)
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks and final norm; the output head is applied by `logits`, where it is needed."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
+        self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype, rngs)
+        self.config = config
+
+    def __call__(
+        self, tokens: Int[Array, "rows seq"], start: Int[Array, " rows"], cache: KVCache | None, remat: bool
+    ) -> tuple[Hidden, KVCache | None]:
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        angles = cos_sin(self.config.rope, self.config.head_dim, positions)
+        call = lambda block, *args: block(*args)
+        if remat:
+            call = jax.checkpoint(call)
+        x = self.embed_tokens(tokens)
+        keys, values = [], []
+        for i, block in enumerate(self.layers):
+            x, layer = call(block, x, angles, start, None if cache is None else (cache.keys[i], cache.values[i]))
+            if layer is not None:
+                keys.append(layer[0])
+                values.append(layer[1])
+        return self.norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
+
+
+@lru_cache
+def _graph(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.float32, nnx.Rngs(0))))[0]
+
+
+def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> dict[str, Any]:
+    """Random weights as nested dicts, the form in which every function of this library takes them."""
+    make = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(seed)))[1]))
+    return make()
+
+
+def forward(
+    config: ModelConfig,
+    params: Any,
+    tokens: Int[Array, "rows seq"],
+    start: Int[Array, " rows"] | None = None,
+    cache: KVCache | None = None,
+    remat: bool = False,
+) -> tuple[Hidden, KVCache | None]:
+    """Final hidden states of right-padded rows of tokens.
+
+    Without a cache the tokens stand at positions 0, 1, … and attend causally. With one they stand at
+    `start`, `start + 1`, …, are written to the cache, and attend to all earlier positions in it.
+
+    Args:
+      config: architecture.
+      params: nested dicts of weights, adapted or not.
+      tokens: token ids.
+      start: each row's first position; zeros if None.
+      cache: with capacity for `start + seq` positions.
+      remat: recompute each block in the backward pass instead of storing its activations.
+
+    Returns:
+      Hidden states in the weights' dtype (feed them to `logits`), and the updated cache.
+    """
+    if start is None:
+        start = jnp.zeros((tokens.shape[0],), jnp.int32)
+    model = nnx.merge(_graph(config), nnx.State(params))
+    return model(tokens, start, cache, remat)
+
+
+def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"]:
+    """The output head; the transposed embedding where the two are tied.
+
+    Raises:
+      ValueError: the head or the embedding carries an adapter, which this decoder does not apply.
+    """
+    embedding = params["embed_tokens"]["embedding"]
+    kernel = embedding if config.tie_embeddings else params["lm_head"]["kernel"]
+    if isinstance(kernel, AdaptedKernel) or isinstance(embedding, AdaptedKernel):
+        raise ValueError("adapters on embed_tokens or lm_head are not supported; remove them from the targets")
+    return kernel.T if config.tie_embeddings else kernel
+
+
+def logits(config: ModelConfig, params: Any, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
+    """Next-token scores in float32."""
+    return jnp.matmul(hidden, head_kernel(config, params), preferred_element_type=jnp.float32)

@@ -1,0 +1,7 @@
+"""Sampling and generation as jitted programs."""
+
+from tinylora_jax.rollout.generate import Completions as Completions
+from tinylora_jax.rollout.generate import generate as generate
+from tinylora_jax.rollout.sampling import Sampling as Sampling
+from tinylora_jax.rollout.sampling import completion_keys as completion_keys
+from tinylora_jax.rollout.sampling import sample as sample

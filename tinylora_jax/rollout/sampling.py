@@ -1,0 +1,133 @@
+"""Choosing the next token: temperature, top-k, top-p, one random number a token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+_BLOCK = 128  # lanes of the two-level search; a vocabulary of 151,936 becomes 1,187 partial sums
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+      max_new_tokens: hard limit on a completion's length, the stop token included.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+      stop_tokens: a completion ends with the first of these.
+
+    >>> Sampling(max_new_tokens=8, temperature=-1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: Sampling: temperature must be finite and >= 0, got -1.0
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"Sampling: max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"Sampling: temperature must be finite and >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"Sampling: top_k must be >= 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Sampling: top_p must be in (0, 1], got {self.top_p}")
+
+    @property
+    def logprob_temperature(self) -> float:
+        """Temperature of the distribution whose log-probabilities are reported; greedy reports that of 1."""
+        return self.temperature or 1.0
+
+
+def completion_keys(key: Key[Array, ""], ids: UInt32[Array, " prompts"], samples: int) -> Key[Array, " rows"]:
+    """One key per completion from (key, prompt id, sample index): never from its place in the batch.
+
+    Args:
+      key: key of the step, itself from (seed, step).
+      ids: prompt ids.
+      samples: completions per prompt.
+
+    Returns:
+      Keys in the order prompt-major: `[prompts × samples]`.
+    """
+    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    per_sample = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(per_sample, (0, None))(of_prompt, jnp.arange(samples, dtype=jnp.uint32)).reshape(-1)
+
+
+def uniforms(keys: Key[Array, " rows"], token_index: Int[Array, ""]) -> Float[Array, " rows"]:
+    """One number in [0, 1) per completion, from its key and the token's index alone."""
+    return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, token_index)))(keys)
+
+
+def _truncate(scaled: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
+    """Sets to −∞ what top-k and then top-p (of what top-k left) exclude; ties with the last kept token stay."""
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        worst = jax.lax.top_k(scaled, sampling.top_k)[0][:, -1:]
+        scaled = jnp.where(scaled < worst, -jnp.inf, scaled)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(scaled, axis=-1, descending=True)
+        p = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # a token stays while those before it fall short
+        worst = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        scaled = jnp.where(scaled < worst, -jnp.inf, scaled)
+    return scaled
+
+
+def _first_above(cumulative: Float[Array, "rows n"], target: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """Index of the first cumulative weight above `target`, never one of zero weight."""
+    last = cumulative[:, -1]
+    target = jnp.minimum(target, last * (1 - 2.0**-22))  # rounding must not run past the last nonzero weight
+    return jnp.argmax(cumulative > target[:, None], axis=-1)
+
+
+def inverse_cdf(weights: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """Draws an index with probability proportional to its weight, from one uniform number a row.
+
+    Searches sums over blocks of 128 first, then inside the chosen block: no random numbers per token of
+    the vocabulary, and no running sum over it either.
+    """
+    rows, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    cumulative = jnp.cumsum(blocks.sum(-1), axis=-1)
+    target = uniform * cumulative[:, -1]
+    block = _first_above(cumulative, target)
+    before = jnp.where(block > 0, jnp.take_along_axis(cumulative, block[:, None] - 1, axis=1)[:, 0], 0.0)
+    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    return block * _BLOCK + _first_above(inside, target - before)
+
+
+def sample(
+    logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], sampling: Sampling
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+    """Picks one token per row.
+
+    Args:
+      logits: float32 scores.
+      uniform: one number in [0, 1) a row; unused when greedy.
+      sampling: how to pick.
+
+    Returns:
+      Token ids (int32) and their log-probabilities under softmax(logits / temperature), before top-k and
+      top-p: the policy whose gradient the trainer takes.
+    """
+    scaled = logits / sampling.logprob_temperature
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        kept = _truncate(scaled, sampling)
+        token = inverse_cdf(jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True)), uniform)
+    chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
+    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)

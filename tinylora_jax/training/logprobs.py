@@ -1,0 +1,120 @@
+"""Log-probabilities of completions, without ever holding [rows, tokens, vocabulary]."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinylora_jax.models import KVCache, ModelConfig, forward, head_kernel
+
+CHUNK = 2048  # tokens whose logits exist at once: 1.2 GB of float32 for a vocabulary of 151,936
+
+
+def _chunked(function, chunk: int, *arrays: jax.Array):
+    """Maps a function of `[chunk, …]` arrays over longer ones, padding the last chunk."""
+    count = arrays[0].shape[0]
+    if count <= chunk:
+        return function(*arrays)
+    pad = lambda x: jnp.pad(x, ((0, -count % chunk), *((0, 0),) * (x.ndim - 1)))
+    split = [pad(x).reshape(-1, chunk, *x.shape[1:]) for x in arrays]
+    out = jax.lax.map(lambda args: function(*args), tuple(split))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+
+
+def _scores(hidden, head, tokens, temperature, with_gradient):
+    """Logprob and entropy of each row, and ∂logprob/∂hidden if asked for."""
+    scaled = jnp.matmul(hidden, head, preferred_element_type=jnp.float32) / temperature
+    log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
+    p = jnp.exp(scaled - log_normalizer[:, None])
+    logprob = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0] - log_normalizer
+    entropy = log_normalizer - jnp.sum(p * scaled, axis=-1)
+    if not with_gradient:
+        return logprob, entropy
+    expected = jnp.matmul(p.astype(head.dtype), head.T, preferred_element_type=jnp.float32)
+    chosen = jnp.take(head, tokens, axis=1).T.astype(jnp.float32)
+    return logprob, entropy, ((chosen - expected) / temperature).astype(hidden.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_logprobs(
+    hidden: Float[Array, "n hidden"],
+    head: Float[Array, "hidden vocab"],
+    tokens: Int[Array, " n"],
+    temperature: float,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """log softmax(hidden · head / temperature)[token] and the entropy of that distribution.
+
+    The forward pass keeps ∂logprob/∂hidden = (headᵧ − Σ p·head) / temperature, one vector a token, so that
+    the backward pass is a product with a scalar and logits are computed once. Gradients flow to `hidden`
+    through the log-probability alone: the head is frozen and the entropy is a metric.
+
+    Args:
+      hidden: final hidden states.
+      head: output head.
+      tokens: the tokens to score.
+      temperature: of the policy, > 0.
+      chunk: tokens scored at once.
+
+    Returns:
+      float32 log-probabilities and entropies in nats.
+    """
+    return _chunked(lambda h, t: _scores(h, head, t, temperature, False), chunk, hidden, tokens)
+
+
+def _forward_rule(hidden, head, tokens, temperature, chunk):
+    logprob, entropy, slope = _chunked(
+        lambda h, t: _scores(h, head, t, temperature, True), chunk, hidden, tokens
+    )
+    return (logprob, entropy), slope
+
+
+def _backward_rule(temperature, chunk, slope, cotangents):
+    return (cotangents[0][:, None] * slope.astype(jnp.float32)).astype(slope.dtype), None, None
+
+
+token_logprobs.defvjp(_forward_rule, _backward_rule)
+
+
+def completion_logprobs(
+    config: ModelConfig,
+    params: Any,
+    prompts: Int[Array, "prompts prompt_seq"],
+    lengths: Int[Array, " prompts"],
+    completions: Int[Array, "prompts samples seq"],
+    temperature: float,
+    remat: bool = True,
+) -> tuple[Float[Array, "prompts samples seq"], Float[Array, "prompts samples seq"]]:
+    """Scores every token of every completion, running each prompt once for its whole group.
+
+    The prompts fill a cache and the completions extend it, in training as in generation: the gradient
+    flows through the shared keys and values.
+
+    Args:
+      config: architecture.
+      params: weights, adapted or not.
+      prompts: right-padded prompts.
+      lengths: their lengths.
+      completions: right-padded completions of each prompt.
+      temperature: of the policy.
+      remat: recompute each block in the backward pass.
+
+    Returns:
+      float32 log-probabilities and entropies; entries after a completion's end are meaningless.
+    """
+    num_prompts, samples, width = completions.shape
+    dtype = params["embed_tokens"]["embedding"].dtype
+    cache = KVCache.empty(config, num_prompts, prompts.shape[1] + width, dtype)
+    hidden, cache = forward(config, params, prompts, jnp.zeros_like(lengths), cache, remat)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    rows = completions.reshape(num_prompts * samples, width)
+    hidden, _ = forward(config, params, rows, jnp.repeat(lengths, samples), cache.repeat(samples), remat)
+    before = jnp.concatenate([jnp.repeat(last, samples, axis=0), hidden[:, :-1]], axis=1)
+    scores = token_logprobs(
+        before.reshape(-1, before.shape[-1]), head_kernel(config, params), rows.reshape(-1), temperature
+    )
+    return tuple(x.reshape(completions.shape) for x in scores)

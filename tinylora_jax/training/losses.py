@@ -1,0 +1,88 @@
+"""GRPO as functions of arrays: advantages, the clipped surrogate, KL, and their averages.
+
+Notation: N prompts, G samples of each, T tokens; π the current policy, π_old the policy at the start of
+the update, π_rollout the one that generated, π_ref the untrained model.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Tokens = Float[Array, "prompts samples seq"]
+Mask = Bool[Array, "prompts samples seq"]
+
+
+def group_advantages(
+    rewards: Float[Array, "prompts samples"], normalize_std: bool = True, epsilon: float = 1e-4
+) -> Float[Array, "prompts samples"]:
+    """Âᵢ = rᵢ − mean(r), divided by std(r) + ε if asked for (GRPO, arXiv 2402.03300 eq. 3; Dr. GRPO drops it).
+
+    The standard deviation has Bessel's correction, as in TRL and verl.
+
+    >>> import jax.numpy as jnp
+    >>> group_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]]), normalize_std=False).tolist()
+    [[0.5, -0.5, -0.5, 0.5]]
+    """
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if not normalize_std:
+        return centred
+    return centred / (rewards.std(axis=1, keepdims=True, ddof=1) + epsilon)
+
+
+def importance_weights(old_logprobs: Tokens, rollout_logprobs: Tokens, cap: float) -> Tokens:
+    """Truncated importance sampling: min(π_old / π_rollout, cap) per token; 1 everywhere if `cap` is 0."""
+    if cap == 0:
+        return jnp.ones_like(old_logprobs)
+    return jnp.minimum(jnp.exp(old_logprobs - rollout_logprobs), cap)
+
+
+def clipped_surrogate(
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Float[Array, "prompts samples"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tokens, Mask, Mask]:
+    """−min(ρ Â, clip(ρ, 1 − low, 1 + high) Â) with ρ = π / π_old (arXiv 2402.03300 eq. 3).
+
+    Returns:
+      The loss of each token, and where the lower and the upper bound were active.
+    """
+    ratio = jnp.exp(logprobs - old_logprobs)
+    advantage = advantages[:, :, None]
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = -jnp.minimum(ratio * advantage, clipped * advantage)
+    return loss, (ratio < 1 - clip_low) & (advantage < 0), (ratio > 1 + clip_high) & (advantage > 0)
+
+
+def k3(logprobs: Tokens, ref_logprobs: Tokens) -> Tokens:
+    """Schulman's estimator of KL(π ‖ π_ref): π_ref/π − ln(π_ref/π) − 1 ≥ 0 (arXiv 2402.03300 eq. 4)."""
+    log_ratio = ref_logprobs - logprobs
+    return jnp.exp(log_ratio) - log_ratio - 1
+
+
+def token_weights(mask: Mask, loss_type: str, max_tokens: int) -> Tokens:
+    """The weight of each token's loss in the batch's loss.
+
+    `grpo` averages within each completion, then over completions; `dapo` averages over all tokens
+    (arXiv 2503.14476); `dr_grpo` divides the sum by completions × `max_tokens`, a constant, so that
+    length earns nothing (arXiv 2503.20783).
+
+    Args:
+      mask: True for tokens of completions.
+      loss_type: one of the three.
+      max_tokens: longest completion allowed (`dr_grpo`).
+
+    Returns:
+      float32 weights, zero where the mask is False.
+    """
+    weight = mask.astype(jnp.float32)
+    completions = mask.shape[0] * mask.shape[1]
+    if loss_type == "grpo":
+        return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1) / completions
+    if loss_type == "dapo":
+        return weight / jnp.maximum(weight.sum(), 1)
+    if loss_type == "dr_grpo":
+        return weight / (completions * max_tokens)
+    raise ValueError(f"loss type {loss_type!r}: expected 'grpo', 'dapo' or 'dr_grpo'")
