@@ -2,6 +2,7 @@
 
 from tinylora_jax.adapters import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters import Factors as Factors
+from tinylora_jax.adapters import Policy as Policy
 from tinylora_jax.adapters import Target as Target
 from tinylora_jax.adapters import TinyLoRA as TinyLoRA
 from tinylora_jax.adapters import apply as apply

@@ -2,6 +2,7 @@
 
 from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters.kernel import matmul as matmul
+from tinylora_jax.adapters.policy import Policy as Policy
 from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
 from tinylora_jax.adapters.targets import Module as Module
 from tinylora_jax.adapters.targets import Target as Target

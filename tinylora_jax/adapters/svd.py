@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
@@ -34,7 +35,7 @@ def canonical_signs(svd: SVD) -> SVD:
 @partial(jax.jit, static_argnames="rank")
 def exact_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better."""
-    wide = W.astype(jnp.promote_types(W.dtype, jnp.float32))
+    wide = W.astype(np.promote_types(W.dtype, np.float32))
     U, S, Vt = jnp.linalg.svd(wide, full_matrices=False)
     return canonical_signs(SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2)))
 
@@ -56,7 +57,7 @@ def subspace_svd(
     Returns:
       The triplets and each matrix's largest relative residual, which the caller must check.
     """
-    W = W.astype(jnp.promote_types(W.dtype, jnp.float32))
+    W = W.astype(np.promote_types(W.dtype, np.float32))
     batch, rows, columns = W.shape
     block = min(rows, columns, max(16, 4 * rank))
     product = partial(jnp.einsum, precision=_HIGHEST)

@@ -229,7 +229,7 @@ def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
         if name not in updates:
             return leaf
         update = _restored(updates[name], leaf, factors.leaves[name].target)
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        wide = np.promote_types(leaf.dtype, np.float32)
         return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(add, params)

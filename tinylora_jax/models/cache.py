@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from tinylora_jax.models.config import ModelConfig
@@ -28,7 +29,7 @@ class KVCache:
     values: tuple[jax.Array, ...]
 
     @classmethod
-    def empty(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    def empty(cls, config: ModelConfig, rows: int, capacity: int, dtype: DTypeLike) -> KVCache:
         """A cache of zeros for `capacity` positions."""
         shape = (rows, capacity, config.num_kv_heads, config.head_dim)
         make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))

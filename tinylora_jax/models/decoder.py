@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters import AdaptedKernel, matmul
@@ -26,7 +27,7 @@ Layer = tuple[jax.Array, jax.Array]
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization in float32 with a learned scale."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, eps: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.eps = eps
 
@@ -39,11 +40,11 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = x·W + b through `matmul`."""
 
-    def __init__(self, num_in: int, num_out: int, use_bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, num_in: int, num_out: int, use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (num_in, num_out), dtype) * num_in**-0.5)
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Float[Array, "rows seq in"]) -> Float[Array, "rows seq out"]:
         y = matmul(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias.get_value()
 
@@ -51,7 +52,7 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         make = partial(Linear, dtype=dtype, rngs=rngs)
         self.q_proj = make(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias)
@@ -70,20 +71,20 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        if layer is None:
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        else:
-            layer = (write(layer[0], k, start), write(layer[1], v, start))
+        visible = None
+        if layer is not None:
+            layer = k, v = write(layer[0], k, start), write(layer[1], v, start)
             position = start[:, None] + jnp.arange(x.shape[1])
-            visible = jnp.arange(layer[0].shape[1]) <= position[:, None, :, None]
-            mixed = jax.nn.dot_product_attention(q, *layer, mask=visible)
+            visible = jnp.arange(k.shape[1]) <= position[:, None, :, None]
+        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores to float32 implicitly
+            mixed = jax.nn.dot_product_attention(q, k, v, mask=visible, is_causal=visible is None)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), layer
 
 
 class MLP(nnx.Module):
     """Gated MLP: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         make = partial(Linear, use_bias=False, dtype=dtype, rngs=rngs)
         self.gate_proj = make(config.hidden_size, config.intermediate_size)
         self.up_proj = make(config.hidden_size, config.intermediate_size)
@@ -96,7 +97,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -113,7 +114,7 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a table."""
 
-    def __init__(self, rows: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width), dtype) * 0.02)
 
     def __call__(self, tokens: Int[Array, "rows seq"]) -> Hidden:
@@ -123,7 +124,7 @@ class Embedding(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, blocks and final norm; the output head is applied by `logits`, where it is needed."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
         self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -154,7 +155,7 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.float32, nnx.Rngs(0))))[0]
 
 
-def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> dict[str, Any]:
+def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Random weights as nested dicts, the form in which every function of this library takes them."""
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(seed)))[1]))
     return make()

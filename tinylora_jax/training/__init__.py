@@ -2,7 +2,6 @@
 
 from tinylora_jax.training.grpo import GRPO as GRPO
 from tinylora_jax.training.grpo import Batch as Batch
-from tinylora_jax.training.grpo import Policy as Policy
 from tinylora_jax.training.grpo import make_grpo_step as make_grpo_step
 from tinylora_jax.training.grpo import score as score
 from tinylora_jax.training.logprobs import completion_logprobs as completion_logprobs

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors, apply
+from tinylora_jax.adapters import Policy
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.training.logprobs import completion_logprobs
 from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3, token_weights
@@ -59,19 +59,6 @@ class GRPO:
             raise ValueError(f"GRPO: updates_per_rollout must be >= 1, got {self.updates_per_rollout}")
         if self.micro_batch < 0:
             raise ValueError(f"GRPO: micro_batch must be >= 0, got {self.micro_batch}")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Policy:
-    """Everything frozen: a vector v makes it a language model."""
-
-    params: Any
-    factors: Factors
-
-    def __call__(self, v: Float[Array, "... groups u"]) -> Any:
-        """The adapted weights at v."""
-        return apply(self.params, self.factors, v)
 
 
 @jax.tree_util.register_dataclass
@@ -204,9 +191,10 @@ def make_grpo_step(
             _split((batch, weights), grpo.micro_batch),
         )
         (loss, sums), grad = jax.tree.map(lambda x: x.sum(axis=0), parts)
-        updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to traced counts
+            updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
         v = optax.apply_updates(state.v, updates)
-        tokens = jnp.maximum(jnp.sum(batch.mask), 1)
+        tokens = jnp.maximum(jnp.sum(batch.mask), 1).astype(jnp.float32)
         metrics = {name: total / tokens for name, total in sums.items()}
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grad), "v_norm": jnp.linalg.norm(v)}
         return TrainState(v, opt_state, state.step), metrics

@@ -1,0 +1,104 @@
+"""Answering prompts with an adapted model, and grading the answers: the part that training and evaluation share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.setup import Task
+from tinylora_jax.adapters import Policy
+from tinylora_jax.data import Prompt, PromptArrays, pad_prompts
+from tinylora_jax.models import ModelConfig
+from tinylora_jax.rewards import Grade, grade_batch
+from tinylora_jax.rollout import Completions, Sampling, generate
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "samples"))
+def _rollout(
+    config: ModelConfig,
+    policy: Policy,
+    v: jax.Array,
+    prompts: PromptArrays,
+    key: jax.Array,
+    sampling: Sampling,
+    samples: int,
+) -> Completions:
+    return generate(config, policy(v), *prompts, key, sampling, samples)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Completions of a batch of prompts with their texts and grades, prompt-major.
+
+    Attributes:
+      arrays: the padded prompts.
+      completions: on the host.
+      texts: decoded without special tokens.
+      grades: one per completion.
+      seconds: spent generating.
+    """
+
+    arrays: PromptArrays
+    completions: Completions
+    texts: tuple[str, ...]
+    grades: tuple[Grade, ...]
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated."""
+        return int(self.completions.lengths.sum())
+
+
+def answer(
+    task: Task,
+    v: jax.Array,
+    prompts: Sequence[Prompt],
+    key: jax.Array,
+    sampling: Sampling,
+    samples: int = 1,
+    width: int | None = None,
+) -> Answers:
+    """Generates, decodes and grades `samples` completions of every prompt.
+
+    Args:
+      task: the model.
+      v: the trained vector.
+      prompts: the questions.
+      key: of the sampling noise.
+      sampling: how completions are drawn.
+      samples: completions per prompt.
+      width: padded length of the prompts, so that every batch runs the same program.
+    """
+    arrays = pad_prompts(prompts, width)
+    started = time.perf_counter()
+    completions = jax.device_get(_rollout(task.model, task.policy, v, arrays, key, sampling, samples))
+    seconds = time.perf_counter() - started
+    texts = tuple(
+        task.tokenizer.decode(row[:length], skip_special_tokens=True)
+        for row, length in zip(completions.tokens, completions.lengths, strict=True)
+    )
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    return Answers(arrays, completions, texts, grade_batch(task.reward, texts, asked), seconds)
+
+
+def padded_width(prompts: Sequence[Prompt], multiple: int = 16) -> int:
+    """The one width to which all batches of a set of prompts are padded."""
+    return -(-max(len(prompt.tokens) for prompt in prompts) // multiple) * multiple
+
+
+def grades_of(answers: Answers, which: str) -> np.ndarray:
+    """One grade of every completion, `strict` or `lenient`, as float32."""
+    return np.array([getattr(grade, which) for grade in answers.grades], np.float32)
+
+
+def step_key(seed: int, purpose: str, step: int) -> jax.Array:
+    """The key of one step's sampling noise: no two steps, and no two purposes, share it."""
+    purposes = ("train", "eval")
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purposes.index(purpose)), jnp.uint32(step))

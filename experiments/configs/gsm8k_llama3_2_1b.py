@@ -1,0 +1,17 @@
+"""The GSM8K recipe of `gsm8k_qwen2_5_7b` on Llama-3.2-1B-Instruct: 112 maps, n_tie = 9, 13 numbers.
+
+    python -m experiments.grpo --config=experiments/configs/gsm8k_llama3_2_1b.py --workdir=…
+
+Not yet measured here.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import gsm8k_qwen2_5_7b
+
+
+def get_config() -> ConfigDict:
+    config = gsm8k_qwen2_5_7b.get_config()
+    config.model = "meta-llama/Llama-3.2-1B-Instruct"
+    config.adapter.n_tie = 9
+    return config

@@ -1,0 +1,153 @@
+"""Accuracy of a model, with or without a trained adapter: greedy and sampled, strict and lenient.
+
+    python -m experiments.evaluate --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter
+
+The config says which model, questions, prompt, grader and lengths; without --adapter the base model is
+evaluated. Prints one JSON object; with --output, also writes it there and every answer beside it as JSON lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments.answering import Answers, answer, padded_width, step_key
+from experiments.cli import reporting_errors
+from experiments.setup import Task, load_prompts, load_task, parse
+from tinylora_jax.adapters import init
+from tinylora_jax.data import Prompt
+from tinylora_jax.io.adapter_file import AdapterError, check_factors, read_adapter
+from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.rollout import Sampling
+
+Row = dict[str, Any]
+
+
+def evaluate(
+    task: Task,
+    v: jax.Array,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    samples: int = 0,
+    seed: int = 0,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], list[Row]]:
+    """Answers every question greedily, and `samples` times at the task's temperature.
+
+    Args:
+      task: the model.
+      v: the trained vector.
+      prompts: the questions.
+      batch_size: questions answered at once.
+      samples: sampled completions per question; 0 is greedy only.
+      seed: of the sampling noise.
+      between: called between batches (to stop early, it raises).
+
+    Returns:
+      The accuracies, and one row per completion.
+    """
+    greedy = Sampling(task.sampling.max_new_tokens, temperature=0.0, stop_tokens=task.sampling.stop_tokens)
+    modes = [("greedy", greedy, 1)] + ([("sampled", task.sampling, samples)] if samples else [])
+    rows: list[Row] = []
+    width, batch_size = padded_width(prompts), min(batch_size, len(prompts))
+    for mode, sampling, count in modes:
+        for start in tqdm(range(0, len(prompts), batch_size), desc=f"evaluating ({mode})", leave=False, unit="batch"):
+            between()
+            batch = list(prompts[start : start + batch_size])
+            filler = [batch[0]] * (batch_size - len(batch))  # the last batch runs the same program
+            answers = answer(task, v, batch + filler, step_key(seed, "eval", 0), sampling, count, width)
+            rows += _rows(mode, batch, answers, count)
+    result = {"questions": len(prompts), **_summary([row for row in rows if row["mode"] == "greedy"])}
+    if samples:
+        sampled = _summary([row for row in rows if row["mode"] == "sampled"])
+        result["sampled"] = {"samples": samples, "temperature": task.sampling.temperature, **sampled}
+    return result, rows
+
+
+def _rows(mode: str, prompts: Sequence[Prompt], answers: Answers, samples: int) -> list[Row]:
+    return [
+        {
+            "mode": mode,
+            "id": prompt.id,
+            "sample": sample,
+            "question": prompt.question,
+            "answer": prompt.answer,
+            "completion": answers.texts[index],
+            "found": answers.grades[index].answer,
+            "strict": answers.grades[index].strict,
+            "lenient": answers.grades[index].lenient,
+            "tokens": int(answers.completions.lengths[index]),
+            "stopped": bool(answers.completions.stopped[index]),
+        }
+        for place, prompt in enumerate(prompts)
+        for sample in range(samples)
+        for index in (place * samples + sample,)
+    ]
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, float]:
+    mean = lambda values: round(sum(values) / len(rows), 6)
+    return {
+        "strict": mean(row["strict"] for row in rows),
+        "lenient": mean(row["lenient"] for row in rows),
+        "mean_tokens": mean(row["tokens"] for row in rows),
+        "truncated": mean(not row["stopped"] for row in rows),
+    }
+
+
+def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[Row]]:
+    """Evaluates the base model of a config, or an adapter trained on it.
+
+    Raises:
+      AdapterError: the adapter is damaged or belongs to another base model.
+    """
+    specs = parse(config)
+    description: dict[str, Any] = {}
+    if adapter is not None:
+        spec, v, description = read_adapter(adapter)
+        specs = dataclasses.replace(specs, adapter=spec)
+    task = load_task(config, specs)
+    if adapter is None:
+        v = init(task.policy.factors)
+    else:
+        check_factors(description, task.policy.factors)
+        if v.shape != init(task.policy.factors).shape:
+            raise AdapterError(f"{adapter}: vector of shape {v.shape} does not fit its own spec {spec}")
+    prompts = load_prompts(config, specs.eval_data, task)
+    result, rows = evaluate(
+        task, jnp.asarray(v), prompts, batch_size=config.eval_batch_size, samples=config.eval_samples, seed=config.seed
+    )
+    return {"model": task.name, "adapter": str(adapter) if adapter else None, **result}, rows
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    adapter = Path(FLAGS.adapter) if FLAGS.adapter else None
+    with reporting_errors():
+        result, rows = run(FLAGS.config, adapter)
+        if FLAGS.output:
+            output = Path(FLAGS.output)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(output, json.dumps(result, indent=1) + "\n")
+            write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    config_flags.DEFINE_config_file("config", None, "Which model, questions and grader.", lock_config=True)
+    flags.DEFINE_string("adapter", None, "Folder of a trained adapter; absent: the base model.")
+    flags.DEFINE_string("output", None, "Write the result to this .json, and every answer to the .jsonl beside it.")
+    flags.mark_flag_as_required("config")
+    app.run(main)

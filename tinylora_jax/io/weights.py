@@ -1,0 +1,163 @@
+"""The parameter tree: its names and shapes, and how foreign tensors become its leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from tinylora_jax.models.config import ModelConfig
+
+Path = tuple[str | int, ...]
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MOST_LISTED = 200
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a file: its shape is known, its numbers are read on demand.
+
+    Attributes:
+      shape: as stored, in torch's convention (a linear layer is [out, in]).
+      read: returns the numbers as a floating-point NumPy array of that shape.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every parameter of the model: Hugging Face name -> (path in the tree, shape in the tree).
+
+    This is the one place that knows names and shapes. Two-dimensional `kernel`s are transposed
+    against torch ([in, out] here); everything else keeps its stored layout.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = {
+        ("self_attn", "q_proj"): (width, q, config.qkv_bias),
+        ("self_attn", "k_proj"): (width, kv, config.qkv_bias),
+        ("self_attn", "v_proj"): (width, kv, config.qkv_bias),
+        ("self_attn", "o_proj"): (q, width, config.o_bias),
+        ("mlp", "gate_proj"): (width, inner, False),
+        ("mlp", "up_proj"): (width, inner, False),
+        ("mlp", "down_proj"): (inner, width, False),
+    }
+    norms: dict[tuple[str, ...], int] = {("input_layernorm",): width, ("post_attention_layernorm",): width}
+    if config.qk_norm:
+        norms |= {("self_attn", "q_norm"): config.head_dim, ("self_attn", "k_norm"): config.head_dim}
+    names: dict[str, tuple[Path, tuple[int, ...]]] = {
+        _EMBEDDING: (("embed_tokens", "embedding"), (config.vocab_size, width)),
+        "model.norm.weight": (("norm", "scale"), (width,)),
+    }
+    for layer in range(config.num_layers):
+        for parts, size in norms.items():
+            names[_name(layer, parts, "weight")] = (("layers", layer, *parts, "scale"), (size,))
+        for parts, (fan_in, fan_out, bias) in projections.items():
+            names[_name(layer, parts, "weight")] = (("layers", layer, *parts, "kernel"), (fan_in, fan_out))
+            if bias:
+                names[_name(layer, parts, "bias")] = (("layers", layer, *parts, "bias"), (fan_out,))
+    if not config.tie_embeddings:
+        names[_HEAD] = (("lm_head", "kernel"), (width, config.vocab_size))
+    return names
+
+
+def build_tree(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike) -> dict[str, Any]:
+    """Reads a parameter tree, one tensor at a time, after all names and shapes have been checked.
+
+    Host memory holds the result and the tensor being read, never a second copy of the model.
+
+    Args:
+      config: the architecture that the tensors must match.
+      tensors: what a file offers, by Hugging Face name.
+      dtype: floating-point dtype of every leaf.
+
+    Returns:
+      The nested tree; `layers` is keyed by int.
+
+    Raises:
+      ValueError: lists missing, wrong-shaped and unexpected tensors together.
+    """
+    names = parameter_names(config)
+    _check(names, config, tensors)
+    _check_tied_head(config, tensors)
+    tree: dict[str, Any] = {}
+    for name, (path, shape) in names.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = _leaf(name, tensors[name], path, shape, dtype)
+    return tree
+
+
+def _name(layer: int, parts: tuple[str, ...], suffix: str) -> str:
+    return ".".join(("model.layers", str(layer), *parts, suffix))
+
+
+def _stored(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape torch gives a leaf."""
+    return shape[::-1] if path[-1] == "kernel" else shape
+
+
+def _check(
+    names: Mapping[str, tuple[Path, tuple[int, ...]]], config: ModelConfig, tensors: Mapping[str, LazyTensor]
+) -> None:
+    missing, wrong = [], []
+    for name, (path, shape) in names.items():
+        expected = _stored(path, shape)
+        if name not in tensors:
+            missing.append(f"{name}: missing, expected {expected}")
+        elif tuple(tensors[name].shape) != expected:
+            wrong.append(f"{name}: expected {expected}, got {tuple(tensors[name].shape)}")
+    unexpected = [
+        f"{name}: unexpected, got {tuple(tensors[name].shape)}"
+        for name in tensors
+        # inv_freq is a buffer that old checkpoints saved; the config determines it.
+        if name not in names
+        and not name.endswith("rotary_emb.inv_freq")
+        and not (config.tie_embeddings and name == _HEAD)
+    ]
+    lines = [line for group in (missing, wrong, unexpected) for line in _shorten(group)]
+    if lines:
+        raise ValueError(
+            f"weights do not match the config ({len(missing)} missing, {len(wrong)} of the wrong shape, "
+            f"{len(unexpected)} unexpected); check that config and weights belong together:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    rest = len(lines) - _MOST_LISTED
+    return lines if rest <= 0 else [*lines[:_MOST_LISTED], f"... and {rest} more like these"]
+
+
+def _check_tied_head(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    # Transformers does not tie if a tied checkpoint holds another head: ignoring it changes the model.
+    if not config.tie_embeddings or _HEAD not in tensors:
+        return
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+        raise ValueError(
+            f"{_HEAD} differs from {_EMBEDDING}, but the config ties them (tie_word_embeddings=true); "
+            "set tie_word_embeddings=false in config.json if the separate head is meant"
+        )
+
+
+def _leaf(name: str, tensor: LazyTensor, path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    values = tensor.read()
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read"
+        )
+    if path[-1] == "kernel":
+        values = values.T
+    # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
+    values = np.array(values, dtype=jnp.dtype(dtype), order="C")
+    if values.shape != shape:
+        raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
+    return jnp.asarray(values)

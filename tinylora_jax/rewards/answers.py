@@ -1,0 +1,192 @@
+r"""Final answers: found in a completion, brought to a canonical form, compared exactly.
+
+A completion is hostile data: nothing is evaluated, no number is converted whose size was not checked, and
+every function is linear in its input. The regular expressions use possessive quantifiers, which do not
+backtrack.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+MAX_SCANNED_CHARS = 100_000
+"""Only this many last characters of a completion are searched; an answer stands at its end."""
+
+_HASH = re.compile(
+    r"(?<!\#)\#\#\#\#[ ](-?(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+)(?=\.?(?:\s|\Z))", re.VERBOSE
+)
+_BRACE = re.compile(r"\\boxed\s*+\{|\\[{}]|[{}]")
+# The group of thousands checks its own end: a check after the whole run would be quadratic on long runs.
+_LAST_NUMBER = re.compile(
+    r"(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++|[0-9]++)(?:\.[0-9]++)?+(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]++"
+)
+_SIGN = re.compile(r"(?<![\w)\]}])[-−]\Z")
+
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*+\{([^{}]*+)\}")
+_SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\s++")
+_SPELLINGS = (
+    ("−", "-"),
+    ("{,}", ","),
+    ("\\$", ""),
+    ("$", ""),
+    ("\\%", "%"),
+    ("\\dfrac", "\\frac"),
+    ("\\tfrac", "\\frac"),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+)
+# "cents" or "km" would change the value or its meaning; these four only repeat what the question asks for.
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++|(?=\.[0-9]))(?:\.(?P<fraction>[0-9]*+))?"
+    r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3}))?(?:dollars?|percent|degrees?|%)?"
+)
+_RATIO = re.compile(
+    r"([-+]?)(?:\\frac\{([-+]?[0-9]{1,40})\}\{([0-9]{1,40})\}|\\frac([0-9])([0-9])|([0-9]{1,40})/([0-9]{1,40}))"
+)
+
+
+def extract_hash(text: str) -> str | None:
+    """Finds the last strictly formatted `#### n`: four hashes, one space, a plain number, a word boundary.
+
+    The field's usual GSM8K format. A dollar sign, a bare `####72` or `#### 72/5` is not the format.
+
+    Args:
+      text: a completion.
+
+    Returns:
+      The number as written (`1,000` keeps its comma), or None.
+
+    >>> extract_hash("#### 1\\nNo, wait.\\n#### 1,072.")
+    '1,072'
+    >>> extract_hash("The answer is 72") is None
+    True
+    """
+    last = None
+    for match in _HASH.finditer(text[-MAX_SCANNED_CHARS:]):
+        last = match
+    return last[1] if last else None
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Finds the content of the last balanced `\boxed{...}`.
+
+    Of nested boxes the innermost last one counts. A box that never closes (a truncated completion) is
+    passed over for an earlier one.
+
+    Args:
+      text: a completion.
+
+    Returns:
+      The content without surrounding space, possibly empty, or None.
+
+    >>> extract_boxed(r"so \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    text = text[-MAX_SCANNED_CHARS:]
+    opened: list[int | None] = []
+    best: tuple[int, int] | None = None
+    for token in _BRACE.finditer(text):
+        if token[0].startswith("\\boxed"):
+            opened.append(token.end())
+        elif token[0] == "{":
+            opened.append(None)
+        elif token[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and (best is None or start > best[0]):
+                best = (start, token.start())
+    return text[best[0] : best[1]].strip() if best else None
+
+
+def extract_last_number(text: str) -> str | None:
+    """Finds the last number, in whatever format: the lenient reading of a completion.
+
+    Thousands separators, decimals, `$`, `%`, a closing period and a leading minus are understood. A minus
+    between two operands (`5-3`) is not a sign.
+
+    Args:
+      text: a completion.
+
+    Returns:
+      The number as written, without currency or percent signs, or None.
+
+    >>> extract_last_number("He lost -$1,250.50.")
+    '-1,250.50'
+    """
+    text = text[-MAX_SCANNED_CHARS:]
+    last = None
+    for match in _LAST_NUMBER.finditer(text):
+        last = match
+    if last is None:
+        return None
+    before = text[max(0, last.start() - 4) : last.start()].rstrip("$\\")
+    return f"-{last[0]}" if _SIGN.search(before) else last[0]
+
+
+def normalize(answer: str) -> str:
+    r"""Brings an answer to a canonical text; equal texts are equal answers.
+
+    Numbers lose currency and percent signs, thousands separators, leading and trailing zeros; ratios of
+    integers are reduced, and written as decimals where those end (1/2 is 0.5). Anything else only loses
+    spacing and spelling variants of LaTeX; symbolic equivalence is not decided here. Numbers are shifted
+    as text, so `1e999999999` costs nothing (exponents of more than three digits are left as text).
+
+    Args:
+      answer: a gold or an extracted answer.
+
+    Returns:
+      The canonical text; empty when nothing is left.
+
+    >>> [normalize(a) for a in ("$1,072.00", "007", r"\dfrac{3}{6}", "-0", r"10,\!000", "18 dollars")]
+    ['1072', '7', '0.5', '0', '10000', '18']
+    """
+    text = _TEXT.sub(r"\1", answer)
+    for spelling, canonical in _SPELLINGS:
+        text = text.replace(spelling, canonical)
+    text = _SIZE_OR_SPACE.sub("", text).rstrip(".")
+    if number := _NUMBER.fullmatch(text):
+        whole = number["whole"].replace(",", "")
+        return _decimal(number["sign"] == "-", whole, number["fraction"] or "", int(number["exponent"] or 0))
+    if ratio := _RATIO.fullmatch(text):
+        sign, *parts = (part for part in ratio.groups() if part is not None)
+        numerator, denominator = map(int, parts)
+        if denominator:
+            return _rational(Fraction(-numerator if sign == "-" else numerator, denominator))
+    return text
+
+
+def is_equal(predicted: str | None, gold: str) -> bool:
+    """Whether two answers are the same after `normalize`; no answer, or an empty one, equals nothing.
+
+    >>> is_equal("72.0", "72"), is_equal("7/2", "3.5"), is_equal(None, "72"), is_equal("72.1", "72")
+    (True, True, False, False)
+    """
+    if predicted is None:
+        return False
+    canonical = normalize(predicted)
+    return canonical != "" and canonical == normalize(gold)
+
+
+def _decimal(negative: bool, whole: str, fraction: str, exponent: int = 0) -> str:
+    """Writes ±whole.fraction·10^exponent without exponent, needless zeros or a negative zero."""
+    digits, point = whole + fraction, len(whole) + exponent
+    if point < 0:
+        digits, point = "0" * -point + digits, 0
+    digits = digits.ljust(point, "0")
+    whole, fraction = digits[:point].lstrip("0") or "0", digits[point:].rstrip("0")
+    text = f"{whole}.{fraction}" if fraction else whole
+    return f"-{text}" if negative and text != "0" else text
+
+
+def _rational(value: Fraction) -> str:
+    """Writes a fraction as a decimal where that ends, else reduced as p/q: equal values, equal texts."""
+    rest, exponents = value.denominator, {2: 0, 5: 0}
+    for prime in exponents:
+        while rest % prime == 0:
+            rest //= prime
+            exponents[prime] += 1
+    if rest != 1:
+        return f"{value.numerator}/{value.denominator}"
+    places = max(exponents.values())
+    scaled = abs(value.numerator) * 10**places // value.denominator
+    return _decimal(value < 0, str(scaled), "", -places)

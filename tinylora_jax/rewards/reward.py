@@ -1,0 +1,205 @@
+"""Rewards: a completion and the gold answer to a strict and a lenient grade.
+
+Training uses `Grade.strict`: the required format and the right value. `Grade.lenient`, which also accepts the
+right value as the last number of the text, is logged beside it: a lenient score that stays up while the
+strict one falls means that the format collapsed, which a lenient grader alone would hide.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from tinylora_jax.rewards.answers import extract_boxed, extract_hash, extract_last_number, is_equal
+
+
+class RewardError(ValueError):
+    """A reward that cannot be loaded, or that failed or returned no finite number on a completion."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The grade of one completion.
+
+    Attributes:
+      strict: the reward trained on: right answer in the required format.
+      lenient: right answer in any format; at least as generous as `strict` for the built-in graders.
+      answer: the answer found, as written: the formatted one if there is one, else the last number.
+    """
+
+    strict: float
+    lenient: float
+    answer: str | None = None
+
+    def __post_init__(self):
+        if not (_is_finite(self.strict) and _is_finite(self.lenient)):
+            got = f"strict={_shown(self.strict)}, lenient={_shown(self.lenient)}"
+            raise RewardError(f"a grade needs finite numbers, got {got}")
+
+
+Reward: TypeAlias = Callable[[str, str, str], Grade]
+"""Takes (completion, answer, question)."""
+
+
+@runtime_checkable
+class Gradable(Protocol):
+    """What grading needs to know of a prompt (`tinylora_jax.data.Prompt` and `Question` are such)."""
+
+    @property
+    def id(self) -> int:
+        """The stable number of the question."""
+
+    @property
+    def question(self) -> str:
+        """The question as the data set holds it."""
+
+    @property
+    def answer(self) -> str:
+        """The gold answer."""
+
+
+def grade_hash(completion: str, answer: str, question: str = "") -> Grade:
+    """Grades the last `#### n`.
+
+    >>> grade_hash("6 + 66 = 72\\n#### 72", "72")
+    Grade(strict=1.0, lenient=1.0, answer='72')
+    >>> grade_hash("The answer is **72**.", "72")
+    Grade(strict=0.0, lenient=1.0, answer='72')
+    """
+    return _grade(extract_hash(completion), completion, answer)
+
+
+def grade_boxed(completion: str, answer: str, question: str = "") -> Grade:
+    r"""Grades the last `\boxed{...}`.
+
+    >>> grade_boxed(r"It is \boxed{\frac{6}{4}}.", "1.5")
+    Grade(strict=1.0, lenient=1.0, answer='\\frac{6}{4}')
+    """
+    return _grade(extract_boxed(completion), completion, answer)
+
+
+@dataclass(frozen=True)
+class UserReward:
+    """A user's function as a `Reward`: its failures and its odd results become one clear error.
+
+    Attributes:
+      name: `module:function`, for messages.
+      function: takes (completion, answer, question); returns a number, which then is both the strict and
+        the lenient grade, or a `Grade`.
+    """
+
+    name: str
+    function: Callable[..., object]
+
+    def __call__(self, completion: str, answer: str, question: str) -> Grade:
+        """Grades one completion; raises `RewardError` naming the function and the question."""
+        asked = question if len(question) <= 80 else f"{question[:77]}..."
+        try:
+            value = self.function(completion, answer, question)
+        except Exception as error:  # the user's code may raise anything, and its author needs to know on what
+            problem = f"raised {type(error).__name__}: {error!s:.200}"
+            advice = "return 0.0 for completions that it cannot grade"
+            raise RewardError(f"reward {self.name} {problem} on question {asked!r}; {advice}") from error
+        if isinstance(value, Grade):
+            return value
+        if not _is_finite(value):
+            advice = "return a finite float, or a tinylora_jax.rewards.Grade"
+            raise RewardError(f"reward {self.name} returned {_shown(value)} on question {asked!r}; {advice}")
+        return Grade(float(value), float(value))
+
+
+_BUILT_IN: dict[str, Reward] = {"hash": grade_hash, "boxed": grade_boxed}
+_MODULE_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def load_reward(name: str) -> Reward:
+    """Finds a reward by name.
+
+    Args:
+      name: `hash` (`#### n`), `boxed`, or `module:function`, imported from the Python path. The function gets
+        (completion, answer, question) as positional texts and returns a number or a `Grade`; it is called one
+        completion at a time and must be quick and deterministic.
+
+    Returns:
+      The reward.
+
+    Raises:
+      RewardError: the name is unknown, its module cannot be imported, or it holds no such function.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    if not _MODULE_FUNCTION.fullmatch(name):
+        close = difflib.get_close_matches(name, _BUILT_IN, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        expected = f"{', '.join(_BUILT_IN)} or module:function"
+        raise RewardError(f"unknown reward {name!r}{hint}; expected {expected}")
+    module_name, function_name = name.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        problem = f"{type(error).__name__}: {error}"
+        advice = "is its folder the current one, or on PYTHONPATH?"
+        raise RewardError(f"reward {name}: cannot import {module_name} ({problem}); {advice}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        found = "it is not callable" if hasattr(module, function_name) else "there is no such function"
+        close = difflib.get_close_matches(function_name, dir(module), n=1)
+        hint = f"; did you mean {module_name}:{close[0]}?" if close and function is None else ""
+        raise RewardError(f"reward {name}: {found} in {module.__file__ or module_name}{hint}")
+    return UserReward(name, function)
+
+
+def grade_batch(reward: Reward, completions: Sequence[str], prompts: Sequence[Gradable]) -> tuple[Grade, ...]:
+    """Grades completions, each against its own prompt.
+
+    Args:
+      reward: from `load_reward`.
+      completions: texts, decoded without special tokens.
+      prompts: the prompt of each completion, in the same order; a prompt of a group stands once per sample.
+
+    Returns:
+      One grade per completion, in order.
+
+    Raises:
+      RewardError: the reward failed; names the completion's index and the question's id.
+      ValueError: unequal counts.
+    """
+    if len(completions) != len(prompts):
+        counts = f"{len(completions)} completions for {len(prompts)} prompts"
+        raise ValueError(f"{counts}; repeat each prompt once per sample")
+    grades = []
+    for index, (completion, prompt) in enumerate(zip(completions, prompts, strict=True)):
+        try:
+            grades.append(reward(completion, prompt.answer, prompt.question))
+        except RewardError as error:
+            raise RewardError(f"completion {index}, question id {prompt.id}: {error}") from error.__cause__
+    return tuple(grades)
+
+
+def _grade(formatted: str | None, completion: str, gold: str) -> Grade:
+    if is_equal(formatted, gold):
+        return Grade(1.0, 1.0, formatted)
+    last = extract_last_number(completion)
+    return Grade(0.0, float(is_equal(last, gold)), last if formatted is None else formatted)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer or a fraction beyond the largest float
+        return False
+
+
+def _shown(value: object) -> str:
+    # The repr of any other object may be long, or fail (that of an integer of over 4300 digits does).
+    return (
+        f"{value!r:.80}"
+        if isinstance(value, float | str | None)
+        else f"an object of type {type(value).__name__}"
+    )
