@@ -25,6 +25,7 @@ setup(
         "numpy>=2.0",
         "safetensors>=0.4",
         "gguf>=0.17",
+        "jinja2>=3.1",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
     ],

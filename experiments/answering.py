@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +33,29 @@ def _rollout(
     return generate(config, policy(v), *prompts, key, sampling, samples)
 
 
+class HostCompletions(NamedTuple):
+    """`Completions` as NumPy arrays."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    lengths: np.ndarray
+    stopped: np.ndarray
+
+
 @dataclass(frozen=True)
 class Answers:
     """Completions of a batch of prompts with their texts and grades, prompt-major.
 
     Attributes:
       arrays: the padded prompts.
-      completions: on the host.
+      completions: what was generated.
       texts: decoded without special tokens.
       grades: one per completion.
       seconds: spent generating.
     """
 
     arrays: PromptArrays
-    completions: Completions
+    completions: HostCompletions
     texts: tuple[str, ...]
     grades: tuple[Grade, ...]
     seconds: float
@@ -78,7 +88,8 @@ def answer(
     """
     arrays = pad_prompts(prompts, width)
     started = time.perf_counter()
-    completions = jax.device_get(_rollout(task.model, task.policy, v, arrays, key, sampling, samples))
+    drawn = _rollout(task.model, task.policy, v, arrays, key, sampling, samples)
+    completions = HostCompletions(*jax.device_get(jax.tree.leaves(drawn)))
     seconds = time.perf_counter() - started
     texts = tuple(
         task.tokenizer.decode(row[:length], skip_special_tokens=True)

@@ -8,11 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from absl import app
+from tqdm import tqdm
+
 from tinylora_jax.io.checkpoint import CheckpointError
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last good state is kept."""
+
+
+def tell(message: str) -> None:
+    """Prints a line for the person watching, without tearing a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """What `app.run` parses the command line with: a field that the config lacks is one message here."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections lets these through
+        given = ", ".join(arg for arg in argv if arg.startswith("--config."))
+        problem = f"the config has no field {error.args[0]} ({given}); see experiments/configs/base.py"
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 @contextmanager
@@ -33,7 +52,7 @@ def _keep_traceback(folder: Path | None) -> str:
     if folder is None or not folder.is_dir():
         return ""
     try:
-        (folder / "error.log").write_text(traceback.format_exc())
+        (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
     except OSError:  # the disk may be what failed
         return ""
     return f"\n(traceback in {folder / 'error.log'})"

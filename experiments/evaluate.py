@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, padded_width, step_key
-from experiments.cli import reporting_errors
+from experiments.cli import parse_flags, reporting_errors
 from experiments.setup import Task, load_prompts, load_task, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt
@@ -124,8 +124,9 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
         if v.shape != init(task.policy.factors).shape:
             raise AdapterError(f"{adapter}: vector of shape {v.shape} does not fit its own spec {spec}")
     prompts = load_prompts(config, specs.eval_data, task)
+    samples = max(1, config.eval_samples)
     result, rows = evaluate(
-        task, jnp.asarray(v), prompts, batch_size=config.eval_batch_size, samples=config.eval_samples, seed=config.seed
+        task, jnp.asarray(v), prompts, batch_size=config.eval_batch_size, samples=samples, seed=config.seed
     )
     return {"model": task.name, "adapter": str(adapter) if adapter else None, **result}, rows
 
@@ -150,4 +151,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("adapter", None, "Folder of a trained adapter; absent: the base model.")
     flags.DEFINE_string("output", None, "Write the result to this .json, and every answer to the .jsonl beside it.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

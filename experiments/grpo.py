@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, grades_of, padded_width, step_key
-from experiments.cli import TrainingError, reporting_errors
+from experiments.cli import TrainingError, parse_flags, reporting_errors, tell
 from experiments.evaluate import evaluate
 from experiments.setup import ConfigError, Specs, Task, as_json, load_prompts, load_task, parse
 from experiments.stopping import Stopped, StopRequests
@@ -60,9 +60,7 @@ class Trainer:
         self.width = padded_width(prompts)
         updates = steps * specs.grpo.updates_per_rollout
         self.optimizer = dataclasses.replace(specs.optimizer, total_updates=updates).transform()
-        self.update = make_grpo_step(
-            task.model, specs.grpo, config.temperature, config.max_new_tokens, self.optimizer
-        )
+        self.update = make_grpo_step(task.model, specs.grpo, config.temperature, config.max_new_tokens, self.optimizer)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
@@ -77,17 +75,11 @@ class Trainer:
           TrainingError: the loss, the gradient or v is not finite.
         """
         key = step_key(self.config.seed, "train", index)
-        answers = answer(
-            self.task, state.v, prompts, key, self.task.sampling, self.config.samples, self.width
-        )
+        answers = answer(self.task, state.v, prompts, key, self.task.sampling, self.config.samples, self.width)
         self.stop.check()
         started = time.perf_counter()
         batch = self._batch(answers, state)
-        for update in range(self.grpo.updates_per_rollout):
-            if update == 1:
-                batch = dataclasses.replace(batch, old_logprobs=old)
-            elif self.grpo.updates_per_rollout > 1:
-                old = self._score(state.v, batch)
+        for _ in range(self.grpo.updates_per_rollout):
             state, device_metrics = self.update(state, self.task.policy, batch)
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "v_norm")):
@@ -117,6 +109,8 @@ class Trainer:
             rollout_logprobs=jnp.asarray(completions.logprobs.reshape(shape)),
             advantages=group_advantages(rewards, self.grpo.normalize_std),
         )
+        if self.grpo.updates_per_rollout > 1:
+            batch = dataclasses.replace(batch, old_logprobs=self._score(state.v, batch))
         if self.grpo.kl_coef:
             batch = dataclasses.replace(batch, ref_logprobs=self._score(jnp.zeros_like(state.v), batch))
         return batch
@@ -167,7 +161,7 @@ def train(
         state, record = checkpoints.restore(state)
         data.set_state(record["data"])
         totals = record["totals"]
-        logging.info("continuing after step %d of %d", int(state.step), steps)
+        tell(f"continuing after step {int(state.step)} of {steps}")
     first, before = int(state.step), totals["wall_s"]
     log.start(first)
     with tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
@@ -203,7 +197,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     log = RunLog(workdir, as_json(config))
     done = log.read_json("summary.json")
     if done is not None:
-        logging.info("%s is complete; choose another --workdir to train again", workdir)
+        tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
     task = load_task(config, specs)
     prompts = load_prompts(config, specs.train_data, task)
@@ -217,7 +211,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     if before is None:
         before, _ = evaluate(task, trainer.initial_state().v, questions, between=stop.check, **how)
         log.write_json("eval_before.json", before)
-    logging.info("before training: %s", before)
+    tell(f"before training: {json.dumps(before)}")
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
     state, totals = train(trainer, data, steps, checkpoints, log, started)
@@ -246,7 +240,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
-    logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
     workdir = Path(FLAGS.workdir)
     stop = StopRequests()
     with reporting_errors(workdir):
@@ -263,4 +257,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run: created, or continued.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

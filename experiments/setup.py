@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from tinylora_jax.adapters import Policy, TinyLoRA, factorize
+from tinylora_jax.adapters import Policy, Target, TinyLoRA, factorize, init
 from tinylora_jax.data import DataSpec, Prompt, encode_prompts, get_template, load_questions
 from tinylora_jax.io.pretrained import load_pretrained
-from tinylora_jax.models import ModelConfig
+from tinylora_jax.models import ModelConfig, head_kernel
 from tinylora_jax.rewards import Reward, load_reward
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
@@ -58,7 +60,7 @@ def parse(config: ConfigDict) -> Specs:
     def build(field: str, make, *args: Any, **fields: Any) -> Any:
         try:
             return make(*args, **fields)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, re.error) as error:  # re.error: a target that is no pattern
             problems.append(f"config.{field}: {error}")
 
     def require(field: str, ok: bool, expected: str) -> None:
@@ -72,13 +74,15 @@ def parse(config: ConfigDict) -> Specs:
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size"):
         require(field, config[field] >= 1, "at least 1")
-    for field in ("max_steps", "eval_samples", "samples_kept", "seed"):
+    for field in ("max_steps", "eval_samples", "samples_kept"):
         require(field, config[field] >= 0, "at least 0")
+    require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature > 0, "above 0: greedy completions of one prompt are all the same")
     micro = config.grpo.micro_batch
     if micro and config.batch_size % micro:
         problems.append(f"config.grpo.micro_batch={micro} does not divide config.batch_size={config.batch_size}")
-    targets = {} if config.targets is None else {"targets": (config.targets,)}
+    target = config.targets and build("targets", Target, config.targets)
+    targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
     build("sampling", sampling_of, config, ())
     specs = Specs(
@@ -103,10 +107,12 @@ def load_task(config: ConfigDict, specs: Specs) -> Task:
     """Loads the model and factorizes it; the slow part of a start."""
     model = load_pretrained(config.model, jnp.dtype(config.dtype))
     factors = factorize(model.params, specs.adapter, config.svd)
+    policy = Policy(model.params, factors)
+    jax.eval_shape(lambda v: head_kernel(model.config, policy(v)), init(factors))  # refuses an adapter on the head
     return Task(
         name=model.name,
         model=model.config,
-        policy=Policy(model.params, factors),
+        policy=policy,
         tokenizer=model.tokenizer,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,

@@ -51,6 +51,6 @@ def get_config() -> ConfigDict:
     config.optimizer = _fields(Optimizer(learning_rate=1e-4), "total_updates")
 
     config.eval_batch_size = 64  # questions answered at once
-    config.eval_samples = 0  # completions a question at `temperature`, beside the greedy one
+    config.eval_samples = 0  # sampled answers a question beside the greedy one (`evaluate`: at least 1)
     config.samples_kept = 2  # prompts a step whose completions are kept as readable pages
     return config

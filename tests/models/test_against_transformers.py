@@ -93,7 +93,9 @@ def load(model):
     return config, build_tree(config, tensors, jnp.float32)
 
 
-run = jax.jit(lambda config, params, tokens: logits(config, params, forward(config, params, tokens)[0]), static_argnums=0)
+run = jax.jit(
+    lambda config, params, tokens: logits(config, params, forward(config, params, tokens)[0]), static_argnums=0
+)
 TOKENS = np.random.default_rng(0).integers(0, 89, (2, 48))
 
 

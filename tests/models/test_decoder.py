@@ -144,7 +144,10 @@ def test_every_adapted_module_reaches_the_logits(qwen2, full_logits):
         assert np.abs(got - base).max() > 1e-3, group
 
 
-@pytest.mark.parametrize(("name", "path"), [("llama", "lm_head/kernel"), ("llama", "embed_tokens/embedding"), ("qwen2", "embed_tokens/embedding")])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("llama", "lm_head/kernel"), ("llama", "embed_tokens/embedding"), ("qwen2", "embed_tokens/embedding")],
+)
 def test_adapters_on_the_head_are_refused(tiny, name, path):
     config, params = tiny(name)
     factors = factorize(params, TinyLoRA(targets=(Target(path),)))
@@ -152,7 +155,15 @@ def test_adapters_on_the_head_are_refused(tiny, name, path):
         head_kernel(config, apply(params, factors, init(factors)))
 
 
-SMALL = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 2}
+SMALL = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_layers": 1,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 2,
+}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
 from tinylora_jax.training import completion_logprobs
 
+trainer = jax.jit(completion_logprobs, static_argnames=("config", "temperature", "remat"))
 LENGTHS = np.array([3, 5, 1, 6])
 IDS = np.array([11, 2, 2**32 - 5, 7], np.uint32)
 KEY = jax.random.key(0)
@@ -92,19 +93,16 @@ def test_completions_are_not_all_alike(reference):
 @pytest.mark.parametrize(
     ("rows", "samples", "width"),
     [
-        ([0, 1, 2, 3], 1, 6),  # fewer samples
         ([3, 1, 0, 2], 2, 6),  # another order
         ([2], 3, 6),  # alone, with more samples
-        ([1, 3], 2, 9),  # wider padding
+        ([1, 3], 1, 9),  # fewer samples, wider padding
     ],
 )
 def test_a_completion_does_not_depend_on_the_batch(qwen2, adapted, prompts, reference, rows, samples, width):
     got = run(qwen2.config, adapted, prompts, rows=rows, samples=samples, width=width)
     common = min(samples, 2)
     pick = lambda x, n, rows: np.asarray(x).reshape(-1, n, 10)[rows, :common]
-    np.testing.assert_array_equal(
-        pick(got.tokens, samples, range(len(rows))), pick(reference.tokens, 2, rows)
-    )
+    np.testing.assert_array_equal(pick(got.tokens, samples, range(len(rows))), pick(reference.tokens, 2, rows))
     np.testing.assert_allclose(
         pick(got.logprobs, samples, range(len(rows))), pick(reference.logprobs, 2, rows), atol=1e-5
     )
@@ -132,7 +130,7 @@ def test_other_keys_and_ids_give_other_completions_without_recompiling(qwen2, ad
 )
 def test_log_probabilities_are_the_trainers(qwen2, adapted, prompts, sampling):
     got = run(qwen2.config, adapted, prompts, sampling, samples=2)
-    scores, _ = completion_logprobs(
+    scores, _ = trainer(
         qwen2.config,
         adapted,
         jnp.asarray(prompts, jnp.int32),
@@ -194,7 +192,7 @@ def test_bfloat16_weights_generate_float32_logprobs_close_to_the_trainers(qwen2,
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), qwen2.params)
     adapted = type(policy)(half, policy.factors)(v)
     got = run(qwen2.config, adapted, prompts, samples=2)
-    scores, _ = completion_logprobs(
+    scores, _ = trainer(
         qwen2.config,
         adapted,
         jnp.asarray(prompts, jnp.int32),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,22 @@ class AdaptedKernel:
     left: jax.Array
 
 
-def matmul(x: Float[Array, "..."], kernel: jax.Array | AdaptedKernel, num_in: int = 1) -> Float[Array, "..."]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide_dot(x, W, dims):
+    """x·W in float32. Left to JAX, its gradient would multiply a float32 copy of W by a float32 cotangent."""
+    return jax.lax.dot_general(x, W, dims, preferred_element_type=jnp.float32)
+
+
+def _wide_dot_backward(dims, primals, cotangent):
+    # `matmul` rounds its result to x.dtype, so this cotangent was widened from x.dtype: nothing is lost.
+    narrow = lambda x, W: jax.lax.dot_general(x, W, dims, preferred_element_type=x.dtype)
+    return jax.vjp(narrow, *primals)[1](cotangent.astype(primals[0].dtype))
+
+
+_wide_dot.defvjp(lambda x, W, dims: (_wide_dot(x, W, dims), (x, W)), _wide_dot_backward)
+
+
+def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int = 1) -> Float[Array, ...]:
     """Contracts the trailing axes of `x` with the leading axes of a kernel, adapted or not.
 
     y = x·W + x·V·(RᵀΣ)·Uᵀ, the update accumulated in float32 and added before the one rounding to `x.dtype`.
@@ -55,9 +71,7 @@ def matmul(x: Float[Array, "..."], kernel: jax.Array | AdaptedKernel, num_in: in
     contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
     if not isinstance(kernel, AdaptedKernel):
         return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
-    base = jax.lax.dot_general(
-        x, kernel.base.astype(x.dtype), (contract, ((), ())), preferred_element_type=jnp.float32
-    )
+    base = _wide_dot(x, kernel.base.astype(x.dtype), (contract, ((), ())))
     flat = x.reshape(*x.shape[: x.ndim - num_in], math.prod(x.shape[x.ndim - num_in :]))
     skinny = jnp.matmul(flat, kernel.right.astype(x.dtype), preferred_element_type=jnp.float32)
     if kernel.core.ndim == 3:

@@ -27,7 +27,7 @@ def standard_normals(label: str, count: int) -> np.ndarray:
       float64 `[count]`.
 
     >>> standard_normals("0:layers/0/mlp/up_proj/kernel", 3).round(6).tolist()
-    [1.03303, 0.321085, -0.116093]
+    [0.061695, -0.111067, -0.227613]
     """
     blocks = -(-count // 4)
     stream = b"".join(hashlib.sha256(f"{label}:{k}".encode()).digest() for k in range(blocks))

@@ -24,8 +24,7 @@ from tinylora_jax.adapters.svd import SVD, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, path_string, select, tie_groups
 
 LINEAR_MAPS = tuple(
-    rf"(.*/)?{name}/kernel"
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 )
 """The seven linear maps of a block, the paper's choice of modules."""
 

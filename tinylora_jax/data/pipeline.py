@@ -73,9 +73,7 @@ def encode_prompts(
     Raises:
       DataError: prompts are too long (with `error`), have no tokens, or none is left.
     """
-    prompts = [
-        Prompt(q.id, tuple(render(template, q.question, tokenizer)), q.question, q.answer) for q in questions
-    ]
+    prompts = [Prompt(q.id, tuple(render(template, q.question, tokenizer)), q.question, q.answer) for q in questions]
     if empty := [prompt.id for prompt in prompts if not prompt.tokens]:
         raise DataError(f"{_some(empty, len(prompts))} have no tokens; is this the model's tokenizer?")
     kept = tuple(prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_tokens)
@@ -89,9 +87,7 @@ def encode_prompts(
             raise DataError(f"{problem}; raise max_prompt_tokens or drop them with on_too_long='drop'")
         logging.warning("Dropped: %s", problem)
     if not kept:
-        raise DataError(
-            f"no prompt is left of {len(prompts)} questions; raise max_prompt_tokens={max_prompt_tokens}"
-        )
+        raise DataError(f"no prompt is left of {len(prompts)} questions; raise max_prompt_tokens={max_prompt_tokens}")
     return kept
 
 
@@ -121,14 +117,10 @@ def make_pipeline(
     """
     if batch_size < 1 or (epochs is not None and epochs < 1) or not 0 <= seed < 2**32:
         problem = f"got batch_size={batch_size}, epochs={epochs}, seed={seed}"
-        raise ValueError(
-            f"a pipeline needs batch_size >= 1, epochs >= 1 (or None) and a 32-bit seed; {problem}"
-        )
+        raise ValueError(f"a pipeline needs batch_size >= 1, epochs >= 1 (or None) and a 32-bit seed; {problem}")
     if len(prompts) < batch_size:
         advice = "lower batch_size or load more questions"
-        raise DataError(
-            f"batch_size={batch_size} is more than the {len(prompts)} prompts there are; {advice}"
-        )
+        raise DataError(f"batch_size={batch_size} is more than the {len(prompts)} prompts there are; {advice}")
     repeated = [id for id, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
         problem = f"{_some(repeated, len(prompts))} have ids that repeat"
@@ -164,9 +156,7 @@ def pad_prompts(prompts: Sequence[Prompt], length: int | None = None, pad_id: in
         length = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     if lengths.max() > length:
         long = [prompt.id for prompt in prompts if len(prompt.tokens) > length]
-        raise ValueError(
-            f"{_some(long, len(prompts))} do not fit length={length} (longest: {lengths.max()} tokens)"
-        )
+        raise ValueError(f"{_some(long, len(prompts))} do not fit length={length} (longest: {lengths.max()} tokens)")
     tokens = np.full((len(prompts), length), pad_id, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt.tokens)] = prompt.tokens

@@ -100,9 +100,7 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
     (Question(id=0, question='What is 36 + 27?', answer='63'),)
     """
     questions, problems = [], []
-    columns = (
-        ("question", "answer") if _is_generated(spec.source) else (spec.question_column, spec.answer_column)
-    )
+    columns = ("question", "answer") if _is_generated(spec.source) else (spec.question_column, spec.answer_column)
     for row_index, row in enumerate(_read(spec), start=spec.start):
         require_columns(f"{spec.source}, row {row_index},", row, columns)
         try:

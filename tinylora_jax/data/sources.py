@@ -99,9 +99,7 @@ def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
 
 
-def read_hub(
-    source: str, split: str, columns: tuple[str, str], start: int, limit: int | None
-) -> Iterator[Row]:
+def read_hub(source: str, split: str, columns: tuple[str, str], start: int, limit: int | None) -> Iterator[Row]:
     """Reads a data set of the Hugging Face hub through `datasets`, which caches it.
 
     Args:
@@ -124,14 +122,10 @@ def read_hub(
         dataset = datasets.load_dataset(name, config or None, split=split)
     except ConnectionError as error:
         advice = "check the network and HF_HUB_OFFLINE, or pass a .jsonl, .jsonl.gz or .parquet file"
-        raise DataError(
-            f"the Hugging Face hub could not be reached for {source!r} ({error}); {advice}"
-        ) from error
+        raise DataError(f"the Hugging Face hub could not be reached for {source!r} ({error}); {advice}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         advice = "check the name, its config (owner/name:config) and the split"
-        raise DataError(
-            f"cannot load {source!r}, split {split!r}, from the hub: {error}; {advice}"
-        ) from error
+        raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {error}; {advice}") from error
     require_columns(f"{source}, split {split!r},", dataset.column_names, columns)
     stop = len(dataset) if limit is None else min(len(dataset), start + limit)
     if start < stop:  # `select` refuses an empty range at the end
@@ -160,22 +154,16 @@ def generate_reasoning_gym(task: str, split: str, seed: int, start: int, count: 
     try:
         from reasoning_gym import factory
     except ModuleNotFoundError as error:
-        raise DataError(
-            f"reasoning-gym:{task} needs a package: pip install 'reasoning-gym>=0.1.19'"
-        ) from error
+        raise DataError(f"reasoning-gym:{task} needs a package: pip install 'reasoning-gym>=0.1.19'") from error
     if task not in factory.DATASETS:
-        close = difflib.get_close_matches(task, factory.DATASETS, n=3) or sorted(factory.DATASETS)[:5] + [
-            "..."
-        ]
+        close = difflib.get_close_matches(task, factory.DATASETS, n=3) or sorted(factory.DATASETS)[:5] + ["..."]
         raise DataError(f"reasoning-gym has no task {task!r}; did you mean {', '.join(close)}?")
     stream = int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:4])
     dataset = factory.create_dataset(task, seed=stream, size=start + count)
     return (dataset[index] for index in range(start, start + count))
 
 
-def generate_arithmetic(
-    split: str, seed: int, below: int, start: int = 0, limit: int | None = None
-) -> Iterator[Row]:
+def generate_arithmetic(split: str, seed: int, below: int, start: int = 0, limit: int | None = None) -> Iterator[Row]:
     """Generates "What is a + b?" for numbers below a bound.
 
     All below² ordered pairs are ranked by a keyed hash (the same on every machine and version); the first
@@ -213,6 +201,4 @@ def generate_arithmetic(
             f"arithmetic below {below} has {len(pairs)} {split} questions, {asked}; "
             "lower start or limit, or raise below"
         )
-    return (
-        {"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs[start : start + limit]
-    )
+    return ({"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs[start : start + limit])

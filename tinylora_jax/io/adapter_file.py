@@ -1,7 +1,7 @@
 """A trained adapter on disk: 26 bytes of vector, and a readable file that says what they mean.
 
 `vector.bin` holds the vector alone, row by row, little-endian bfloat16 or float32. `adapter.json` holds the
-spec, the base model's name and one probe per module, by which a load is refused when the base weights or
+spec, the base model's name and a few probes per module, by which a load is refused when the base weights or
 their factors are not those that the vector was trained with.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ from tinylora_jax.adapters.projections import standard_normals
 FORMAT_VERSION = 1
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
 _MAX_JSON_BYTES = 2**24
-_PROBE_TOLERANCE = 0.1  # of a module's size; a flipped sign or other weights differ by about 1
+_NUM_PROBES = 6
+# Of a module's size. After a flipped sign, one probe in six differs by less, hardly ever all six.
+_PROBE_TOLERANCE = 0.1
 
 
 class AdapterError(ValueError):
@@ -33,32 +37,32 @@ class AdapterError(ValueError):
 
 
 @lru_cache(maxsize=64)
-def _direction(side: str, size: int) -> np.ndarray:
-    direction = standard_normals(f"probe:{side}", size)
-    return direction / np.linalg.norm(direction)
+def _directions(side: str, size: int) -> np.ndarray:
+    directions = standard_normals(f"probe:{side}", _NUM_PROBES * size).reshape(_NUM_PROBES, size)
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
 def probes(factors: Factors) -> dict[str, list[list[float]]]:
-    """Two numbers per module that any change of its factors changes.
+    """A few numbers per module that any change of its factors changes.
 
-    The first is hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the second,
-    ‖ΔW‖.
+    The first ones are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the
+    last, ‖ΔW‖.
 
     Args:
       factors: of a model.
 
     Returns:
-      By leaf path, one pair per layer.
+      By leaf path, one row per layer.
     """
     result = {}
     for path, leaf in factors.leaves.items():
         U, S, V, P = (np.asarray(x, np.float64) for x in (leaf.U, leaf.S, leaf.V, leaf.P))
         middle = S[:, :, None] * P.sum(axis=1)
         size = np.linalg.norm(middle, axis=(1, 2))  # U and V are orthonormal
-        left = np.einsum("lor,o->lr", U, _direction("out", U.shape[1]))
-        right = np.einsum("lir,i->lr", V, _direction("in", V.shape[1]))
-        value = np.einsum("lr,lrs,ls->l", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
-        result[path] = np.stack([value, size], axis=1).tolist()
+        left = np.einsum("lor,ko->lkr", U, _directions("out", U.shape[1]))
+        right = np.einsum("lir,ki->lkr", V, _directions("in", V.shape[1]))
+        values = np.einsum("lkr,lrs,lks->lk", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
+        result[path] = np.concatenate([values, size[:, None]], axis=1).tolist()
     return result
 
 
@@ -109,22 +113,30 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     try:
         fields = dict(description["spec"])
         fields["targets"] = tuple(Target(**target) for target in fields["targets"])
+        if type(fields["seed"]) is not int:
+            raise TypeError(f"seed {fields['seed']!r} is not an integer")
         spec = TinyLoRA(**fields)
         dtype, shape, digest = _DTYPES[description["dtype"]], tuple(description["shape"]), description["sha256"]
-        count = int(np.prod(shape))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape) or shape[1] != spec.u:
+            raise ValueError(f"shape {shape} is not [groups, u={spec.u}]")
+        if not isinstance(description["probes"], dict):
+            raise TypeError("probes are not an object")
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         problem = f"{type(error).__name__}: {error}"
         raise AdapterError(f"{folder / 'adapter.json'} is malformed ({problem}); export the adapter again") from error
     path = folder / "vector.bin"
     if not path.is_file():
         raise AdapterError(f"{path} is missing; an adapter is vector.bin and adapter.json in one folder")
-    expected, found = dtype.itemsize * count, path.stat().st_size
+    expected, found = dtype.itemsize * math.prod(shape), path.stat().st_size
     if found != expected:
         raise AdapterError(f"{path} has {found} bytes, expected {expected} for {shape} {dtype}; copy it again")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
         raise AdapterError(f"{path} was altered: its SHA-256 is not the one in adapter.json; copy it again")
-    return spec, jnp.asarray(np.frombuffer(data, dtype).astype(np.float32).reshape(shape)), description
+    v = np.frombuffer(data, dtype).astype(np.float32).reshape(shape)
+    if not np.isfinite(v).all():
+        raise AdapterError(f"{path} holds numbers that are not finite; train the adapter again")
+    return spec, jnp.asarray(v), description
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -150,17 +162,18 @@ def check_factors(description: dict[str, Any], factors: Factors) -> None:
     Raises:
       AdapterError: names the modules that differ.
     """
-    stored, found = description.get("probes", {}), probes(factors)
+    stored, found = description["probes"], probes(factors)
     if set(stored) != set(found):
         differ = sorted(set(stored) ^ set(found))
         raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")
     wrong = []
-    for path, pairs in found.items():
+    for path, rows in found.items():
         try:
-            ours, theirs = np.asarray(pairs), np.asarray(stored[path], np.float64).reshape(len(pairs), 2)
+            ours = np.asarray(rows)
+            theirs = np.asarray(stored[path], np.float64).reshape(ours.shape)
         except (TypeError, ValueError) as error:
             raise AdapterError(f"the adapter's probe of {path} is malformed: {error}") from error
-        if not np.all(np.abs(ours - theirs) <= _PROBE_TOLERANCE * np.abs(theirs[:, 1:]) + 1e-6):
+        if not np.all(np.abs(ours - theirs) <= _PROBE_TOLERANCE * ours[:, -1:] + 1e-6):
             wrong.append(path)
     if wrong:
         raise AdapterError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -96,9 +97,8 @@ class Checkpoints:
         ]
         if wrong:
             raise CheckpointError(f"the checkpoint {folder} belongs to another run:\n  " + "\n  ".join(wrong))
-        leaves, treedef = jax.tree_util.tree_flatten(like)
-        del leaves
-        return jax.tree_util.tree_unflatten(treedef, [jax.numpy.asarray(found[name]) for name in expected]), record
+        leaves = [jnp.asarray(found[name]) for name in expected]
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves), record
 
     def close(self) -> None:
         """Releases Orbax's threads."""

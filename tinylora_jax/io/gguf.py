@@ -111,14 +111,9 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     family = metadata.get("general.architecture")
     if family not in _ARCHITECTURES:
         raise ValueError(
-            f"general.architecture={family!r:.60} is not supported; "
-            f"expected one of {', '.join(_ARCHITECTURES)}"
+            f"general.architecture={family!r:.60} is not supported; expected one of {', '.join(_ARCHITECTURES)}"
         )
-    own = {
-        key.removeprefix(f"{family}."): value
-        for key, value in metadata.items()
-        if key.startswith(f"{family}.")
-    }
+    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
     problems = _problems(file, own)
     vocabulary = file.tensors.get("token_embd.weight")
     if vocabulary is None:
@@ -136,18 +131,14 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             "vocab_size": vocabulary.shape[0],
             # GGUF leaves these out where they follow from others: transformers' constants must not step in.
             "num_key_value_heads": own.get("attention.head_count_kv"),
-            "head_dim": own.get(
-                "attention.key_length", own["embedding_length"] // own["attention.head_count"]
-            ),
+            "head_dim": own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"]),
             "rope_scaling": scaling,
             "tie_word_embeddings": "output.weight" not in file.tensors,
         }
     )
     if family != "qwen2":
         names = file.tensors.keys()
-        config = replace(
-            config, qkv_bias="blk.0.attn_q.bias" in names, o_bias="blk.0.attn_output.bias" in names
-        )
+        config = replace(config, qkv_bias="blk.0.attn_q.bias" in names, o_bias="blk.0.attn_output.bias" in names)
     _check_sizes(own, config)
     if _LLAMA3_FACTORS in file.tensors:
         config = replace(config, rope=_llama3_rope(config, file.tensors[_LLAMA3_FACTORS]))
@@ -156,11 +147,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 def _problems(file: GGUFFile, own: Mapping[str, Any]) -> list[str]:
     known = {*_FIELDS, *_SCALING, *_CHECKED, *_HARMLESS}
-    problems = [
-        f"{key}={value!r:.60} is not a key this loader knows"
-        for key, value in own.items()
-        if key not in known
-    ]
+    problems = [f"{key}={value!r:.60} is not a key this loader knows" for key, value in own.items() if key not in known]
     problems += [f"{key} is missing" for key in _REQUIRED if key not in own]
     sizes = ("embedding_length", "attention.head_count")
     problems += [
@@ -172,17 +159,13 @@ def _problems(file: GGUFFile, own: Mapping[str, Any]) -> list[str]:
         problems.append(f"expert_count={own['expert_count']!r:.60}: mixtures of experts are not supported")
     if own.get("rope.scaling.type", "none") not in ("none", "linear", "yarn"):
         problems.append(
-            f"rope.scaling.type={own['rope.scaling.type']!r:.60} is not supported; "
-            "expected none, linear or yarn"
+            f"rope.scaling.type={own['rope.scaling.type']!r:.60} is not supported; expected none, linear or yarn"
         )
     if file.metadata.get("general.type", "model") != "model":
-        problems.append(
-            f"general.type={file.metadata['general.type']!r:.60} is not supported; expected 'model'"
-        )
+        problems.append(f"general.type={file.metadata['general.type']!r:.60} is not supported; expected 'model'")
     if file.metadata.get("split.count", 1) not in (0, 1):
         problems.append(
-            f"split.count={file.metadata['split.count']!r:.60}: merge the parts first "
-            "(llama-gguf-split --merge)"
+            f"split.count={file.metadata['split.count']!r:.60}: merge the parts first (llama-gguf-split --merge)"
         )
     return problems
 
@@ -207,13 +190,10 @@ def _llama3_rope(config: ModelConfig, factors: LazyTensor) -> Rope:
     """
     divisors = factors.read().astype(np.float64).ravel()
     if config.rope.kind != "default":
-        raise ValueError(
-            f"{_LLAMA3_FACTORS} together with rope.scaling.type={config.rope.kind!r} is not supported"
-        )
+        raise ValueError(f"{_LLAMA3_FACTORS} together with rope.scaling.type={config.rope.kind!r} is not supported")
     if divisors.shape != (config.head_dim // 2,) or not np.all(np.isfinite(divisors)) or divisors.min() < 1:
         raise ValueError(
-            f"{_LLAMA3_FACTORS}: expected {config.head_dim // 2} divisors of at least 1, "
-            f"got shape {factors.shape}"
+            f"{_LLAMA3_FACTORS}: expected {config.head_dim // 2} divisors of at least 1, got shape {factors.shape}"
         )
     rope = replace(config.rope, kind="llama3", factor=float(divisors.max()), original_max_positions=8192)
     plain, _ = frequencies(config.rope, config.head_dim)

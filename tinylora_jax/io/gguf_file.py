@@ -115,9 +115,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{os.fspath(path)} is missing; expected a .gguf file")
     if Path(path).stat().st_size < 4:
-        raise ValueError(
-            f"{os.fspath(path)} is not a GGUF file: it is {Path(path).stat().st_size} bytes long"
-        )
+        raise ValueError(f"{os.fspath(path)} is not a GGUF file: it is {Path(path).stat().st_size} bytes long")
     cursor = _Cursor(np.memmap(path, dtype=np.uint8, mode="r"))
     try:
         return _parse(cursor)
@@ -174,8 +172,7 @@ def _lazy(
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if min(shape) < 1 or shape[-1] % block:
         raise ValueError(
-            f"{name} has shape {shape}, expected positive sizes "
-            f"and rows of whole {kind.name} blocks ({block})"
+            f"{name} has shape {shape}, expected positive sizes and rows of whole {kind.name} blocks ({block})"
         )
     row_bytes = shape[-1] // block * block_bytes
     begin = start + offset
@@ -188,8 +185,6 @@ def _lazy(
         try:
             return np.asarray(dequantize(rows, kind))
         except NotImplementedError as error:
-            raise ValueError(
-                f"{name} has the tensor type {kind.name}, which cannot be dequantized"
-            ) from error
+            raise ValueError(f"{name} has the tensor type {kind.name}, which cannot be dequantized") from error
 
     return LazyTensor(shape, read)

@@ -80,9 +80,7 @@ def _kind_problems(metadata: Mapping[str, Any]) -> list[str]:
     if (model := metadata.get(_PREFIX + "model")) != "gpt2":
         problems.append(f"{_PREFIX}model={model!r:.40} is not supported; expected 'gpt2' (byte-level BPE)")
     if (pre := metadata.get(_PREFIX + "pre")) not in (_QWEN2, _LLAMA3, _SMOLLM):
-        problems.append(
-            f"{_PREFIX}pre={pre!r:.40} is not supported; expected {_QWEN2!r}, {_LLAMA3!r} or {_SMOLLM!r}"
-        )
+        problems.append(f"{_PREFIX}pre={pre!r:.40} is not supported; expected {_QWEN2!r}, {_LLAMA3!r} or {_SMOLLM!r}")
     for name in ("add_space_prefix", "add_eos_token"):
         if metadata.get(_PREFIX + name):
             problems.append(f"{_PREFIX}{name}=true is not supported for byte-level BPE")
@@ -102,9 +100,7 @@ def _vocabulary_problems(tokens: list[str], merges: list[tuple[str, ...]]) -> li
     problems = []
     if len(vocabulary) != len(tokens):
         twice = [token for token, count in Counter(tokens).most_common(4) if count > 1]
-        problems.append(
-            f"{_PREFIX}tokens: {len(tokens) - len(vocabulary)} tokens are repeated, such as {twice!r}"
-        )
+        problems.append(f"{_PREFIX}tokens: {len(tokens) - len(vocabulary)} tokens are repeated, such as {twice!r}")
     wrong = [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary]
     if wrong:
         problems.append(

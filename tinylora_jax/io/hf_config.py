@@ -101,9 +101,7 @@ class _Reader:
         if good and math.isfinite(value) and low <= value <= high:
             return float(value)
         limit = "" if high == math.inf else f" and at most {high:g}"
-        self.problems.append(
-            f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r}"
-        )
+        self.problems.append(f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r}")
         return math.nan  # compares false with everything, so one mistake is reported once
 
     def size(self, name: str, default: int | None, high: int = _MAX_SIZE) -> int:
@@ -166,9 +164,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     tied = reader.flag("tie_word_embeddings", False)
     _check_heads(sizes, problems)
     if problems:
-        raise ValueError(
-            f"config of model_type {family!r} cannot be loaded faithfully:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"config of model_type {family!r} cannot be loaded faithfully:\n  " + "\n  ".join(problems))
     return ModelConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
@@ -210,9 +206,7 @@ def _attention_bias(reader: _Reader, family: str) -> bool:
     if family != "qwen2":
         return reader.flag("attention_bias", False)
     if reader.values.get("attention_bias") not in (None, True):
-        reader.problems.append(
-            "attention_bias=False is not supported for qwen2, which always has biases on q, k, v"
-        )
+        reader.problems.append("attention_bias=False is not supported for qwen2, which always has biases on q, k, v")
     return False
 
 
@@ -223,9 +217,7 @@ def _check_layer_types(reader: _Reader, num_layers: int) -> None:
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         reader.problems.append(f"layer_types={kinds!r:.120} is not supported; expected only 'full_attention'")
     elif len(kinds) != num_layers:
-        reader.problems.append(
-            f"layer_types: expected {num_layers} entries (num_hidden_layers), got {len(kinds)}"
-        )
+        reader.problems.append(f"layer_types: expected {num_layers} entries (num_hidden_layers), got {len(kinds)}")
 
 
 def _check_heads(sizes: Mapping[str, int], problems: list[str]) -> None:

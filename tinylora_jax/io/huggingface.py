@@ -64,9 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing; expected a folder in the Hugging Face layout (config.json, *.safetensors)"
         )
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(
-            f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}"
-        )
+        raise ValueError(f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -174,13 +172,9 @@ def _check_size(path: Path) -> None:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the safetensors header does not parse ({error}); fetch it again"
-        ) from error
+        raise ValueError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
     if size != expected:
-        raise ValueError(
-            f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again"
-        )
+        raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again")
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -104,17 +104,14 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(
-            f"{folder}: the tokenizer does not load ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{folder}: the tokenizer does not load ({type(error).__name__}: {error})") from error
 
 
 def _packaged_gguf(distribution: str) -> Path:
     """The GGUF file inside an installed distribution, found without importing it."""
     if distribution not in _PACKAGES:
         raise ValueError(
-            f"{_PACKAGE}{distribution} is not known; "
-            f"expected one of {', '.join(_PACKAGE + name for name in _PACKAGES)}"
+            f"{_PACKAGE}{distribution} is not known; expected one of {', '.join(_PACKAGE + name for name in _PACKAGES)}"
         )
     module, version = _PACKAGES[distribution]
     spec = importlib.util.find_spec(module)
@@ -142,9 +139,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, s
         )
 
 
-def _stop_tokens(
-    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], config: ModelConfig
-) -> tuple[int, ...]:
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], config: ModelConfig) -> tuple[int, ...]:
     vocabulary = tokenizer.get_vocab()
     found = {*ids, *(vocabulary[token] for token in _END_OF_TURN if token in vocabulary)}
     if tokenizer.eos_token_id is not None:

@@ -1,23 +1,27 @@
 """The folder of a run: its config, metrics, samples and results, all safe to interrupt.
 
-    config.json     the config; another one is refused
-    metrics.jsonl   one line a step
-    tensorboard/    the same, for TensorBoard
-    samples/        a readable page a step
-    checkpoints/    see `checkpoint`
-    adapter/        see `adapter_file`
-    summary.json    the result
+config.json     the config; another one is refused
+metrics.jsonl   one line a step
+tensorboard/    the same, for TensorBoard
+samples/        a readable page a step
+checkpoints/    see `checkpoint`
+adapter/        see `adapter_file`
+summary.json    the result
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 
 class WorkdirError(ValueError):
@@ -27,7 +31,7 @@ class WorkdirError(ValueError):
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a process after a crash, sees all of it or the old one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -56,7 +60,7 @@ class RunLog:
             self._claim(json.loads(json.dumps(config)))
         except OSError as error:
             raise WorkdirError(f"cannot write to workdir {workdir}: {error}; choose another --workdir") from error
-        self._board: SummaryWriter | None = None
+        self._board: EventsWriter | None = None
 
     def _claim(self, config: dict[str, Any]) -> None:
         path = self.workdir / "config.json"
@@ -64,10 +68,12 @@ class RunLog:
             write_atomically(path, json.dumps(config, indent=1) + "\n")
             return
         try:
-            before, now = _flat(json.loads(path.read_text())), _flat(config)
-        except (ValueError, AttributeError) as error:
+            before = json.loads(path.read_bytes())
+            if not isinstance(before, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
             raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir or remove this one") from error
-        missing = object()
+        before, now, missing = _flat(before), _flat(config), object()
         differ = [
             f"config.{name}: {before.get(name, '(absent)')!r} there, {now.get(name, '(absent)')!r} now"
             for name in sorted(before.keys() | now.keys())
@@ -80,34 +86,54 @@ class RunLog:
                 + "\nChoose another --workdir, or give the same config to continue that run."
             )
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot write to workdir {self.workdir}: {error}. Free space or fix permissions and run the same"
+                " command again: it continues after the last step that was saved."
+            ) from error
+
     def start(self, step: int) -> None:
         """Forgets what was logged from `step` on, which is about to be done (again)."""
         path = self.workdir / "metrics.jsonl"
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
-            except ValueError:
+                if row["step"] < step:
+                    kept.append(json.dumps(row) + "\n")
+            except (ValueError, TypeError, KeyError):
                 break  # a line cut short by a crash; the step it belongs to is done again
-            if row["step"] < step:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
-        self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step, flush_secs=10)
+        with self._writing():
+            write_atomically(path, "".join(kept))
+            (self.workdir / "tensorboard").mkdir(exist_ok=True)
+            # tensorboardX's own SummaryWriter hands events to a thread and waits for ever once that has died of
+            # a full disk; this part of it writes in place.
+            self._board = EventsWriter(str(self.workdir / "tensorboard" / "events"), f".{os.getpid()}")
+            restart = SessionLog(status=SessionLog.START)  # hides events from `step` on that an earlier run wrote
+            self._board.write_event(Event(wall_time=time.time(), step=step, session_log=restart))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step's metrics."""
-        with (self.workdir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            with (self.workdir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._board.flush()
 
     def samples(self, step: int, text: str) -> None:
         """Keeps a page of readable completions."""
-        (self.workdir / "samples" / f"{step:06d}.txt").write_text(text)
+        with self._writing():
+            (self.workdir / "samples" / f"{step:06d}.txt").write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a result, all or nothing."""
-        write_atomically(self.workdir / name, json.dumps(value, indent=1) + "\n")
+        with self._writing():
+            write_atomically(self.workdir / name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a result; None if it was not written yet."""
@@ -115,11 +141,11 @@ class RunLog:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_bytes())
         except ValueError as error:
             raise WorkdirError(f"{path} is damaged ({error}); delete it and run again") from error
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
+        """Closes the TensorBoard file."""
         if self._board is not None:
             self._board.close()

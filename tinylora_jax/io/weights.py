@@ -126,8 +126,7 @@ def _check(
     if lines:
         raise ValueError(
             f"weights do not match the config ({len(missing)} missing, {len(wrong)} of the wrong shape, "
-            f"{len(unexpected)} unexpected); check that config and weights belong together:\n  "
-            + "\n  ".join(lines)
+            f"{len(unexpected)} unexpected); check that config and weights belong together:\n  " + "\n  ".join(lines)
         )
 
 
@@ -151,9 +150,7 @@ def _check_tied_head(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> 
 def _leaf(name: str, tensor: LazyTensor, path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     values = tensor.read()
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(
-            f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read"
-        )
+        raise ValueError(f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read")
     if path[-1] == "kernel":
         values = values.T
     # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.

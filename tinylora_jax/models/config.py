@@ -76,7 +76,15 @@ class ModelConfig:
     max_positions: int = 32_768
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
         wrong = [f"{name}={getattr(self, name)!r}" for name in sizes if not getattr(self, name) >= 1]
         if wrong:
             raise ValueError(f"model config needs positive sizes, got {', '.join(wrong)}")

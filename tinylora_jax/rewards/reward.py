@@ -198,8 +198,4 @@ def _is_finite(value: object) -> bool:
 
 def _shown(value: object) -> str:
     # The repr of any other object may be long, or fail (that of an integer of over 4300 digits does).
-    return (
-        f"{value!r:.80}"
-        if isinstance(value, float | str | None)
-        else f"an object of type {type(value).__name__}"
-    )
+    return f"{value!r:.80}" if isinstance(value, float | str | None) else f"an object of type {type(value).__name__}"

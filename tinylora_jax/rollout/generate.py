@@ -87,7 +87,15 @@ def generate(
         token, logprob = jnp.where(stopped, 0, token), jnp.where(stopped, 0.0, logprob)
         out_tokens = jax.lax.dynamic_update_index_in_dim(out_tokens, token, index, axis=0)
         out_logprobs = jax.lax.dynamic_update_index_in_dim(out_logprobs, logprob, index, axis=0)
-        return index + 1, token, stopped | ends, cache, out_tokens, out_logprobs, out_lengths + (~stopped).astype(jnp.int32)
+        return (
+            index + 1,
+            token,
+            stopped | ends,
+            cache,
+            out_tokens,
+            out_logprobs,
+            out_lengths + (~stopped).astype(jnp.int32),
+        )
 
     token, logprob, stopped = pick(first, jnp.int32(0))
     shape = (sampling.max_new_tokens, rows)

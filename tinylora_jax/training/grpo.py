@@ -196,7 +196,7 @@ def make_grpo_step(
         v = optax.apply_updates(state.v, updates)
         tokens = jnp.maximum(jnp.sum(batch.mask), 1).astype(jnp.float32)
         metrics = {name: total / tokens for name, total in sums.items()}
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grad), "v_norm": jnp.linalg.norm(v)}
+        metrics |= {"loss": loss, "grad_norm": jnp.linalg.norm(grad), "v_norm": jnp.linalg.norm(v)}
         return TrainState(v, opt_state, state.step), metrics
 
     return step

@@ -67,9 +67,7 @@ def token_logprobs(
 
 
 def _forward_rule(hidden, head, tokens, temperature, chunk):
-    logprob, entropy, slope = _chunked(
-        lambda h, t: _scores(h, head, t, temperature, True), chunk, hidden, tokens
-    )
+    logprob, entropy, slope = _chunked(lambda h, t: _scores(h, head, t, temperature, True), chunk, hidden, tokens)
     return (logprob, entropy), slope
 
 

@@ -81,9 +81,7 @@ class Optimizer:
     def transform(self) -> optax.GradientTransformation:
         """The optax transformation."""
         clip = optax.clip_by_global_norm(self.max_grad_norm) if self.max_grad_norm else optax.identity()
-        return optax.chain(
-            clip, optax.adamw(self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay)
-        )
+        return optax.chain(clip, optax.adamw(self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay))
 
 
 def init_state(v: Float[Array, "groups u"], optimizer: optax.GradientTransformation) -> TrainState:

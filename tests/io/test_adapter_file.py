@@ -1,0 +1,269 @@
+"""Adapter files: saving and loading are inverses, and nothing malformed gets through."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tinylora_jax.adapters import Target, TinyLoRA, delta, factorize, init
+from tinylora_jax.adapters.projections import standard_normals
+from tinylora_jax.io.adapter_file import AdapterError, check_factors, probes, read_adapter, save_adapter
+
+SPECS = {
+    "default": TinyLoRA(),
+    "tied": TinyLoRA(rank=3, u=2, n_tie=5, tying="structured", seed=11),
+    "some": TinyLoRA(rank=1, u=4, targets=(Target(r".*/(q|k)_proj/kernel"), Target(r"lay.*/0/mlp/up_proj/kernel"))),
+}
+
+
+def vector(factors, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(init(factors).shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def factors(qwen2):
+    return factorize(qwen2.params, SPECS["tied"])
+
+
+@pytest.fixture
+def saved(factors, tmp_path):
+    save_adapter(tmp_path / "a", factors, vector(factors), "tiny/base", "float32", steps=3, note="ü")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_load_inverts_save(qwen2, tmp_path, spec):
+    factors = factorize(qwen2.params, spec)
+    v = vector(factors)
+    save_adapter(tmp_path / "f", factors, v, "base", "float32")
+    found, same, description = read_adapter(tmp_path / "f")
+    assert found == spec and same.dtype == jnp.float32
+    np.testing.assert_array_equal(same, v)
+    check_factors(description, factors)
+    save_adapter(tmp_path / "b", factors, v, "base")
+    rounded = read_adapter(tmp_path / "b")[1]
+    np.testing.assert_array_equal(rounded, np.asarray(v).astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert (tmp_path / "b" / "vector.bin").stat().st_size == 2 * factors.num_params
+    save_adapter(tmp_path / "c", factors, rounded, "base")
+    assert (tmp_path / "c" / "vector.bin").read_bytes() == (tmp_path / "b" / "vector.bin").read_bytes()
+
+
+def test_the_vector_is_plain_little_endian_rows(saved, factors):
+    stored = np.frombuffer((saved / "vector.bin").read_bytes(), "<f4").reshape(init(factors).shape)
+    np.testing.assert_array_equal(stored, vector(factors))
+
+
+def test_the_description_is_readable(saved):
+    description = json.loads((saved / "adapter.json").read_text())
+    assert description["base"] == "tiny/base" and description["about"] == {"steps": 3, "note": "ü"}
+    assert description["spec"]["rank"] == 3 and description["spec"]["tying"] == "structured"
+
+
+def test_saving_over_an_adapter_replaces_it(saved, factors):
+    other = vector(factors, seed=1)
+    save_adapter(saved, factors, other, "tiny/base", "float32")
+    np.testing.assert_array_equal(read_adapter(saved)[1], other)
+
+
+def test_probes_are_what_they_say(qwen2):
+    # From the definition, with ΔW at v = 1 made dense.
+    factors = factorize(qwen2.params, SPECS["tied"])
+    dense = delta(factors, jnp.ones(init(factors).shape))
+
+    def directions(side, size):
+        drawn = standard_normals(f"probe:{side}", 6 * size).reshape(6, size)
+        return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+    for path, found in probes(factors).items():
+        for update, (*values, size) in zip(np.asarray(dense[path], np.float64), found, strict=True):
+            out, num_in = update.shape
+            pairs = zip(directions("out", out), directions("in", num_in), strict=True)
+            expected = [left @ update @ right * np.sqrt(out * num_in) for left, right in pairs]
+            np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(size, np.linalg.norm(update), rtol=1e-4)
+
+
+def flip(x, column):
+    return x.at[:, :, column].multiply(-1)
+
+
+CHANGES = {
+    **{f"sign of u{i}": lambda leaf, i=i: {"U": flip(leaf.U, i)} for i in range(3)},
+    "sign of v0": lambda leaf: {"V": flip(leaf.V, 0)},
+    # Σ P mixes the columns: a pair that leaves the SVD what it is gives another update all the same.
+    "sign of a pair": lambda leaf: {"U": flip(leaf.U, 1), "V": flip(leaf.V, 1)},
+    "order": lambda leaf: {"U": leaf.U[:, :, ::-1], "V": leaf.V[:, :, ::-1], "S": leaf.S[:, ::-1]},
+    "size": lambda leaf: {"S": leaf.S * 1.5},
+    "projections": lambda leaf: {"P": leaf.P + 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_any_one_module_is_refused(saved, factors, change):
+    description = read_adapter(saved)[2]
+    check_factors(description, factors)
+    for path, leaf in factors.leaves.items():
+        leaves = factors.leaves | {path: dataclasses.replace(leaf, **change(leaf))}
+        with pytest.raises(AdapterError, match=f"trained on 'tiny/base'.*1 of 14 weights .{path}"):
+            check_factors(description, dataclasses.replace(factors, leaves=leaves))
+
+
+def test_other_modules_are_refused(saved, qwen2):
+    with pytest.raises(AdapterError, match="modules are not this model's"):
+        check_factors(read_adapter(saved)[2], factorize(qwen2.params, SPECS["some"]))
+
+
+def test_rounding_of_the_factors_is_accepted(saved, factors):
+    near = jax.tree.map(lambda x: x * (1 + 1e-3), factors)
+    check_factors(read_adapter(saved)[2], near)
+
+
+def edit(folder, **changes):
+    path = folder / "adapter.json"
+    description = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is KeyError:
+            del description[name]
+        else:
+            description[name] = value
+    path.write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"13",
+        b'"tinylora"',
+        b"\xff\xfe\x00",
+        b"\x00" * 100,
+        b"{}",
+        b'{"format": "other", "format_version": 1}',
+        b"[" * 1_000_000,
+        b'{"a":' * 500_000,
+        b'{"format": "tinylora", "format_version": 1}',
+        b'{"format": "tinylora", "format_version": 1, "spec": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_a_description_that_is_none(saved, text):
+    (saved / "adapter.json").write_bytes(text)
+    with pytest.raises(AdapterError, match="adapter.json"):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [], KeyError])
+def test_wrong_format_version(saved, version):
+    edit(saved, format_version=version)
+    with pytest.raises(AdapterError, match="has format version .* this library reads 1"):
+        read_adapter(saved)
+
+
+SPEC = dataclasses.asdict(SPECS["tied"])
+MALFORMED = {
+    **{f"no-{name}": {name: KeyError} for name in ("dtype", "shape", "sha256", "spec", "probes")},
+    "dtype-unknown": {"dtype": "float64"},
+    "dtype-list": {"dtype": ["float32"]},
+    "shape-negative": {"shape": [-3, -2]},
+    "shape-minus-one": {"shape": [-1, 2]},
+    "shape-zero": {"shape": [0, 2]},
+    "shape-huge": {"shape": [2**62, 2]},
+    "shape-wraps-to-zero": {"shape": [2**63, 2]},
+    "shape-beyond": {"shape": [10**400, 2]},
+    "shape-floats": {"shape": [6.0, 2.0]},
+    "shape-bools": {"shape": [True, 2]},
+    "shape-nan": {"shape": [float("nan"), 2]},
+    "shape-text": {"shape": "62"},
+    "shape-number": {"shape": 12},
+    "shape-flat": {"shape": [12]},
+    "shape-empty": {"shape": []},
+    "shape-deep": {"shape": [1, 6, 2]},
+    "shape-not-u": {"shape": [2, 6]},
+    "sha-number": {"sha256": 1},
+    "sha-short": {"sha256": "00"},
+    "spec-list": {"spec": []},
+    "spec-text": {"spec": "rank 2"},
+    "spec-null": {"spec": None},
+    "spec-missing": {"spec": {"rank": 2}},
+    "spec-unknown": {"spec": SPEC | {"alpha": 16}},
+    "rank-zero": {"spec": SPEC | {"rank": 0}},
+    "rank-text": {"spec": SPEC | {"rank": "3"}},
+    "u-huge": {"spec": SPEC | {"u": 10**12}},
+    "tying": {"spec": SPEC | {"tying": "knot"}},
+    "targets-none": {"spec": SPEC | {"targets": []}},
+    "targets-text": {"spec": SPEC | {"targets": "all"}},
+    "targets-null": {"spec": SPEC | {"targets": None}},
+    "target-unknown": {"spec": SPEC | {"targets": [{"path": ".*", "exec": "1"}]}},
+    "target-number": {"spec": SPEC | {"targets": [{"path": 3}]}},
+    "target-pattern": {"spec": SPEC | {"targets": [{"path": "("}]}},
+    "target-layout-number": {"spec": SPEC | {"targets": [{"path": ".*", "layout": 3}]}},
+    "target-layout": {"spec": SPEC | {"targets": [{"path": ".*", "layout": "out"}]}},
+    "probes-list": {"probes": [1, 2]},
+    "probes-null": {"probes": None},
+}
+
+
+@pytest.mark.parametrize("changes", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_descriptions(saved, changes):
+    edit(saved, **changes)
+    with pytest.raises(AdapterError):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize("seed", ["0", [1], None, 1.5, True])
+def test_a_seed_that_is_no_integer(saved, seed):
+    edit(saved, spec=SPEC | {"seed": seed})
+    with pytest.raises(AdapterError, match="seed"):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    "rows", [None, 3, [], [[1.0]], [["a", "b"]], [[float("nan")] * 7], [[0.0] * 7], [[0.0] * 6 + [float("inf")]], {"a": 1}]
+)
+def test_malformed_probes(saved, factors, rows):
+    description = read_adapter(saved)[2]
+    path = next(iter(description["probes"]))
+    description["probes"][path] = rows
+    with pytest.raises(AdapterError):
+        check_factors(description, factors)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite(factors, tmp_path, bad):
+    save_adapter(tmp_path / "a", factors, vector(factors).at[0, 0].set(bad), "base")
+    with pytest.raises(AdapterError, match="not finite"):
+        read_adapter(tmp_path / "a")
+
+
+def test_an_enormous_description_is_not_read(saved):
+    with (saved / "adapter.json").open("r+b") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(AdapterError, match="larger than"):
+        read_adapter(saved)
+
+
+def test_missing_files(saved, tmp_path):
+    with pytest.raises(AdapterError, match="adapter.json is missing"):
+        read_adapter(tmp_path / "nowhere")
+    (saved / "vector.bin").unlink()
+    with pytest.raises(AdapterError, match="vector.bin is missing"):
+        read_adapter(saved)
+
+
+def test_vector_of_another_size_or_content(saved):
+    path = saved / "vector.bin"
+    data = path.read_bytes()
+    for wrong in (data[:-1], data + b"\0", b""):
+        path.write_bytes(wrong)
+        with pytest.raises(AdapterError, match=f"vector.bin has {len(wrong)} bytes, expected {len(data)}"):
+            read_adapter(saved)
+    path.write_bytes(data[::-1])
+    with pytest.raises(AdapterError, match="SHA-256"):
+        read_adapter(saved)

@@ -1,0 +1,162 @@
+"""Checkpoints: restoring inverts saving, incomplete ones do not count, foreign ones are named."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.training import Optimizer, init_state
+
+# Orbax leaves coroutines behind when it fails to read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+OPTIMIZER = Optimizer(1e-3, schedule="cosine", total_updates=9).transform()
+RECORD = {"data": {"next_index": 3, "nested": [1, {"a": None}]}, "totals": {"wall_s": 0.1 + 0.2, "tokens": 2**53}}
+
+
+def state(seed=0, shape=(3, 2)):
+    """A state in which no leaf has its initial value, with denormals and extremes in v."""
+    rng = np.random.default_rng(seed)
+    first = init_state(jnp.zeros(shape), OPTIMIZER)
+    fill = lambda x: jnp.asarray(rng.integers(1, 99) if x.ndim == 0 else rng.standard_normal(x.shape), x.dtype)
+    filled = jax.tree.map(fill, first)
+    odd = np.array(filled.v)
+    odd.flat[:2] = 1e-42, -3.4e38
+    return jax.tree_util.tree_unflatten(jax.tree.structure(first), [jnp.asarray(odd), *jax.tree.leaves(filled)[1:]])
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    made = Checkpoints(tmp_path / "checkpoints")
+    yield made
+    made.close()
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_restore_inverts_save(checkpoints):
+    assert checkpoints.latest_step() is None
+    checkpoints.save(1, state(), RECORD)
+    found, record = checkpoints.restore(init_state(jnp.zeros((3, 2)), OPTIMIZER))
+    assert_same(found, state())
+    assert record == RECORD
+
+
+def test_another_process_finds_it(checkpoints):
+    checkpoints.save(1, state(), RECORD)
+    other = Checkpoints(checkpoints.directory)
+    assert other.latest_step() == 1
+    assert_same(other.restore(state(1))[0], state())
+    other.close()
+
+
+def test_the_newest_is_read_and_few_are_kept(checkpoints):
+    for step in range(1, 6):
+        checkpoints.save(step, state(step), {"step": step})
+    found, record = checkpoints.restore(state())
+    assert record == {"step": 5}
+    assert_same(found, state(5))
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["4", "5"]
+
+
+def test_small(checkpoints):
+    checkpoints.save(1, state(), RECORD)
+    files = [path for path in checkpoints.directory.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 64 * 1024
+
+
+def test_a_leftover_of_a_killed_save_is_ignored(checkpoints):
+    checkpoints.save(1, state(1), {"step": 1})
+    leftover = checkpoints.directory / "2.orbax-checkpoint-tmp"
+    shutil.copytree(checkpoints.directory / "1" / "state", leftover / "state")
+    other = Checkpoints(checkpoints.directory)
+    assert other.latest_step() == 1
+    assert_same(other.restore(state())[0], state(1))
+    other.save(2, state(2), {"step": 2})
+    other.save(3, state(3), {"step": 3})
+    assert_same(other.restore(state())[0], state(3))
+    assert not leftover.exists()
+    other.close()
+
+
+def test_another_structure_is_named(checkpoints):
+    checkpoints.save(4, state(), RECORD)
+    other = init_state(jnp.zeros((7, 1)), Optimizer(1e-3).transform())
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(other)
+    message = str(caught.value)
+    assert str(checkpoints.directory / "4") in message and "belongs to another run" in message
+    assert "v: expected float32[7, 1], found float32[3, 2]" in message
+    assert "step" not in message.replace("the checkpoint of step", "").split("\n", 1)[1]
+    with pytest.raises(CheckpointError, match=r"extra: expected int32\[\], found nothing"):
+        checkpoints.restore({"extra": jnp.int32(0)})
+
+
+def test_another_dtype_is_named(checkpoints):
+    checkpoints.save(1, {"v": jnp.zeros(3, jnp.float32)}, {})
+    with pytest.raises(CheckpointError, match=r"v: expected bfloat16\[3\], found float32\[3\]"):
+        checkpoints.restore({"v": jnp.zeros(3, jnp.bfloat16)})
+
+
+def damage(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "overwritten":
+        path.write_bytes(bytes(byte ^ 0x5A for byte in path.read_bytes()))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "emptied", "overwritten", "deleted"])
+def test_no_damage_to_a_file_goes_unnoticed(checkpoints, tmp_path, how):
+    # Either the damage is reported, naming the folder, or the file did not matter and the state is the same.
+    checkpoints.save(1, state(), RECORD)
+    files = sorted(p.relative_to(checkpoints.directory) for p in checkpoints.directory.rglob("*") if p.is_file())
+    reported, unharmed = [], []
+    for number, file in enumerate(files):
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(checkpoints.directory, copy)
+        damage(copy / file, how)
+        damaged = Checkpoints(copy)
+        try:
+            if damaged.latest_step() is None:
+                continue  # counts as incomplete: the step is done again
+            found, record = damaged.restore(state(1))
+        except CheckpointError as error:
+            assert f"the checkpoint {copy / '1'} is damaged" in str(error), (file, error)
+            assert "Delete that folder" in str(error)
+            reported.append(file)
+        else:
+            assert_same(found, state())
+            assert record == RECORD, file
+            unharmed.append(file)
+        finally:
+            damaged.close()
+    assert reported, unharmed
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot keep checkpoints in .*file/checkpoints"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_failed_write_leaves_the_step_before(checkpoints, monkeypatch):
+    checkpoints.save(1, state(1), {"step": 1})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 2.*No space left.*earlier steps are"):
+        checkpoints.save(2, state(2), {})
+    assert_same(checkpoints.restore(state())[0], state(1))

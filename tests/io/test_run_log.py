@@ -1,0 +1,136 @@
+"""A run's folder: one config, one line a step, whatever interrupts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tinylora_jax.io.run_log import RunLog, WorkdirError, write_atomically
+
+CONFIG = {"model": "m", "seed": 0, "grpo": {"kl_coef": 0.1, "deep": {"x": None}}, "list": (1, 2)}
+
+
+@pytest.fixture
+def log(tmp_path):
+    made = RunLog(tmp_path / "a" / "b", CONFIG)
+    yield made
+    made.close()
+
+
+def steps(log):
+    return [json.loads(line)["step"] for line in (log.workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_write_replaces_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_atomically(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new, but")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_same_config_is_taken_again(log):
+    RunLog(log.workdir, json.loads(json.dumps(CONFIG)))
+    assert json.loads((log.workdir / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+
+
+def test_another_config_is_refused_by_field(log):
+    other = {"model": "m", "seed": 1, "grpo": {"kl_coef": 0.1, "deep": {"x": 5}}, "list": [1, 2], "new": True}
+    with pytest.raises(WorkdirError) as caught:
+        RunLog(log.workdir, other)
+    assert str(caught.value).splitlines()[1:-1] == [
+        "  config.grpo.deep.x: None there, 5 now",
+        "  config.new: '(absent)' there, True now",
+        "  config.seed: 0 there, 1 now",
+    ]
+
+
+def test_a_field_that_became_none_is_another_config(tmp_path):
+    RunLog(tmp_path, {"a": 1, "b": None})
+    with pytest.raises(WorkdirError, match="config.b"):
+        RunLog(tmp_path, {"a": 1})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"x"'])
+def test_a_damaged_config(log, text):
+    (log.workdir / "config.json").write_text(text)
+    with pytest.raises(WorkdirError, match="config.json"):
+        RunLog(log.workdir, CONFIG)
+
+
+def test_numbers_of_a_config_survive(tmp_path):
+    RunLog(tmp_path, {"a": 1.5, "b": 1e-300, "c": 10**20})
+    RunLog(tmp_path, {"a": 1.5, "b": 1e-300, "c": 10**20})
+
+
+def test_an_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(WorkdirError, match=f"cannot write to workdir {workdir}.*choose another --workdir"):
+            RunLog(workdir, CONFIG)
+
+
+def test_metrics_are_appended_and_forgotten_from_a_step_on(log):
+    log.start(0)
+    for step in range(5):
+        log.metrics(step, {"loss": 1 / (step + 1), "kl": 0.0})
+    log.close()
+    again = RunLog(log.workdir, CONFIG)
+    again.start(3)
+    assert steps(again) == [0, 1, 2]
+    again.metrics(3, {"loss": 9.0, "kl": 0.0})
+    assert steps(again) == [0, 1, 2, 3]
+    again.close()
+    line = (log.workdir / "metrics.jsonl").read_text().splitlines()[2]
+    assert json.loads(line) == {"step": 2, "loss": 1 / 3, "kl": 0.0}
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 2, "lo', b'{"step": 2', b"{", b"\n", b"\x00" * 64, b"\xff\xfe\xfa", b"[1]\n", b"7\n", b"{}\n"]
+)
+def test_a_torn_tail_is_dropped(log, tail):
+    log.start(0)
+    for step in range(2):
+        log.metrics(step, {"loss": 0.5})
+    with (log.workdir / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    log.close()
+    again = RunLog(log.workdir, CONFIG)
+    again.start(2)
+    assert steps(again) == [0, 1]
+    again.close()
+
+
+def test_samples_and_results(log):
+    log.samples(3, "=== ünïcode\u2028 page")
+    assert (log.workdir / "samples" / "000003.txt").read_text(encoding="utf-8") == "=== ünïcode\u2028 page"
+    assert log.read_json("summary.json") is None
+    log.write_json("summary.json", {"a": {"b": 0.1}})
+    assert log.read_json("summary.json") == {"a": {"b": 0.1}}
+    (log.workdir / "summary.json").write_text('{"a"')
+    with pytest.raises(WorkdirError, match="summary.json is damaged"):
+        log.read_json("summary.json")
+
+
+def test_pages_hold_any_text_in_any_locale(log):
+    # A completion may hold any character, and a container's locale may be plain ASCII.
+    code = (
+        "import sys; from pathlib import Path; from tinylora_jax.io.run_log import RunLog;"
+        "log = RunLog(Path(sys.argv[1]), {'a': chr(0xE9)}); log.samples(0, chr(0x1F600));"
+        "log.write_json('x.json', {'a': chr(0xE9)}); RunLog(Path(sys.argv[1]), {'a': chr(0xE9)})"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", code, str(log.workdir / "other")]
+    result = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (log.workdir / "other" / "samples" / "000000.txt").read_bytes() == "\U0001f600".encode()

@@ -1,0 +1,110 @@
+"""Log-probabilities of completions against log_softmax over everything."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylora_jax.training import completion_logprobs
+from tinylora_jax.training.logprobs import token_logprobs
+
+
+def plain(hidden, head, tokens, temperature):
+    table = jax.nn.log_softmax(hidden.astype(jnp.float32) @ head.astype(jnp.float32) / temperature)
+    return jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0], -jnp.sum(jnp.exp(table) * table, axis=-1)
+
+
+def case(dtype=jnp.float32, n=11, width=8, vocab=30):
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((n, width), (width, vocab)))
+    return (
+        hidden,
+        head,
+        jnp.asarray(rng.integers(0, vocab, n), jnp.int32),
+        jnp.asarray(rng.standard_normal(n), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [2048, 11, 4, 1])
+def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk):
+    hidden, head, tokens, cotangent = case()
+    ours = lambda h: token_logprobs(h, head, tokens, temperature, chunk)
+    theirs = lambda h: plain(h, head, tokens, temperature)
+    for got, expected in zip(ours(hidden), theirs(hidden), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    pull = lambda f: jax.grad(lambda h: jnp.sum(f(h)[0] * cotangent))(hidden)
+    np.testing.assert_allclose(pull(ours), pull(theirs), atol=1e-5)
+    # The differentiated forward pass is another code path than the plain one.
+    for got, expected in zip(jax.vjp(ours, hidden)[0], theirs(hidden), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_bfloat16_states_give_float32_logprobs_and_a_close_gradient():
+    hidden, head, tokens, cotangent = case(jnp.bfloat16)
+    logprob, entropy = token_logprobs(hidden, head, tokens, 1.0)
+    expected = plain(hidden, head, tokens, 1.0)
+    assert logprob.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(logprob, expected[0], atol=1e-4)
+    np.testing.assert_allclose(entropy, expected[1], atol=1e-4)
+    gradient = jax.grad(lambda h: jnp.sum(token_logprobs(h, head, tokens, 1.0)[0] * cotangent))(hidden)
+    wide = jax.grad(lambda h: jnp.sum(plain(h, head, tokens, 1.0)[0] * cotangent))(hidden.astype(jnp.float32))
+    assert gradient.dtype == jnp.bfloat16
+    assert np.linalg.norm(gradient.astype(jnp.float32) - wide) < 0.02 * np.linalg.norm(wide)
+
+
+def test_impossible_tokens_do_not_give_nan():
+    hidden, head = jnp.asarray([[100.0, 0.0]]), jnp.asarray([[1.0, -1.0], [0.0, 0.0]])
+    logprob, entropy = token_logprobs(hidden, head, jnp.asarray([1], jnp.int32), 1.0)
+    assert logprob[0] == pytest.approx(-200) and entropy[0] == pytest.approx(0, abs=1e-6)
+    gradient = jax.grad(lambda h: token_logprobs(h, head, jnp.asarray([1], jnp.int32), 1.0)[0].sum())(hidden)
+    np.testing.assert_allclose(gradient, [[-2.0, 0.0]], atol=1e-5)
+
+
+N, G, P, T = 3, 2, 5, 4
+LENGTHS = np.array([5, 2, 1])
+
+
+@pytest.fixture(scope="module")
+def rows(qwen2):
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, qwen2.config.vocab_size, (N, P)).astype(np.int32)
+    completions = rng.integers(0, qwen2.config.vocab_size, (N, G, T)).astype(np.int32)
+    return np.where(np.arange(P) < LENGTHS[:, None], prompts, 3), completions
+
+
+@partial(jax.jit, static_argnames=("config", "temperature", "remat"))
+def shared(config, policy, v, prompts, completions, coefficients, temperature, remat):
+    def value(v):
+        logprobs, entropy = completion_logprobs(
+            config, policy(v), prompts, jnp.asarray(LENGTHS, jnp.int32), completions, temperature, remat
+        )
+        return jnp.sum(logprobs * coefficients), (logprobs, entropy)
+
+    return jax.value_and_grad(value, has_aux=True)(v)
+
+
+def test_sharing_the_prompt_is_the_plain_forward_of_concatenated_rows(qwen2, policy, v, rows, full_logits):
+    temperature, remat = 0.7, True
+    prompts, completions = rows
+    coefficients = jnp.asarray(np.random.default_rng(1).standard_normal((N, G, T)), jnp.float32)
+    whole = np.zeros((N * G, P + T), np.int32)
+    for i in range(N):
+        for j in range(G):
+            whole[i * G + j, : LENGTHS[i] + T] = [*prompts[i, : LENGTHS[i]], *completions[i, j]]
+    at = np.repeat(LENGTHS, G)[:, None] - 1 + np.arange(T)
+
+    def value(v):
+        table = jax.nn.log_softmax(full_logits(qwen2.config, policy(v), jnp.asarray(whole)) / temperature)
+        table = table[jnp.arange(N * G)[:, None], at]
+        chosen = jnp.take_along_axis(table, completions.reshape(N * G, T, 1), axis=-1)[..., 0].reshape(N, G, T)
+        return jnp.sum(chosen * coefficients), (chosen, -jnp.sum(jnp.exp(table) * table, -1).reshape(N, G, T))
+
+    (_, expected), expected_gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(v)
+    (_, got), gradient = shared(qwen2.config, policy, v, prompts, completions, coefficients, temperature, remat)
+    np.testing.assert_allclose(got[0], expected[0], atol=5e-5)
+    np.testing.assert_allclose(got[1], expected[1], atol=5e-5)
+    assert np.abs(expected_gradient).min() > 1e-3
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
