@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def train(
         tell(f"continuing after step {int(state.step)} of {steps}")
     first, before = int(state.step), totals["wall_s"]
     log.start(first)
-    with tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
+    with closing(log), tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
         for index in range(first, steps):
             trainer.stop.check()
             prompts = next(data)
@@ -232,7 +233,6 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
         "generated_tokens_per_s": round(totals["tokens"] / totals["rollout_s"], 1),
     }
     log.write_json("summary.json", summary)
-    log.close()
     checkpoints.close()
     return summary
 

@@ -164,7 +164,7 @@ class StopAfter:
             raise Stopped(signal.SIGTERM)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stop():
     return StopAfter()
 
@@ -216,10 +216,12 @@ class Processes:
             "JAX_PLATFORMS": "cpu",
         }
 
-    def start(self, name, *flags, **options):
+    def start(self, name, *flags, file_kib=None):
         command = [sys.executable, "-m", f"experiments.{name}", f"--config={self.config_file}", *map(str, flags)]
+        if file_kib is not None:
+            command = ["bash", "-c", f'ulimit -f {file_kib} && exec "$@"', "bash", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=self.env, cwd=ROOT, **pipes, **options)
+        return subprocess.Popen(command, env=self.env, cwd=ROOT, **pipes)
 
     def run(self, name, *flags, **options):
         process = self.start(name, *flags, **options)

@@ -204,7 +204,7 @@ def test_targets_without_an_adapter(config, command_line, tmp_path):
 
 def test_a_workdir_below_a_file(config, command_line, tmp_path):
     (tmp_path / "file").write_text("")
-    fails(command_line(config, tmp_path / "file" / "run"), "cannot write to workdir .*file/run.*choose another --workdir")
+    fails(command_line(config, tmp_path / "file" / "run"), "cannot write to workdir .*file/run.*choose another")
 
 
 def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, monkeypatch, traces):
@@ -246,3 +246,19 @@ def test_a_checkpoint_that_cannot_be_written(config, command_line, finished, tmp
     monkeypatch.setattr(Checkpoints, "save", save)
     assert command_line(config, tmp_path / "run").code == 0
     assert traces(tmp_path / "run") == traces(finished.workdir)
+
+
+def test_no_space_left(processes, tmp_path):
+    # A limit on the size of files fails the growing ones (metrics, TensorBoard) as a full disk does.
+    limited = ("--config.max_steps=10", "--config.epochs=20", f"--workdir={tmp_path / 'run'}")
+    result = processes.run("grpo", *limited, file_kib=4)
+    assert result.code == 1, result.err
+    assert "Traceback" not in result.err and result.err.count("error: ") == 1, result.err
+    assert re.search(r"error: .*(File too large|No space left)", result.err), result.err
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert 1 < checkpoints.latest_step() < 10
+    checkpoints.close()
+    last = processes.run("grpo", *limited)
+    assert last.code == 0, last.err
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(10))

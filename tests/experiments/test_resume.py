@@ -10,21 +10,16 @@ import pytest
 
 from experiments import grpo
 
-LONGER = {"max_steps": 40, "epochs": 10}  # long enough to be killed in the middle
+LONGER = {"max_steps": 24, "epochs": 10}  # long enough to be killed in the middle
 
 
 @pytest.fixture(scope="module")
-def undisturbed(make_config, tmp_path_factory, traces):
+def undisturbed(make_config, tmp_path_factory, traces, stop):
     """The traces of the longer run."""
     config = make_config()
     config.update(LONGER)
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-
-    class Never:
-        def check(self):
-            pass
-
-    grpo.run(config, workdir, Never())
+    grpo.run(config, workdir, stop)
     return traces(workdir)
 
 
@@ -43,11 +38,11 @@ def kill_until_finished(processes, workdir, kills, seed):
     for _ in range(kills):
         checkpoints = workdir / "checkpoints"
         before = max((int(p.name) for p in checkpoints.glob("[0-9]*") if p.name.isdigit()), default=0)
-        more, pause = rng.randint(1, 8), rng.uniform(0, 0.05)
+        more, pause = rng.randint(1, 6), rng.uniform(0, 0.05)
         process = processes.start("grpo", *flags(workdir))
 
         def ready(before=before, more=more, process=process):
-            return num_lines(workdir) >= min(before + more, 40) or process.poll() is not None
+            return num_lines(workdir) >= min(before + more, LONGER["max_steps"]) or process.poll() is not None
 
         while not ready():
             time.sleep(0.002)
@@ -63,7 +58,7 @@ def kill_until_finished(processes, workdir, kills, seed):
 
 
 def test_kill_9_at_random_moments(processes, tmp_path, traces, undisturbed):
-    assert kill_until_finished(processes, tmp_path / "run", kills=3, seed=0) >= 2
+    assert kill_until_finished(processes, tmp_path / "run", kills=2, seed=0) >= 1
     assert traces(tmp_path / "run") == undisturbed
 
 
@@ -102,7 +97,7 @@ def test_sigterm_then_ctrl_c_then_the_end(processes, tmp_path, traces, undisturb
     assert interrupt.code == 130, interrupt.err
     assert f"stopped by SIGINT; the same command continues the run in {workdir}" in interrupt.out
     assert "Traceback" not in term.err + interrupt.err
-    assert f"continuing after step {done} of 40" in interrupt.err
+    assert f"continuing after step {done} of 24" in interrupt.err
     last = processes.run("grpo", *flags(workdir))
     assert last.code == 0, last.err
     assert traces(workdir) == undisturbed

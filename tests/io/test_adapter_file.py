@@ -225,7 +225,8 @@ def test_a_seed_that_is_no_integer(saved, seed):
 
 
 @pytest.mark.parametrize(
-    "rows", [None, 3, [], [[1.0]], [["a", "b"]], [[float("nan")] * 7], [[0.0] * 7], [[0.0] * 6 + [float("inf")]], {"a": 1}]
+    "rows",
+    [None, 3, [], [[1.0]], [["a", "b"]], [[float("nan")] * 7], [[0.0] * 7], [[0.0] * 6 + [float("inf")]], {"a": 1}],
 )
 def test_malformed_probes(saved, factors, rows):
     description = read_adapter(saved)[2]

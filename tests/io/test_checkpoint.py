@@ -157,6 +157,6 @@ def test_a_failed_write_leaves_the_step_before(checkpoints, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 2.*No space left.*earlier steps are"):
+    with pytest.raises(CheckpointError, match="the checkpoint of step 2.*No space left.*earlier steps are"):
         checkpoints.save(2, state(2), {})
     assert_same(checkpoints.restore(state())[0], state(1))

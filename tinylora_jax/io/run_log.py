@@ -148,4 +148,5 @@ class RunLog:
     def close(self) -> None:
         """Closes the TensorBoard file."""
         if self._board is not None:
-            self._board.close()
+            with self._writing():
+                self._board.close()

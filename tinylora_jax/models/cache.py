@@ -18,7 +18,7 @@ class KVCache:
     """Keys and values of every layer, one pair of arrays a layer so that XLA updates each in place.
 
     A query at position p attends to slots 0…p and to nothing else. Slots beyond a row's length may hold
-    anything: they are written before a query can see them. So right padding needs no mask of its own.
+    anything finite: they are written before a query can see them. So right padding needs no mask of its own.
 
     Attributes:
       keys: per layer `[rows, capacity, kv_heads, head_dim]`.

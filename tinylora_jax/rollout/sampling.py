@@ -86,11 +86,12 @@ def _truncate(scaled: Float[Array, "rows vocab"], sampling: Sampling) -> Float[A
     return scaled
 
 
-def _first_above(cumulative: Float[Array, "rows n"], target: Float[Array, " rows"]) -> Int[Array, " rows"]:
-    """Index of the first cumulative weight above `target`, never one of zero weight."""
-    last = cumulative[:, -1]
-    target = jnp.minimum(target, last * (1 - 2.0**-22))  # rounding must not run past the last nonzero weight
-    return jnp.argmax(cumulative > target[:, None], axis=-1)
+def _search(weights: Float[Array, "rows n"], target: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """Index of the first weight whose running sum exceeds `target`, never one of zero weight."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    # Rounding must not run past the last nonzero weight.
+    target = jnp.minimum(target, cumulative[:, -1] * (1 - 2.0**-22))
+    return jnp.argmax((cumulative > target[:, None]) & (weights > 0), axis=-1)
 
 
 def inverse_cdf(weights: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
@@ -101,12 +102,13 @@ def inverse_cdf(weights: Float[Array, "rows vocab"], uniform: Float[Array, " row
     """
     rows, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    cumulative = jnp.cumsum(blocks.sum(-1), axis=-1)
+    sums = blocks.sum(-1)
+    cumulative = jnp.cumsum(sums, axis=-1)
     target = uniform * cumulative[:, -1]
-    block = _first_above(cumulative, target)
+    block = _search(sums, target)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, block[:, None] - 1, axis=1)[:, 0], 0.0)
-    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return block * _BLOCK + _first_above(inside, target - before)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _search(inside, target - before)
 
 
 def sample(
