@@ -35,7 +35,7 @@ from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, make_pipeline
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
-from tinylora_jax.io.checkpoint import Checkpoints
+from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.run_log import RunLog
 from tinylora_jax.training import Batch, TrainState, group_advantages, init_state, make_grpo_step, score
 
@@ -87,7 +87,7 @@ class Trainer:
             shown = {name: metrics[name] for name in ("loss", "grad_norm", "v_norm")}
             raise TrainingError(
                 f"step {index} is not finite ({shown}); the state before it is kept. Lower"
-                " config.optimizer.learning_rate, or look at the completions in samples/"
+                " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
             )
         metrics |= _rollout_metrics(answers, self.config.samples)
         metrics |= {"rollout_s": answers.seconds, "update_s": time.perf_counter() - started}
@@ -160,6 +160,8 @@ def train(
     totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
     if checkpoints.latest_step() is not None:
         state, record = checkpoints.restore(state)
+        if not {"data", "totals"} <= record.keys():
+            raise CheckpointError(f"the checkpoint in {checkpoints.directory} has no data position; train anew")
         data.set_state(record["data"])
         totals = record["totals"]
         tell(f"continuing after step {int(state.step)} of {steps}")

@@ -47,9 +47,7 @@ def test_encode_keeps_id_question_and_answer():
 
 def test_long_prompts_are_named_or_dropped(caplog):
     questions = [Question(i, "x" * (i + 1), "1") for i in range(10)]
-    with pytest.raises(
-        DataError, match=r"7 of 10 prompts \(ids 3, 4, 5, 6, 7, ...\) .*max_prompt_tokens=3.*10 tokens"
-    ):
+    with pytest.raises(DataError, match=r"7 of 10 prompts \(ids 3, 4, 5, 6, 7, ...\) .*max_prompt_tokens=3.*10 tokens"):
         encode_prompts(questions, PLAIN, Letters(), 3)
     with caplog.at_level("WARNING", logger="absl"):
         assert [p.id for p in encode_prompts(questions, PLAIN, Letters(), 3, on_too_long="drop")] == [0, 1, 2]
@@ -141,9 +139,7 @@ def test_padding_is_on_the_right(count, length, width):
 
 
 def test_padding_refuses_what_does_not_fit():
-    with pytest.raises(
-        ValueError, match=r"2 of 4 prompts \(ids 20, 30\) do not fit length=2 \(longest: 4 tokens\)"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 4 prompts \(ids 20, 30\) do not fit length=2 \(longest: 4 tokens\)"):
         pad_prompts(make_prompts(4), 2)
     with pytest.raises(ValueError, match="empty batch"):
         pad_prompts([])

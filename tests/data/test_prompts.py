@@ -21,9 +21,7 @@ def make_tokenizer(chat_template=None):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", additional_special_tokens=specials[1:]
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", additional_special_tokens=specials[1:])
     fast.chat_template = chat_template
     return fast
 
@@ -33,8 +31,7 @@ def test_chat_template_is_used_with_one_beginning_token():
     ids = render(PromptTemplate("Be brief.", "Q: {question}"), "1 + 1?", tokenizer)
     assert ids.count(0) == 1 and ids[0] == 0
     assert tokenizer.decode(ids) == (
-        "<s><|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nQ: 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -50,9 +47,7 @@ def test_tokenizer_without_chat_template_gets_plain_text():
     assert tokenizer.decode(render(TEMPLATES["plain"], "1 + 1?", tokenizer)) == "<s>1 + 1?"
 
 
-@pytest.mark.parametrize(
-    "question", ["{x}", "{", "}}{{", "{question}", "{0.__class__}", "{{ bos_token }}", "%s \\1 é"]
-)
+@pytest.mark.parametrize("question", ["{x}", "{", "}}{{", "{question}", "{0.__class__}", "{{ bos_token }}", "%s \\1 é"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_questions_are_plain_text(question, name):
     tokenizer = make_tokenizer(CHAT_TEMPLATE)

@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CONFIG = '''
+CONFIG = """
 from experiments.configs import base
 
 def get_config():
@@ -56,11 +56,12 @@ def get_config():
     config.template, config.reward = "arithmetic", "tiny_rewards:even"
     config.max_prompt_tokens, config.max_new_tokens = 96, 6
     config.epochs, config.max_steps = 2, 5
-    config.batch_size, config.samples, config.eval_batch_size = 4, 2, 4
+    config.batch_size, config.samples = 4, 2
+    config.eval_batch_size, config.eval_samples = 4, 0
     config.grpo.micro_batch, config.grpo.remat = 2, False
     config.optimizer.learning_rate = 0.05
     return config
-'''
+"""
 
 
 def _write_tokenizer(folder):
@@ -252,7 +253,8 @@ def traces():
         pages = {path.name: path.read_text() for path in sorted((workdir / "samples").iterdir())}
         summary = json.loads((workdir / "summary.json").read_text())
         summary = {k: x for k, x in summary.items() if k not in ("wall_s", "generated_tokens_per_s")}
-        return {"v": (workdir / "adapter" / "vector.bin").read_bytes(), "rows": rows, "pages": pages, "summary": summary}
+        vector = (workdir / "adapter" / "vector.bin").read_bytes()
+        return {"v": vector, "rows": rows, "pages": pages, "summary": summary}
 
     return read
 

@@ -77,7 +77,7 @@ def test_a_value_out_of_range_is_named(config, field, value):
     problems = str(caught.value).splitlines()
     assert problems[0] == "the config has problems:" and len(problems) >= 2
     assert all(line.startswith("  config.") for line in problems[1:])
-    assert field.split(".")[0] in str(caught.value) and (field.split(".")[-1] in str(caught.value) or field == "targets")
+    assert field.split(".")[0] in str(caught.value) and field.split(".")[-1] in str(caught.value)
 
 
 def test_several_problems_at_once(config, command_line, tmp_path):
@@ -189,7 +189,7 @@ def test_a_reward_that_fails(config, command_line, tmp_path, name, pattern):
 
 def test_rank_above_the_smaller_side(config, command_line, tmp_path):
     config.adapter.rank = 33
-    fails(command_line(config, tmp_path / "run"), r"rank 33 exceeds the smaller side of 14 modules: layers/0/.*\(32, 32\)")
+    fails(command_line(config, tmp_path / "run"), r"rank 33 exceeds the smaller side of 14 modules: layers/0/")
 
 
 def test_targets_that_match_nothing(config, command_line, tmp_path):

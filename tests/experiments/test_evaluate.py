@@ -99,8 +99,9 @@ def test_command_line_writes_json_and_every_answer(finished, config, monkeypatch
     assert result == json.loads(output.read_text())
     assert result["model"] == "tiny" and result["adapter"] == values.adapter and result["questions"] == 6
     rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
-    assert len(rows) == 6
-    assert np.mean([row["strict"] for row in rows]) == pytest.approx(result["strict"], abs=1e-6)
+    assert [row["mode"] for row in rows] == ["greedy"] * 6 + ["sampled"] * 6  # the command samples at least once
+    for found, part in ((result, rows[:6]), (result["sampled"], rows[6:])):
+        assert np.mean([row["strict"] for row in part]) == pytest.approx(found["strict"], abs=1e-6)
     assert set(rows[0]) >= {"id", "question", "answer", "completion", "strict", "lenient", "tokens", "stopped"}
 
 

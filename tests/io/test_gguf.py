@@ -252,9 +252,7 @@ def test_q_and_k_come_back_in_hugging_face_order(family, tmp_path):
     model = load_gguf(_write(tmp_path / "m.gguf", family, file))
     attention = build_tree(model.config, model.tensors, np.float32)["layers"][0]["self_attn"]
     for part, heads in (("q", HEADS), ("k", KV_HEADS)):
-        np.testing.assert_array_equal(
-            attention[f"{part}_proj"]["kernel"].T, stored[f"blk.0.attn_{part}.weight"]
-        )
+        np.testing.assert_array_equal(attention[f"{part}_proj"]["kernel"].T, stored[f"blk.0.attn_{part}.weight"])
         if family == "llama":
             np.testing.assert_array_equal(attention[f"{part}_proj"]["bias"], np.arange(heads * HEAD_DIM))
     assert ("q_norm" in attention) == (family == "qwen3")
@@ -276,9 +274,7 @@ def test_llama3_scaling_is_recognized(tmp_path):
     model = load_gguf(_write(tmp_path / "m.gguf", tensors=tensors))
     assert (model.config.rope.kind, model.config.rope.factor) == ("llama3", 32.0)
     oracle = LlamaRotaryEmbedding(
-        transformers.LlamaConfig(
-            head_dim=HEAD_DIM, max_position_embeddings=CONTEXT, rope_parameters=dict(LLAMA3)
-        )
+        transformers.LlamaConfig(head_dim=HEAD_DIM, max_position_embeddings=CONTEXT, rope_parameters=dict(LLAMA3))
     )
     inverse, _ = frequencies(model.config.rope, HEAD_DIM)
     np.testing.assert_allclose(inverse, oracle.inv_freq.numpy(), rtol=2e-6)
@@ -296,9 +292,7 @@ def test_other_frequency_divisors_are_refused(change, tmp_path):
 
 def test_rope_scaling_metadata(tmp_path):
     keys = {"type": "linear", "factor": 2.0}
-    linear = _write(
-        tmp_path / "l.gguf", **{f"llama.rope.scaling.{key}": value for key, value in keys.items()}
-    )
+    linear = _write(tmp_path / "l.gguf", **{f"llama.rope.scaling.{key}": value for key, value in keys.items()})
     rope = load_gguf(linear).config.rope
     assert (rope.kind, rope.factor) == ("linear", 2.0)
     keys = {"type": "yarn", "factor": 4.0, "original_context_length": 32_768}

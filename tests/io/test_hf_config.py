@@ -131,9 +131,7 @@ def test_defaults_are_those_of_transformers(family):
     assert ours.rope == Rope(theta=10_000.0)
 
 
-@pytest.mark.parametrize(
-    "config", [QWEN25_MATH, QWEN3, LLAMA32, SMOLLM2], ids=["qwen2.5", "qwen3", "llama", "smollm2"]
-)
+@pytest.mark.parametrize("config", [QWEN25_MATH, QWEN3, LLAMA32, SMOLLM2], ids=["qwen2.5", "qwen3", "llama", "smollm2"])
 def test_published_configs_agree_with_transformers(config):
     theirs = CLASSES[config["model_type"]](**{k: v for k, v in config.items() if k != "model_type"})
     for form in (config, theirs.to_dict()):  # as published, and as transformers 5 writes it again
@@ -164,9 +162,7 @@ def test_rope_scalings_agree_with_transformers(rope, style):
     config = {"rope_scaling": rope, **theta} if style == "rope_scaling" else {"rope_parameters": rope | theta}
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 65_536}
     # transformers fills the dict that it is given
-    theirs = transformers.LlamaConfig(
-        **sizes, **{k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
-    )
+    theirs = transformers.LlamaConfig(**sizes, **{k: dict(v) if isinstance(v, dict) else v for k, v in config.items()})
     ours = parse_config({"model_type": "llama", **sizes, **config})
     assert ours.rope.theta == 50_000.0
     _same_rope(ours, theirs)
@@ -228,9 +224,7 @@ def test_names_all_problems_at_once():
     }
     with pytest.raises(ValueError) as error:
         parse_config({"model_type": "llama", **bad})
-    assert all(
-        name in str(error.value) for name in ("hidden_act", "mlp_bias", "novelty", "hidden_size", "dynamic")
-    )
+    assert all(name in str(error.value) for name in ("hidden_act", "mlp_bias", "novelty", "hidden_size", "dynamic"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

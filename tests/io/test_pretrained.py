@@ -124,9 +124,7 @@ def test_code_in_the_repository_does_not_run(folder):
     path = folder / "tokenizer_config.json"
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     auto_map = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map, "tokenizer_class": "Evil"})
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map, "tokenizer_class": "Evil"}))
     try:
         load_pretrained(str(folder))
     except ValueError as error:

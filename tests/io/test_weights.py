@@ -228,9 +228,7 @@ def test_fetch_takes_only_data_files(monkeypatch, tmp_path):
     )
     assert fetch_folder("someone/model") == tmp_path
     assert asked["source"] == "someone/model"
-    assert not any(
-        "bin" in pattern or pattern.endswith((".py", ".pt", "*")) for pattern in asked["allow_patterns"]
-    )
+    assert not any("bin" in pattern or pattern.endswith((".py", ".pt", "*")) for pattern in asked["allow_patterns"])
 
 
 @pytest.mark.parametrize("value, expected", [(2, (2,)), ([3, 4], (3, 4)), (None, ())])

@@ -138,6 +138,7 @@ def demo_run():
     return config, specs, task, load_prompts(config, specs.train_data, task)
 
 
+@pytest.mark.slow
 def test_rollout_logprobs_are_the_trainers(demo_run):
     config, _, task, prompts = demo_run
     assert task.policy.factors.num_params == 13
@@ -164,6 +165,7 @@ def test_rollout_logprobs_are_the_trainers(demo_run):
     assert at_zero > 1e-2, "v matters, so the agreement says something"
 
 
+@pytest.mark.slow
 def test_one_grpo_step_of_the_demo(demo_run):
     config, specs, task, prompts = demo_run
     trainer = Trainer(config, specs, task, prompts, 2, Never())

@@ -146,6 +146,4 @@ def test_rewards_import_only_the_standard_library():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert (
-                    name.startswith("tinylora_jax.rewards") or name.split(".")[0] in sys.stdlib_module_names
-                )
+                assert name.startswith("tinylora_jax.rewards") or name.split(".")[0] in sys.stdlib_module_names

@@ -146,7 +146,8 @@ class RunLog:
             raise WorkdirError(f"{path} is damaged ({error}); delete it and run again") from error
 
     def close(self) -> None:
-        """Closes the TensorBoard file."""
-        if self._board is not None:
+        """Closes the TensorBoard file; closing again does nothing."""
+        board, self._board = self._board, None
+        if board is not None:
             with self._writing():
-                self._board.close()
+                board.close()

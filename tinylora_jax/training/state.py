@@ -61,8 +61,9 @@ class Optimizer:
                 f"Optimizer: warmup_updates={self.warmup_updates} must be between 0 and"
                 f" total_updates={self.total_updates}"
             )
-        if not 0 <= self.max_grad_norm < math.inf:
-            raise ValueError(f"Optimizer: max_grad_norm must be finite and >= 0, got {self.max_grad_norm}")
+        for name, bound in (("weight_decay", math.inf), ("max_grad_norm", math.inf), ("b1", 1.0), ("b2", 1.0)):
+            if not 0 <= getattr(self, name) < bound:
+                raise ValueError(f"Optimizer: {name} must be >= 0 and below {bound}, got {getattr(self, name)}")
 
     def learning_rates(self) -> optax.Schedule:
         """The learning rate as a function of the update's index."""
