@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app
 from tqdm import tqdm
@@ -23,15 +24,24 @@ def tell(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def fail(problem: str) -> NoReturn:
+    """Ends the program with one message."""
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(1)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-    """What `app.run` parses the command line with: a field that the config lacks is one message here."""
+    """What `app.run` parses the command line with: what is wrong with it is one message here."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage(argv)
+        if len(rest) > 1:
+            fail(f"arguments {rest[1:]} mean nothing; a config field is written --config.field=value")
+        return rest
+    except (SyntaxError, ImportError) as error:
+        fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
     except (AttributeError, KeyError) as error:  # ml_collections lets these through
         given = ", ".join(arg for arg in argv if arg.startswith("--config."))
-        problem = f"the config has no field {error.args[0]} ({given}); see experiments/configs/base.py"
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(1) from error
+        fail(f"the config has no field {error.args[0]} ({given}); see experiments/configs/base.py")
 
 
 @contextmanager

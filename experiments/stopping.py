@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from experiments.cli import tell
+
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C asked the run to stop; everything worth keeping is on disk."""
@@ -24,6 +26,7 @@ class StopRequests:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        tell("stopping when this phase of the step is done; again to kill (nothing saved is lost)")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

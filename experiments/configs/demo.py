@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU, 13 numbers in 20 steps.
+"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU, 13 numbers in 16 steps.
 
     python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
 
@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     config.eval_data.limit = 256
     config.template = "arithmetic"
     config.max_prompt_tokens = 64
-    config.max_steps = 20
+    config.max_steps = 16
     config.batch_size, config.samples = 16, 8
-    config.max_new_tokens = 20
+    config.max_new_tokens = 18
     config.grpo.micro_batch, config.grpo.remat = 4, False
     config.optimizer.learning_rate = 1.2e-2
     config.eval_batch_size = 128

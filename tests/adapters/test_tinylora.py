@@ -349,3 +349,33 @@ def test_the_backward_pass_multiplies_bfloat16_by_bfloat16():
     np.testing.assert_allclose(dv[0, 0], 2 * (y * (wide @ D)).sum(), rtol=0.01)
     expected = 2 * y @ (W + 0.5 * D).T
     assert np.linalg.norm(np.asarray(dx, np.float64) - expected) < 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("transform", [apply, merge])
+def test_another_tree_is_refused(transform):
+    W = jnp.asarray(np.random.default_rng(0).standard_normal((6, 10)), jnp.float32)
+    factors = factorize({"q": W}, TinyLoRA(targets=("q",)))
+    v = init(factors)
+    with pytest.raises(ValueError, match=r"q has \[layers, out, in\] = \[1, 6, 10\], expected \[1, 10, 6\]"):
+        transform({"q": W.T}, factors, v)  # of equal size: a reshape would fit it
+    with pytest.raises(ValueError, match="q is missing"):
+        transform({"z": W}, factors, v)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(bad):
+    W = np.ones((2, 6, 10), np.float32)
+    W[1, 2, 3] = bad
+    with pytest.raises(ValueError, match=r"1 weights are not finite: q\[1\]"):
+        factorize({"q": jnp.asarray(W)}, TinyLoRA(targets=(Target("q", "layer in out"),)))
+
+
+def test_only_floats_are_adapted():
+    with pytest.raises(ValueError, match=r"float type can be adapted, got q \(int8\)"):
+        factorize({"q": jnp.ones((6, 10), jnp.int8)}, TinyLoRA(targets=("q",)))
+
+
+@pytest.mark.parametrize("wrong", [{"targets": "q_proj"}, {"seed": -1}, {"seed": 1.5}, {"u": 10**12}])
+def test_specs_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TinyLoRA(**wrong)

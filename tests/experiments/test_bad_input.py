@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import grpo
-from experiments.setup import ConfigError, load_prompts, load_task, parse
-from tinylora_jax.data import DataError
+from experiments.setup import ConfigError, load_task, make_prompts, parse
+from tinylora_jax.data import DataError, load_questions
 from tinylora_jax.io import pretrained
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 
@@ -154,10 +154,17 @@ def test_prompts_too_long(config, command_line, tmp_path, capsys):
     fails(command_line(config, tmp_path / "run"), pattern)
     config.on_too_long = "drop"
     task = load_task(config, parse(config))
-    assert [prompt.id for prompt in load_prompts(config, parse(config).train_data, task)] == [0, 1, 2, 4, 6, 7]
+    assert [prompt.id for prompt in make_prompts(config, load_questions(parse(config).train_data), task)] == [
+        0,
+        1,
+        2,
+        4,
+        6,
+        7,
+    ]
     config.max_prompt_tokens = 3
     with pytest.raises(DataError, match="no prompt is left"):
-        load_prompts(config, parse(config).train_data, task)
+        make_prompts(config, load_questions(parse(config).train_data), task)
 
 
 def test_prompts_and_completions_beyond_the_model(config, command_line, tmp_path):
@@ -262,3 +269,22 @@ def test_no_space_left(processes, tmp_path):
     assert last.code == 0, last.err
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(10))
+
+
+def test_arguments_that_mean_nothing_are_refused(processes, tmp_path):
+    forgotten = processes.run("grpo", f"--workdir={tmp_path / 'run'}", "config.adapter.u=4")
+    assert forgotten.code == 1 and "config.adapter.u=4" in forgotten.err and "--config.field=value" in forgotten.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_workdir_is_refused(processes, tmp_path):
+    empty = processes.run("grpo", "--workdir=")
+    assert empty.code == 1 and empty.err == "error: --workdir is empty; name a folder for the run\n"
+
+
+def test_a_failed_start_leaves_the_workdir_free(config, command_line, tmp_path):
+    source = config.train_data.source
+    config.train_data.source = str(tmp_path / "nope.jsonl")
+    assert command_line(config, tmp_path / "run").code == 1
+    config.train_data.source = source
+    assert command_line(config, tmp_path / "run").code == 0

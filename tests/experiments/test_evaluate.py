@@ -12,8 +12,9 @@ from tiny_rewards import even
 from experiments import evaluate as cli
 from experiments.answering import answer, step_key
 from experiments.evaluate import evaluate
-from experiments.setup import load_prompts, load_task, parse
+from experiments.setup import load_task, make_prompts, parse
 from tinylora_jax.adapters import TinyLoRA, factorize, init
+from tinylora_jax.data import load_questions
 from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
 from tinylora_jax.rollout import Sampling
 
@@ -27,7 +28,7 @@ def task(make_config):
 @pytest.fixture(scope="module")
 def prompts(make_config, task):
     config = make_config()
-    return load_prompts(config, parse(config).eval_data, task)
+    return make_prompts(config, load_questions(parse(config).eval_data), task)
 
 
 @pytest.fixture

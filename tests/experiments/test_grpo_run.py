@@ -10,7 +10,8 @@ import pytest
 
 from experiments import grpo
 from experiments.answering import answer, padded_width, step_key
-from experiments.setup import load_prompts, load_task, parse
+from experiments.setup import load_task, make_prompts, parse
+from tinylora_jax.data import load_questions
 from tinylora_jax.io.adapter_file import read_adapter
 from tinylora_jax.io.checkpoint import Checkpoints
 
@@ -161,7 +162,7 @@ def test_noise_differs_between_steps(config, stop, tmp_path, monkeypatch):
 
 def test_the_vector_reaches_the_rollout(config, task):
     # A stack whose rollout engine misses an adapter update trains on stale samples without noticing (verl#7495).
-    prompts = load_prompts(config, parse(config).train_data, task)[:4]
+    prompts = make_prompts(config, load_questions(parse(config).train_data), task)[:4]
     key, width = step_key(0, "train", 0), padded_width(prompts)
     zero = jnp.zeros((4, 2))
     v = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2)), jnp.float32)

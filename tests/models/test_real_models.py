@@ -16,8 +16,8 @@ import transformers
 from experiments.answering import padded_width, step_key
 from experiments.configs import demo
 from experiments.grpo import Trainer
-from experiments.setup import load_prompts, load_task, parse
-from tinylora_jax.data import get_template, pad_prompts, render
+from experiments.setup import load_task, make_prompts, parse
+from tinylora_jax.data import get_template, load_questions, pad_prompts, render
 from tinylora_jax.io import pretrained
 from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
@@ -135,7 +135,7 @@ def demo_run():
     specs = parse(config)
     del sys.modules["length_reward"]
     task = load_task(config, specs)
-    return config, specs, task, load_prompts(config, specs.train_data, task)
+    return config, specs, task, make_prompts(config, load_questions(specs.train_data), task)
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ LINEAR_MAPS = tuple(
 )
 """The seven linear maps of a block, the paper's choice of modules."""
 
+_MAX_PROJECTION = 2**20  # numbers of one module's P; beyond r² a module's P only repeats directions
+
 
 @dataclass(frozen=True)
 class TinyLoRA:
@@ -59,10 +61,14 @@ class TinyLoRA:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"TinyLoRA needs {name} >= 1, got {value!r}")
+        if self.u * self.rank**2 > _MAX_PROJECTION:
+            raise ValueError(f"TinyLoRA u={self.u} at rank {self.rank}: u · rank² must be at most {_MAX_PROJECTION}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"TinyLoRA needs an integer seed >= 0, got {self.seed!r}")
         if self.tying not in ("tiled", "structured"):
             raise ValueError(f"TinyLoRA tying {self.tying!r}: expected 'tiled' or 'structured'")
-        if not self.targets:
-            raise ValueError("TinyLoRA needs at least one target")
+        if not self.targets or isinstance(self.targets, str):
+            raise ValueError(f"TinyLoRA targets {self.targets!r}: expected a tuple of patterns or Targets, not empty")
         object.__setattr__(self, "targets", tuple(t if isinstance(t, Target) else Target(t) for t in self.targets))
 
 
@@ -120,7 +126,8 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
       The factors, on the default device.
 
     Raises:
-      ValueError: a target matches nothing, or the rank exceeds a matrix's smaller side (each is named).
+      ValueError: a target matches nothing, the rank exceeds a matrix's smaller side, or a weight is not of a
+        float type or not finite (each is named).
     """
     modules = select(params, spec.targets)
     small = [f"{m.name} {m.shape}" for m in modules if spec.rank > min(m.shape)]
@@ -129,12 +136,16 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
             f"rank {spec.rank} exceeds the smaller side of {len(small)} modules: {', '.join(small[:5])};"
             " lower the rank or narrow the targets"
         )
+    _check_floats(params, modules)
     groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
     found: dict[Module, SVD] = {}
     for batch, W in _batches(params, modules, max_batch_bytes):
         svd = truncated_svd(W, spec.rank, method)
         for i, module in enumerate(batch):
             found[module] = SVD(*(part[i] for part in svd))
+    broken = [module.name for module in modules if not np.isfinite(found[module].S).all()]
+    if broken:
+        raise ValueError(f"{len(broken)} weights are not finite: {', '.join(broken[:5])}; load the model again")
     by_path: dict[str, list[Module]] = {}
     for module in modules:
         by_path.setdefault(module.path, []).append(module)
@@ -144,6 +155,35 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
         P = jnp.asarray(np.stack([projection(spec.seed, m.name, spec.u, spec.rank) for m in members]))
         leaves[path] = LeafFactors(U, S, V, P, tuple(groups[m] for m in members), members[0].target)
     return Factors(leaves, spec)
+
+
+def _check_floats(params: Any, modules: Sequence[Module]) -> None:
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    wrong = sorted({f"{m.path} ({leaves[m.path].dtype})" for m in modules if not _is_float(leaves[m.path])})
+    if wrong:
+        raise ValueError(f"only weights of a float type can be adapted, got {', '.join(wrong[:5])}")
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _check_tree(params: Any, factors: Factors) -> None:
+    """Refuses a tree other than the factorized one: a reshaped update would fit any weight of equal size."""
+    shapes = {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    problems = []
+    for path, leaf in factors.leaves.items():
+        if path not in shapes:
+            problems.append(f"{path} is missing")
+        elif len(shapes[path]) != len(leaf.target.layout.split()):
+            problems.append(f"{path} has shape {shapes[path]}, but its layout is {leaf.target.layout!r}")
+        else:
+            sizes = [math.prod(shapes[path][axis] for axis in leaf.target.axes(w)) for w in ("layer", "out", "in")]
+            expected = [len(leaf.groups), leaf.U.shape[-2], leaf.V.shape[-2]]
+            if sizes != expected:
+                problems.append(f"{path} has [layers, out, in] = {sizes}, expected {expected}")
+    if problems:
+        raise ValueError("this is not the tree that was factorized:\n  " + "\n  ".join(problems[:20]))
 
 
 def _batches(params: Any, modules: Sequence[Module], max_bytes: int) -> Iterator[tuple[list[Module], jax.Array]]:
@@ -201,9 +241,11 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
       The same tree; forward code multiplies through `matmul`.
 
     Raises:
-      ValueError: the shape of `v` does not fit, or a kernel's layout is not `layer… in… out…` (merge those).
+      ValueError: the tree is not the one that was factorized, the shape of `v` does not fit, or a kernel's
+        layout is not `layer… in… out…` (merge those).
     """
     _check_vector(factors, v, (2, 3))
+    _check_tree(params, factors)
 
     def wrap(path, leaf):
         name = path_string(path)
@@ -221,6 +263,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
 
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
     """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype."""
+    _check_tree(params, factors)
     updates = delta(factors, v)
 
     def add(path, leaf):

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
+import jinja2
+
+from tinylora_jax.data.sources import DataError
+
 _SLOT = "{question}"
 
 
@@ -96,7 +100,10 @@ def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> lis
     messages.append({"role": "user", "content": template.user.replace(_SLOT, question)})
     if tokenizer.chat_template is None:
         return _ids(tokenizer.encode("\n\n".join(filter(None, (m["content"] for m in messages)))))
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise DataError(f"the model's chat template cannot render a prompt ({error}); mend or remove it") from error
     # Chat templates write the beginning-of-sequence token themselves (Llama's does).
     return _ids(tokenizer.encode(text, add_special_tokens=False))
 

@@ -48,32 +48,39 @@ class RunLog:
     Args:
       workdir: created if absent.
       config: JSON-serializable settings of the run.
+      claim: whether to write the config at once. A caller that may still fail before anything is trained calls
+        `claim` later, so that a corrected config finds the folder free.
 
     Raises:
       WorkdirError: the folder was made by another config (the fields are named), or cannot be written.
     """
 
-    def __init__(self, workdir: Path, config: Mapping[str, Any]):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, config: Mapping[str, Any], claim: bool = True):
+        self.workdir, self._config = workdir, json.loads(json.dumps(config))
         try:
             (workdir / "samples").mkdir(parents=True, exist_ok=True)
-            self._claim(json.loads(json.dumps(config)))
+            if (workdir / "config.json").exists():
+                self._compare()
+            elif claim:
+                self.claim()
         except OSError as error:
             raise WorkdirError(f"cannot write to workdir {workdir}: {error}; choose another --workdir") from error
         self._board: EventsWriter | None = None
 
-    def _claim(self, config: dict[str, Any]) -> None:
+    def claim(self) -> None:
+        """Makes the folder this config's own."""
+        with self._writing():
+            write_atomically(self.workdir / "config.json", json.dumps(self._config, indent=1) + "\n")
+
+    def _compare(self) -> None:
         path = self.workdir / "config.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(config, indent=1) + "\n")
-            return
         try:
             before = json.loads(path.read_bytes())
             if not isinstance(before, dict):
                 raise ValueError("not a JSON object")
         except ValueError as error:
             raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir or remove this one") from error
-        before, now, missing = _flat(before), _flat(config), object()
+        before, now, missing = _flat(before), _flat(self._config), object()
         differ = [
             f"config.{name}: {before.get(name, '(absent)')!r} there, {now.get(name, '(absent)')!r} now"
             for name in sorted(before.keys() | now.keys())

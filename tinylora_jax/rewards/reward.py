@@ -40,7 +40,7 @@ class Grade:
     def __post_init__(self):
         if not (_is_finite(self.strict) and _is_finite(self.lenient)):
             got = f"strict={_shown(self.strict)}, lenient={_shown(self.lenient)}"
-            raise RewardError(f"a grade needs finite numbers, got {got}")
+            raise RewardError(f"a grade needs finite numbers of at most 1e6 in size, got {got}")
 
 
 Reward: TypeAlias = Callable[[str, str, str], Grade]
@@ -109,7 +109,7 @@ class UserReward:
         if isinstance(value, Grade):
             return value
         if not _is_finite(value):
-            advice = "return a finite float, or a tinylora_jax.rewards.Grade"
+            advice = "return a finite float of at most 1e6 in size, or a tinylora_jax.rewards.Grade"
             raise RewardError(f"reward {self.name} returned {_shown(value)} on question {asked!r}; {advice}")
         return Grade(float(value), float(value))
 
@@ -189,9 +189,12 @@ def _grade(formatted: str | None, completion: str, gold: str) -> Grade:
     return Grade(0.0, float(is_equal(last, gold)), last if formatted is None else formatted)
 
 
+_LARGEST = 1e6  # squares of rewards must stay finite in float32
+
+
 def _is_finite(value: object) -> bool:
     try:
-        return isinstance(value, Real) and math.isfinite(value)
+        return isinstance(value, Real) and math.isfinite(value) and abs(value) <= _LARGEST
     except OverflowError:  # an integer or a fraction beyond the largest float
         return False
 
