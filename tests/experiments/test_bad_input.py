@@ -144,7 +144,7 @@ def test_data_package_missing(config, command_line, tmp_path, monkeypatch):
 
 def test_batch_larger_than_the_data(config, command_line, tmp_path):
     config.batch_size = 20
-    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 is more than the 16 prompts there are")
+    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 is more than the 16 prompts; lower it")
 
 
 def test_prompts_too_long(config, command_line, tmp_path, capsys):
