@@ -143,7 +143,9 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
         svd = truncated_svd(W, spec.rank, method)
         for i, module in enumerate(batch):
             found[module] = SVD(*(part[i] for part in svd))
-    broken = [module.name for module in modules if not np.isfinite(found[module].S).all()]
+    # Inside a jitted function the values are not known yet, and the check is the caller's.
+    known = [module for module in modules if not isinstance(found[module].S, jax.core.Tracer)]
+    broken = [module.name for module in known if not np.isfinite(found[module].S).all()]
     if broken:
         raise ValueError(f"{len(broken)} weights are not finite: {', '.join(broken[:5])}; load the model again")
     by_path: dict[str, list[Module]] = {}
