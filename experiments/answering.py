@@ -99,11 +99,6 @@ def answer(
     return Answers(arrays, completions, texts, grade_batch(task.reward, texts, asked), seconds)
 
 
-def padded_width(prompts: Sequence[Prompt], multiple: int = 16) -> int:
-    """The one width to which all batches of a set of prompts are padded."""
-    return -(-max(len(prompt.tokens) for prompt in prompts) // multiple) * multiple
-
-
 def grades_of(answers: Answers, which: str) -> np.ndarray:
     """One grade of every completion, `strict` or `lenient`, as float32."""
     return np.array([getattr(grade, which) for grade in answers.grades], np.float32)

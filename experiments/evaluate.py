@@ -20,11 +20,11 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.answering import Answers, answer, padded_width, step_key
+from experiments.answering import Answers, answer, step_key
 from experiments.cli import fail, parse_flags, reporting_errors
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
-from tinylora_jax.data import Prompt, load_questions
+from tinylora_jax.data import Prompt, load_questions, padded_width
 from tinylora_jax.io.adapter_file import AdapterError, check_factors, read_adapter
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.rollout import Sampling

@@ -27,13 +27,13 @@ from grain import DatasetIterator
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.answering import Answers, answer, grades_of, padded_width, step_key
+from experiments.answering import Answers, answer, grades_of, step_key
 from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell
 from experiments.evaluate import evaluate
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import init
-from tinylora_jax.data import Prompt, load_questions, make_pipeline
+from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.run_log import RunLog

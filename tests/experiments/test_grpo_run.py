@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import grpo
-from experiments.answering import answer, padded_width, step_key
+from experiments.answering import answer, step_key
 from experiments.setup import load_task, make_prompts, parse
-from tinylora_jax.data import load_questions
+from tinylora_jax.data import load_questions, padded_width
 from tinylora_jax.io.adapter_file import read_adapter
 from tinylora_jax.io.checkpoint import Checkpoints
 

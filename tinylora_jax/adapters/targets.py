@@ -77,6 +77,11 @@ def path_string(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their `path_string`, in the tree's order."""
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which layer 2 comes before layer 10, whatever the container's own order."""
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("/"))
@@ -98,7 +103,7 @@ def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
     Raises:
       ValueError: a target matches nothing, or a leaf's rank does not fit its target's layout.
     """
-    leaves = {path_string(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = leaves_by_path(params)
     found: list[tuple[tuple, Module]] = []
     matched: set[str] = set()
     problems: list[str] = []

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.svd import SVD, truncated_svd
-from tinylora_jax.adapters.targets import Module, Target, path_string, select, tie_groups
+from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, path_string, select, tie_groups
 
 LINEAR_MAPS = tuple(
     rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -160,7 +160,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
 
 
 def _check_floats(params: Any, modules: Sequence[Module]) -> None:
-    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves = leaves_by_path(params)
     wrong = sorted({f"{m.path} ({leaves[m.path].dtype})" for m in modules if not _is_float(leaves[m.path])})
     if wrong:
         raise ValueError(f"only weights of a float type can be adapted, got {', '.join(wrong[:5])}")
@@ -172,7 +172,7 @@ def _is_float(leaf: jax.Array) -> bool:
 
 def _check_tree(params: Any, factors: Factors) -> None:
     """Refuses a tree other than the factorized one: a reshaped update would fit any weight of equal size."""
-    shapes = {path_string(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    shapes = {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
     problems = []
     for path, leaf in factors.leaves.items():
         if path not in shapes:
@@ -190,7 +190,7 @@ def _check_tree(params: Any, factors: Factors) -> None:
 
 def _batches(params: Any, modules: Sequence[Module], max_bytes: int) -> Iterator[tuple[list[Module], jax.Array]]:
     """Groups modules of equal shape into bounded batches of weights oriented `[out, in]`."""
-    by_path = {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    by_path = leaves_by_path(params)
     by_shape: dict[tuple[int, int], list[Module]] = {}
     for module in modules:
         by_shape.setdefault(module.shape, []).append(module)

@@ -6,6 +6,7 @@ from tinylora_jax.data.pipeline import (
     encode_prompts,
     make_pipeline,
     pad_prompts,
+    padded_width,
 )
 from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, render
 from tinylora_jax.data.questions import DataSpec, Question, load_questions
@@ -24,5 +25,6 @@ __all__ = [
     "load_questions",
     "make_pipeline",
     "pad_prompts",
+    "padded_width",
     "render",
 ]

@@ -131,6 +131,11 @@ def make_pipeline(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
+def padded_width(prompts: Sequence[Prompt]) -> int:
+    """The longest prompt's length rounded up to a multiple of 16: one width for all batches of a set."""
+    return -(-max(len(prompt.tokens) for prompt in prompts) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
 def pad_prompts(prompts: Sequence[Prompt], length: int | None = None, pad_id: int = 0) -> PromptArrays:
     """Pads prompts on the right into arrays.
 
@@ -153,7 +158,7 @@ def pad_prompts(prompts: Sequence[Prompt], length: int | None = None, pad_id: in
         raise ValueError("cannot pad an empty batch of prompts")
     lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
     if length is None:
-        length = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        length = padded_width(prompts)
     if lengths.max() > length:
         long = [prompt.id for prompt in prompts if len(prompt.tokens) > length]
         raise ValueError(f"{_some(long, len(prompts))} do not fit length={length} (longest: {lengths.max()} tokens)")
