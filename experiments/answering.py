@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from tinylora_jax.rewards import Grade, grade_batch
 from tinylora_jax.rollout import Completions, Sampling, generate
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "samples"))
+@partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
 def _rollout(
     config: ModelConfig,
     policy: Policy,
@@ -29,17 +28,9 @@ def _rollout(
     key: jax.Array,
     sampling: Sampling,
     samples: int,
+    slots: int,
 ) -> Completions:
-    return generate(config, policy(v), *prompts, key, sampling, samples)
-
-
-class HostCompletions(NamedTuple):
-    """`Completions` as NumPy arrays."""
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    lengths: np.ndarray
-    stopped: np.ndarray
+    return generate(config, policy(v), *prompts, key, sampling, samples, slots)
 
 
 @dataclass(frozen=True)
@@ -48,14 +39,14 @@ class Answers:
 
     Attributes:
       arrays: the padded prompts.
-      completions: what was generated.
+      completions: what was generated, as NumPy arrays.
       texts: decoded without special tokens.
       grades: one per completion.
       seconds: spent generating.
     """
 
     arrays: PromptArrays
-    completions: HostCompletions
+    completions: Completions
     texts: tuple[str, ...]
     grades: tuple[Grade, ...]
     seconds: float
@@ -88,8 +79,7 @@ def answer(
     """
     arrays = pad_prompts(prompts, width)
     started = time.perf_counter()
-    drawn = _rollout(task.model, task.policy, v, arrays, key, sampling, samples)
-    completions = HostCompletions(*jax.device_get(jax.tree.leaves(drawn)))
+    completions = jax.device_get(_rollout(task.model, task.policy, v, arrays, key, sampling, samples, task.slots))
     seconds = time.perf_counter() - started
     texts = tuple(
         task.tokenizer.decode(row[:length], skip_special_tokens=True)

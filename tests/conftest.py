@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
@@ -18,16 +19,33 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tinylora_jax import AdaptedKernel, Factors, Policy, TinyLoRA, factorize  # noqa: E402
+from tinylora_jax.adapters import FusedKernel  # noqa: E402
 from tinylora_jax.adapters.tinylora import LeafFactors  # noqa: E402
-from tinylora_jax.models import KVCache, ModelConfig, Rope, forward, init_params, logits  # noqa: E402
+from tinylora_jax.models import KVCache, ModelConfig, Packing, Rope, forward, init_params, logits  # noqa: E402
 from tinylora_jax.rollout import Completions  # noqa: E402
-from tinylora_jax.training import Batch, TrainState  # noqa: E402
+from tinylora_jax.training import Batch, Streams, TrainState  # noqa: E402
 
+generate_module = importlib.import_module("tinylora_jax.rollout.generate")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The type-checking hook also checks the fields of dataclasses. But JAX rebuilds pytrees with whatever a
 # transformation puts in them (shapes, shardings, what `lower` reports), and so may tests.
-for _pytree in (AdaptedKernel, Batch, Completions, Factors, KVCache, LeafFactors, Policy, TrainState):
+for _pytree in (
+    *(
+        AdaptedKernel,
+        FusedKernel,
+        Batch,
+        Completions,
+        Factors,
+        KVCache,
+        LeafFactors,
+        Packing,
+        Policy,
+        Streams,
+        TrainState,
+    ),
+    *(generate_module._Prefilled, generate_module._Slots, generate_module._State),
+):
     _pytree.__init__ = getattr(_pytree.__init__, "__wrapped__", _pytree.__init__)
 
 # Later lines win, so the exceptions stand after the rule.

@@ -46,8 +46,9 @@ def get_config() -> ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     config.max_new_tokens = 4096
+    config.slots = 0  # completions decoded at once; 0: 32 on a CPU, all of a batch elsewhere
 
-    config.grpo = _fields(GRPO(micro_batch=8))
+    config.grpo = _fields(GRPO())
     config.optimizer = _fields(Optimizer(learning_rate=1e-4), "total_updates")
 
     config.eval_batch_size = 64  # questions answered at once

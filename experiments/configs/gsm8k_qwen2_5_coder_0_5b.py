@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
     config.max_prompt_tokens, config.on_too_long = 320, "drop"
     config.epochs, config.max_steps = 1, 100
     config.max_new_tokens = 512
-    config.grpo.micro_batch = 16
     config.optimizer.learning_rate = 2e-3
     config.eval_data.limit = 500
     config.eval_batch_size, config.eval_samples = 250, 1

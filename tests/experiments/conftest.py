@@ -58,7 +58,7 @@ def get_config():
     config.epochs, config.max_steps = 2, 5
     config.batch_size, config.samples = 4, 2
     config.eval_batch_size, config.eval_samples = 4, 0
-    config.grpo.micro_batch, config.grpo.remat = 2, False
+    config.grpo.stream_tokens, config.grpo.remat = 64, "off"
     config.optimizer.learning_rate = 0.05
     return config
 """

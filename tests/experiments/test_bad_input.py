@@ -27,7 +27,7 @@ OUT_OF_RANGE = {
     "top_k": [-1],
     "top_p": [0.0, 1.5, NAN],
     "max_new_tokens": [0],
-    "grpo.micro_batch": [3, 5, -1],  # of batch_size 4
+    "grpo.stream_tokens": [0, -1],
     "grpo.loss_type": ["ppo"],
     "grpo.kl_coef": [-0.1, NAN],
     "grpo.clip_low": [-1.0],

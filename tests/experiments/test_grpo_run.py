@@ -18,7 +18,7 @@ from tinylora_jax.io.checkpoint import Checkpoints
 METRICS = {
     *("step", "loss", "grad_norm", "v_norm", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance"),
     *("reward", "reward_lenient", "groups_without_signal", "length", "truncated"),
-    *("rollout_s", "update_s", "tokens_per_s"),
+    *("rollout_s", "update_s", "tokens_per_s", "slot_efficiency"),
 }
 
 
@@ -135,7 +135,7 @@ def test_a_single_update_never_clips(finished):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_other_losses_run(config, stop, tmp_path, loss_type):
-    config.grpo.loss_type, config.grpo.micro_batch, config.max_steps = loss_type, 0, 2
+    config.grpo.loss_type, config.grpo.stream_tokens, config.max_steps = loss_type, 4096, 2
     config.optimizer.schedule = "linear"
     assert grpo.run(config, tmp_path / "run", stop)["steps"] == 2
 

@@ -9,7 +9,7 @@ import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, apply, factorize, init, merge
 from tinylora_jax.models import KVCache, ModelConfig, Rope, forward, head_kernel, logits
-from tinylora_jax.models.cache import write
+from tinylora_jax.models.attention import write
 
 CAPACITY = 16
 LENGTHS = np.array([3, 7, 1])
@@ -63,17 +63,6 @@ def test_later_tokens_do_not_reach_earlier_logits(family, full_logits):
     a, b = full_logits(config, params, tokens), full_logits(config, params, changed)
     np.testing.assert_array_equal(a[:, :7], b[:, :7])
     assert (np.abs(a - b)[:, 7:].max(axis=-1) > 1e-4).all()
-
-
-def test_a_repeated_cache_continues_each_row_that_often(qwen2):
-    config, params = qwen2
-    tokens, lengths = tokens_of(config, 2, 6), jnp.array([6, 4], jnp.int32)
-    _, cache = extend(config, params, tokens, jnp.zeros(2, jnp.int32), KVCache.empty(config, 2, CAPACITY, jnp.float32))
-    more = tokens_of(config, 6, 3, seed=1)
-    together, _ = extend(config, params, more, jnp.repeat(lengths, 3), cache.repeat(3))
-    for sample in range(3):
-        alone, _ = extend(config, params, more[sample::3], lengths, cache)
-        np.testing.assert_allclose(together[sample::3], alone, atol=2e-5)
 
 
 def test_write_touches_its_slots_only():

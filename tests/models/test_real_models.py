@@ -3,7 +3,6 @@
 import os
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from tinylora_jax.data import get_template, load_questions, pad_prompts, padded_
 from tinylora_jax.io import pretrained
 from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
-from tinylora_jax.training import completion_logprobs
+from tinylora_jax.training import Batch, score
 
 TEXT = """
 When the harbour froze for the first time in forty years, the fishermen of the island pulled their boats onto the
@@ -125,7 +124,7 @@ class Never:
 def demo_run():
     """The demo's config cut to 2 × 2 completions of 8 tokens, with a reward that tells any two texts apart."""
     config = demo.get_config()
-    config.batch_size, config.samples, config.max_new_tokens, config.grpo.micro_batch = 2, 2, 8, 1
+    config.batch_size, config.samples, config.max_new_tokens, config.grpo.stream_tokens = 2, 2, 8, 1
     config.train_data.limit, config.temperature = 2, 1.5  # hot enough for the samples of a group to differ
     config.svd = "subspace"  # the factors' last digits do not matter here, and an exact SVD takes a minute
     config.reward = "length_reward:length"
@@ -140,26 +139,25 @@ def demo_run():
 
 @pytest.mark.slow
 def test_rollout_logprobs_are_the_trainers(demo_run):
-    config, _, task, prompts = demo_run
+    config, specs, task, prompts = demo_run
     assert task.policy.factors.num_params == 13
     arrays = pad_prompts(prompts, padded_width(prompts))
     v = 0.05 * jnp.asarray(np.random.default_rng(0).standard_normal((13, 1)), jnp.float32)
 
-    # The weights are an argument of both programs: as constants they would be compiled into them.
+    # The weights are an argument of the program: as constants they would be compiled into it.
     @jax.jit
     def rollout(policy, v):
         return generate(task.model, policy(v), *arrays, step_key(0, "train", 0), task.sampling, 2)
 
-    @jax.jit
-    def score(policy, v, tokens):
-        args = jnp.asarray(arrays.tokens), jnp.asarray(arrays.lengths), tokens.reshape(2, 2, 8)
-        return completion_logprobs(task.model, policy(v), *args, config.temperature)[0].reshape(4, 8)
-
-    drawn = rollout(task.policy, v)
-    trainer = partial(score, task.policy)
+    drawn = jax.device_get(rollout(task.policy, v))
+    plan = Trainer(config, specs, task, prompts, 1, Never()).plan
+    tokens, ends = drawn.tokens.reshape(2, 2, 8), drawn.lengths.reshape(2, 2, 1)
+    zeros = np.zeros(tokens.shape, np.float32)
+    batch = Batch(arrays.tokens, arrays.lengths, tokens, np.arange(8) < ends, zeros, zeros[:, :, 0])
+    trainer = lambda v: score(plan, task.policy, v, batch).reshape(4, 8)
     mask = np.arange(8) < np.asarray(drawn.lengths)[:, None]
-    difference = np.abs(np.asarray(drawn.logprobs) - np.asarray(trainer(v, drawn.tokens)))[mask].max()
-    at_zero = np.abs(np.asarray(drawn.logprobs) - np.asarray(trainer(jnp.zeros_like(v), drawn.tokens)))[mask].max()
+    difference = np.abs(np.asarray(drawn.logprobs) - np.asarray(trainer(v)))[mask].max()
+    at_zero = np.abs(np.asarray(drawn.logprobs) - np.asarray(trainer(jnp.zeros_like(v))))[mask].max()
     print(f"\nrollout against trainer at v ≠ 0: {difference:.1e}; against v = 0: {at_zero:.1e}")
     assert difference < 1e-4
     assert at_zero > 1e-2, "v matters, so the agreement says something"

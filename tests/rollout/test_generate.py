@@ -11,9 +11,8 @@ from tinylora_jax.io.hf_config import parse_config
 from tinylora_jax.io.weights import LazyTensor, build_tree
 from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
-from tinylora_jax.training import completion_logprobs
+from tinylora_jax.training import Batch, pack, stream_logprobs, stream_shapes, unpack
 
-trainer = jax.jit(completion_logprobs, static_argnames=("config", "temperature", "remat"))
 LENGTHS = np.array([3, 5, 1, 6])
 IDS = np.array([11, 2, 2**32 - 5, 7], np.uint32)
 KEY = jax.random.key(0)
@@ -27,7 +26,20 @@ def prompts(qwen2):
     return np.where(np.arange(6) < LENGTHS[:, None], tokens, 55)
 
 
-def run(config, params, prompts, sampling=TEN, rows=slice(None), samples=1, key=KEY, width=6):
+_scores = jax.jit(stream_logprobs, static_argnames=("config", "temperature", "remat"))
+
+
+def trainer(config, params, prompts, lengths, completions, ends, temperature):
+    """The trainer's log-probabilities of completions `[N, G, T]` cut at `ends`."""
+    n, samples, width = completions.shape
+    mask = np.arange(width) < np.asarray(ends).reshape(n, samples, 1)
+    zeros = np.zeros(mask.shape, np.float32)
+    batch = Batch(np.asarray(prompts), np.asarray(lengths), np.asarray(completions), mask, zeros, zeros[:, :, 0])
+    parts = pack(batch, zeros, stream_shapes(n, prompts.shape[1], samples, width, 10_000))
+    return unpack(parts, [_scores(config, params, p.tokens, p.packing, temperature)[0] for p in parts], batch)
+
+
+def run(config, params, prompts, sampling=TEN, rows=slice(None), samples=1, key=KEY, width=6, slots=0):
     tokens = np.pad(prompts[rows], ((0, 0), (0, width - 6)), constant_values=44)
     return generate(
         config,
@@ -38,6 +50,7 @@ def run(config, params, prompts, sampling=TEN, rows=slice(None), samples=1, key=
         key,
         sampling,
         samples,
+        slots,
     )
 
 
@@ -130,15 +143,8 @@ def test_other_keys_and_ids_give_other_completions_without_recompiling(qwen2, ad
 )
 def test_log_probabilities_are_the_trainers(qwen2, adapted, prompts, sampling):
     got = run(qwen2.config, adapted, prompts, sampling, samples=2)
-    scores, _ = trainer(
-        qwen2.config,
-        adapted,
-        jnp.asarray(prompts, jnp.int32),
-        jnp.asarray(LENGTHS, jnp.int32),
-        got.tokens.reshape(4, 2, 10),
-        sampling.temperature,
-        False,
-    )
+    completions = got.tokens.reshape(4, 2, 10)
+    scores = trainer(qwen2.config, adapted, prompts, LENGTHS, completions, got.lengths, sampling.temperature)
     mask = np.arange(10) < np.asarray(got.lengths)[:, None]
     difference = np.where(mask, scores.reshape(8, 10) - got.logprobs, 0)
     assert np.abs(difference).max() <= 1e-4
@@ -192,15 +198,8 @@ def test_bfloat16_weights_generate_float32_logprobs_close_to_the_trainers(qwen2,
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), qwen2.params)
     adapted = type(policy)(half, policy.factors)(v)
     got = run(qwen2.config, adapted, prompts, samples=2)
-    scores, _ = trainer(
-        qwen2.config,
-        adapted,
-        jnp.asarray(prompts, jnp.int32),
-        jnp.asarray(LENGTHS, jnp.int32),
-        got.tokens.reshape(4, 2, 10),
-        1.0,
-        False,
-    )
+    completions = got.tokens.reshape(4, 2, 10)
+    scores = trainer(qwen2.config, adapted, prompts, LENGTHS, completions, got.lengths, 1.0)
     assert got.logprobs.dtype == scores.dtype == jnp.float32
     # The paper measures 0.0022–0.0030 between its merged rollouts and its trainer; the same function does better.
     assert np.abs(np.exp(scores.reshape(8, 10)) - np.exp(got.logprobs)).mean() < 0.002

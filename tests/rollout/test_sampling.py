@@ -11,7 +11,12 @@ import pytest
 from tinylora_jax.rollout import Sampling, completion_keys, sample
 from tinylora_jax.rollout.sampling import inverse_cdf, uniforms
 
-draw = jax.jit(inverse_cdf)
+
+@jax.jit
+def draw(weights, uniform):
+    return inverse_cdf(jnp.log(weights), uniform)[0]
+
+
 LARGEST = 1 - 2.0**-24  # the largest float32 below 1
 
 

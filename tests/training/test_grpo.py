@@ -12,13 +12,23 @@ import pytest
 
 from tinylora_jax import Policy, TinyLoRA, factorize, init
 from tinylora_jax.models import ModelConfig, init_params
-from tinylora_jax.training import GRPO, Batch, Optimizer, init_state, make_grpo_step, score
+from tinylora_jax.training import (
+    GRPO,
+    Batch,
+    Optimizer,
+    Plan,
+    init_state,
+    make_grpo_step,
+    pack,
+    score,
+    stream_shapes,
+)
 from tinylora_jax.training.grpo import grpo_loss
 from tinylora_jax.training.losses import token_weights
 
 N, G, P, T = 4, 3, 5, 4
 MAX_TOKENS = 16
-FULL = GRPO(loss_type="dapo", clip_low=0.11, clip_high=0.17, kl_coef=0.3, tis_cap=1.1, remat=False)
+FULL = GRPO(loss_type="dapo", clip_low=0.11, clip_high=0.17, kl_coef=0.3, tis_cap=1.1, remat="off")
 
 
 def normals(seed, *shape):
@@ -40,29 +50,36 @@ def make_batch(config, seed=0):
         "rollout_logprobs": rollout.astype(np.float32),
         "advantages": normals(seed + 2, N, G),
     }
-    return Batch(**{name: jnp.asarray(x) for name, x in arrays.items()})
+    return Batch(**arrays)
+
+
+def plan_of(config, grpo=FULL, temperature=0.9, stream_tokens=10_000):
+    return Plan(config, grpo, temperature, MAX_TOKENS, stream_shapes(N, P, G, T, stream_tokens))
 
 
 @pytest.fixture(scope="module")
 def scored(qwen2, policy, v):
     """A batch whose old policy and reference differ from the current one, and its log-probabilities at v."""
     batch = make_batch(qwen2.config)
-    at = lambda v: score(qwen2.config, policy, v, batch, 0.9, 0)
+    at = lambda v: score(plan_of(qwen2.config), policy, v, batch)
     now, old, ref = at(v), at(0.6 * v), at(0.0 * v)
-    near = lambda x: jnp.where(batch.mask, x + 0.3 * normals(7, N, G, T), jnp.nan)
-    quiet = lambda x: jnp.where(batch.mask, x, jnp.nan)
+    near = lambda x: np.where(batch.mask, x + 0.3 * normals(7, N, G, T), np.float32("nan"))
+    quiet = lambda x: np.where(batch.mask, x, np.float32("nan"))
     batch = dataclasses.replace(batch, rollout_logprobs=near(old), old_logprobs=quiet(old), ref_logprobs=quiet(ref))
     return batch, np.asarray(now, np.float64)
 
 
-@partial(jax.jit, static_argnames=("config", "grpo"))
-def compiled(v, config, grpo, policy, batch, weights):
-    return jax.value_and_grad(grpo_loss, has_aux=True)(v, config, grpo, 0.9, policy, batch, weights)
+@partial(jax.jit, static_argnames="plan")
+def compiled(v, plan, policy, part):
+    return jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, part)
 
 
 def loss_and_gradient(v, config, policy, batch, loss_type=FULL.loss_type):
     """((loss, sums), gradient) under `FULL`; loss types differ by their weights alone, so nothing recompiles."""
-    return compiled(v, config, FULL, policy, batch, token_weights(batch.mask, loss_type, MAX_TOKENS))
+    weights = np.asarray(token_weights(jnp.asarray(batch.mask), loss_type, MAX_TOKENS))
+    plan = plan_of(config)
+    (part,) = pack(batch, weights, plan.shapes)
+    return compiled(v, plan, policy, part)
 
 
 def naive(grpo, logprobs, batch):
@@ -130,7 +147,7 @@ def test_the_gradient_is_the_finite_difference(qwen2, policy, v, scored):
 def test_the_first_update_takes_the_current_policy_as_the_old_one(qwen2, policy, v, scored):
     batch, logprobs = scored
     first = dataclasses.replace(batch, old_logprobs=None)
-    given = dataclasses.replace(batch, old_logprobs=jnp.asarray(logprobs, jnp.float32))
+    given = dataclasses.replace(batch, old_logprobs=np.asarray(logprobs, np.float32))
     (loss, sums), gradient = loss_and_gradient(v, qwen2.config, policy, first)
     (same_loss, _), same_gradient = loss_and_gradient(v, qwen2.config, policy, given)
     assert loss == pytest.approx(float(same_loss), abs=1e-5)
@@ -138,11 +155,11 @@ def test_the_first_update_takes_the_current_policy_as_the_old_one(qwen2, policy,
     assert np.abs(gradient).max() > 1e-2 and sums["clip_low"] == sums["clip_high"] == 0
 
 
-def test_the_reference_policy_is_zero_and_score_may_be_split(qwen2, policy, v, scored):
+def test_the_reference_policy_is_zero_and_the_size_of_streams_changes_nothing(qwen2, policy, v, scored):
     batch, now = scored
     base = Policy(policy.params, policy.factors)
-    np.testing.assert_allclose(score(qwen2.config, base, v, batch, 0.9, 2), now, atol=2e-5)
-    ref = np.asarray(score(qwen2.config, base, 0.0 * v, batch, 0.9, 0))
+    np.testing.assert_allclose(score(plan_of(qwen2.config, stream_tokens=1), base, v, batch), now, atol=2e-5)
+    ref = score(plan_of(qwen2.config), base, 0.0 * v, batch)
     assert np.abs((ref - now)[np.asarray(batch.mask)]).max() > 0.05
 
 
@@ -152,7 +169,7 @@ SGD = optax.sgd(1.0)
 @pytest.fixture(scope="module")
 def sgd_step(qwen2):
     """An update that moves v by exactly minus its gradient."""
-    return make_grpo_step(qwen2.config, dataclasses.replace(FULL, remat=True), 0.9, MAX_TOKENS, SGD)
+    return make_grpo_step(plan_of(qwen2.config, dataclasses.replace(FULL, remat="on")), SGD)
 
 
 def test_a_step_is_one_move_along_the_gradient_compiled_once(qwen2, policy, v, scored, sgd_step):
@@ -175,7 +192,7 @@ def test_a_step_is_one_move_along_the_gradient_compiled_once(qwen2, policy, v, s
     other = make_batch(qwen2.config, seed=9)
     other = dataclasses.replace(other, old_logprobs=other.rollout_logprobs, ref_logprobs=other.rollout_logprobs)
     again, _ = sgd_step(state, policy, other)
-    assert sgd_step._cache_size() == 1
+    assert sgd_step.accumulate._cache_size() == 1 and sgd_step.update._cache_size() == 1
     assert np.isfinite(again.v).all() and np.abs(again.v - state.v).max() > 1e-4
     for before, after in zip(kept, jax.tree.leaves(policy), strict=True):
         np.testing.assert_array_equal(before, after)
@@ -183,23 +200,44 @@ def test_a_step_is_one_move_along_the_gradient_compiled_once(qwen2, policy, v, s
 
 def test_a_split_batch_gives_the_same_update(qwen2, policy, v, scored, sgd_step):
     batch, _ = scored
-    split = make_grpo_step(qwen2.config, dataclasses.replace(FULL, micro_batch=2), 0.9, MAX_TOKENS, SGD)
+    plan = plan_of(qwen2.config, stream_tokens=1)
+    assert len(pack(batch, np.zeros((N, G, T), np.float32), plan.shapes)) > 1
+    split = make_grpo_step(plan, SGD)
     (whole, metrics), (parts, split_metrics) = (f(init_state(v, SGD), policy, batch) for f in (sgd_step, split))
     np.testing.assert_allclose(parts.v, whole.v, rtol=1e-4, atol=1e-5)
     for name, value in metrics.items():
         assert split_metrics[name] == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
+    assert split.accumulate._cache_size() == 1
 
 
-def test_a_batch_that_cannot_be_split_is_refused(qwen2, policy, v, scored):
-    step = make_grpo_step(qwen2.config, dataclasses.replace(FULL, micro_batch=3), 0.9, MAX_TOKENS, SGD)
-    with pytest.raises(ValueError, match="4 prompts.*micro_batch=3"):
-        step(init_state(v, SGD), policy, scored[0])
+def test_groups_without_signal_are_left_out_and_change_nothing(qwen2, policy, v, scored):
+    batch, _ = scored
+    advantages = np.array(batch.advantages)
+    advantages[[0, 2]] = 0
+    batch = dataclasses.replace(batch, advantages=advantages, ref_logprobs=None)
+    run = lambda skip: make_grpo_step(
+        plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0, skip_without_signal=skip)), SGD
+    )(init_state(v, SGD), policy, batch)
+    (state, metrics), (whole, whole_metrics) = run(True), run(False)
+    np.testing.assert_allclose(state.v, whole.v, rtol=1e-4, atol=1e-6)
+    assert metrics["loss"] == pytest.approx(float(whole_metrics["loss"]), abs=1e-5)
+    assert np.abs(state.v - v).max() > 1e-2 and metrics["entropy"] != whole_metrics["entropy"]
+
+
+def test_a_batch_without_any_signal_is_a_step_of_zero_gradient(qwen2, policy, v, scored):
+    batch = dataclasses.replace(scored[0], advantages=np.zeros((N, G), np.float32), ref_logprobs=None)
+    plan = plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0))
+    state, metrics = make_grpo_step(plan, SGD)(init_state(v, SGD), policy, batch)
+    np.testing.assert_array_equal(state.v, v)
+    assert all(np.isfinite(x) for x in metrics.values())
 
 
 def test_nothing_to_learn_moves_nothing(qwen2, policy, v, scored, sgd_step):
     batch, now = scored
     # Equal rewards, and a policy that still is its reference: k3 and its gradient vanish.
-    still = dataclasses.replace(batch, advantages=jnp.zeros((N, G)), ref_logprobs=jnp.asarray(now, jnp.float32))
+    still = dataclasses.replace(
+        batch, advantages=np.zeros((N, G), np.float32), ref_logprobs=np.asarray(now, np.float32)
+    )
     state, metrics = sgd_step(init_state(v, SGD), policy, still)
     np.testing.assert_allclose(state.v, v, atol=1e-5)
     assert metrics["kl"] == pytest.approx(0, abs=1e-5)
@@ -209,20 +247,21 @@ def test_training_in_bfloat16_keeps_v_and_the_optimizer_in_float32_and_learns(qw
     half = Policy(jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy.params), policy.factors)
     batch = make_batch(qwen2.config)
     zero = init(half.factors)
-    rollout = score(qwen2.config, half, zero, batch, 1.0, 0)
+    plan = plan_of(qwen2.config, GRPO(), 1.0)
+    rollout = score(plan, half, zero, batch)
     # One sample of every group is right.
-    advantages = jnp.asarray([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, 1.0, -0.5], [1.0, -0.5, -0.5]])
+    advantages = np.float32([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, 1.0, -0.5], [1.0, -0.5, -0.5]])
     batch = dataclasses.replace(batch, rollout_logprobs=rollout, advantages=advantages)
     optimizer = Optimizer(1e-2).transform()
-    step = make_grpo_step(qwen2.config, GRPO(), 1.0, MAX_TOKENS, optimizer)
+    step = make_grpo_step(plan, optimizer)
     state = init_state(zero, optimizer)
     for _ in range(5):
         with jax.numpy_dtype_promotion("standard"):  # the gradient of jax.nn.dot_product_attention mixes dtypes
             state, metrics = step(state, half, batch)
         assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32"}
         assert {str(x.dtype) for x in jax.tree.leaves(metrics)} == {"float32"}
-    assert step._cache_size() == 1
-    after = score(qwen2.config, half, state.v, batch, 1.0, 0)
+    assert step.accumulate._cache_size() == 1
+    after = score(plan, half, state.v, batch)
     gain = np.where(batch.mask, after - rollout, 0).sum(-1)
     assert (gain * np.asarray(advantages)).sum() > 0.05, "good completions must have become more likely than bad ones"
 
@@ -232,17 +271,21 @@ def test_only_v_is_differentiated():
     config = ModelConfig(
         vocab_size=64, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32
     )
-    ids, wide = (lambda *s: jnp.zeros(s, jnp.int32)), (lambda *s: jnp.zeros(s, jnp.float32))
-    batch = Batch(ids(2, 16), ids(2), ids(2, 4, 16), jnp.ones((2, 4, 16), bool), wide(2, 4, 16), wide(2, 4))
+    rng = np.random.default_rng(0)
+    ids = lambda *s: rng.integers(0, 64, s).astype(np.int32)
+    wide = lambda *s: np.ones(s, np.float32)
+    mask = np.ones((2, 4, 16), bool)
+    batch = Batch(ids(2, 16), np.full(2, 16, np.int32), ids(2, 4, 16), mask, -wide(2, 4, 16), wide(2, 4))
+    plan = Plan(config, GRPO(remat="off"), 1.0, 16, stream_shapes(2, 16, 4, 16, 10_000))
+    (part,) = pack(batch, wide(2, 4, 16), plan.shapes)
     params = jax.eval_shape(lambda: init_params(config))
     factors = jax.eval_shape(lambda params: factorize(params, TinyLoRA(n_tie=2)), params)
-    grpo = GRPO(remat=False)
 
-    def loss(v, params, factors, batch, weights):
-        return grpo_loss(v, config, grpo, 1.0, Policy(params, factors), batch, weights)[0]
+    def loss(v, params, factors, part):
+        return grpo_loss(v, plan, Policy(params, factors), part)[0]
 
     def flops(f):
-        compiled = jax.jit(f).lower(init(factors), params, factors, batch, wide(2, 4, 16)).compile()
+        compiled = jax.jit(f).lower(init(factors), params, factors, part).compile()
         return compiled.cost_analysis()["flops"]
 
     forward = flops(loss)

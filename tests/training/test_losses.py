@@ -59,7 +59,7 @@ def test_advantages_sum_to_zero_and_ignore_the_other_groups(normalize_std):
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.05, 0.5), (0.0, 0.0)])
 def test_the_surrogate_is_the_clipped_minimum(low, high):
     logprobs, old, advantages = 0.4 * normals(0, N, G, T), 0.4 * normals(1, N, G, T), normals(2, N, G)
-    loss, at_low, at_high = clipped_surrogate(*map(jnp.asarray, (logprobs, old, advantages)), low, high)
+    loss, at_low, at_high = clipped_surrogate(*map(jnp.asarray, (logprobs, old, advantages[:, :, None])), low, high)
     lows = highs = 0
     for i, j, t in np.ndindex(N, G, T):
         ratio = math.exp(float(logprobs[i, j, t]) - float(old[i, j, t]))
@@ -78,8 +78,8 @@ def test_clipped_tokens_have_no_gradient_and_the_others_have_theirs():
     logprobs, old, advantages = (
         jnp.asarray(0.4 * normals(s, *shape)) for s, shape in ((0, (N, G, T)), (1, (N, G, T)), (2, (N, G)))
     )
-    loss = lambda x: clipped_surrogate(x, old, advantages, 0.1, 0.3)[0].sum()
-    _, low, high = clipped_surrogate(logprobs, old, advantages, 0.1, 0.3)
+    loss = lambda x: clipped_surrogate(x, old, advantages[:, :, None], 0.1, 0.3)[0].sum()
+    _, low, high = clipped_surrogate(logprobs, old, advantages[:, :, None], 0.1, 0.3)
     expected = np.where(low | high, 0, -np.exp(logprobs - old) * np.asarray(advantages)[:, :, None])
     np.testing.assert_allclose(jax.grad(loss)(logprobs), expected, atol=1e-6)
 
@@ -143,7 +143,8 @@ def test_unknown_loss_types_are_refused():
         *[({name: -0.1}, name) for name in ("clip_low", "clip_high", "kl_coef", "tis_cap")],
         *[({name: math.nan}, name) for name in ("clip_low", "clip_high", "kl_coef", "tis_cap")],
         ({"updates_per_rollout": 0}, "updates_per_rollout"),
-        ({"micro_batch": -1}, "micro_batch"),
+        ({"stream_tokens": 0}, "stream_tokens"),
+        ({"remat": "maybe"}, "remat 'maybe'"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

@@ -1,7 +1,11 @@
 """Pure transforms of any pytree of weights: no model and no Flax inside."""
 
 from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
+from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
+from tinylora_jax.adapters.kernel import fuse as fuse
+from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
 from tinylora_jax.adapters.kernel import matmul as matmul
+from tinylora_jax.adapters.kernel import select_rows as select_rows
 from tinylora_jax.adapters.policy import Policy as Policy
 from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
 from tinylora_jax.adapters.targets import Module as Module

@@ -7,12 +7,14 @@ the batch may carry an adapter of its own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -36,19 +38,75 @@ class AdaptedKernel:
     left: jax.Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide_dot(x, W, dims):
-    """x·W in float32. Left to JAX, its gradient would multiply a float32 copy of W by a float32 cotangent."""
-    return jax.lax.dot_general(x, W, dims, preferred_element_type=jnp.float32)
+_UNROLLED = 4  # up to this rank the update is a few fused multiply-adds; above, a product
 
 
-def _wide_dot_backward(dims, primals, cotangent):
-    # `matmul` rounds its result to x.dtype, so this cotangent was widened from x.dtype: nothing is lost.
-    narrow = lambda x, W: jax.lax.dot_general(x, W, dims, preferred_element_type=x.dtype)
-    return jax.vjp(narrow, *primals)[1](cotangent.astype(primals[0].dtype))
+def _mix(skinny: jax.Array, core: jax.Array) -> jax.Array:
+    """skinny · core for `[..., r]` and `[r, r]`, or `[rows, r, r]` when each row has its own; exact float32."""
+    rank = core.shape[-1]
+    if core.ndim == 3:
+        core = core.reshape(core.shape[0], *(1,) * (skinny.ndim - 2), rank, rank)
+    if rank <= _UNROLLED:
+        return sum(skinny[..., j, None] * core[..., j, :] for j in range(rank))
+    return jnp.matmul(skinny[..., None, :], core, precision="highest")[..., 0, :]
 
 
-_wide_dot.defvjp(lambda x, W, dims: (_wide_dot(x, W, dims), (x, W)), _wide_dot_backward)
+def _expand(skinny: jax.Array, factor: jax.Array) -> jax.Array:
+    """skinny · factorᵀ for `[..., r]` and `[out, r]`; at a small rank XLA fuses it into whatever reads it."""
+    rank = factor.shape[-1]
+    if rank <= _UNROLLED:
+        return sum(skinny[..., k, None] * factor[:, k] for k in range(rank))
+    return jnp.matmul(skinny, factor.T, precision="highest")
+
+
+def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    """aᵀ · b for `[..., tokens, r]`, exact float32."""
+    if a.shape[-1] <= _UNROLLED:
+        return jnp.sum(a[..., :, None] * b[..., None, :], axis=-3)
+    return jnp.matmul(jnp.swapaxes(a, -1, -2), b, precision="highest")
+
+
+def _flat(x: jax.Array, num: int) -> jax.Array:
+    """Joins the trailing `num` axes."""
+    return x.reshape(*x.shape[: x.ndim - num], math.prod(x.shape[x.ndim - num :]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _adapted(x, W, right, core, left, num_in):
+    return _adapted_forward(x, W, right, core, left, num_in)[0]
+
+
+def _adapted_forward(x, W, right, core, left, num_in):
+    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    base = jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=jnp.float32)
+    skinny = jnp.matmul(_flat(x, num_in), right.astype(x.dtype), preferred_element_type=jnp.float32)
+    update = _expand(_mix(skinny, core), left).reshape(base.shape)
+    return (base + update).astype(x.dtype), (x, W, right, core, left, skinny)
+
+
+def _adapted_backward(num_in, residuals, g):
+    # Left to JAX, float32 copies of W and of the cotangent would be multiplied. What nobody asks for (dL/dW
+    # above all) is dead code that the compiler drops.
+    x, W, right, core, left, skinny = residuals
+    num_out = W.ndim - num_in
+    narrow = lambda x, W: jax.lax.dot_general(
+        x, W, ((tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))), ((), ())), preferred_element_type=x.dtype
+    )
+    dx, dW = jax.vjp(narrow, x, W)[1](g)
+    wide = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    g_flat, x_flat = _flat(g, num_out), _flat(x, num_in)
+    g_mixed = wide(g_flat, left.astype(g.dtype))
+    g_skinny = _mix(g_mixed, jnp.swapaxes(core, -1, -2))
+    dx = dx + _expand(g_skinny, right.astype(jnp.float32)).reshape(x.shape).astype(x.dtype)
+    rows = lambda y: y.reshape(y.shape[0], -1, y.shape[-1]) if core.ndim == 3 else y.reshape(-1, y.shape[-1])
+    d_core = _outer(rows(skinny), rows(g_mixed))
+    tokens = lambda y: y.reshape(-1, y.shape[-1])
+    d_right = wide(tokens(x_flat).T, tokens(g_skinny).astype(x.dtype)).astype(right.dtype)
+    d_left = wide(tokens(g_flat).T, tokens(_mix(skinny, core)).astype(g.dtype)).astype(left.dtype)
+    return dx, dW, d_right, d_core, d_left
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int = 1) -> Float[Array, ...]:
@@ -68,14 +126,74 @@ def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int 
     >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
     (2, 4)
     """
+    if isinstance(kernel, AdaptedKernel):
+        return _adapted(x, kernel.base.astype(x.dtype), kernel.right, kernel.core, kernel.left, num_in)
     contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    if not isinstance(kernel, AdaptedKernel):
-        return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
-    base = _wide_dot(x, kernel.base.astype(x.dtype), (contract, ((), ())))
-    flat = x.reshape(*x.shape[: x.ndim - num_in], math.prod(x.shape[x.ndim - num_in :]))
-    skinny = jnp.matmul(flat, kernel.right.astype(x.dtype), preferred_element_type=jnp.float32)
-    if kernel.core.ndim == 3:
-        skinny = jnp.einsum("b...r,brs->b...s", skinny, kernel.core)
-    else:
-        skinny = skinny @ kernel.core
-    return (base + (skinny @ kernel.left.T).reshape(base.shape)).astype(x.dtype)
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "cores", "lefts"], meta_fields=["widths"])
+@dataclass(frozen=True)
+class FusedKernel:
+    """Several kernels that read the same input, as one product: decoding is bound by launches and by bytes.
+
+    The columns of `base` are those of every W, then those of every V, then zeros up to a multiple of 64: the
+    skinny products x·V cost no launch of their own.
+
+    Attributes:
+      base: `[in, Σ out + Σ rank + padding]`.
+      cores: per kernel the core of its update, `[rank, rank]` or `[rows, rank, rank]`; None if it has none.
+      lefts: per kernel U, `[out, rank]`; None if it has none.
+      widths: per kernel the width of its output.
+    """
+
+    base: jax.Array
+    cores: tuple[jax.Array | None, ...]
+    lefts: tuple[jax.Array | None, ...]
+    widths: tuple[int, ...]
+
+
+def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
+    """Joins two-dimensional kernels of one input; `fused_matmul` is its use."""
+    adapted = [k if isinstance(k, AdaptedKernel) else None for k in kernels]
+    bases = [k if a is None else a.base for k, a in zip(kernels, adapted, strict=True)]
+    columns = [*bases, *(a.right.astype(a.base.dtype) for a in adapted if a is not None)]
+    padding = -sum(c.shape[1] for c in columns) % 64
+    return FusedKernel(
+        jnp.concatenate([*columns, jnp.zeros((columns[0].shape[0], padding), columns[0].dtype)], axis=1),
+        tuple(a and a.core for a in adapted),
+        tuple(a and a.left for a in adapted),
+        tuple(b.shape[1] for b in bases),
+    )
+
+
+def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[Array, ...], ...]:
+    """What `matmul` gives for each of the fused kernels, from one product."""
+    adapted = any(core is not None for core in kernel.cores)
+    product = jnp.matmul(x, kernel.base, preferred_element_type=jnp.float32 if adapted else x.dtype)
+    outputs, start, skinny_start = [], 0, sum(kernel.widths)
+    for width, core, left in zip(kernel.widths, kernel.cores, kernel.lefts, strict=True):
+        y = product[..., start : start + width]
+        start += width
+        if core is not None:
+            rank = core.shape[-1]
+            y = y + _expand(_mix(product[..., skinny_start : skinny_start + rank], core), left)
+            skinny_start += rank
+        outputs.append(y.astype(x.dtype))
+    return tuple(outputs)
+
+
+def select_rows(params: Any, index: Int[Array, " rows"]) -> Any:
+    """The tree in which row i has the adapter of row `index[i]`; adapters shared by all rows stay as they are."""
+    one_per_row = lambda core: core is not None and core.ndim == 3
+    kernels = (AdaptedKernel, FusedKernel)
+
+    def select(kernel: Any) -> Any:
+        if isinstance(kernel, AdaptedKernel) and one_per_row(kernel.core):
+            return replace(kernel, core=kernel.core[index])
+        if isinstance(kernel, FusedKernel):
+            cores = (core[index] if one_per_row(core) else core for core in kernel.cores)
+            return replace(kernel, cores=tuple(cores))
+        return kernel
+
+    return jax.tree.map(select, params, is_leaf=lambda x: isinstance(x, kernels))

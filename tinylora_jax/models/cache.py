@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
 
 from tinylora_jax.models.config import ModelConfig
 
@@ -34,13 +33,3 @@ class KVCache:
         shape = (rows, capacity, config.num_kv_heads, config.head_dim)
         make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
         return cls(make(), make())
-
-    def repeat(self, times: int) -> KVCache:
-        """Each row `times` times in a row: the samples of a group share one prefill."""
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
-
-
-def write(buffer: jax.Array, update: jax.Array, start: Int[Array, " rows"]) -> jax.Array:
-    """Writes `update` `[rows, seq, …]` into `buffer` `[rows, capacity, …]` from each row's `start` on."""
-    place = lambda b, u, s: jax.lax.dynamic_update_slice_in_dim(b, u, s, axis=0)
-    return jax.vmap(place)(buffer, update.astype(buffer.dtype), start)

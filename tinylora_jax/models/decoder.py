@@ -6,6 +6,7 @@ adapted and merged weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,13 +16,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tinylora_jax.adapters import AdaptedKernel, matmul
-from tinylora_jax.models.cache import KVCache, write
+from tinylora_jax.adapters import AdaptedKernel, FusedKernel, fuse, fused_matmul, matmul
+from tinylora_jax.models.attention import cached_attention, causal_attention
+from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
+from tinylora_jax.models.packing import Packing, to_rows, to_stream
 from tinylora_jax.models.rope import cos_sin, rotate
 
 Hidden = Float[Array, "rows seq hidden"]
-Layer = tuple[jax.Array, jax.Array]
+Layer = tuple[jax.Array, jax.Array]  # the cache of one layer
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer | None], tuple[jax.Array, Layer | None]]
 
 
 class RMSNorm(nnx.Module):
@@ -45,8 +49,18 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
 
     def __call__(self, x: Float[Array, "rows seq in"]) -> Float[Array, "rows seq out"]:
-        y = matmul(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias.get_value()
+        return project(x, self)[0]
+
+
+def project(x: Float[Array, "rows seq in"], *linears: Linear) -> list[Float[Array, "rows seq out"]]:
+    """Maps that read the same input, as one product if the first one's kernel is that of all (`fused`)."""
+    kernels = [linear.kernel.get_value() for linear in linears]
+    if isinstance(kernels[0], FusedKernel):
+        outputs = fused_matmul(x, kernels[0])
+    else:
+        outputs = tuple(matmul(x, kernel) for kernel in kernels)
+    biases = [linear.bias for linear in linears]
+    return [y if bias is None else y + bias.get_value() for y, bias in zip(outputs, biases, strict=True)]
 
 
 class Attention(nnx.Module):
@@ -64,20 +78,14 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
 
     def __call__(
-        self, x: Hidden, angles: tuple[jax.Array, jax.Array], start: Int[Array, " rows"], layer: Layer | None
+        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = (
+            y.reshape(*y.shape[:2], -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        visible = None
-        if layer is not None:
-            layer = k, v = write(layer[0], k, start), write(layer[1], v, start)
-            position = start[:, None] + jnp.arange(x.shape[1])
-            visible = jnp.arange(k.shape[1]) <= position[:, None, :, None]
-        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores to float32 implicitly
-            mixed = jax.nn.dot_product_attention(q, k, v, mask=visible, is_causal=visible is None)
+        mixed, layer = attend(rotate(q, *angles), rotate(k, *angles), v, layer)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), layer
 
 
@@ -91,7 +99,8 @@ class MLP(nnx.Module):
         self.down_proj = make(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Hidden) -> Hidden:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -104,9 +113,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype, rngs)
 
     def __call__(
-        self, x: Hidden, angles: tuple[jax.Array, jax.Array], start: Int[Array, " rows"], layer: Layer | None
+        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
-        mixed, layer = self.self_attn(self.input_layernorm(x), angles, start, layer)
+        mixed, layer = self.self_attn(self.input_layernorm(x), angles, attend, layer)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), layer
 
@@ -133,21 +142,23 @@ class Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Int[Array, "rows seq"], start: Int[Array, " rows"], cache: KVCache | None, remat: bool
+        self,
+        tokens: Int[Array, "rows seq"],
+        positions: Int[Array, "rows seq"],
+        attend: Attend,
+        cache: KVCache | None,
+        remat: bool,
     ) -> tuple[Hidden, KVCache | None]:
-        positions = start[:, None] + jnp.arange(tokens.shape[1])
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
-        call = lambda block, *args: block(*args)
+        call = lambda block, x, layer: block(x, angles, attend, layer)
         if remat:
             call = jax.checkpoint(call)
         x = self.embed_tokens(tokens)
-        keys, values = [], []
+        layers = []
         for i, block in enumerate(self.layers):
-            x, layer = call(block, x, angles, start, None if cache is None else (cache.keys[i], cache.values[i]))
-            if layer is not None:
-                keys.append(layer[0])
-                values.append(layer[1])
-        return self.norm(x), None if cache is None else KVCache(tuple(keys), tuple(values))
+            x, layer = call(block, x, None if cache is None else (cache.keys[i], cache.values[i]))
+            layers.append(layer)
+        return self.norm(x), None if cache is None else KVCache(*zip(*layers, strict=True))
 
 
 @lru_cache
@@ -161,34 +172,83 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
     return make()
 
 
+def fused(params: Any) -> Any:
+    """The same weights with the maps that share an input joined: q, k and v; gate and up.
+
+    For decoding, which is bound by launches and by bytes. It copies the blocks' weights, so it belongs inside the
+    program that decodes, before its loop.
+    """
+    elsewhere = FusedKernel(None, (), (), ())
+
+    def block(layer: Any) -> Any:
+        layer = {name: dict(group) for name, group in layer.items()}
+        for group, names in (("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ("gate", "up")), ("mlp", ("down",))):
+            first, *rest = (f"{name}_proj" for name in names)
+            kernel = fuse([layer[group][name]["kernel"] for name in (first, *rest)])
+            layer[group][first] = {**layer[group][first], "kernel": kernel}
+            for name in rest:
+                layer[group][name] = {**layer[group][name], "kernel": elsewhere}
+        return layer
+
+    return {**params, "layers": {i: block(layer) for i, layer in params["layers"].items()}}
+
+
+def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
+    """How queries meet keys: in packed rows, in a cache from `start` on, or each row from its beginning."""
+
+    def in_packed_rows(q, k, v, layer):
+        rows = (to_rows(x, packing) for x in (q, k, v))
+        return to_stream(causal_attention(*rows, packing.lengths.reshape(-1)), packing), layer
+
+    def after_the_cached(q, k, v, layer):
+        mixed, *layer = cached_attention(q, k, v, *layer, start)
+        return mixed, tuple(layer)
+
+    def from_the_beginning(q, k, v, layer):
+        if layer is not None:
+            place = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), 0, axis=1)
+            layer = place(layer[0], k), place(layer[1], v)
+        return causal_attention(q, k, v), layer
+
+    if packing is not None:
+        return in_packed_rows
+    return from_the_beginning if start is None else after_the_cached
+
+
 def forward(
     config: ModelConfig,
     params: Any,
     tokens: Int[Array, "rows seq"],
     start: Int[Array, " rows"] | None = None,
     cache: KVCache | None = None,
+    packing: Packing | None = None,
     remat: bool = False,
 ) -> tuple[Hidden, KVCache | None]:
-    """Final hidden states of right-padded rows of tokens.
+    """Final hidden states of right-padded rows of tokens, or of packed streams.
 
-    Without a cache the tokens stand at positions 0, 1, … and attend causally. With one they stand at
-    `start`, `start + 1`, …, are written to the cache, and attend to all earlier positions in it.
+    Without `start` the tokens stand at positions 0, 1, … and attend causally; a cache, if given, is filled from
+    its beginning. With `start` they stand at `start`, `start + 1`, …, are written to the cache, and attend to all
+    earlier positions in it. With `packing` each row of `tokens` is a stream.
 
     Args:
       config: architecture.
-      params: nested dicts of weights, adapted or not.
+      params: nested dicts of weights, adapted or not, fused or not.
       tokens: token ids.
-      start: each row's first position; zeros if None.
+      start: each row's first position; needs a cache.
       cache: with capacity for `start + seq` positions.
+      packing: how streams are cut into rows; excludes `start` and `cache`.
       remat: recompute each block in the backward pass instead of storing its activations.
 
     Returns:
       Hidden states in the weights' dtype (feed them to `logits`), and the updated cache.
     """
-    if start is None:
-        start = jnp.zeros((tokens.shape[0],), jnp.int32)
+    if packing is not None:
+        positions = packing.positions
+    else:
+        first = jnp.zeros((tokens.shape[0],), jnp.int32) if start is None else start
+        positions = first[:, None] + jnp.arange(tokens.shape[1])
     model = nnx.merge(_graph(config), nnx.State(params))
-    return model(tokens, start, cache, remat)
+    return model(tokens, positions, _attend(start, packing), cache, remat)
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"]:

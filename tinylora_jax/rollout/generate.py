@@ -1,8 +1,12 @@
-"""Batched generation: one prefill per prompt, then one compiled loop that decodes all completions."""
+"""Generation with continuous batching: one compiled program that prefills every prompt once, then decodes.
+
+A pool of slots decodes together. A finished completion leaves its slot to one that waits; when nobody waits any
+more, the pool shrinks, so that the last long completions do not pay for the empty slots of the others.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, UInt32
 
-from tinylora_jax.models import KVCache, ModelConfig, forward, logits
+from tinylora_jax.adapters import select_rows
+from tinylora_jax.models import KVCache, ModelConfig, forward, fused, logits
 from tinylora_jax.rollout.sampling import Sampling, completion_keys, sample, uniforms
+
+_PREFILL_TOKENS = 32768  # prompts are prefilled in parts of about this size
+_CAPACITY_STEP = 64  # the cache's length is a multiple of this
 
 
 @jax.tree_util.register_dataclass
@@ -24,15 +32,151 @@ class Completions:
       logprobs: float32, the same shape: log-probability of each token when it was drawn; 0 after the end.
       lengths: int32 `[rows]`, the stop token included.
       stopped: bool `[rows]`; False for a completion cut off at `max_new_tokens`.
+      slot_steps: int32, slots × decoding steps, full and empty ones: `lengths.sum() / slot_steps` is the share of
+        the work that was of use.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     lengths: jax.Array
     stopped: jax.Array
+    slot_steps: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "samples"))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Prefilled:
+    """What every prompt leaves behind for its completions."""
+
+    cache: KVCache
+    hidden: jax.Array  # [prompts, hidden] of the last token
+    lengths: jax.Array  # [prompts]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Slots:
+    """The pool: S completions under way."""
+
+    completion: jax.Array  # [S] which one; the number of completions for an empty slot
+    index: jax.Array  # [S] of the token to draw next
+    position: jax.Array  # [S] of that token in its row; 0 for an empty slot
+    hidden: jax.Array  # [S, hidden] from which it is drawn
+    cache: KVCache
+    params: Any  # the weights; adapters of their own per slot where there are several
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """The loop's state."""
+
+    slots: _Slots
+    waiting: jax.Array  # the first completion that has no slot yet
+    tokens: jax.Array
+    logprobs: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+    slot_steps: jax.Array
+
+
+def _prefill(config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.Array) -> _Prefilled:
+    prompts, width = tokens.shape
+    part = max(1, min(prompts, _PREFILL_TOKENS // width))
+    padded = -(-prompts // part) * part
+    split = lambda x: jnp.pad(x, ((0, padded - prompts), *((0, 0),) * (x.ndim - 1))).reshape(-1, part, *x.shape[1:])
+    dtype = params["embed_tokens"]["embedding"].dtype
+
+    def one(args):
+        tokens, lengths, rows = args
+        own = select_rows(params, rows)
+        hidden, cache = forward(config, own, tokens, cache=KVCache.empty(config, part, width, dtype))
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        return cache, jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+
+    parts = split(tokens), split(lengths), split(jnp.arange(prompts))
+    if padded == part:
+        cache, hidden = one(jax.tree.map(lambda x: x[0], parts))
+    else:
+        join = lambda x: x.reshape(padded, *x.shape[2:])[:prompts]
+        cache, hidden = jax.tree.map(join, jax.lax.map(one, parts))
+    return _Prefilled(cache, hidden, lengths)
+
+
+def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
+    """Gives empty slots to waiting completions, in order."""
+    slots, total = state.slots, state.lengths.shape[0]
+    empty = slots.completion == total
+    candidate = state.waiting + jnp.cumsum(empty) - 1
+    taken = empty & (candidate < total)
+    completion = jnp.where(taken, candidate, slots.completion).astype(jnp.int32)
+    prompt = jnp.minimum(completion, total - 1) // samples
+    width = prefilled.cache.keys[0].shape[1]
+
+    def copy(cache: jax.Array, prompts: jax.Array) -> jax.Array:
+        kept = jax.lax.slice_in_dim(cache, 0, width, axis=1)
+        new = jnp.where(taken[:, None, None, None], jnp.take(prompts, prompt, axis=0), kept)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, 0, axis=1)
+
+    slots = _Slots(
+        completion=completion,
+        index=jnp.where(taken, 0, slots.index),
+        position=jnp.where(taken, prefilled.lengths[prompt], slots.position),
+        hidden=jnp.where(taken[:, None], prefilled.hidden[prompt], slots.hidden),
+        cache=jax.tree.map(copy, slots.cache, prefilled.cache),
+        params=select_rows(params, prompt),
+    )
+    return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken, dtype=jnp.int32))
+
+
+def _shrink(slots: _Slots, size: int, total: int) -> _Slots:
+    """The pool with the first `size` slots that are in use, or empty ones after them."""
+    order = jnp.argsort(slots.completion == total, stable=True)[:size]
+    take = lambda x: jnp.take(x, order, axis=0)
+    arrays = replace(slots, params=None)
+    return replace(jax.tree.map(take, arrays), params=select_rows(slots.params, order))
+
+
+def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
+    """Draws the next token of every slot and runs it through the model."""
+    slots, total = state.slots, state.lengths.shape[0]
+    active = slots.completion < total
+    uniform = noise.at[slots.completion, slots.index].get(mode="clip")
+    token, logprob = sample(logits(config, slots.params, slots.hidden), uniform, sampling)
+    stopped = jnp.any(token[:, None] == jnp.asarray(sampling.stop_tokens, jnp.int32), axis=-1)
+    ended = stopped | (slots.index + 1 == sampling.max_new_tokens)
+    at = {"mode": "drop", "unique_indices": True}  # an empty slot writes nowhere
+    # Every empty slot names its own place outside, since scattered indices have to differ.
+    row = jnp.where(active, slots.completion, total + jnp.arange(active.shape[0], dtype=jnp.int32))
+    done = jnp.where(active & ended, row, total + jnp.arange(active.shape[0], dtype=jnp.int32))
+
+    position = jnp.where(active, slots.position, 0)
+    hidden, cache = forward(config, slots.params, token[:, None], position, slots.cache)
+    slots = replace(
+        slots,
+        completion=jnp.where(ended, total, slots.completion),
+        index=jnp.where(ended, 0, slots.index + 1),
+        position=jnp.where(ended | ~active, 0, slots.position + 1),
+        hidden=hidden[:, 0],
+        cache=cache,
+    )
+    return _State(
+        slots=slots,
+        waiting=state.waiting,
+        tokens=state.tokens.at[row, state.slots.index].set(token, **at),
+        logprobs=state.logprobs.at[row, state.slots.index].set(logprob, **at),
+        lengths=state.lengths.at[done].set(state.slots.index + 1, **at),
+        stopped=state.stopped.at[done].set(stopped, **at),
+        slot_steps=state.slot_steps + active.shape[0],
+    )
+
+
+def _sizes(slots: int) -> list[int]:
+    """The pool's sizes, from the first to the last: each a quarter of the one before, not below 16."""
+    return [slots] + ([slots // 4] if slots >= 64 else [])
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
 def generate(
     config: ModelConfig,
     params: Any,
@@ -42,71 +186,75 @@ def generate(
     key: Key[Array, ""],
     sampling: Sampling,
     samples: int = 1,
+    slots: int = 0,
 ) -> Completions:
     """Draws `samples` completions of every prompt.
 
     A completion depends on (key, prompt id, sample index) and its prompt alone: not on the other rows,
-    their number or its place among them.
+    their number or its place among them, nor on the number of slots.
 
     Args:
       config: architecture.
-      params: weights, adapted or not.
+      params: weights, adapted or not; adapters of their own per row belong to prompts.
       ids: prompt ids, which key the sampling noise.
       tokens: right-padded prompts.
       lengths: their lengths, at least 1.
       key: key of this step.
       sampling: how tokens are picked.
       samples: completions per prompt; they share one prefill.
+      slots: completions decoded at once; 0, or more than there are, takes all.
 
     Returns:
       The completions.
     """
-    rows, width = tokens.shape[0] * samples, tokens.shape[1]
+    prompts, width = tokens.shape
+    total = prompts * samples
+    slots = min(slots, total) or total
+    params = fused(params)
+    prefilled = _prefill(config, params, tokens, lengths)
     keys = completion_keys(key, ids, samples)
-    stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
-    dtype = params["embed_tokens"]["embedding"].dtype
-    zero = jnp.zeros((tokens.shape[0],), jnp.int32)
+    noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
 
-    cache = KVCache.empty(config, tokens.shape[0], width + sampling.max_new_tokens, dtype)
-    hidden, cache = forward(config, params, tokens, zero, cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    cache, first, start = cache.repeat(samples), jnp.repeat(last, samples, axis=0), jnp.repeat(lengths, samples)
-
-    def pick(hidden, index):
-        token, logprob = sample(logits(config, params, hidden), uniforms(keys, index), sampling)
-        return token, logprob, jnp.any(token[:, None] == stops, axis=-1)
-
-    def unfinished(carry):
-        index, _, stopped, *_ = carry
-        return (index < sampling.max_new_tokens) & ~jnp.all(stopped)
-
-    def step(carry):
-        index, previous, stopped, cache, out_tokens, out_logprobs, out_lengths = carry
-        hidden, cache = forward(config, params, previous[:, None], start + index - 1, cache)
-        token, logprob, ends = pick(hidden[:, 0], index)
-        token, logprob = jnp.where(stopped, 0, token), jnp.where(stopped, 0.0, logprob)
-        out_tokens = jax.lax.dynamic_update_index_in_dim(out_tokens, token, index, axis=0)
-        out_logprobs = jax.lax.dynamic_update_index_in_dim(out_logprobs, logprob, index, axis=0)
-        return (
-            index + 1,
-            token,
-            stopped | ends,
-            cache,
-            out_tokens,
-            out_logprobs,
-            out_lengths + (~stopped).astype(jnp.int32),
-        )
-
-    token, logprob, stopped = pick(first, jnp.int32(0))
-    shape = (sampling.max_new_tokens, rows)
-    carry = (
-        jnp.int32(1),
-        token,
-        stopped,
-        cache,
-        jnp.zeros(shape, jnp.int32).at[0].set(token),
-        jnp.zeros(shape, jnp.float32).at[0].set(logprob),
-        jnp.ones((rows,), jnp.int32),
+    dtype = prefilled.hidden.dtype
+    capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
+    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
+    pool = _Slots(
+        completion=jnp.full((slots,), total, jnp.int32),
+        index=zeros(slots),
+        position=zeros(slots),
+        hidden=zeros(slots, prefilled.hidden.shape[1], dtype=dtype),
+        cache=KVCache.empty(config, slots, capacity, dtype),
+        params=select_rows(params, zeros(slots)),
     )
-    _, _, stopped, _, out_tokens, out_logprobs, out_lengths = jax.lax.while_loop(unfinished, step, carry)
-    return Completions(out_tokens.T, out_logprobs.T, out_lengths, stopped)
+    state = _State(
+        slots=pool,
+        waiting=jnp.int32(0),
+        tokens=zeros(total, sampling.max_new_tokens),
+        logprobs=zeros(total, sampling.max_new_tokens, dtype=jnp.float32),
+        lengths=zeros(total),
+        stopped=zeros(total, dtype=bool),
+        slot_steps=jnp.int32(0),
+    )
+
+    sizes = _sizes(slots)
+    for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
+        enough = max(1, size // 8)  # empty slots that are worth an admission: it costs about a step
+
+        def used(state: _State) -> jax.Array:
+            return jnp.sum(state.slots.completion < total)
+
+        def decoding(state: _State, size=size, next_size=next_size, enough=enough) -> jax.Array:
+            waits = state.waiting < total
+            return used(state) > jnp.where(waits, size - enough, next_size)
+
+        def unfinished(state: _State, next_size=next_size) -> jax.Array:
+            return (state.waiting < total) | (used(state) > next_size)
+
+        def fill_and_decode(state: _State, decoding=decoding) -> _State:
+            state = _admit(state, prefilled, params, samples)
+            return jax.lax.while_loop(decoding, partial(_step, config, sampling, noise), state)
+
+        if state.slots.completion.shape[0] != size:
+            state = replace(state, slots=_shrink(state.slots, size, total))
+        state = jax.lax.while_loop(unfinished, fill_and_decode, state)
+    return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)

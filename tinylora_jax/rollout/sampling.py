@@ -86,29 +86,43 @@ def _truncate(scaled: Float[Array, "rows vocab"], sampling: Sampling) -> Float[A
     return scaled
 
 
-def _search(weights: Float[Array, "rows n"], target: Float[Array, " rows"]) -> Int[Array, " rows"]:
+def _running_sums(weights: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+    """Σ of each entry and those before it, as one product: a scan would be dozens of small kernels."""
+    n = weights.shape[1]
+    return jnp.matmul(weights, jnp.triu(jnp.ones((n, n), weights.dtype)), precision="highest")
+
+
+def _search(
+    weights: Float[Array, "rows n"], cumulative: Float[Array, "rows n"], target: Float[Array, " rows"]
+) -> Int[Array, " rows"]:
     """Index of the first weight whose running sum exceeds `target`, never one of zero weight."""
-    cumulative = jnp.cumsum(weights, axis=-1)
     # Rounding must not run past the last nonzero weight.
-    target = jnp.minimum(target, cumulative[:, -1] * (1 - 2.0**-22))
+    target = jnp.minimum(target, jnp.max(cumulative, axis=-1) * (1 - 2.0**-22))
     return jnp.argmax((cumulative > target[:, None]) & (weights > 0), axis=-1)
 
 
-def inverse_cdf(weights: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
-    """Draws an index with probability proportional to its weight, from one uniform number a row.
+def inverse_cdf(
+    scores: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+    """Draws an index with probability softmax(scores), from one uniform number a row; and log Σ exp(scores).
 
     Searches sums over blocks of 128 first, then inside the chosen block: no random numbers per token of
-    the vocabulary, and no running sum over it either.
+    the vocabulary, and no running sum over it either. The scores are read twice, and nothing of their size is
+    written.
     """
-    rows, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    sums = blocks.sum(-1)
-    cumulative = jnp.cumsum(sums, axis=-1)
+    rows, vocab = scores.shape
+    padded = jnp.pad(scores, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf) if vocab % _BLOCK else scores
+    blocks = padded.reshape(rows, -1, _BLOCK)
+    top = jnp.max(scores, axis=-1)
+    sums = jnp.sum(jnp.exp(blocks - top[:, None, None]), axis=-1)
+    cumulative = _running_sums(sums)
     target = uniform * cumulative[:, -1]
-    block = _search(sums, target)
+    block = _search(sums, cumulative, target)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, block[:, None] - 1, axis=1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _search(inside, target - before)
+    inside = jnp.exp(inside - top[:, None])
+    index = block * _BLOCK + _search(inside, _running_sums(inside), target - before)
+    return index, top + jnp.log(cumulative[:, -1])
 
 
 def sample(
@@ -127,9 +141,11 @@ def sample(
     """
     scaled = logits / sampling.logprob_temperature
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1)
+        token, log_normalizer = jnp.argmax(logits, axis=-1), jax.nn.logsumexp(scaled, axis=-1)
     else:
         kept = _truncate(scaled, sampling)
-        token = inverse_cdf(jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True)), uniform)
+        token, log_normalizer = inverse_cdf(kept, uniform)
+        if kept is not scaled:
+            log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return token.astype(jnp.int32), chosen - log_normalizer

@@ -1,4 +1,4 @@
-"""One GRPO update as one jitted program in which only v is differentiated."""
+"""One GRPO update: jitted programs in which only v is differentiated."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Policy
 from tinylora_jax.models import ModelConfig
-from tinylora_jax.training.logprobs import completion_logprobs
+from tinylora_jax.training.batch import Batch, Shape, Streams, empty_part, pack, unpack
+from tinylora_jax.training.logprobs import stream_logprobs
 from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3, token_weights
 from tinylora_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+_SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class GRPO:
       kl_coef: weight of the KL to the untrained model (v = 0).
       tis_cap: cap of truncated importance sampling; 0 turns it off.
       updates_per_rollout: optimizer updates on each rollout.
-      micro_batch: prompts whose groups are differentiated at once; 0 takes all.
-      remat: recompute activations in the backward pass.
+      stream_tokens: tokens differentiated at once; rollouts are packed into streams of this many.
+      remat: recompute activations in the backward pass: `on`, `off`, or `auto`, which asks the device's memory.
+      skip_without_signal: leave out groups whose rewards are all equal: their gradient is zero unless there is a KL
+        term. Metrics over tokens (entropy, delta_prob, …) then cover the other groups alone, unless there are none.
     """
 
     loss_type: str = "grpo"
@@ -45,8 +50,9 @@ class GRPO:
     kl_coef: float = 0.0
     tis_cap: float = 2.0
     updates_per_rollout: int = 1
-    micro_batch: int = 0
-    remat: bool = True
+    stream_tokens: int = 8192
+    remat: str = "auto"
+    skip_without_signal: bool = True
 
     def __post_init__(self):
         if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
@@ -57,101 +63,96 @@ class GRPO:
                 raise ValueError(f"GRPO: {name} must be finite and >= 0, got {value}")
         if self.updates_per_rollout < 1:
             raise ValueError(f"GRPO: updates_per_rollout must be >= 1, got {self.updates_per_rollout}")
-        if self.micro_batch < 0:
-            raise ValueError(f"GRPO: micro_batch must be >= 0, got {self.micro_batch}")
+        if self.stream_tokens < 1:
+            raise ValueError(f"GRPO: stream_tokens must be >= 1, got {self.stream_tokens}")
+        if self.remat not in ("auto", "on", "off"):
+            raise ValueError(f"GRPO: remat {self.remat!r}: expected 'auto', 'on' or 'off'")
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Batch:
-    """One graded rollout of N prompts with G samples of at most T tokens.
+class Plan:
+    """What a run's programs are compiled for.
 
     Attributes:
-      prompts: int32 `[N, P]`, right-padded.
-      lengths: int32 `[N]`.
-      completions: int32 `[N, G, T]`, right-padded.
-      mask: bool `[N, G, T]`, True for the tokens that are trained on.
-      rollout_logprobs: float32 `[N, G, T]`, as generated.
-      advantages: float32 `[N, G]`.
-      old_logprobs: float32 `[N, G, T]` under the policy before the first update; None means that this
-        update is the first, and the current policy takes its place.
-      ref_logprobs: float32 `[N, G, T]` under v = 0; None without KL.
+      config: architecture.
+      grpo: settings.
+      temperature: of the policy.
+      max_tokens: longest completion allowed (`dr_grpo`).
+      shapes: of the streams; see `stream_shapes`.
+      streams: streams differentiated at once.
     """
 
-    prompts: jax.Array
-    lengths: jax.Array
-    completions: jax.Array
-    mask: jax.Array
-    rollout_logprobs: jax.Array
-    advantages: jax.Array
-    old_logprobs: jax.Array | None = None
-    ref_logprobs: jax.Array | None = None
+    config: ModelConfig
+    grpo: GRPO
+    temperature: float
+    max_tokens: int
+    shapes: tuple[Shape, ...]
+    streams: int = 1
 
 
-@partial(jax.jit, static_argnames=("config", "temperature", "micro_batch"))
-def score(
-    config: ModelConfig, policy: Policy, v: Float[Array, "groups u"], batch: Batch, temperature: float, micro_batch: int
-) -> Float[Array, "prompts samples seq"]:
-    """Log-probabilities of a batch's completions at v (the reference policy is v = 0)."""
-
-    def one(part: Batch):
-        scores = completion_logprobs(
-            config, policy(v), part.prompts, part.lengths, part.completions, temperature, remat=False
-        )
-        return scores[0]
-
-    scores = jax.lax.map(one, _split(batch, micro_batch))
-    return scores.reshape(batch.completions.shape)
+_SHARE = 0.4  # of the device's memory for activations
+_UNKNOWN_BYTES = 8e9  # where the device does not say
 
 
-def _split(tree: Any, micro_batch: int) -> Any:
-    """Cuts the leading axis of N prompts into `[N / micro_batch, micro_batch]`."""
-    prompts = jax.tree.leaves(tree)[0].shape[0]
-    size = micro_batch or prompts
-    if prompts % size:
-        raise ValueError(f"a batch of {prompts} prompts is not divisible by micro_batch={size}")
-    return jax.tree.map(lambda x: x.reshape(prompts // size, size, *x.shape[1:]), tree)
+def wants_remat(plan: Plan, dtype: jnp.dtype) -> bool:
+    """Whether blocks are recomputed in the backward pass: if what they would store takes too much memory."""
+    if plan.grpo.remat != "auto":
+        return plan.grpo.remat == "on"
+    c = plan.config
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    # A block keeps its two norms' inputs and outputs, q, k, v twice (streams and rows), the mixed heads, and four
+    # arrays of the MLP's width.
+    per_token = c.num_layers * dtype.itemsize * (6 * c.hidden_size + 4 * heads + 4 * c.intermediate_size)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return plan.streams * plan.shapes[0].tokens * per_token > _SHARE * stats.get("bytes_limit", _UNKNOWN_BYTES)
+
+
+@partial(jax.jit, static_argnames=("config", "temperature"))
+def _score(config: ModelConfig, policy: Policy, v: jax.Array, part: Streams, temperature: float) -> jax.Array:
+    return stream_logprobs(config, policy(v), part.tokens, part.packing, temperature)[0]
+
+
+def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch) -> np.ndarray:
+    """Log-probabilities of a batch's completions at v (the reference policy is v = 0).
+
+    Returns:
+      float32 `[N, G, T]`, 0 outside the mask's completions.
+    """
+    parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams)
+    return unpack(parts, [_score(plan.config, policy, v, part, plan.temperature) for part in parts], batch)
 
 
 def grpo_loss(
-    v: Float[Array, "groups u"],
-    config: ModelConfig,
-    grpo: GRPO,
-    temperature: float,
-    policy: Policy,
-    batch: Batch,
-    weights: Float[Array, "prompts samples seq"],
+    v: Float[Array, "groups u"], plan: Plan, policy: Policy, part: Streams
 ) -> tuple[Float[Array, ""], Metrics]:
     """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
 
     Args:
       v: the only differentiated argument.
-      config: architecture.
-      grpo: settings.
-      temperature: of the policy.
+      plan: settings.
       policy: everything frozen.
-      batch: the rollout, or a part of it.
-      weights: `losses.token_weights` of the whole rollout, cut like `batch`.
+      part: of the rollout.
 
     Returns:
       The loss and, per metric, its sum over the tokens of the mask.
     """
-    logprobs, entropy = completion_logprobs(
-        config, policy(v), batch.prompts, batch.lengths, batch.completions, temperature, grpo.remat
-    )
+    grpo, params = plan.grpo, policy(v)
+    remat = wants_remat(plan, params["embed_tokens"]["embedding"].dtype)
+    logprobs, entropy = stream_logprobs(plan.config, params, part.tokens, part.packing, plan.temperature, remat)
     # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
-    quiet = lambda x: jnp.where(batch.mask, x, 0.0)
+    quiet = lambda x: jnp.where(part.mask, x, 0.0)
     logprobs = quiet(logprobs)
-    old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else quiet(batch.old_logprobs)
-    rollout = quiet(batch.rollout_logprobs)
+    old = jax.lax.stop_gradient(logprobs) if part.old_logprobs is None else quiet(part.old_logprobs)
+    rollout = quiet(part.rollout_logprobs)
     importance = importance_weights(old, rollout, grpo.tis_cap)
-    surrogate, low, high = clipped_surrogate(logprobs, old, batch.advantages, grpo.clip_low, grpo.clip_high)
+    surrogate, low, high = clipped_surrogate(logprobs, old, part.advantages, grpo.clip_low, grpo.clip_high)
     loss = importance * surrogate
     kl = jnp.zeros_like(loss)
-    if batch.ref_logprobs is not None:
-        kl = k3(logprobs, quiet(batch.ref_logprobs))
+    if part.ref_logprobs is not None:
+        kl = k3(logprobs, quiet(part.ref_logprobs))
         loss = loss + grpo.kl_coef * kl
     per_token = {
+        "tokens": jnp.ones_like(loss),
         "kl": kl,
         "entropy": entropy,
         "clip_low": low,
@@ -160,43 +161,53 @@ def grpo_loss(
         "importance": importance,
     }
     sums = {name: jnp.sum(quiet(x.astype(jnp.float32))) for name, x in per_token.items()}
-    return jnp.sum(weights * loss), sums
+    return jnp.sum(part.weights * loss), sums
 
 
 def make_grpo_step(
-    config: ModelConfig, grpo: GRPO, temperature: float, max_tokens: int, optimizer: optax.GradientTransformation
+    plan: Plan, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Policy, Batch], tuple[TrainState, Metrics]]:
-    """Builds the jitted update: gradient of the loss with respect to v, accumulated, then one optimizer step.
+    """Builds the update: gradient of the loss with respect to v, summed over streams, then one optimizer step.
 
     Args:
-      config: architecture.
-      grpo: settings.
-      temperature: of the policy.
-      max_tokens: longest completion allowed (`dr_grpo`).
+      plan: what to compile for.
       optimizer: optax transformation of v.
 
     Returns:
       `step(state, policy, batch)` giving the next state and scalar metrics. It does not advance
-      `state.step`, which counts rollouts.
+      `state.step`, which counts rollouts. `step.accumulate` and `step.update` are its two jitted programs; the first
+      is compiled for every shape of the plan when `step` is called first, so that no later call compiles.
     """
 
-    @jax.jit
-    def step(state: TrainState, policy: Policy, batch: Batch) -> tuple[TrainState, Metrics]:
-        weights = token_weights(batch.mask, grpo.loss_type, max_tokens)
-        gradient = jax.value_and_grad(grpo_loss, has_aux=True)
+    @partial(jax.jit, donate_argnums=0)
+    def accumulate(total: Any, v: jax.Array, policy: Policy, part: Streams) -> Any:
+        (loss, sums), grad = jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, part)
+        return jax.tree.map(jnp.add, total, (loss, sums, grad))
 
-        # Everything is a sum over tokens, so the parts of a split batch add up to the whole one exactly.
-        parts = jax.lax.map(
-            lambda part: gradient(state.v, config, grpo, temperature, policy, *part),
-            _split((batch, weights), grpo.micro_batch),
-        )
-        (loss, sums), grad = jax.tree.map(lambda x: x.sum(axis=0), parts)
+    @jax.jit
+    def update(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
+        loss, sums, grad = total
         with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to traced counts
             updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
         v = optax.apply_updates(state.v, updates)
-        tokens = jnp.maximum(jnp.sum(batch.mask), 1).astype(jnp.float32)
-        metrics = {name: total / tokens for name, total in sums.items()}
+        tokens = jnp.maximum(sums["tokens"], 1)
+        metrics = {name: value / tokens for name, value in sums.items() if name != "tokens"}
         metrics |= {"loss": loss, "grad_norm": jnp.linalg.norm(grad), "v_norm": jnp.linalg.norm(v)}
         return TrainState(v, opt_state, state.step), metrics
 
+    def step(state: TrainState, policy: Policy, batch: Batch) -> tuple[TrainState, Metrics]:
+        grpo = plan.grpo
+        weights = np.asarray(token_weights(jnp.asarray(batch.mask), grpo.loss_type, plan.max_tokens))
+        wanted = np.asarray(batch.advantages) != 0
+        if grpo.kl_coef or not grpo.skip_without_signal or not wanted.any():
+            wanted = None
+        parts = pack(batch, weights, plan.shapes, plan.streams, wanted)
+        if not accumulate._cache_size():
+            parts += [empty_part(batch, shape, plan.streams) for shape in plan.shapes]
+        total = (jnp.zeros(()), {name: jnp.zeros(()) for name in _SUMS}, jnp.zeros_like(state.v))
+        for part in parts:
+            total = accumulate(total, state.v, policy, part)
+        return update(state, total)
+
+    step.accumulate, step.update = accumulate, update
     return step

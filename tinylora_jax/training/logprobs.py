@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinylora_jax.models import KVCache, ModelConfig, forward, head_kernel
+from tinylora_jax.models import ModelConfig, Packing, forward, head_kernel
+from tinylora_jax.models.packing import before
 
 CHUNK = 2048  # tokens whose logits exist at once: 1.2 GB of float32 for a vocabulary of 151,936
 
@@ -78,41 +79,28 @@ def _backward_rule(temperature, chunk, slope, cotangents):
 token_logprobs.defvjp(_forward_rule, _backward_rule)
 
 
-def completion_logprobs(
+def stream_logprobs(
     config: ModelConfig,
     params: Any,
-    prompts: Int[Array, "prompts prompt_seq"],
-    lengths: Int[Array, " prompts"],
-    completions: Int[Array, "prompts samples seq"],
+    tokens: Int[Array, "streams tokens"],
+    packing: Packing,
     temperature: float,
-    remat: bool = True,
-) -> tuple[Float[Array, "prompts samples seq"], Float[Array, "prompts samples seq"]]:
-    """Scores every token of every completion, running each prompt once for its whole group.
-
-    The prompts fill a cache and the completions extend it, in training as in generation: the gradient
-    flows through the shared keys and values.
+    remat: bool = False,
+) -> tuple[Float[Array, "streams tokens"], Float[Array, "streams tokens"]]:
+    """Scores every token of packed rows given those before it; a shared prompt runs once for its whole group.
 
     Args:
       config: architecture.
       params: weights, adapted or not.
-      prompts: right-padded prompts.
-      lengths: their lengths.
-      completions: right-padded completions of each prompt.
+      tokens: the streams.
+      packing: how they form rows.
       temperature: of the policy.
       remat: recompute each block in the backward pass.
 
     Returns:
-      float32 log-probabilities and entropies; entries after a completion's end are meaningless.
+      float32 log-probabilities and entropies; those of a row's first token and of padding are meaningless.
     """
-    num_prompts, samples, width = completions.shape
-    dtype = params["embed_tokens"]["embedding"].dtype
-    cache = KVCache.empty(config, num_prompts, prompts.shape[1] + width, dtype)
-    hidden, cache = forward(config, params, prompts, jnp.zeros_like(lengths), cache, remat)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    rows = completions.reshape(num_prompts * samples, width)
-    hidden, _ = forward(config, params, rows, jnp.repeat(lengths, samples), cache.repeat(samples), remat)
-    before = jnp.concatenate([jnp.repeat(last, samples, axis=0), hidden[:, :-1]], axis=1)
-    scores = token_logprobs(
-        before.reshape(-1, before.shape[-1]), head_kernel(config, params), rows.reshape(-1), temperature
-    )
-    return tuple(x.reshape(completions.shape) for x in scores)
+    hidden, _ = forward(config, params, tokens, packing=packing, remat=remat)
+    hidden = before(hidden, packing).reshape(-1, hidden.shape[-1])
+    scores = token_logprobs(hidden, head_kernel(config, params), tokens.reshape(-1), temperature)
+    return tuple(x.reshape(tokens.shape) for x in scores)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Tokens = Float[Array, "prompts samples seq"]
-Mask = Bool[Array, "prompts samples seq"]
+Tokens = Float[Array, "*tokens"]
+Mask = Bool[Array, "*tokens"]
+RolloutMask = Bool[Array, "prompts samples seq"]
 
 
 def group_advantages(
@@ -40,20 +41,26 @@ def importance_weights(old_logprobs: Tokens, rollout_logprobs: Tokens, cap: floa
 def clipped_surrogate(
     logprobs: Tokens,
     old_logprobs: Tokens,
-    advantages: Float[Array, "prompts samples"],
+    advantages: Float[Array, "*#tokens"],
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tokens, Mask, Mask]:
     """−min(ρ Â, clip(ρ, 1 − low, 1 + high) Â) with ρ = π / π_old (arXiv 2402.03300 eq. 3).
 
+    Args:
+      logprobs: ln π of each token.
+      old_logprobs: ln π_old.
+      advantages: Â of each token's completion.
+      clip_low: lower bound's distance from 1.
+      clip_high: upper bound's distance from 1.
+
     Returns:
       The loss of each token, and where the lower and the upper bound were active.
     """
     ratio = jnp.exp(logprobs - old_logprobs)
-    advantage = advantages[:, :, None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = -jnp.minimum(ratio * advantage, clipped * advantage)
-    return loss, (ratio < 1 - clip_low) & (advantage < 0), (ratio > 1 + clip_high) & (advantage > 0)
+    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
+    return loss, (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
 
 
 def k3(logprobs: Tokens, ref_logprobs: Tokens) -> Tokens:
@@ -62,7 +69,7 @@ def k3(logprobs: Tokens, ref_logprobs: Tokens) -> Tokens:
     return jnp.exp(log_ratio) - log_ratio - 1
 
 
-def token_weights(mask: Mask, loss_type: str, max_tokens: int) -> Tokens:
+def token_weights(mask: RolloutMask, loss_type: str, max_tokens: int) -> Float[Array, "prompts samples seq"]:
     """The weight of each token's loss in the batch's loss.
 
     `grpo` averages within each completion, then over completions; `dapo` averages over all tokens

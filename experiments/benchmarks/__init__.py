@@ -1,0 +1,1 @@
+"""Benchmarks with the hardware's floor beside every figure."""

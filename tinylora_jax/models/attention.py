@@ -1,0 +1,144 @@
+"""Attention, one function a situation; behind each the kernel that is fastest on the back end at hand.
+
+The plain path is `jax.nn.dot_product_attention` through XLA, which runs everywhere and is what the others are
+tested against. In 16 bits on an NVIDIA GPU, whole rows go to cuDNN's flash attention and decoding to a Pallas
+kernel that reads each row's cache up to its own length and writes the new entry in place.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+Queries = Float[Array, "rows seq heads head_dim"]
+Keys = Float[Array, "rows seq kv_heads head_dim"]
+Cache = Float[Array, "rows capacity kv_heads head_dim"]
+
+_BLOCK = 64  # cached positions read at once
+
+
+def _on_gpu(x: jax.Array) -> bool:
+    """Whether the 16-bit kernels of an NVIDIA GPU apply."""
+    return jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16) and x.shape[-1] in (64, 128)
+
+
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> jax.Array:
+    with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores to float32 implicitly
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+
+def causal_attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, " rows"] | None = None) -> Queries:
+    """Each position attends to itself and all before it, in rows padded on the right.
+
+    Args:
+      q: queries.
+      k: keys; their heads divide the queries'.
+      v: values.
+      lengths: of the rows, if known: a kernel may then skip the padding, where the result is meaningless.
+
+    Returns:
+      Mixed values in the shape of `q`.
+    """
+    if not _on_gpu(q):
+        return _plain(q, k, v, is_causal=True)
+    seq_lengths = {} if lengths is None else {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    return _plain(q, k, v, is_causal=True, implementation="cudnn", **seq_lengths)
+
+
+def write(buffer: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes `update` `[rows, seq, …]` into `buffer` `[rows, capacity, …]` from each row's `start` on."""
+    place = lambda b, u, s: jax.lax.dynamic_update_slice_in_dim(b, u, s, axis=0)
+    return jax.vmap(place)(buffer, update.astype(buffer.dtype), start)
+
+
+def cached_attention(
+    q: Queries, k: Keys, v: Keys, keys: Cache, values: Cache, start: Int[Array, " rows"]
+) -> tuple[Queries, Cache, Cache]:
+    """Writes new keys and values at `start`, `start + 1`, …, and attends to everything up to each position.
+
+    Args:
+      q: queries of the new positions.
+      k: their keys.
+      v: their values.
+      keys: the cache, with room for `start + seq` positions.
+      values: the same.
+      start: each row's first new position.
+
+    Returns:
+      Mixed values and the updated cache.
+    """
+    if q.shape[1] == 1 and _on_gpu(q) and keys.shape[1] % _BLOCK == 0:
+        return decode_kernel(q, k, v, keys, values, start)
+    keys, values = write(keys, k, start), write(values, v, start)
+    position = start[:, None] + jnp.arange(q.shape[1])
+    visible = jnp.arange(keys.shape[1]) <= position[:, None, :, None]
+    return _plain(q, keys, values, mask=visible), keys, values
+
+
+def _decode_kernel(q_ref, k_ref, v_ref, start_ref, keys_in, values_in, o_ref, keys_out, values_out, *, groups, tile):
+    """One row and one kv head: its `groups` queries, padded to `tile`, against the cached positions and the new one."""
+    from jax.experimental.pallas import triton as plt
+
+    position = start_ref[...]
+    k_new, v_new = k_ref[...], v_ref[...]
+    plt.store(keys_out.at[pl.ds(position, 1), :], k_new[None])
+    plt.store(values_out.at[pl.ds(position, 1), :], v_new[None])
+    heads = (jnp.arange(tile) < groups)[:, None]
+    q = plt.load(q_ref.at[...], mask=heads, other=0.0)
+    scale = q.shape[-1] ** -0.5
+    top = jnp.sum(q.astype(jnp.float32) * k_new.astype(jnp.float32), axis=1) * scale
+
+    def block(index, carry):
+        top, total, mixed = carry
+        at = pl.ds(index * _BLOCK, _BLOCK)
+        seen = index * _BLOCK + jnp.arange(_BLOCK) < position
+        k = plt.load(keys_in.at[at, :], mask=seen[:, None], other=0.0)
+        scores = jnp.where(seen[None], plt.dot(q, k.T).astype(jnp.float32) * scale, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        p, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+        v = plt.load(values_in.at[at, :], mask=seen[:, None], other=0.0)
+        mixed = mixed * shrink[:, None] + plt.dot(p.astype(v.dtype), v).astype(jnp.float32)
+        return new_top, total * shrink + jnp.sum(p, axis=1), mixed
+
+    first = jnp.broadcast_to(v_new.astype(jnp.float32)[None], q.shape)
+    _, total, mixed = jax.lax.fori_loop(
+        0, pl.cdiv(position, _BLOCK), block, (top, jnp.ones((tile,), jnp.float32), first)
+    )
+    plt.store(o_ref.at[...], (mixed / total[:, None]).astype(o_ref.dtype), mask=heads)
+
+
+def decode_kernel(
+    q: Queries, k: Keys, v: Keys, keys: Cache, values: Cache, start: Int[Array, " rows"], interpret: bool = False
+) -> tuple[Queries, Cache, Cache]:
+    """`cached_attention` of one new position a row as one Pallas (Triton) kernel.
+
+    Work and traffic follow each row's own length, the cache is updated in place, and the queries that share a kv
+    head are one tile.
+    """
+    from jax.experimental.pallas import triton as plt
+
+    rows, _, num_heads, head_dim = q.shape
+    capacity, kv_heads = keys.shape[1:3]
+    groups = num_heads // kv_heads
+    tile = max(16, pl.next_power_of_2(groups))  # the matrix units take 16 rows at least
+    one = pl.BlockSpec((None, None, head_dim), lambda i, j: (i, j, 0))
+    many = pl.BlockSpec((None, None, tile, head_dim), lambda i, j: (i, j, 0, 0))
+    cache = pl.BlockSpec((None, capacity, None, head_dim), lambda i, j: (i, 0, j, 0))
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    grouped = q.reshape(rows, kv_heads, groups, head_dim)
+    mixed, keys, values = pl.pallas_call(
+        partial(_decode_kernel, groups=groups, tile=tile),
+        grid=(rows, kv_heads),
+        in_specs=[many, one, one, pl.BlockSpec((None,), lambda i, j: (i,)), cache, cache],
+        out_specs=[many, cache, cache],
+        out_shape=[like(grouped), like(keys), like(values)],
+        input_output_aliases={4: 1, 5: 2},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention",
+    )(grouped, k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype), start, keys, values)
+    return mixed.reshape(q.shape), keys, values

@@ -1,0 +1,105 @@
+"""Rows of different lengths stored as one stream of tokens, so that padding is paid for in attention alone.
+
+A group of completions shares its prompt: the prompt stands in the stream once, and in the row of every completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of B streams stand in their rows; T tokens, R rows of W places, places counted row by row.
+
+    Attributes:
+      positions: int32 `[B, T]`, each token's position in its rows.
+      tokens_at: int32 `[B, R, W]`, the token at each place of each row; T where there is none.
+      places_of: int32 `[B, T, G]`, the places of each token, R·W where it has fewer than G.
+      lengths: int32 `[B, R]`.
+    """
+
+    positions: jax.Array
+    tokens_at: jax.Array
+    places_of: jax.Array
+    lengths: jax.Array
+
+
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[b, index[b]]`, zero where the index is out of range."""
+    return jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="fill", fill_value=0))(x, index)
+
+
+@jax.custom_vjp
+def gather(
+    x: Float[Array, "streams n ..."], index: Int[Array, "streams m"], inverse: Int[Array, "streams n times"]
+) -> Float[Array, "streams m ..."]:
+    """`x[b, index[b]]`, zero where the index is out of range.
+
+    The gradient is gathered too, through the inverse map, instead of scattered: a scatter-add is slow, and on a GPU
+    its result depends on the order of its additions.
+
+    Args:
+      x: what to take from.
+      index: what to take; n or more for nothing.
+      inverse: for each entry of `x` the places that it was taken to; m or more for none.
+    """
+    return _pick(x, index)
+
+
+def _gather_backward(inverse, g):
+    taken = (_pick(g, inverse[..., i]).astype(jnp.float32) for i in range(inverse.shape[-1]))
+    return sum(taken).astype(g.dtype), None, None
+
+
+gather.defvjp(lambda x, index, inverse: (_pick(x, index), inverse), _gather_backward)
+
+
+def to_rows(x: Float[Array, "streams tokens ..."], packing: Packing) -> Float[Array, "rows places ..."]:
+    """The rows of a stream of tokens, zeros where a row has none; all streams' rows one after the other."""
+    streams, rows, places = packing.tokens_at.shape
+    flat = gather(x, packing.tokens_at.reshape(streams, -1), packing.places_of)
+    return flat.reshape(streams * rows, places, *x.shape[2:])
+
+
+def _homes(packing: Packing) -> tuple[jax.Array, jax.Array]:
+    """Each token's first place, and for each place its token if it is that token's first."""
+    streams, rows, places = packing.tokens_at.shape
+    first = packing.places_of[..., 0]
+    tokens_at = packing.tokens_at.reshape(streams, -1)
+    tokens = first.shape[1]
+    padded = jnp.concatenate([first, jnp.full((streams, 1), rows * places, first.dtype)], axis=1)
+    home = jnp.take_along_axis(padded, tokens_at, axis=1)
+    return first, jnp.where(home == jnp.arange(rows * places), tokens_at, tokens)
+
+
+def to_stream(x: Float[Array, "rows places ..."], packing: Packing) -> Float[Array, "streams tokens ..."]:
+    """The inverse of `to_rows`; a token that stands in several rows is taken from the first."""
+    streams, rows, places = packing.tokens_at.shape
+    first, owner = _homes(packing)
+    return gather(x.reshape(streams, rows * places, *x.shape[2:]), first, owner[..., None])
+
+
+def before(x: Float[Array, "streams tokens ..."], packing: Packing) -> Float[Array, "streams tokens ..."]:
+    """For each token the entry of the token before it in its (first) row; zeros for the first token of a row."""
+    streams, _, places = packing.tokens_at.shape
+    first, owner = _homes(packing)
+    tokens = first.shape[1]
+    at = packing.tokens_at.reshape(streams, -1)
+    shifted = jnp.pad(at, ((0, 0), (1, 0)), constant_values=tokens)[:, :-1]
+    fill = lambda values, index, none: jax.vmap(lambda v, i: jnp.take(v, i, axis=0, mode="fill", fill_value=none))(
+        values, index
+    )
+    starts = (first % places == 0) | (first >= at.shape[1])
+    previous = jnp.where(starts, tokens, fill(shifted, first, tokens))
+    # A token comes before the tokens at the places after its own, as far as these are their tokens' first places.
+    last = packing.places_of % places == places - 1
+    following = jax.vmap(lambda o, p: jnp.take(o, p, axis=0, mode="fill", fill_value=tokens))(
+        owner, packing.places_of + 1
+    )
+    return gather(x, previous, jnp.where(last, tokens, following))

@@ -1,0 +1,247 @@
+"""A graded rollout, and its cut into streams of one static size, whatever the lengths of its completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from tinylora_jax.models import Packing
+
+_ALIGN = 32  # stream lengths are multiples of this
+_ROOM = 3  # places in a stream's rows for each of its tokens: rows may be a third full
+_NARROWEST = 512  # places; rows that fit into fewer are not sorted any further
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One graded rollout of N prompts with G samples of at most T tokens, as arrays of the host.
+
+    Attributes:
+      prompts: int32 `[N, P]`, right-padded.
+      lengths: int32 `[N]`.
+      completions: int32 `[N, G, T]`, right-padded.
+      mask: bool `[N, G, T]`, True for the tokens that are trained on.
+      rollout_logprobs: float32 `[N, G, T]`, as generated.
+      advantages: float32 `[N, G]`.
+      old_logprobs: float32 `[N, G, T]` under the policy before the first update; None means that this
+        update is the first, and the current policy takes its place.
+      ref_logprobs: float32 `[N, G, T]` under v = 0; None without KL.
+    """
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    completions: np.ndarray
+    mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    advantages: np.ndarray
+    old_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Streams:
+    """A part of a rollout, packed: B streams of T tokens; every field but `packing` is `[B, T]`.
+
+    Attributes:
+      tokens: int32; prompts and completions, 0 in the unused rest.
+      packing: how the tokens form rows.
+      source: int32, the place of each token in the rollout's flat `[N·G·T]` completions; −1 for others.
+      mask: bool, as in `Batch`.
+      weights: float32, of each token's loss.
+      advantages: float32.
+      rollout_logprobs: float32.
+      old_logprobs: float32 or None.
+      ref_logprobs: float32 or None.
+    """
+
+    tokens: jax.Array | np.ndarray
+    packing: Packing
+    source: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+    advantages: jax.Array | np.ndarray
+    rollout_logprobs: jax.Array | np.ndarray
+    old_logprobs: jax.Array | np.ndarray | None = None
+    ref_logprobs: jax.Array | np.ndarray | None = None
+
+
+class _Unit(NamedTuple):
+    """A prompt with some of its completions, which share it."""
+
+    prompt: int
+    samples: tuple[int, ...]
+    tokens: int
+
+
+class Shape(NamedTuple):
+    """The static size of a stream: the same for every rollout of a run, so that nothing compiles twice."""
+
+    tokens: int
+    rows: int
+    places: int
+    samples: int
+
+
+def stream_shapes(
+    prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int
+) -> tuple[Shape, ...]:
+    """The sizes of streams for rollouts of these bounds, by width of their rows, the narrowest first.
+
+    Most completions are far shorter than the longest allowed, and a row costs attention for all its places: so
+    short rows and long ones go to different streams.
+
+    Args:
+      prompts: N.
+      prompt_tokens: P, the padded width of the prompts.
+      samples: G.
+      completion_tokens: T, the longest completion.
+      max_tokens: tokens in a stream; raised to one prompt and completion, lowered to the whole rollout.
+    """
+    row = prompt_tokens + completion_tokens
+    whole = prompts * (prompt_tokens + samples * completion_tokens)
+    up = lambda x, unit: -(-x // unit) * unit
+    tokens = up(min(max(max_tokens, row), whole), _ALIGN)
+    widths = [up(row, 8)]
+    while widths[0] // 4 >= _NARROWEST:
+        widths.insert(0, up(widths[0] // 4, 8))
+    return tuple(
+        Shape(tokens, min(prompts * samples, max(1, -(-_ROOM * tokens // width))), width, samples) for width in widths
+    )
+
+
+def _units(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: Shape) -> list[_Unit]:
+    """Whole groups where they fit, else runs of their samples; completions without tokens are left out."""
+    units = []
+    for prompt, length in enumerate(batch.lengths.tolist()):
+        taken: list[int] = []
+        size = length
+        for sample in np.flatnonzero(wanted[prompt] & (ends[prompt] > 0)).tolist():
+            more = int(ends[prompt, sample])
+            if taken and (size + more > shape.tokens or len(taken) == shape.rows):
+                units.append(_Unit(prompt, tuple(taken), size))
+                taken, size = [], length
+            taken.append(sample)
+            size += more
+        if taken:
+            units.append(_Unit(prompt, tuple(taken), size))
+    return units
+
+
+def _fill(units: Sequence[_Unit], shape: Shape) -> list[list[_Unit]]:
+    """First-fit decreasing."""
+    bins: list[list[_Unit]] = []
+    room: list[list[int]] = []
+    for unit in sorted(units, key=lambda u: -u.tokens):
+        fits = (i for i, (tokens, rows) in enumerate(room) if unit.tokens <= tokens and len(unit.samples) <= rows)
+        place = next(fits, len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append([shape.tokens, shape.rows])
+        bins[place].append(unit)
+        room[place][0] -= unit.tokens
+        room[place][1] -= len(unit.samples)
+    return bins
+
+
+def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shape) -> tuple[np.ndarray, ...]:
+    """Tokens, source, positions, tokens_at, places_of and row lengths of one stream."""
+    none = shape.rows * shape.places
+    tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
+    source = np.full(shape.tokens, -1, np.int32)
+    tokens_at = np.full((shape.rows, shape.places), shape.tokens, np.int32)
+    places_of = np.full((shape.tokens, shape.samples), none, np.int32)
+    lengths = np.ones(shape.rows, np.int32)  # an unused row is one token of nothing: some kernels need a length
+    width = batch.completions.shape[2]
+    at = row = 0
+    for prompt, samples, _ in units:
+        start, length = at, int(batch.lengths[prompt])
+        tokens[at : at + length] = batch.prompts[prompt, :length]
+        positions[at : at + length] = np.arange(length)
+        at += length
+        for share, sample in enumerate(samples):
+            end = int(ends[prompt, sample])
+            own = np.arange(at, at + end)
+            tokens[own] = batch.completions[prompt, sample, :end]
+            positions[own] = length + np.arange(end)
+            source[own] = (prompt * batch.completions.shape[1] + sample) * width + np.arange(end)
+            tokens_at[row, :length] = np.arange(start, start + length)
+            tokens_at[row, length : length + end] = own
+            first = row * shape.places
+            places_of[start : start + length, share] = first + np.arange(length)
+            places_of[own, 0] = first + length + np.arange(end)
+            lengths[row] = length + end
+            at, row = at + end, row + 1
+    return tokens, source, positions, tokens_at, places_of, lengths
+
+
+def pack(
+    batch: Batch,
+    weights: np.ndarray,
+    shapes: Sequence[Shape],
+    streams: int = 1,
+    wanted: np.ndarray | None = None,
+) -> list[Streams]:
+    """Cuts a rollout into parts of `streams` streams each, first-fit by length.
+
+    Args:
+      batch: the rollout.
+      weights: float32 `[N, G, T]`, `losses.token_weights` of it.
+      shapes: `stream_shapes` of the run.
+      streams: B, streams a part.
+      wanted: bool `[N, G]`, completions to take; None takes all.
+
+    Returns:
+      The parts; none if no completion is wanted. Those of one shape run one compiled program.
+    """
+    ends = np.where(batch.mask, np.arange(1, batch.mask.shape[2] + 1), 0).max(axis=-1)
+    left = np.ones(ends.shape, bool) if wanted is None else wanted
+    rows = batch.lengths[:, None] + ends
+    parts = []
+    for shape in shapes:
+        bins = _fill(_units(batch, ends, left & (rows <= shape.places), shape), shape)
+        bins += [[] for _ in range(-len(bins) % streams)]
+        left = left & (rows > shape.places)
+        for first in range(0, len(bins), streams):
+            laid = [_lay_out(units, batch, ends, shape) for units in bins[first : first + streams]]
+            parts.append(_part(batch, weights, [np.stack(x) for x in zip(*laid, strict=True)]))
+    return parts
+
+
+def empty_part(batch: Batch, shape: Shape, streams: int = 1) -> Streams:
+    """A part without a token, for compiling a program before it is needed; `batch` says which fields there are."""
+    ends = np.zeros(batch.mask.shape[:2], int)
+    laid = [_lay_out((), batch, ends, shape)] * streams
+    zeros = np.zeros(batch.mask.shape, np.float32)
+    return _part(batch, zeros, [np.stack(x) for x in zip(*laid, strict=True)])
+
+
+def _part(batch: Batch, weights: np.ndarray, laid: Sequence[np.ndarray]) -> Streams:
+    tokens, source, *layout = laid
+    spread = np.broadcast_to(batch.advantages[:, :, None], batch.mask.shape)
+    per_token = lambda x: None if x is None else np.where(source >= 0, x.reshape(-1)[source], 0)
+    return Streams(
+        tokens=tokens,
+        packing=Packing(*layout),
+        source=source,
+        mask=per_token(batch.mask).astype(bool),
+        weights=per_token(weights),
+        advantages=per_token(spread),
+        rollout_logprobs=per_token(batch.rollout_logprobs),
+        old_logprobs=per_token(batch.old_logprobs),
+        ref_logprobs=per_token(batch.ref_logprobs),
+    )
+
+
+def unpack(parts: Sequence[Streams], values: Sequence[jax.Array | np.ndarray], batch: Batch) -> np.ndarray:
+    """Per-token values of packed parts, back in the rollout's `[N, G, T]`; zero where no part has the token."""
+    out = np.zeros(batch.completions.size, np.float32)
+    for part, value in zip(parts, values, strict=True):
+        there = part.source >= 0
+        out[part.source[there]] = np.asarray(value)[there]
+    return out.reshape(batch.completions.shape)
