@@ -1,5 +1,7 @@
 """Generation: what transformers generates, whoever shares the batch, with the trainer's log-probabilities."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def trainer(config, params, prompts, lengths, completions, ends, temperature):
     zeros = np.zeros(mask.shape, np.float32)
     batch = Batch(np.asarray(prompts), np.asarray(lengths), np.asarray(completions), mask, zeros, zeros[:, :, 0])
     parts = pack(batch, zeros, stream_shapes(n, prompts.shape[1], samples, width, 10_000))
-    return unpack(parts, [_scores(config, params, p.tokens, p.packing, temperature)[0] for p in parts], batch)
+    return unpack(parts, [_scores(config, params, p.tokens, p.packing, p.mask, temperature)[0] for p in parts], batch)
 
 
 def run(config, params, prompts, sampling=TEN, rows=slice(None), samples=1, key=KEY, width=6, slots=0):
@@ -203,3 +205,56 @@ def test_bfloat16_weights_generate_float32_logprobs_close_to_the_trainers(qwen2,
     assert got.logprobs.dtype == scores.dtype == jnp.float32
     # The paper measures 0.0022–0.0030 between its merged rollouts and its trainer; the same function does better.
     assert np.abs(np.exp(scores.reshape(8, 10)) - np.exp(got.logprobs)).mean() < 0.002
+
+
+STOPS = Sampling(max_new_tokens=10, stop_tokens=tuple(range(0, 97, 6)))
+
+
+@pytest.fixture(scope="module")
+def pooled(qwen2, adapted, prompts):
+    """64 completions of many lengths, all in a pool of their own: the pool also shrinks on the way."""
+    return run(qwen2.config, adapted, prompts, STOPS, samples=16)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 17, 63])
+def test_the_number_of_slots_changes_nothing(qwen2, adapted, prompts, pooled, slots):
+    got = run(qwen2.config, adapted, prompts, STOPS, samples=16, slots=slots)
+    np.testing.assert_array_equal(got.tokens, pooled.tokens)
+    np.testing.assert_array_equal(got.lengths, pooled.lengths)
+    np.testing.assert_array_equal(got.stopped, pooled.stopped)
+    np.testing.assert_allclose(got.logprobs, pooled.logprobs, atol=1e-5)
+    lengths = np.asarray(got.lengths)
+    assert lengths.min() == 1 and lengths.max() == 10, "there must be short ones and long ones"
+    assert int(got.slot_steps) >= lengths.sum()
+    if slots == 1:
+        assert int(got.slot_steps) == lengths.sum(), "one slot is never empty"
+
+
+def test_a_shrinking_pool_saves_steps_of_empty_slots(pooled):
+    lengths = np.asarray(pooled.lengths)
+    assert lengths.sum() <= int(pooled.slot_steps) < 64 * lengths.max()
+
+
+def test_each_prompt_may_have_an_adapter_of_its_own(qwen2, policy, v, prompts, adapted, pooled):
+    # Prompts 0 and 2 keep v, the others get another; slots are fewer than completions, so adapters move with them.
+    several = jnp.stack([v, -v, v, 2 * v])
+    got = run(qwen2.config, policy(several), prompts, STOPS, samples=16, slots=5)
+    for prompt, own in enumerate(several):
+        alone = run(qwen2.config, policy(own), prompts, STOPS, samples=16)
+        rows = slice(16 * prompt, 16 * prompt + 16)
+        np.testing.assert_array_equal(got.tokens[rows], alone.tokens[rows])
+        np.testing.assert_allclose(got.logprobs[rows], alone.logprobs[rows], atol=1e-5)
+    assert (np.asarray(got.tokens) != np.asarray(pooled.tokens)).any(axis=1).reshape(4, 16).any(axis=1).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_long_prompts_are_prefilled_in_parts(qwen2, adapted, prompts, reference, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("tinylora_jax.rollout.generate"), "_PREFILL_TOKENS", 20)
+    jax.clear_caches()  # the limit is read when a program is traced
+    got = run(qwen2.config, adapted, prompts, samples=2)  # three prompts at once, then one and two of padding
+    np.testing.assert_array_equal(got.tokens, reference.tokens)
+    np.testing.assert_allclose(got.logprobs, reference.logprobs, atol=1e-5)

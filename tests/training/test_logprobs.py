@@ -16,6 +16,9 @@ def plain(hidden, head, tokens, temperature):
     return jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0], -jnp.sum(jnp.exp(table) * table, axis=-1)
 
 
+ALL = jnp.ones(11, bool)
+
+
 def case(dtype=jnp.float32, n=11, width=8, vocab=30):
     rng = np.random.default_rng(0)
     hidden, head = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((n, width), (width, vocab)))
@@ -31,7 +34,8 @@ def case(dtype=jnp.float32, n=11, width=8, vocab=30):
 @pytest.mark.parametrize("chunk", [2048, 11, 4, 1])
 def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk):
     hidden, head, tokens, cotangent = case()
-    ours = lambda h: token_logprobs(h, head, tokens, temperature, chunk)
+    wanted = jnp.ones(tokens.shape, bool)
+    ours = lambda h: token_logprobs(h, head, tokens, wanted, temperature, chunk)
     theirs = lambda h: plain(h, head, tokens, temperature)
     for got, expected in zip(ours(hidden), theirs(hidden), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -44,22 +48,35 @@ def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk):
 
 def test_bfloat16_states_give_float32_logprobs_and_a_close_gradient():
     hidden, head, tokens, cotangent = case(jnp.bfloat16)
-    logprob, entropy = token_logprobs(hidden, head, tokens, 1.0)
+    logprob, entropy = token_logprobs(hidden, head, tokens, ALL, 1.0)
     expected = plain(hidden, head, tokens, 1.0)
     assert logprob.dtype == entropy.dtype == jnp.float32
     np.testing.assert_allclose(logprob, expected[0], atol=1e-4)
     np.testing.assert_allclose(entropy, expected[1], atol=1e-4)
-    gradient = jax.grad(lambda h: jnp.sum(token_logprobs(h, head, tokens, 1.0)[0] * cotangent))(hidden)
+    gradient = jax.grad(lambda h: jnp.sum(token_logprobs(h, head, tokens, ALL, 1.0)[0] * cotangent))(hidden)
     wide = jax.grad(lambda h: jnp.sum(plain(h, head, tokens, 1.0)[0] * cotangent))(hidden.astype(jnp.float32))
     assert gradient.dtype == jnp.bfloat16
     assert np.linalg.norm(gradient.astype(jnp.float32) - wide) < 0.02 * np.linalg.norm(wide)
 
 
+def test_chunks_in_which_nothing_is_wanted_are_skipped():
+    hidden, head, tokens, cotangent = case()
+    wanted = jnp.asarray([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1], bool)  # chunks of three: the first and the third of four
+    ours = lambda h: token_logprobs(h, head, tokens, wanted, 0.7, 3)
+    expected = plain(hidden, head, tokens, 0.7)
+    for run in (ours, lambda h: jax.vjp(ours, h)[0]):
+        for got, full in zip(run(hidden), expected, strict=True):
+            np.testing.assert_allclose(got[wanted], full[wanted], atol=1e-5)
+            assert (got[:3] == 0).all() and (got[6:9] == 0).all() and (np.asarray(got)[[3, 5, 9]] != 0).all()
+    pull = lambda f: jax.grad(lambda h: jnp.sum(jnp.where(wanted, f(h)[0] * cotangent, 0)))(hidden)
+    np.testing.assert_allclose(pull(ours), pull(lambda h: plain(h, head, tokens, 0.7)), atol=1e-5)
+
+
 def test_impossible_tokens_do_not_give_nan():
     hidden, head = jnp.asarray([[100.0, 0.0]]), jnp.asarray([[1.0, -1.0], [0.0, 0.0]])
-    logprob, entropy = token_logprobs(hidden, head, jnp.asarray([1], jnp.int32), 1.0)
+    logprob, entropy = token_logprobs(hidden, head, jnp.asarray([1], jnp.int32), ALL[:1], 1.0)
     assert logprob[0] == pytest.approx(-200) and entropy[0] == pytest.approx(0, abs=1e-6)
-    gradient = jax.grad(lambda h: token_logprobs(h, head, jnp.asarray([1], jnp.int32), 1.0)[0].sum())(hidden)
+    gradient = jax.grad(lambda h: token_logprobs(h, head, jnp.asarray([1], jnp.int32), ALL[:1], 1.0)[0].sum())(hidden)
     np.testing.assert_allclose(gradient, [[-2.0, 0.0]], atol=1e-5)
 
 
@@ -86,7 +103,9 @@ def packed(prompts, completions, lengths, ends, tokens=10_000, streams=1):
 @partial(jax.jit, static_argnames=("config", "temperature", "remat"))
 def shared(config, policy, v, part, coefficients, temperature, remat):
     def value(v):
-        logprobs, entropy = stream_logprobs(config, policy(v), part.tokens, part.packing, temperature, remat)
+        logprobs, entropy = stream_logprobs(
+            config, policy(v), part.tokens, part.packing, part.source >= 0, temperature, remat
+        )
         return jnp.sum(jnp.where(part.source >= 0, logprobs * coefficients, 0)), (logprobs, entropy)
 
     return jax.value_and_grad(value, has_aux=True)(v)

@@ -38,7 +38,7 @@ class AdaptedKernel:
     left: jax.Array
 
 
-_UNROLLED = 4  # up to this rank the update is a few fused multiply-adds; above, a product
+_UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above, a product
 
 
 def _mix(skinny: jax.Array, core: jax.Array) -> jax.Array:
@@ -132,68 +132,77 @@ def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int 
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "cores", "lefts"], meta_fields=["widths"])
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "core", "left"], meta_fields=["widths"])
 @dataclass(frozen=True)
 class FusedKernel:
     """Several kernels that read the same input, as one product: decoding is bound by launches and by bytes.
 
     The columns of `base` are those of every W, then those of every V, then zeros up to a multiple of 64: the
-    skinny products x·V cost no launch of their own.
+    skinny products x·V cost no launch of their own. All updates together are one of rank R = Σ rank, whose core is
+    block diagonal; where all rows share it, it is folded into `left`.
 
     Attributes:
-      base: `[in, Σ out + Σ rank + padding]`.
-      cores: per kernel the core of its update, `[rank, rank]` or `[rows, rank, rank]`; None if it has none.
-      lefts: per kernel U, `[out, rank]`; None if it has none.
+      base: `[in, Σ out + R + padding]`.
+      core: `[rows, R, R]` if each row has its own adapter, else None.
+      left: `[Σ out, R]`, block diagonal; None if no kernel is adapted.
       widths: per kernel the width of its output.
     """
 
     base: jax.Array
-    cores: tuple[jax.Array | None, ...]
-    lefts: tuple[jax.Array | None, ...]
+    core: jax.Array | None
+    left: jax.Array | None
     widths: tuple[int, ...]
+
+
+def _block_diagonal(blocks: Sequence[jax.Array]) -> jax.Array:
+    """`[..., Σ rows, Σ columns]` from blocks `[..., rows, columns]`."""
+    before, total = 0, sum(b.shape[-1] for b in blocks)
+    padded = []
+    for block in blocks:
+        after = total - before - block.shape[-1]
+        padded.append(jnp.pad(block, ((0, 0),) * (block.ndim - 1) + ((before, after),)))
+        before += block.shape[-1]
+    return jnp.concatenate(padded, axis=-2)
 
 
 def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
     """Joins two-dimensional kernels of one input; `fused_matmul` is its use."""
-    adapted = [k if isinstance(k, AdaptedKernel) else None for k in kernels]
-    bases = [k if a is None else a.base for k, a in zip(kernels, adapted, strict=True)]
-    columns = [*bases, *(a.right.astype(a.base.dtype) for a in adapted if a is not None)]
+    adapted = [k for k in kernels if isinstance(k, AdaptedKernel)]
+    bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
+    columns = [*bases, *(a.right.astype(a.base.dtype) for a in adapted)]
     padding = -sum(c.shape[1] for c in columns) % 64
+    core = left = None
+    if adapted:
+        lefts = [k.left if isinstance(k, AdaptedKernel) else jnp.zeros((k.shape[1], 0), jnp.float32) for k in kernels]
+        left, core = _block_diagonal(lefts), _block_diagonal([a.core for a in adapted])
+        if core.ndim == 2:
+            left, core = jnp.matmul(left, core.T, precision="highest"), None
     return FusedKernel(
         jnp.concatenate([*columns, jnp.zeros((columns[0].shape[0], padding), columns[0].dtype)], axis=1),
-        tuple(a and a.core for a in adapted),
-        tuple(a and a.left for a in adapted),
+        core,
+        left,
         tuple(b.shape[1] for b in bases),
     )
 
 
 def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[Array, ...], ...]:
     """What `matmul` gives for each of the fused kernels, from one product."""
-    adapted = any(core is not None for core in kernel.cores)
-    product = jnp.matmul(x, kernel.base, preferred_element_type=jnp.float32 if adapted else x.dtype)
-    outputs, start, skinny_start = [], 0, sum(kernel.widths)
-    for width, core, left in zip(kernel.widths, kernel.cores, kernel.lefts, strict=True):
-        y = product[..., start : start + width]
-        start += width
-        if core is not None:
-            rank = core.shape[-1]
-            y = y + _expand(_mix(product[..., skinny_start : skinny_start + rank], core), left)
-            skinny_start += rank
-        outputs.append(y.astype(x.dtype))
-    return tuple(outputs)
+    out = sum(kernel.widths)
+    product = jnp.matmul(x, kernel.base, preferred_element_type=x.dtype if kernel.left is None else jnp.float32)
+    y = product[..., :out]
+    if kernel.left is not None:
+        skinny = product[..., out : out + kernel.left.shape[-1]]
+        y = y + _expand(skinny if kernel.core is None else _mix(skinny, kernel.core), kernel.left)
+    splits = [sum(kernel.widths[: i + 1]) for i in range(len(kernel.widths) - 1)]
+    return tuple(jnp.split(y.astype(x.dtype), splits, axis=-1))
 
 
 def select_rows(params: Any, index: Int[Array, " rows"]) -> Any:
     """The tree in which row i has the adapter of row `index[i]`; adapters shared by all rows stay as they are."""
-    one_per_row = lambda core: core is not None and core.ndim == 3
     kernels = (AdaptedKernel, FusedKernel)
 
     def select(kernel: Any) -> Any:
-        if isinstance(kernel, AdaptedKernel) and one_per_row(kernel.core):
-            return replace(kernel, core=kernel.core[index])
-        if isinstance(kernel, FusedKernel):
-            cores = (core[index] if one_per_row(core) else core for core in kernel.cores)
-            return replace(kernel, cores=tuple(cores))
-        return kernel
+        own = isinstance(kernel, kernels) and kernel.core is not None and kernel.core.ndim == 3
+        return replace(kernel, core=kernel.core[index]) if own else kernel
 
     return jax.tree.map(select, params, is_leaf=lambda x: isinstance(x, kernels))

@@ -83,11 +83,12 @@ def subspace_svd(
         skew = jnp.max(jnp.abs(product("brk,brl->bkl", U, U) - jnp.eye(rank, dtype=U.dtype)), axis=(1, 2))
         return SVD(U, S, V), worst + skew
 
+    def improve(_, Q):
+        return orthonormal(product("brc,bck->brk", W, orthonormal(product("brc,brk->bck", W, Q))))
+
     def iterate(carry):
         count, Q, _ = carry
-        for _ in range(4):
-            back = orthonormal(product("brc,brk->bck", W, Q))
-            Q = orthonormal(product("brc,bck->brk", W, back))
+        Q = jax.lax.fori_loop(0, 4, improve, Q)
         return count + 4, Q, solve(Q)[1]
 
     start = jax.random.normal(jax.random.key(0), (1, rows, block), W.dtype)

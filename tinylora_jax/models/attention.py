@@ -79,16 +79,16 @@ def cached_attention(
     return _plain(q, keys, values, mask=visible), keys, values
 
 
-def _decode_kernel(q_ref, k_ref, v_ref, start_ref, keys_in, values_in, o_ref, keys_out, values_out, *, groups, tile):
+def _decode_kernel(new_ref, start_ref, keys_in, values_in, o_ref, keys_out, values_out, *, groups, tile):
     """One row and one kv head: its `groups` queries, padded to `tile`, against the cached positions and the new one."""
     from jax.experimental.pallas import triton as plt
 
     position = start_ref[...]
-    k_new, v_new = k_ref[...], v_ref[...]
+    k_new, v_new = new_ref[groups, :], new_ref[groups + 1, :]
     plt.store(keys_out.at[pl.ds(position, 1), :], k_new[None])
     plt.store(values_out.at[pl.ds(position, 1), :], v_new[None])
     heads = (jnp.arange(tile) < groups)[:, None]
-    q = plt.load(q_ref.at[...], mask=heads, other=0.0)
+    q = plt.load(new_ref.at[...], mask=heads, other=0.0)
     scale = q.shape[-1] ** -0.5
     top = jnp.sum(q.astype(jnp.float32) * k_new.astype(jnp.float32), axis=1) * scale
 
@@ -124,21 +124,27 @@ def decode_kernel(
     rows, _, num_heads, head_dim = q.shape
     capacity, kv_heads = keys.shape[1:3]
     groups = num_heads // kv_heads
-    tile = max(16, pl.next_power_of_2(groups))  # the matrix units take 16 rows at least
-    one = pl.BlockSpec((None, None, head_dim), lambda i, j: (i, j, 0))
-    many = pl.BlockSpec((None, None, tile, head_dim), lambda i, j: (i, j, 0, 0))
+    tile = max(16, pl.next_power_of_2(groups + 2))  # the matrix units take 16 rows at least
+    # One array for the three: XLA then rotates them and adds biases and adapters in a single kernel.
+    by_head = (x.astype(keys.dtype).reshape(rows, kv_heads, -1, head_dim) for x in (q, k, v))
+    new = jnp.concatenate(list(by_head), axis=2)
+    block = pl.BlockSpec((None, None, tile, head_dim), lambda i, j: (i, j, 0, 0))
     cache = pl.BlockSpec((None, capacity, None, head_dim), lambda i, j: (i, 0, j, 0))
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    grouped = q.reshape(rows, kv_heads, groups, head_dim)
     mixed, keys, values = pl.pallas_call(
         partial(_decode_kernel, groups=groups, tile=tile),
         grid=(rows, kv_heads),
-        in_specs=[many, one, one, pl.BlockSpec((None,), lambda i, j: (i,)), cache, cache],
-        out_specs=[many, cache, cache],
-        out_shape=[like(grouped), like(keys), like(values)],
-        input_output_aliases={4: 1, 5: 2},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        in_specs=[
+            block,
+            pl.BlockSpec((None,), lambda i, j: (i,)),
+            cache,
+            cache,
+        ],
+        out_specs=[block, cache, cache],
+        out_shape=[jax.ShapeDtypeStruct((rows, kv_heads, groups, head_dim), q.dtype), like(keys), like(values)],
+        input_output_aliases={2: 1, 3: 2},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="decode_attention",
-    )(grouped, k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype), start, keys, values)
+    )(new, start, keys, values)
     return mixed.reshape(q.shape), keys, values

@@ -87,9 +87,14 @@ def _truncate(scaled: Float[Array, "rows vocab"], sampling: Sampling) -> Float[A
 
 
 def _running_sums(weights: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
-    """Σ of each entry and those before it, as one product: a scan would be dozens of small kernels."""
-    n = weights.shape[1]
-    return jnp.matmul(weights, jnp.triu(jnp.ones((n, n), weights.dtype)), precision="highest")
+    """Σ of each entry and those before it, as two small products: a scan would be dozens of kernels."""
+    rows, n = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -n % _BLOCK))).reshape(rows, -1, _BLOCK)
+    inside = jnp.matmul(blocks, jnp.triu(jnp.ones((_BLOCK, _BLOCK), weights.dtype)), precision="highest")
+    count = blocks.shape[1]
+    earlier = jnp.triu(jnp.ones((count, count), weights.dtype), 1)
+    offsets = jnp.matmul(inside[:, :, -1], earlier, precision="highest")
+    return (inside + offsets[:, :, None]).reshape(rows, -1)[:, :n]
 
 
 def _search(

@@ -49,7 +49,7 @@ class Streams:
     """A part of a rollout, packed: B streams of T tokens; every field but `packing` is `[B, T]`.
 
     Attributes:
-      tokens: int32; prompts and completions, 0 in the unused rest.
+      tokens: int32; completions, then prompts, then 0 in the unused rest.
       packing: how the tokens form rows.
       source: int32, the place of each token in the rollout's flat `[N·G·T]` completions; −1 for others.
       mask: bool, as in `Batch`.
@@ -158,25 +158,26 @@ def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shap
     places_of = np.full((shape.tokens, shape.samples), none, np.int32)
     lengths = np.ones(shape.rows, np.int32)  # an unused row is one token of nothing: some kernels need a length
     width = batch.completions.shape[2]
-    at = row = 0
+    # Completions first, prompts after them: what is scored stands together, and the head skips the rest.
+    at, start = 0, sum(unit.tokens - int(batch.lengths[unit.prompt]) for unit in units)
+    row = 0
     for prompt, samples, _ in units:
-        start, length = at, int(batch.lengths[prompt])
-        tokens[at : at + length] = batch.prompts[prompt, :length]
-        positions[at : at + length] = np.arange(length)
-        at += length
+        length = int(batch.lengths[prompt])
+        asked = np.arange(start, start + length)
+        tokens[asked], positions[asked] = batch.prompts[prompt, :length], np.arange(length)
         for share, sample in enumerate(samples):
             end = int(ends[prompt, sample])
             own = np.arange(at, at + end)
             tokens[own] = batch.completions[prompt, sample, :end]
             positions[own] = length + np.arange(end)
             source[own] = (prompt * batch.completions.shape[1] + sample) * width + np.arange(end)
-            tokens_at[row, :length] = np.arange(start, start + length)
-            tokens_at[row, length : length + end] = own
+            tokens_at[row, : length + end] = np.concatenate([asked, own])
             first = row * shape.places
-            places_of[start : start + length, share] = first + np.arange(length)
+            places_of[asked, share] = first + np.arange(length)
             places_of[own, 0] = first + length + np.arange(end)
             lengths[row] = length + end
             at, row = at + end, row + 1
+        start += length
     return tokens, source, positions, tokens_at, places_of, lengths
 
 

@@ -109,7 +109,7 @@ def wants_remat(plan: Plan, dtype: jnp.dtype) -> bool:
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
 def _score(config: ModelConfig, policy: Policy, v: jax.Array, part: Streams, temperature: float) -> jax.Array:
-    return stream_logprobs(config, policy(v), part.tokens, part.packing, temperature)[0]
+    return stream_logprobs(config, policy(v), part.tokens, part.packing, part.source >= 0, temperature)[0]
 
 
 def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch) -> np.ndarray:
@@ -138,7 +138,9 @@ def grpo_loss(
     """
     grpo, params = plan.grpo, policy(v)
     remat = wants_remat(plan, params["embed_tokens"]["embedding"].dtype)
-    logprobs, entropy = stream_logprobs(plan.config, params, part.tokens, part.packing, plan.temperature, remat)
+    logprobs, entropy = stream_logprobs(
+        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, remat
+    )
     # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
     quiet = lambda x: jnp.where(part.mask, x, 0.0)
     logprobs = quiet(logprobs)

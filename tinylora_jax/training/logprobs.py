@@ -7,22 +7,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tinylora_jax.models import ModelConfig, Packing, forward, head_kernel
 from tinylora_jax.models.packing import before
 
-CHUNK = 2048  # tokens whose logits exist at once: 1.2 GB of float32 for a vocabulary of 151,936
+CHUNK = 1024  # tokens whose logits exist at once: 0.6 GB of float32 for a vocabulary of 151,936
 
 
-def _chunked(function, chunk: int, *arrays: jax.Array):
-    """Maps a function of `[chunk, …]` arrays over longer ones, padding the last chunk."""
-    count = arrays[0].shape[0]
-    if count <= chunk:
-        return function(*arrays)
-    pad = lambda x: jnp.pad(x, ((0, -count % chunk), *((0, 0),) * (x.ndim - 1)))
-    split = [pad(x).reshape(-1, chunk, *x.shape[1:]) for x in arrays]
-    out = jax.lax.map(lambda args: function(*args), tuple(split))
+def _chunked(function, chunk: int, wanted: jax.Array, *arrays: jax.Array):
+    """Maps a function of `[chunk, …]` arrays over longer ones; zeros for chunks in which nothing is wanted."""
+    count = wanted.shape[0]
+    size = min(chunk, count)
+    pad = lambda x: jnp.pad(x, ((0, -count % size), *((0, 0),) * (x.ndim - 1)))
+    split = [pad(x).reshape(-1, size, *x.shape[1:]) for x in (wanted, *arrays)]
+
+    def one(args):
+        wanted, *arrays = args
+        nothing = lambda *arrays: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arrays))
+        return jax.lax.cond(jnp.any(wanted), function, nothing, *arrays)
+
+    out = jax.lax.map(one, tuple(split))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
 
@@ -40,11 +45,12 @@ def _scores(hidden, head, tokens, temperature, with_gradient):
     return logprob, entropy, ((chosen - expected) / temperature).astype(hidden.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def token_logprobs(
     hidden: Float[Array, "n hidden"],
     head: Float[Array, "hidden vocab"],
     tokens: Int[Array, " n"],
+    wanted: Bool[Array, " n"],
     temperature: float,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -58,22 +64,24 @@ def token_logprobs(
       hidden: final hidden states.
       head: output head.
       tokens: the tokens to score.
+      wanted: which of them matter; a chunk without any is skipped.
       temperature: of the policy, > 0.
       chunk: tokens scored at once.
 
     Returns:
-      float32 log-probabilities and entropies in nats.
+      float32 log-probabilities and entropies in nats; meaningless where not wanted.
     """
-    return _chunked(lambda h, t: _scores(h, head, t, temperature, False), chunk, hidden, tokens)
+    return _chunked(lambda h, t: _scores(h, head, t, temperature, False), chunk, wanted, hidden, tokens)
 
 
-def _forward_rule(hidden, head, tokens, temperature, chunk):
-    logprob, entropy, slope = _chunked(lambda h, t: _scores(h, head, t, temperature, True), chunk, hidden, tokens)
+def _forward_rule(hidden, head, tokens, wanted, temperature, chunk):
+    scores = lambda h, t: _scores(h, head, t, temperature, True)
+    logprob, entropy, slope = _chunked(scores, chunk, wanted, hidden, tokens)
     return (logprob, entropy), slope
 
 
 def _backward_rule(temperature, chunk, slope, cotangents):
-    return (cotangents[0][:, None] * slope.astype(jnp.float32)).astype(slope.dtype), None, None
+    return (cotangents[0][:, None] * slope.astype(jnp.float32)).astype(slope.dtype), None, None, None
 
 
 token_logprobs.defvjp(_forward_rule, _backward_rule)
@@ -84,6 +92,7 @@ def stream_logprobs(
     params: Any,
     tokens: Int[Array, "streams tokens"],
     packing: Packing,
+    wanted: Bool[Array, "streams tokens"],
     temperature: float,
     remat: bool = False,
 ) -> tuple[Float[Array, "streams tokens"], Float[Array, "streams tokens"]]:
@@ -94,13 +103,15 @@ def stream_logprobs(
       params: weights, adapted or not.
       tokens: the streams.
       packing: how they form rows.
+      wanted: the tokens to score.
       temperature: of the policy.
       remat: recompute each block in the backward pass.
 
     Returns:
-      float32 log-probabilities and entropies; those of a row's first token and of padding are meaningless.
+      float32 log-probabilities and entropies; meaningless where not wanted.
     """
     hidden, _ = forward(config, params, tokens, packing=packing, remat=remat)
     hidden = before(hidden, packing).reshape(-1, hidden.shape[-1])
-    scores = token_logprobs(hidden, head_kernel(config, params), tokens.reshape(-1), temperature)
+    head = head_kernel(config, params)
+    scores = token_logprobs(hidden, head, tokens.reshape(-1), wanted.reshape(-1), temperature)
     return tuple(x.reshape(tokens.shape) for x in scores)
