@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, step_key
-from experiments.cli import fail, parse_flags, reporting_errors
+from experiments.cli import fail, parse_flags, reporting_errors, use_compilation_cache
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, padded_width
@@ -135,6 +135,7 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
+    use_compilation_cache()
     adapter = None if FLAGS.adapter is None else Path(FLAGS.adapter)
     output = None if FLAGS.output is None else Path(FLAGS.output)
     if FLAGS.adapter == "":

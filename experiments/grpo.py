@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, grades_of, step_key
-from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell
+from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
@@ -256,6 +256,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
+    use_compilation_cache()
     logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
     if not FLAGS.workdir:
         fail("--workdir is empty; name a folder for the run")

@@ -84,6 +84,7 @@ def test_torch_is_an_oracle_of_the_tests_alone():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files(LIBRARY, "experiments")
+        if path.name != "peers.py"  # it measures them
         for name in sorted(imports(path))
         if name.split(".")[0] in banned
     ]

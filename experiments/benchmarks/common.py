@@ -71,13 +71,25 @@ def load() -> Model:
         if shape not in SHAPES:
             raise ValueError(f"--model={source}: expected random: and one of {', '.join(SHAPES)}")
         config = parse_config(dict(SHAPES[shape]))
-        params, tokenizer, stops = init_params(config, 0, dtype()), None, ()
+        params, tokenizer, stops = random_params(config), None, ()
     else:
         loaded = load_pretrained(source, dtype())
         config, params, tokenizer, stops = loaded.config, loaded.params, loaded.tokenizer, loaded.stop_tokens
     factors = factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "subspace")
     v = init(factors) + 0.01  # not zero, so that the update is no multiplication by nothing
     return Model(source, config, Policy(params, factors), v, tokenizer, stops)
+
+
+def random_params(config: ModelConfig) -> Any:
+    """Weights of a model's shape and scale, made on the host: compiling their generator would take a minute."""
+    rng = np.random.default_rng(0)
+
+    def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = leaf.shape[0] ** -0.5 if len(leaf.shape) > 1 else 1.0
+        noise = rng.standard_normal(leaf.shape, np.float32) if len(leaf.shape) > 1 else np.ones(leaf.shape, np.float32)
+        return jnp.asarray(scale * noise, dtype())
+
+    return jax.tree.map(make, jax.eval_shape(lambda: init_params(config)))
 
 
 class Timing(NamedTuple):
@@ -111,10 +123,10 @@ def bandwidth() -> float:
     return 2 * x.nbytes / _best(lambda: copy(x))
 
 
-def matrix_rate() -> float:
-    """Floating-point operations per second of a large matrix product in the benchmark's dtype, measured."""
+def matrix_rate(of: jnp.dtype) -> float:
+    """Floating-point operations per second of a large matrix product in a dtype, measured."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jax.random.normal(jax.random.key(0), (n, n), dtype())
+    x = jax.random.normal(jax.random.key(0), (n, n), of)
     product = jax.jit(jnp.matmul)
     return 2 * n**3 / _best(lambda: product(x, x))
 

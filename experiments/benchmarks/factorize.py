@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors
+from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
 from tinylora_jax.adapters import TinyLoRA, delta, factorize
 
 FLAGS = flags.FLAGS
@@ -21,6 +21,7 @@ FLAGS = flags.FLAGS
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
+    use_compilation_cache()
     with reporting_errors():
         model = common.load()
         spec = TinyLoRA(rank=FLAGS.rank, n_tie=model.policy.factors.spec.n_tie)

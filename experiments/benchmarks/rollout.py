@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors
+from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
 from tinylora_jax.adapters import merge
 from tinylora_jax.rollout import Sampling, generate
 
@@ -56,6 +56,7 @@ def floor_s(config: Any, rows: int, prompt_tokens: int, new_tokens: int, rate: f
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
+    use_compilation_cache()
     with reporting_errors():
         model = common.load()
         samples, prompt_tokens, new_tokens = FLAGS.samples, FLAGS.prompt_tokens, FLAGS.new_tokens

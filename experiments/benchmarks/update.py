@@ -12,7 +12,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors
+from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
 from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, init_state, make_grpo_step, pack, stream_shapes
 from tinylora_jax.training.grpo import grpo_loss, wants_remat
 
@@ -49,6 +49,7 @@ def flops_ratio(plan: Plan, model: common.Model, part) -> float:
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
+    use_compilation_cache()
     with reporting_errors():
         model = common.load()
         bounds = (FLAGS.prompts, FLAGS.prompt_tokens, FLAGS.samples, FLAGS.new_tokens)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         timing = common.measure(lambda index: step(state, model.policy, batch))
         parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes)
         tokens = int(batch.mask.sum() + batch.lengths.sum())
-        matrices, rate = common.matrix_params(model.config), common.matrix_rate()
+        matrices, rate = common.matrix_params(model.config), common.matrix_rate(common.dtype())
         peak = common.peak_bytes()
         ratio = flops_ratio(plan, model, parts[0]) if model.config.num_layers < 4 else None
     common.report(

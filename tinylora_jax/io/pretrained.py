@@ -60,14 +60,19 @@ def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16) -> Pretrained:
       FileNotFoundError: the source or one of its files is absent.
       ValueError: a file is damaged, or holds a model that cannot be loaded faithfully.
     """
-    if source.startswith(_PACKAGE):
-        return _load_gguf(_packaged_gguf(source.removeprefix(_PACKAGE)), source, dtype)
-    if source.endswith(".gguf"):
-        path = Path(source).expanduser()
-        return _load_gguf(path, path.stem, dtype)
+    gguf = resolve_gguf(source)
+    if gguf is not None:
+        return _load_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
     folder = fetch_folder(source)
     name = folder.resolve().name if Path(source).expanduser().is_dir() else source
     return _load_folder(folder, name, dtype)
+
+
+def resolve_gguf(source: str) -> Path | None:
+    """The GGUF file that a source names, existing or not; None for a folder or a hub id."""
+    if source.startswith(_PACKAGE):
+        return _packaged_gguf(source.removeprefix(_PACKAGE))
+    return Path(source).expanduser() if source.endswith(".gguf") else None
 
 
 def _load_gguf(path: Path, name: str, dtype: DTypeLike) -> Pretrained:

@@ -205,7 +205,8 @@ def make_grpo_step(
             wanted = None
         parts = pack(batch, weights, plan.shapes, plan.streams, wanted)
         if not accumulate._cache_size():
-            parts += [empty_part(batch, shape, plan.streams) for shape in plan.shapes]
+            used = {part.packing.tokens_at.shape[2] for part in parts}
+            parts += [empty_part(batch, shape, plan.streams) for shape in plan.shapes if shape.places not in used]
         total = (jnp.zeros(()), {name: jnp.zeros(()) for name in _SUMS}, jnp.zeros_like(state.v))
         for part in parts:
             total = accumulate(total, state.v, policy, part)

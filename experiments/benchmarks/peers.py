@@ -1,0 +1,248 @@
+"""The same job in the libraries one would use otherwise, on the same weights, prompts and limits, side by side.
+
+    python -m experiments.benchmarks.peers --what=generate
+    python -m experiments.benchmarks.peers --what=grpo --prompts=4 --new_tokens=16
+
+`generate` compares generation with transformers; `grpo` compares a whole step with TRL's GRPOTrainer and PEFT's
+TinyLoRA (both need torch; the second also `pip install trl`). A library that is missing is named and left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks import common
+from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.io.pretrained import resolve_gguf
+from tinylora_jax.rewards import load_reward
+from tinylora_jax.rollout import Sampling, generate
+from tinylora_jax.training import (
+    GRPO,
+    Batch,
+    Optimizer,
+    Plan,
+    group_advantages,
+    init_state,
+    make_grpo_step,
+    stream_shapes,
+)
+
+FLAGS = flags.FLAGS
+
+
+def torch_model() -> tuple[Any, Any]:
+    """The same weights in transformers, with their tokenizer, on the device that torch finds."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = resolve_gguf(FLAGS.model)
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name} if gguf else {}
+    where = where or {"pretrained_model_name_or_path": FLAGS.model}
+    dtype = getattr(torch, str(common.dtype()))
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(**where)
+
+
+def questions(count: int) -> list[str]:
+    """Sums, whose answers a small model knows how to give."""
+    rng = np.random.default_rng(0)
+    return [f"What is {a} + {b}? Explain each step." for a, b in rng.integers(10, 99, (count, 2))]
+
+
+def timed(run: Any) -> float:
+    """Median seconds of `run(i)` after one call to warm up."""
+    seconds = []
+    for index in range(1 + FLAGS.runs):
+        started = time.perf_counter()
+        run(index)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def encoded(tokenizer: Any) -> list[list[int]]:
+    """The questions as chat prompts."""
+    ask = lambda text: [{"role": "user", "content": text}]
+    render = lambda text: tokenizer.apply_chat_template(ask(text), tokenize=False, add_generation_prompt=True)
+    return [tokenizer(render(text), add_special_tokens=False)["input_ids"] for text in questions(FLAGS.prompts)]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ids, right-padded tokens and lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = row
+    return jnp.arange(len(rows), dtype=jnp.uint32), jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def our_generate(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
+    """Seconds to draw every completion to its full length."""
+    prompts, sampling = padded(rows), Sampling(FLAGS.new_tokens)
+
+    @jax.jit
+    def program(policy, v, key):
+        return generate(model.config, policy(v), *prompts, key, sampling, FLAGS.samples)
+
+    return timed(lambda i: jax.block_until_ready(program(model.policy, model.v, jax.random.key(i))))
+
+
+def their_generate(rows: Sequence[Sequence[int]]) -> float:
+    """The same with transformers: left padding, one row a completion."""
+    import torch
+
+    model, tokenizer = torch_model()
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    repeated = [list(row) for row in rows for _ in range(FLAGS.samples)]
+    batch = tokenizer.pad({"input_ids": repeated}, return_tensors="pt").to(model.device)
+    limits = {"min_new_tokens": FLAGS.new_tokens, "max_new_tokens": FLAGS.new_tokens}
+
+    @torch.no_grad()
+    def run(_: int) -> None:
+        model.generate(**batch, do_sample=True, top_k=0, **limits)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return timed(run)
+
+
+def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
+    """Seconds of a step: rollout, a reward, the update."""
+    prompts, samples, longest = padded(rows), FLAGS.samples, FLAGS.new_tokens
+    sampling = Sampling(longest, stop_tokens=model.stop_tokens)
+    count, width = prompts[1].shape
+    shapes = stream_shapes(count, width, samples, longest, GRPO().stream_tokens)
+    plan = Plan(model.config, GRPO(skip_without_signal=False), 1.0, longest, shapes)
+    optimizer = Optimizer(1e-3).transform()
+    step, state = make_grpo_step(plan, optimizer), init_state(model.v, optimizer)
+    reward = load_reward("boxed")
+
+    @jax.jit
+    def program(policy, v, key):
+        return generate(model.config, policy(v), *prompts, key, sampling, samples)
+
+    def run(index: int) -> None:
+        drawn = jax.device_get(program(model.policy, state.v, jax.random.key(index)))
+        texts = [model.tokenizer.decode(t[:n]) for t, n in zip(drawn.tokens, drawn.lengths, strict=True)]
+        grades = np.array([reward(text, "7", "").strict for text in texts], np.float32)
+        grades += np.arange(len(texts), dtype=np.float32) % 2  # every group has a signal, in both libraries
+        shape = (count, samples, longest)
+        batch = Batch(
+            prompts=np.asarray(prompts[1]),
+            lengths=np.asarray(prompts[2]),
+            completions=drawn.tokens.reshape(shape),
+            mask=(np.arange(longest) < drawn.lengths[:, None]).reshape(shape),
+            rollout_logprobs=drawn.logprobs.reshape(shape),
+            advantages=np.asarray(group_advantages(jnp.asarray(grades.reshape(shape[:2])))),
+        )
+        jax.block_until_ready(step(state, model.policy, batch))
+
+    return timed(run)
+
+
+def their_step() -> tuple[float, int]:
+    """Median seconds of a TRL step with PEFT's TinyLoRA, all modules tied, and its parameters."""
+    from datasets import Dataset
+    from peft import TinyLoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = torch_model()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [[{"role": "user", "content": text}] for text in questions(FLAGS.prompts)]
+    stamps: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Notes when steps begin and end."""
+
+        def on_step_begin(self, *args, **kwargs):
+            stamps.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            stamps.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=FLAGS.prompts * FLAGS.samples,
+            num_generations=FLAGS.samples,
+            max_completion_length=FLAGS.new_tokens,
+            max_steps=1 + FLAGS.runs,
+            beta=0.0,
+            temperature=1.0,
+            bf16=str(common.dtype()) == "bfloat16",
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=jax.default_backend() == "cpu",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            args=settings,
+            processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+            train_dataset=Dataset.from_dict({"prompt": rows * (1 + FLAGS.runs)}),
+            peft_config=TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules="all-linear"),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    seconds = [end - begin for begin, end in zip(stamps[::2], stamps[1::2], strict=True)]
+    return statistics.median(seconds[1:]), trained
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    use_compilation_cache()
+    with reporting_errors():
+        model = common.load()
+        if model.tokenizer is None:
+            raise ValueError("--model: peers need a model with a tokenizer, not random weights")
+        rows = encoded(model.tokenizer)
+        table: dict[str, Any] = {
+            "model": model.name,
+            "dtype": str(common.dtype()),
+            "prompts × samples, longest": f"{FLAGS.prompts} × {FLAGS.samples}, {FLAGS.new_tokens}",
+        }
+        if FLAGS.what == "generate":
+            ours = our_generate(model, rows)
+            table["ours, seconds"] = ours
+            table["ours, tokens per second"] = FLAGS.prompts * FLAGS.samples * FLAGS.new_tokens / ours
+        else:
+            ours = our_step(model, rows)
+            table["ours, seconds a step"] = ours
+        needed = ("torch",) if FLAGS.what == "generate" else ("torch", "peft", "trl")
+        missing = [name for name in needed if find_spec(name) is None]
+        if missing:
+            tell(f"{', '.join(missing)} not installed: nothing to compare with")
+        elif FLAGS.what == "generate":
+            theirs = their_generate(rows)
+            table["transformers, seconds"], table["ratio"] = theirs, theirs / ours
+        else:
+            theirs, trained = their_step()
+            table["TRL + PEFT, seconds a step"], table["ratio"] = theirs, theirs / ours
+            table["TRL + PEFT, parameters"] = trained
+    common.report(f"peers: {FLAGS.what}", table)
+
+
+if __name__ == "__main__":
+    common.define_flags()
+    flags.DEFINE_enum("what", "generate", ["generate", "grpo"], "What to compare.")
+    flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
+    flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=2)
+    flags.DEFINE_integer("new_tokens", 64, "Longest completion; `generate` draws all of it.", lower_bound=1)
+    app.run(main, flags_parser=parse_flags)
