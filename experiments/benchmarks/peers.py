@@ -4,7 +4,8 @@
     python -m experiments.benchmarks.peers --what=grpo --prompts=4 --new_tokens=16
 
 `generate` compares generation with transformers; `grpo` compares a whole step with TRL's GRPOTrainer and PEFT's
-TinyLoRA (both need torch; the second also `pip install trl`). A library that is missing is named and left out.
+TinyLoRA (both need torch; the second also `pip install trl`). A library that is missing is named and left out. On a
+GPU both libraries share the memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 to leave torch its part.
 """
 
 from __future__ import annotations
@@ -172,10 +173,15 @@ def their_step() -> tuple[float, int]:
         def on_step_end(self, *args, **kwargs):
             stamps.append(time.perf_counter())
 
+    completions = FLAGS.prompts * FLAGS.samples
+    micro = min(FLAGS.micro_batch, completions)
+    if completions % micro:
+        raise ValueError(f"--micro_batch={micro} does not divide the {completions} completions of a step")
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=FLAGS.prompts * FLAGS.samples,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=completions // micro,
             num_generations=FLAGS.samples,
             max_completion_length=FLAGS.new_tokens,
             max_steps=1 + FLAGS.runs,
@@ -244,5 +250,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("what", "generate", ["generate", "grpo"], "What to compare.")
     flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=2)
+    flags.DEFINE_integer("micro_batch", 64, "Completions that TRL differentiates at once.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 64, "Longest completion; `generate` draws all of it.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

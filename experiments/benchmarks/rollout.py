@@ -18,6 +18,7 @@ from tinylora_jax.adapters import merge
 from tinylora_jax.rollout import Sampling, generate
 
 FLAGS = flags.FLAGS
+ADAPTERS = ("unmerged", "merged", "none", "per_row")
 
 
 def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, samples: int, new_tokens: int) -> Any:
@@ -58,36 +59,41 @@ def main(argv: Sequence[str]) -> None:
     del argv
     use_compilation_cache()
     with reporting_errors():
+        unknown = set(FLAGS.adapters) - set(ADAPTERS)
+        if unknown or not FLAGS.adapters:
+            raise ValueError(f"--adapters={','.join(FLAGS.adapters)}: expected some of {', '.join(ADAPTERS)}")
         model = common.load()
         samples, prompt_tokens, new_tokens = FLAGS.samples, FLAGS.prompt_tokens, FLAGS.new_tokens
         prompts = common.random_prompts(model.config, FLAGS.prompts, prompt_tokens)
-        run = rollout(model, prompts, FLAGS.adapter, samples, new_tokens)
-        timing = common.measure(run)
-        only_prefill = common.measure(rollout(model, prompts, FLAGS.adapter, samples, 1))
         rows = FLAGS.prompts * samples
         rate = common.bandwidth()
         floor = floor_s(model.config, rows, prompt_tokens, new_tokens, rate, common.dtype().itemsize)
-        efficiency = rows * new_tokens / int(run(0).slot_steps)
-    common.report(
-        "rollout",
-        {
+        table = {
             "model": model.name,
+            "layers": model.config.num_layers,
             "dtype": str(common.dtype()),
-            "adapter": f"{FLAGS.adapter}, {model.policy.factors.num_params} parameters",
+            "parameters": model.policy.factors.num_params,
             "completions": rows,
             "slots": FLAGS.slots or rows,
             "prompt tokens, new tokens": f"{prompt_tokens}, {new_tokens}",
-            "seconds": timing.median_s,
-            "first call, seconds": timing.first_s,
-            "prefill and one token, seconds": only_prefill.median_s,
-            "tokens per second": rows * new_tokens / timing.median_s,
-            "milliseconds a step": 1e3 * timing.median_s / new_tokens,
-            "slot efficiency": efficiency,
             "bandwidth, measured, GB/s": rate / 1e9,
             "floor: tokens per second": rows * new_tokens / floor,
-            "of the floor": floor / timing.median_s,
-        },
-    )
+        }
+        for adapter in FLAGS.adapters:
+            run = rollout(model, prompts, adapter, samples, new_tokens)
+            timing = common.measure(run, profiled=adapter == FLAGS.adapters[0])
+            table |= {
+                f"{adapter}: tokens per second": rows * new_tokens / timing.median_s,
+                f"{adapter}: seconds": timing.median_s,
+                f"{adapter}: milliseconds a step": 1e3 * timing.median_s / new_tokens,
+                f"{adapter}: of the floor": floor / timing.median_s,
+                f"{adapter}: first call, seconds": timing.first_s,
+                f"{adapter}: slot efficiency": rows * new_tokens / int(run(0).slot_steps),
+            }
+        if FLAGS.prefill:
+            alone = common.measure(rollout(model, prompts, FLAGS.adapters[0], samples, 1), profiled=False)
+            table["prefill and one token, seconds"] = alone.median_s
+    common.report("rollout", table)
 
 
 if __name__ == "__main__":
@@ -97,7 +103,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prompt_tokens", 128, "Length of every prompt.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 64, "Tokens generated per completion: none stops early.", lower_bound=1)
     flags.DEFINE_integer("slots", 0, "Completions decoded at once; 0 is all.", lower_bound=0)
-    flags.DEFINE_enum(
-        "adapter", "unmerged", ["unmerged", "merged", "none", "per_row"], "per_row: another vector for every prompt."
-    )
+    flags.DEFINE_list("adapters", ["unmerged"], f"Some of {', '.join(ADAPTERS)}; per_row: one a prompt.")
+    flags.DEFINE_bool("prefill", False, "Also time the prefill.")
     app.run(main, flags_parser=parse_flags)

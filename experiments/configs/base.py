@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
 
     config.adapter = _fields(TinyLoRA(n_tie=16), "targets")
     config.targets = config_dict.placeholder(str)  # a regular expression over paths; None: the seven linear maps
-    config.svd = "exact"  # or `subspace`, faster for large matrices
+    config.svd = "auto"  # or `exact`, `subspace`: see `truncated_svd`
     config.save_dtype = "bfloat16"  # of vector.bin
 
     config.train_data = _fields(DataSpec("openai/gsm8k:main", split="train"))

@@ -13,6 +13,7 @@ from tinylora_jax.adapters import (
     delta,
     factorize,
     init,
+    kernel,
     matmul,
     merge,
 )
@@ -225,6 +226,32 @@ def test_subspace_factors_give_the_same_update():
     assert np.linalg.norm(fast - exact) < 1e-3 * np.linalg.norm(exact)
 
 
+@pytest.fixture(params=[False, True], ids=["added", "in one product"])
+def one_product(request, monkeypatch):
+    """Both ways to an adapted product of 16 bits; the second is taken on a GPU."""
+    monkeypatch.setattr(kernel, "_in_one_product", lambda x, W: request.param and x.dtype == jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("one_product")
+def test_an_adapted_product_in_bfloat16_is_rounded_once():
+    rng = np.random.default_rng(5)
+    tree = {"a": jnp.asarray(rng.standard_normal((64, 200)), jnp.bfloat16)}
+    factors = factorize(tree, TinyLoRA(rank=3, u=2, targets=("a",)))
+    x = jnp.asarray(rng.standard_normal((5, 7, 64)), jnp.bfloat16)
+    v = jnp.asarray(rng.standard_normal((5, *init(factors).shape)), jnp.float32)  # one adapter a row
+    got = np.asarray(jax.jit(matmul)(x, apply(tree, factors, v)["a"]), np.float64)
+    W = np.asarray(tree["a"], np.float64)
+    for row in range(5):
+        leaf, R = factors.leaves["a"], np.einsum("u,uij->ij", v[row, 0], factors.leaves["a"].P[0])
+        # V is multiplied in the activations' 16 bits; the rest is float32.
+        skinny = np.asarray(x[row], np.float64) @ np.asarray(leaf.V[0].astype(jnp.bfloat16), np.float64)
+        update = skinny @ R.T @ np.diag(leaf.S[0]) @ np.asarray(leaf.U[0], np.float64).T
+        truth = np.asarray(x[row], np.float64) @ W + update
+        np.testing.assert_allclose(got[row], truth, rtol=2.0**-8, atol=1e-3)
+        assert np.abs(update).max() > 1
+
+
+@pytest.mark.usefixtures("one_product")
 def test_bfloat16_weights_keep_an_update_that_merging_would_round_away():
     rng = np.random.default_rng(4)
     W = jnp.asarray(rng.uniform(1.0, 1.9, (64, 48)) * rng.choice([-1, 1], (64, 48)), jnp.bfloat16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class AdaptedKernel:
     left: jax.Array
 
 
+_HALF = (jnp.bfloat16, jnp.float16)
 _UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above, a product
 
 
@@ -52,11 +53,11 @@ def _mix(skinny: jax.Array, core: jax.Array) -> jax.Array:
 
 
 def _expand(skinny: jax.Array, factor: jax.Array) -> jax.Array:
-    """skinny · factorᵀ for `[..., r]` and `[out, r]`; at a small rank XLA fuses it into whatever reads it."""
-    rank = factor.shape[-1]
+    """skinny · factor for `[..., r]` and `[r, out]`; at a small rank XLA fuses it into whatever reads it."""
+    rank = factor.shape[0]
     if rank <= _UNROLLED:
-        return sum(skinny[..., k, None] * factor[:, k] for k in range(rank))
-    return jnp.matmul(skinny, factor.T, precision="highest")
+        return sum(skinny[..., k, None] * factor[k] for k in range(rank))
+    return jnp.matmul(skinny, factor, precision="highest")
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -71,17 +72,48 @@ def _flat(x: jax.Array, num: int) -> jax.Array:
     return x.reshape(*x.shape[: x.ndim - num], math.prod(x.shape[x.ndim - num :]))
 
 
+def _halves(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """x as a sum of two numbers of 16 bits: twice their precision."""
+    info = jnp.finfo(dtype)
+    high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a pair of casts would be optimized away
+    return high.astype(dtype), (x - high).astype(dtype)
+
+
+def _in_one_product(x: jax.Array, W: jax.Array) -> bool:
+    """Whether the update rides in the product of a wide kernel: elsewhere than on a GPU it fuses into its end."""
+    return jax.default_backend() == "gpu" and x.dtype in _HALF and W.ndim == 2 and W.shape[1] >= 2 * W.shape[0]
+
+
+def _widened(W: jax.Array, left: jax.Array) -> jax.Array:
+    """The rows of W, then Uᵀ in two halves that meet those of `_columns`, up to a multiple of 64 rows."""
+    high, low = _halves(left.T, W.dtype)
+    padding = jnp.zeros((-(W.shape[0] + 3 * left.shape[1]) % 64, W.shape[1]), W.dtype)
+    return jnp.concatenate([W, high, high, low, padding])
+
+
+def _columns(x: jax.Array, mixed: jax.Array, size: int) -> jax.Array:
+    """`[x, mixed]` such that its product with `_widened` is x·W + mixed·Uᵀ to more than 16 bits before rounding."""
+    high, low = _halves(mixed, x.dtype)
+    padding = jnp.zeros((*x.shape[:-1], size - x.shape[-1] - 3 * mixed.shape[-1]), x.dtype)
+    return jnp.concatenate([x, high, low, high, padding], axis=-1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _adapted(x, W, right, core, left, num_in):
     return _adapted_forward(x, W, right, core, left, num_in)[0]
 
 
 def _adapted_forward(x, W, right, core, left, num_in):
-    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    base = jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=jnp.float32)
     skinny = jnp.matmul(_flat(x, num_in), right.astype(x.dtype), preferred_element_type=jnp.float32)
-    update = _expand(_mix(skinny, core), left).reshape(base.shape)
-    return (base + update).astype(x.dtype), (x, W, right, core, left, skinny)
+    mixed = _mix(skinny, core)
+    if _in_one_product(x, W):
+        wide = _widened(W, left)
+        y = jnp.matmul(_columns(x, mixed, wide.shape[0]), wide)
+    else:
+        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+        base = jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=jnp.float32)
+        y = (base + _expand(mixed, left.T).reshape(base.shape)).astype(x.dtype)
+    return y, (x, W, right, core, left, skinny)
 
 
 def _adapted_backward(num_in, residuals, g):
@@ -97,7 +129,7 @@ def _adapted_backward(num_in, residuals, g):
     g_flat, x_flat = _flat(g, num_out), _flat(x, num_in)
     g_mixed = wide(g_flat, left.astype(g.dtype))
     g_skinny = _mix(g_mixed, jnp.swapaxes(core, -1, -2))
-    dx = dx + _expand(g_skinny, right.astype(jnp.float32)).reshape(x.shape).astype(x.dtype)
+    dx = dx + _expand(g_skinny, right.astype(jnp.float32).T).reshape(x.shape).astype(x.dtype)
     rows = lambda y: y.reshape(y.shape[0], -1, y.shape[-1]) if core.ndim == 3 else y.reshape(-1, y.shape[-1])
     d_core = _outer(rows(skinny), rows(g_mixed))
     tokens = lambda y: y.reshape(-1, y.shape[-1])
@@ -132,74 +164,83 @@ def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int 
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "core", "left"], meta_fields=["widths"])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedKernel:
     """Several kernels that read the same input, as one product: decoding is bound by launches and by bytes.
 
     The columns of `base` are those of every W, then those of every V, then zeros up to a multiple of 64: the
-    skinny products x·V cost no launch of their own. All updates together are one of rank R = Σ rank, whose core is
-    block diagonal; where all rows share it, it is folded into `left`.
+    skinny products x·V cost no launch of their own.
 
     Attributes:
-      base: `[in, Σ out + R + padding]`.
-      core: `[rows, R, R]` if each row has its own adapter, else None.
-      left: `[Σ out, R]`, block diagonal; None if no kernel is adapted.
+      base: `[in, Σ out + Σ rank + padding]`.
+      updates: per kernel what turns its skinny product into its update.
       widths: per kernel the width of its output.
     """
 
     base: jax.Array
+    updates: tuple[_Update, ...]
+    widths: tuple[int, ...] = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Update:
+    """`core` `[rows, rank, rank]` if each row has its own adapter, else None and part of `left` `[rank, out]`.
+
+    A kernel without an adapter has `rank` 0.
+    """
+
     core: jax.Array | None
-    left: jax.Array | None
-    widths: tuple[int, ...]
+    left: jax.Array
 
+    @classmethod
+    def of(cls, kernel: jax.Array | AdaptedKernel) -> _Update:
+        if not isinstance(kernel, AdaptedKernel):
+            return cls(None, jnp.zeros((0, kernel.shape[1]), jnp.float32))
+        # Neighbours in the output are neighbours in memory, as they are for the threads that read them.
+        left = kernel.left.T
+        if kernel.core.ndim == 3:
+            return cls(kernel.core, left)
+        return cls(None, jnp.matmul(kernel.core, left, precision="highest"))
 
-def _block_diagonal(blocks: Sequence[jax.Array]) -> jax.Array:
-    """`[..., Σ rows, Σ columns]` from blocks `[..., rows, columns]`."""
-    before, total = 0, sum(b.shape[-1] for b in blocks)
-    padded = []
-    for block in blocks:
-        after = total - before - block.shape[-1]
-        padded.append(jnp.pad(block, ((0, 0),) * (block.ndim - 1) + ((before, after),)))
-        before += block.shape[-1]
-    return jnp.concatenate(padded, axis=-2)
+    @property
+    def rank(self) -> int:
+        return self.left.shape[0]
+
+    def __call__(self, skinny: jax.Array) -> jax.Array:
+        return _expand(skinny if self.core is None else _mix(skinny, self.core), self.left)
 
 
 def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
     """Joins two-dimensional kernels of one input; `fused_matmul` is its use."""
-    adapted = [k for k in kernels if isinstance(k, AdaptedKernel)]
     bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
-    columns = [*bases, *(a.right.astype(a.base.dtype) for a in adapted)]
-    padding = -sum(c.shape[1] for c in columns) % 64
-    core = left = None
-    if adapted:
-        lefts = [k.left if isinstance(k, AdaptedKernel) else jnp.zeros((k.shape[1], 0), jnp.float32) for k in kernels]
-        left, core = _block_diagonal(lefts), _block_diagonal([a.core for a in adapted])
-        if core.ndim == 2:
-            left, core = jnp.matmul(left, core.T, precision="highest"), None
+    columns = [*bases, *(k.right.astype(k.base.dtype) for k in kernels if isinstance(k, AdaptedKernel))]
+    padding = jnp.zeros((columns[0].shape[0], -sum(c.shape[1] for c in columns) % 64), columns[0].dtype)
     return FusedKernel(
-        jnp.concatenate([*columns, jnp.zeros((columns[0].shape[0], padding), columns[0].dtype)], axis=1),
-        core,
-        left,
-        tuple(b.shape[1] for b in bases),
+        jnp.concatenate([*columns, padding], axis=1),
+        tuple(_Update.of(kernel) for kernel in kernels),
+        tuple(base.shape[1] for base in bases),
     )
 
 
 def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[Array, ...], ...]:
     """What `matmul` gives for each of the fused kernels, from one product."""
-    out = sum(kernel.widths)
-    product = jnp.matmul(x, kernel.base, preferred_element_type=x.dtype if kernel.left is None else jnp.float32)
-    y = product[..., :out]
-    if kernel.left is not None:
-        skinny = product[..., out : out + kernel.left.shape[-1]]
-        y = y + _expand(skinny if kernel.core is None else _mix(skinny, kernel.core), kernel.left)
-    splits = [sum(kernel.widths[: i + 1]) for i in range(len(kernel.widths) - 1)]
-    return tuple(jnp.split(y.astype(x.dtype), splits, axis=-1))
+    adapted = any(update.rank for update in kernel.updates)
+    product = jnp.matmul(x, kernel.base, preferred_element_type=jnp.float32 if adapted else x.dtype)
+    outputs, at, skinny_at = [], 0, sum(kernel.widths)
+    for width, update in zip(kernel.widths, kernel.updates, strict=True):
+        y = product[..., at : at + width]
+        if update.rank:
+            y = y + update(product[..., skinny_at : skinny_at + update.rank])
+        outputs.append(y.astype(x.dtype))
+        at, skinny_at = at + width, skinny_at + update.rank
+    return tuple(outputs)
 
 
 def select_rows(params: Any, index: Int[Array, " rows"]) -> Any:
     """The tree in which row i has the adapter of row `index[i]`; adapters shared by all rows stay as they are."""
-    kernels = (AdaptedKernel, FusedKernel)
+    kernels = (AdaptedKernel, _Update)
 
     def select(kernel: Any) -> Any:
         own = isinstance(kernel, kernels) and kernel.core is not None and kernel.core.ndim == 3

@@ -11,6 +11,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
+SVD_METHODS = ("auto", "exact", "subspace")
+
 _HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits
 
 
@@ -99,22 +101,25 @@ def subspace_svd(
     return canonical_signs(svd), residual
 
 
-def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str = "exact") -> SVD:
+def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str = "auto") -> SVD:
     """The leading `rank` singular triplets of a batch of equally shaped matrices.
 
     Args:
       W: the matrices, any float dtype.
       rank: triplets wanted, at most the smaller side.
-      method: `exact` (full SVD) or `subspace` (faster for large matrices; each result is verified by its
-        residual, and a batch with one above 2e-5 is decomposed exactly).
+      method: `exact` (full SVD), `subspace` (faster on an accelerator; each result is verified by its residual, and
+        a batch with one above 2e-5 is decomposed exactly), or `auto` (`exact` on a CPU and inside a jitted function,
+        `subspace` elsewhere).
 
     Returns:
       The triplets with canonical signs, float32 (float64 for float64 input).
     """
+    if method not in SVD_METHODS:
+        raise ValueError(f"SVD method {method!r}: expected one of {', '.join(SVD_METHODS)}")
+    if method == "auto":
+        method = "exact" if jax.default_backend() == "cpu" or isinstance(W, jax.core.Tracer) else "subspace"
     if method == "exact":
         return exact_svd(W, rank)
-    if method != "subspace":
-        raise ValueError(f"SVD method {method!r}: expected 'exact' or 'subspace'")
     svd, residual = subspace_svd(W, rank)
     worst = float(jnp.max(residual))
     if worst <= 2e-5:

@@ -9,8 +9,9 @@ weight `[out, in]`; kernels laid out `[in, out]` get the transpose of the same u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,7 +114,7 @@ class Factors:
         return self.num_groups * self.spec.u
 
 
-def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_bytes: int = 2**30) -> Factors:
+def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes: int = 2**30) -> Factors:
     """Computes the frozen factors of every adapted module.
 
     Args:
@@ -138,11 +139,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
         )
     _check_floats(params, modules)
     groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
-    found: dict[Module, SVD] = {}
-    for batch, W in _batches(params, modules, max_batch_bytes):
-        svd = truncated_svd(W, spec.rank, method)
-        for i, module in enumerate(batch):
-            found[module] = SVD(*(part[i] for part in svd))
+    found = _decompose(params, modules, spec.rank, method, max_batch_bytes)
     # Inside a jitted function the values are not known yet, and the check is the caller's.
     known = [module for module in modules if not isinstance(found[module].S, jax.core.Tracer)]
     broken = [module.name for module in known if not np.isfinite(found[module].S).all()]
@@ -153,10 +150,30 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "exact", max_batch_byte
         by_path.setdefault(module.path, []).append(module)
     leaves = {}
     for path, members in by_path.items():
-        U, S, V = (jnp.stack(parts) for parts in zip(*(found[m] for m in members), strict=True))
+        U, S, V = (_stack(parts) for parts in zip(*(found[m] for m in members), strict=True))
         P = jnp.asarray(np.stack([projection(spec.seed, m.name, spec.u, spec.rank) for m in members]))
         leaves[path] = LeafFactors(U, S, V, P, tuple(groups[m] for m in members), members[0].target)
     return Factors(leaves, spec)
+
+
+def _decompose(
+    params: Any, modules: Sequence[Module], rank: int, method: str, max_batch_bytes: int
+) -> dict[Module, SVD]:
+    """The triplets of every module: as NumPy arrays, or traced inside a jitted function."""
+    leaves = leaves_by_path(params)
+    traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
+    found = {}
+    for batch in _batches(modules, max_batch_bytes):
+        W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
+        svd = truncated_svd(W, rank, method)
+        svd = svd if traced else jax.device_get(svd)  # cut apart on the host, where nothing compiles
+        found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
+    return found
+
+
+def _stack(parts: Sequence[Any]) -> jax.Array:
+    """One array on the device, in one transfer where the parts are the host's."""
+    return jnp.asarray(np.stack(parts)) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
 def _check_floats(params: Any, modules: Sequence[Module]) -> None:
@@ -188,17 +205,26 @@ def _check_tree(params: Any, factors: Factors) -> None:
         raise ValueError("this is not the tree that was factorized:\n  " + "\n  ".join(problems[:20]))
 
 
-def _batches(params: Any, modules: Sequence[Module], max_bytes: int) -> Iterator[tuple[list[Module], jax.Array]]:
-    """Groups modules of equal shape into bounded batches of weights oriented `[out, in]`."""
-    by_path = leaves_by_path(params)
+def _batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
+    """Modules of equal shape together, in batches of about equal size whose weights in float32 are bounded."""
     by_shape: dict[tuple[int, int], list[Module]] = {}
     for module in modules:
         by_shape.setdefault(module.shape, []).append(module)
+    batches = []
     for shape, members in by_shape.items():
-        size = max(1, max_bytes // (4 * math.prod(shape)))
-        for start in range(0, len(members), size):
-            batch = members[start : start + size]
-            yield batch, jnp.stack([_oriented(by_path[m.path], m.target)[m.layer or 0] for m in batch])
+        most = max(1, max_bytes // (4 * math.prod(shape)))
+        size = -(-len(members) // -(-len(members) // most))
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return batches
+
+
+@partial(jax.jit, static_argnames="where")
+def _oriented_stack(
+    leaves: tuple[jax.Array, ...], where: tuple[tuple[Target, int | None], ...]
+) -> Float[Array, "modules out in"]:
+    """The weights of modules, each `[out, in]`: one layer of its leaf."""
+    pairs = zip(leaves, where, strict=True)
+    return jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])
 
 
 def _oriented(leaf: jax.Array, target: Target) -> jax.Array:

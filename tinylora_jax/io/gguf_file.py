@@ -116,7 +116,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         raise FileNotFoundError(f"{os.fspath(path)} is missing; expected a .gguf file")
     if Path(path).stat().st_size < 4:
         raise ValueError(f"{os.fspath(path)} is not a GGUF file: it is {Path(path).stat().st_size} bytes long")
-    cursor = _Cursor(np.memmap(path, dtype=np.uint8, mode="r"))
+    cursor = _Cursor(np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray))
     try:
         return _parse(cursor)
     except (ValueError, struct.error) as error:

@@ -143,7 +143,7 @@ def decode_kernel(
         out_specs=[block, cache, cache],
         out_shape=[jax.ShapeDtypeStruct((rows, kv_heads, groups, head_dim), q.dtype), like(keys), like(values)],
         input_output_aliases={2: 1, 3: 2},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=4),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention",
     )(new, start, keys, values)

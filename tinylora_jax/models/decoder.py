@@ -178,7 +178,7 @@ def fused(params: Any) -> Any:
     For decoding, which is bound by launches and by bytes. It copies the blocks' weights, so it belongs inside the
     program that decodes, before its loop.
     """
-    elsewhere = FusedKernel(None, None, None, ())
+    elsewhere = FusedKernel(None, (), ())
 
     def block(layer: Any) -> Any:
         layer = {name: dict(group) for name, group in layer.items()}

@@ -34,13 +34,15 @@ def _chunked(function, chunk: int, wanted: jax.Array, *arrays: jax.Array):
 def _scores(hidden, head, tokens, temperature, with_gradient):
     """Logprob and entropy of each row, and ∂logprob/∂hidden if asked for."""
     scaled = jnp.matmul(hidden, head, preferred_element_type=jnp.float32) / temperature
-    log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
-    p = jnp.exp(scaled - log_normalizer[:, None])
+    top = jnp.max(scaled, axis=-1, keepdims=True)
+    e = jnp.exp(scaled - top)  # read once: both sums and the 16-bit copy for the product come from one pass
+    total, weighted = jnp.sum(e, axis=-1), jnp.sum(e * scaled, axis=-1)
+    log_normalizer = top[:, 0] + jnp.log(total)
     logprob = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0] - log_normalizer
-    entropy = log_normalizer - jnp.sum(p * scaled, axis=-1)
+    entropy = log_normalizer - weighted / total
     if not with_gradient:
         return logprob, entropy
-    expected = jnp.matmul(p.astype(head.dtype), head.T, preferred_element_type=jnp.float32)
+    expected = jnp.matmul(e.astype(head.dtype), head.T, preferred_element_type=jnp.float32) / total[:, None]
     chosen = jnp.take(head, tokens, axis=1).T.astype(jnp.float32)
     return logprob, entropy, ((chosen - expected) / temperature).astype(hidden.dtype)
 
