@@ -217,8 +217,9 @@ class Processes:
             "JAX_PLATFORMS": "cpu",
         }
 
-    def start(self, name, *flags, file_kib=None):
-        command = [sys.executable, "-m", f"experiments.{name}", f"--config={self.config_file}", *map(str, flags)]
+    def start(self, name, *flags, file_kib=None, config=True):
+        flags = (f"--config={self.config_file}", *flags) if config else flags
+        command = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
         if file_kib is not None:
             command = ["bash", "-c", f'ulimit -f {file_kib} && exec "$@"', "bash", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

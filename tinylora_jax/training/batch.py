@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from tinylora_jax.models import Packing
 
 _ALIGN = 32  # stream lengths are multiples of this
-_ROOM = 3  # places in a stream's rows for each of its tokens: rows may be a third full
+_FILLED = 1 / 3  # of a row's places; a stream has rows enough for rows as empty as that
 _NARROWEST = 512  # places; rows that fit into fewer are not sorted any further
 
 
@@ -104,6 +105,8 @@ def stream_shapes(
       max_tokens: tokens in a stream; raised to one prompt and completion, lowered to the whole rollout.
     """
     row = prompt_tokens + completion_tokens
+    own = prompt_tokens / samples + completion_tokens  # a row's tokens, its share of the prompt among them
+    filled = min(_FILLED, own / row / 2)  # many short completions of one prompt are many rows of few tokens
     whole = prompts * (prompt_tokens + samples * completion_tokens)
     up = lambda x, unit: -(-x // unit) * unit
     tokens = up(min(max(max_tokens, row), whole), _ALIGN)
@@ -111,7 +114,8 @@ def stream_shapes(
     while widths[0] // 4 >= _NARROWEST:
         widths.insert(0, up(widths[0] // 4, 8))
     return tuple(
-        Shape(tokens, min(prompts * samples, max(1, -(-_ROOM * tokens // width))), width, samples) for width in widths
+        Shape(tokens, min(prompts * samples, max(1, math.ceil(tokens / (filled * width)))), width, samples)
+        for width in widths
     )
 
 

@@ -1,0 +1,49 @@
+"""Every benchmark runs, and its JSON says what was measured on what."""
+
+import json
+
+import pytest
+
+COMMON = {"device", "jax", "model", "dtype"}
+CASES = {
+    "rollout": (
+        ["--prompts=2", "--samples=2", "--prompt_tokens=8", "--new_tokens=4", "--adapters=unmerged,per_row"],
+        {"unmerged: tokens per second", "per_row: tokens per second", "floor: tokens per second"},
+    ),
+    "update": (
+        ["--prompts=2", "--samples=2", "--prompt_tokens=8", "--new_tokens=4"],
+        {"seconds", "matrix rate, measured, TFLOP/s", "operations, loss and gradient over loss (XLA; small models)"},
+    ),
+    "factorize": (["--methods=exact,subspace"], {"exact, seconds", "subspace, seconds"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_benchmarks_measure_what_they_say(processes, tmp_path, name):
+    flags, expected = CASES[name]
+    result = tmp_path / "result.json"
+    ran = processes.run(
+        f"benchmarks.{name}", "--model=random:tiny", "--runs=1", f"--json={result}", *flags, config=False
+    )
+    assert ran.code == 0, ran.err
+    table = json.loads(result.read_text())
+    assert expected | (COMMON - ({"dtype"} if name == "factorize" else set())) <= table.keys()
+    assert all(table[key] > 0 for key in expected)
+    if name == "factorize":
+        assert table["modules"] == 14 and table["largest relative difference of ΔW"] < 1e-3
+
+
+def test_a_whole_step_is_timed_in_its_phases(processes, tmp_path):
+    result = tmp_path / "result.json"
+    ran = processes.run("benchmarks.grpo_step", "--steps=1", f"--json={result}")
+    assert ran.code == 0, ran.err
+    table = json.loads(result.read_text())
+    phases = [table[f"of these, {phase}"] for phase in ("rollout", "update", "grading and the rest")]
+    assert all(phase > 0 for phase in phases)
+    assert sum(phases) == pytest.approx(table["seconds"])
+    assert table["seconds from launch to the first trained step"] > table["seconds"]
+
+
+def test_what_cannot_be_measured_is_refused(processes):
+    ran = processes.run("benchmarks.rollout", "--model=random:huge", config=False)
+    assert ran.code == 1 and "random:huge" in ran.err and "qwen2.5-0.5b" in ran.err
