@@ -7,6 +7,7 @@ adapted and merged weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,6 +23,8 @@ from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_stream
 from tinylora_jax.models.rope import cos_sin, rotate
+from tinylora_jax.models.sharding import split_features, split_heads, split_rows, streams, whole
+from tinylora_jax.models.tpu import ATTENTION
 
 Hidden = Float[Array, "rows seq hidden"]
 Layer = tuple[jax.Array, jax.Array]  # the cache of one layer
@@ -54,7 +57,7 @@ class Linear(nnx.Module):
 
 def project(x: Float[Array, "rows seq in"], *linears: Linear) -> list[Float[Array, "rows seq out"]]:
     """Maps that read the same input, as one product if the first one's kernel is that of all (`fused`)."""
-    kernels = [linear.kernel.get_value() for linear in linears]
+    kernels = [whole(linear.kernel.get_value()) for linear in linears]
     if isinstance(kernels[0], FusedKernel):
         outputs = fused_matmul(x, kernels[0])
     else:
@@ -75,18 +78,19 @@ class Attention(nnx.Module):
         self.o_proj = make(c.num_heads * c.head_dim, c.hidden_size, c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
-        self.head_dim = c.head_dim
+        self.head_dim, self.num_kv_heads = c.head_dim, c.num_kv_heads
 
     def __call__(
         self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
         q, k, v = (
-            y.reshape(*y.shape[:2], -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+            split_heads(y, self.num_kv_heads).reshape(*y.shape[:2], -1, self.head_dim)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed, layer = attend(rotate(q, *angles), rotate(k, *angles), v, layer)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), layer
+        return self.o_proj(split_features(mixed.reshape(*x.shape[:2], -1))), layer
 
 
 class MLP(nnx.Module):
@@ -116,8 +120,8 @@ class Block(nnx.Module):
         self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
         mixed, layer = self.self_attn(self.input_layernorm(x), angles, attend, layer)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), layer
+        x = split_rows(x + mixed)
+        return split_rows(x + self.mlp(self.post_attention_layernorm(x))), layer
 
 
 class Embedding(nnx.Module):
@@ -152,8 +156,8 @@ class Decoder(nnx.Module):
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
         call = lambda block, x, layer: block(x, angles, attend, layer)
         if remat:
-            call = jax.checkpoint(call)
-        x = self.embed_tokens(tokens)
+            call = jax.checkpoint(call, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
+        x = split_rows(self.embed_tokens(tokens))
         layers = []
         for i, block in enumerate(self.layers):
             x, layer = call(block, x, None if cache is None else (cache.keys[i], cache.values[i]))
@@ -248,7 +252,8 @@ def forward(
         first = jnp.zeros((tokens.shape[0],), jnp.int32) if start is None else start
         positions = first[:, None] + jnp.arange(tokens.shape[1])
     model = nnx.merge(_graph(config), nnx.State(params))
-    return model(tokens, positions, _attend(start, packing), cache, remat)
+    with nullcontext() if packing is None else streams():
+        return model(tokens, positions, _attend(start, packing), cache, remat)
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"]:

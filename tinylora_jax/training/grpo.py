@@ -183,7 +183,10 @@ def make_grpo_step(
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(total: Any, v: jax.Array, policy: Policy, part: Streams) -> Any:
-        (loss, sums), grad = jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, part)
+        # A vector for each stream, and their sum at the end: devices exchange one gradient of the size of v.
+        own = v if plan.streams == 1 else jnp.broadcast_to(v, (plan.streams, *v.shape))
+        (loss, sums), grad = jax.value_and_grad(grpo_loss, has_aux=True)(own, plan, policy, part)
+        grad = grad.reshape(-1, *v.shape).sum(axis=0)
         return jax.tree.map(jnp.add, total, (loss, sums, grad))
 
     @jax.jit
