@@ -23,8 +23,8 @@ from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_stream
 from tinylora_jax.models.rope import cos_sin, rotate
-from tinylora_jax.models.sharding import split_features, split_heads, split_rows, streams, whole
-from tinylora_jax.models.tpu import ATTENTION
+from tinylora_jax.models.sharding import current_mesh, split_features, split_heads, split_rows, streams, whole
+from tinylora_jax.models.tpu import on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
 Layer = tuple[jax.Array, jax.Array]  # the cache of one layer
@@ -154,15 +154,27 @@ class Decoder(nnx.Module):
         remat: bool,
     ) -> tuple[Hidden, KVCache | None]:
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
+        if remat and cache is None and (on_tpu() or current_mesh() is not None):
+            return self.norm(self._scan(split_rows(self.embed_tokens(tokens)), angles, attend)), None
         call = lambda block, x, layer: block(x, angles, attend, layer)
         if remat:
-            call = jax.checkpoint(call, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
+            call = jax.checkpoint(call)
         x = split_rows(self.embed_tokens(tokens))
         layers = []
         for i, block in enumerate(self.layers):
             x, layer = call(block, x, None if cache is None else (cache.keys[i], cache.values[i]))
             layers.append(layer)
         return self.norm(x), None if cache is None else KVCache(*zip(*layers, strict=True))
+
+    def _scan(self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend) -> Hidden:
+        """The blocks as one loop over stacked weights: XLA compiles one of them, which for a TPU takes a minute."""
+        graphs, layers = zip(*(nnx.split(block) for block in self.layers), strict=True)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+        def body(x: Hidden, layer: Any) -> tuple[Hidden, None]:
+            return nnx.merge(graphs[0], layer)(x, angles, attend, None)[0], None
+
+        return jax.lax.scan(jax.checkpoint(body), x, stacked)[0]
 
 
 @lru_cache

@@ -51,7 +51,9 @@ def _write(
     axis, tile = (1, 16) if wide else (2, _LANES)
     at = (lambda i, start: (i, 0, start[i] // tile, 0)) if wide else (lambda i, start: (i, 0, 0, start[i] // tile))
     cache = pl.BlockSpec((None, kv_heads, tile, head_dim) if wide else (None, kv_heads, head_dim, tile), at)
-    entry = pl.BlockSpec((None, kv_heads, 1, head_dim) if wide else (None, kv_heads, head_dim, 1), lambda i, _: (i, 0, 0, 0))
+    entry = pl.BlockSpec(
+        (None, kv_heads, 1, head_dim) if wide else (None, kv_heads, head_dim, 1), lambda i, _: (i, 0, 0, 0)
+    )
     new = [jnp.transpose(x, order).astype(keys.dtype) for x in (k, v)]
     old = [jnp.transpose(x, order) for x in (keys, values)]
     written = pl.pallas_call(
@@ -96,15 +98,13 @@ def write_entry(
     return split(keys, values, k, v, start)
 
 
-_BLOCK = 512  # queries and keys that meet at once
-ATTENTION = "attention"
-"""Name of what attention leaves for the backward pass, for policies of `jax.checkpoint`."""
+_BLOCK = 512  # queries and keys that meet at once, at most
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
     rows, length, heads, head_dim = q.shape
-    block = min(_BLOCK, -(-length // _LANES) * _LANES)
-    padding = -length % block
+    padding = -length % _LANES
+    block = next(b for b in range(_BLOCK, 0, -_LANES) if (length + padding) % b == 0)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
     size = length + padding
     blocks = splash.BlockSizes(
@@ -113,9 +113,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Ar
         **{name: block for name in ("block_q_dq", "block_kv_dq")},
     )
     mask = splash.MultiHeadMask([splash.CausalMask((size, size)) for _ in range(heads)])
-    kernel = splash.make_splash_mha_single_device(
-        mask, block_sizes=blocks, residual_checkpoint_name=ATTENTION, interpret=interpret
-    )
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     mixed = jax.vmap(kernel)(pad(scaled), pad(k), pad(v))
     return mixed.swapaxes(1, 2)[:, :length].astype(q.dtype)
