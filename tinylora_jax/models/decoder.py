@@ -84,13 +84,14 @@ class Attention(nnx.Module):
         self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
         q, k, v = (
-            split_heads(y, self.num_kv_heads).reshape(*y.shape[:2], -1, self.head_dim)
+            split_heads(split_features(y), self.num_kv_heads).reshape(*y.shape[:2], -1, self.head_dim)
             for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed, layer = attend(rotate(q, *angles), rotate(k, *angles), v, layer)
-        return self.o_proj(split_features(mixed.reshape(*x.shape[:2], -1))), layer
+        mixed = split_heads(mixed.reshape(*x.shape[:2], -1), self.num_kv_heads)
+        return self.o_proj(split_features(mixed)), layer
 
 
 class MLP(nnx.Module):
@@ -218,7 +219,7 @@ def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
 
     def after_the_cached(q, k, v, layer):
         mixed, *layer = cached_attention(q, k, v, *layer, start)
-        return mixed, tuple(layer)
+        return mixed, tuple(split_heads(x, k.shape[2]) for x in layer)
 
     def from_the_beginning(q, k, v, layer):
         if layer is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinylora_jax.adapters import Factors, Policy
+from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 _ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
@@ -123,6 +123,11 @@ def split_rows(x: jax.Array, rows: Sequence[str] | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec_of(mesh, x.shape, *names))
 
 
+def split_streams(part: Any) -> Any:
+    """Splits the first axis of every array of an update's part over all axes that divide it."""
+    return jax.tree.map(lambda x: split_rows(x, AXES), part)
+
+
 def split_features(x: jax.Array) -> jax.Array:
     """Splits the last axis over `tensor`, as the inputs of o and down are, and the first as rows."""
     mesh = current_mesh()
@@ -159,12 +164,24 @@ def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(n or None for n in names)))
 
 
+def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
+    """A cache of which every device has all rows, of its own heads where `split_heads` splits those."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    _, heads = heads_axes(mesh, x.shape[0], kv_heads)
+    return jax.lax.with_sharding_constraint(x, P(None, None, heads or None, None))
+
+
 def whole(weight: Any) -> Any:
     """A weight, adapted or not, whole on every device, where the rows at hand are split over all of them."""
     mesh = current_mesh()
     if mesh is None or TENSOR not in _ROWS.get():
         return weight
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), weight)
+    gather = lambda x: jax.lax.with_sharding_constraint(x, P())
+    if isinstance(weight, AdaptedKernel):  # its core belongs to the rows
+        return replace(weight, base=gather(weight.base), right=gather(weight.right), left=gather(weight.left))
+    return gather(weight)
 
 
 def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

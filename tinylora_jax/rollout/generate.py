@@ -16,10 +16,12 @@ from jaxtyping import Array, Int, Key, UInt32
 
 from tinylora_jax.adapters import select_rows
 from tinylora_jax.models import KVCache, ModelConfig, forward, fused, logits
+from tinylora_jax.models.sharding import AXES, gather_rows, split_heads, split_rows, weights_are_split
+from tinylora_jax.models.tpu import on_tpu
 from tinylora_jax.rollout.sampling import Sampling, completion_keys, sample, uniforms
 
 _PREFILL_TOKENS = 32768  # prompts are prefilled in parts of about this size
-_CAPACITY_STEP = 64  # the cache's length is a multiple of this
+_CAPACITY_STEP = 128  # the cache's length is a multiple of this: whole tiles of a TPU, whole blocks of a GPU
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +117,7 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
 
     def copy(cache: jax.Array, prompts: jax.Array) -> jax.Array:
         kept = jax.lax.slice_in_dim(cache, 0, width, axis=1)
+        prompts = gather_rows(prompts, prompts.shape[2])
         new = jnp.where(taken[:, None, None, None], jnp.take(prompts, prompt, axis=0), kept)
         return jax.lax.dynamic_update_slice_in_dim(cache, new, 0, axis=1)
 
@@ -133,8 +136,9 @@ def _shrink(slots: _Slots, size: int, total: int) -> _Slots:
     """The pool with the first `size` slots that are in use, or empty ones after them."""
     order = jnp.argsort(slots.completion == total, stable=True)[:size]
     take = lambda x: jnp.take(x, order, axis=0)
-    arrays = replace(slots, params=None)
-    return replace(jax.tree.map(take, arrays), params=select_rows(slots.params, order))
+    arrays = jax.tree.map(take, replace(slots, params=None))
+    cache = jax.tree.map(lambda x: split_heads(x, x.shape[2]), arrays.cache)
+    return replace(arrays, cache=cache, params=select_rows(slots.params, order))
 
 
 def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
@@ -142,7 +146,8 @@ def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _Sta
     slots, total = state.slots, state.lengths.shape[0]
     active = slots.completion < total
     uniform = noise.at[slots.completion, slots.index].get(mode="clip")
-    token, logprob = sample(logits(config, slots.params, slots.hidden), uniform, sampling)
+    scores = split_rows(logits(config, slots.params, slots.hidden), AXES)  # each device samples for its rows
+    token, logprob = sample(scores, uniform, sampling)
     stopped = jnp.any(token[:, None] == jnp.asarray(sampling.stop_tokens, jnp.int32), axis=-1)
     ended = stopped | (slots.index + 1 == sampling.max_new_tokens)
     at = {"mode": "drop", "unique_indices": True}  # an empty slot writes nowhere
@@ -210,7 +215,8 @@ def generate(
     prompts, width = tokens.shape
     total = prompts * samples
     slots = min(slots, total) or total
-    params = fused(params)
+    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing
+        params = fused(params)
     prefilled = _prefill(config, params, tokens, lengths)
     keys = completion_keys(key, ids, samples)
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
