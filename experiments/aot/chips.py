@@ -21,7 +21,7 @@ class Chip:
       bandwidth: of that memory, bytes per second.
       flops: bfloat16 operations per second.
       clock: Hz, by which XLA's cycles become seconds.
-      ici: bytes per second to its neighbours, all links of one direction together.
+      ici: bytes per second around a ring of neighbours, in both directions together.
       topologies: slices that are sold, the smallest first.
     """
 
@@ -44,8 +44,8 @@ CHIPS = {
     for chip in (
         Chip("v5e", 16e9, 819e9, 197e12, 1.5e9, 100e9, _FLAT),
         Chip("v6e", 32e9, 1640e9, 918e12, 1.75e9, 224e9, _FLAT),
-        Chip("v5p", 95e9, 2765e9, 459e12, 1.75e9, 300e9, _CUBE),
-        Chip("tpu7x", 96e9, 7370e9 / 2, 2307e12 / 2, 2.36e9, 300e9, _CUBE),
+        Chip("v5p", 95e9, 2765e9, 459e12, 1.75e9, 200e9, _CUBE),
+        Chip("tpu7x", 96e9, 7370e9 / 2, 2307e12 / 2, 2.36e9, 200e9, _CUBE),
     )
 }
 

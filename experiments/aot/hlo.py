@@ -35,6 +35,22 @@ class Collective(NamedTuple):
     source: str
 
 
+class Kernel(NamedTuple):
+    """An operation to which XLA gives no estimate: a Pallas kernel, or a gather by the chip's own means.
+
+    Attributes:
+      name: of the kernel; `gather` for those.
+      shapes: of its results and, for a Pallas kernel, of its operands.
+      result_bytes: of its results.
+      rounds: how often it runs.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    result_bytes: int
+    rounds: int
+
+
 @dataclass
 class Cost:
     """Estimates for one program on one device.
@@ -43,13 +59,13 @@ class Cost:
       cycles: XLA's, loops multiplied out.
       collectives: each once, its bytes multiplied by the rounds of its loop.
       open_loops: loops whose number of rounds is not in the program; their bodies count once.
-      unestimated: kernels without an estimate.
+      kernels: what has no estimate.
     """
 
     cycles: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
     open_loops: int = 0
-    unestimated: int = 0
+    kernels: list[Kernel] = field(default_factory=list)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of collectives, summed by kind."""
@@ -128,6 +144,20 @@ def _collective(instruction: _Instruction, rounds: int) -> Collective | None:
     return Collective(kind, size * rounds, shapes, source.group(1) if source else "")
 
 
+def _kernel(instruction: _Instruction, rounds: int) -> Kernel | None:
+    rest = instruction.rest
+    if instruction.op == "custom-call" and "tpu_custom_call" in rest:
+        operands = re.search(r"operand_layout_constraints=\{(.*?)\}, (?:\w+)=", rest, re.DOTALL)
+        shown = instruction.result + (operands.group(1) if operands else "")
+        name = re.sub(r"\.\d+$", "", instruction.name)
+    elif instruction.op == "fusion" and "kind=kCustom" in rest and re.search(r'op_name="[^"]*gather"', rest):
+        shown, name = instruction.result, "gather"
+    else:
+        return None
+    shapes = tuple(tuple(int(d) for d in dims.split(",") if d) for _, dims in _SHAPE.findall(shown))
+    return Kernel(name, shapes, sum(shape_bytes(instruction.result)), rounds)
+
+
 def read(text: str) -> Cost:
     """Reads the text of a compiled TPU program (`compiled.as_text()`).
 
@@ -142,8 +172,8 @@ def read(text: str) -> Cost:
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
         if not inside_fusion:
             cost.cycles += rounds * int(cycles.group(1)) if cycles else 0
-            if instruction.op == "custom-call" and "tpu_custom_call" in instruction.rest and not cycles:
-                cost.unestimated += 1
+            kernel = None if cycles else _kernel(instruction, rounds)
+            cost.kernels += [kernel] if kernel else []
         collective = _collective(instruction, rounds)
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         key = channel.group(1) if channel else instruction.name

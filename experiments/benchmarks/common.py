@@ -20,7 +20,6 @@ from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.models import ModelConfig, init_params
 
-
 FLAGS = flags.FLAGS
 
 

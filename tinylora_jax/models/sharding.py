@@ -192,6 +192,11 @@ def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return ((TENSOR,), (FSDP,)) if name in _FROM_TENSOR else ((), ())
 
 
+def kernel_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
+    """The partition `(input, output)` of the kernel at a path of the decoder's tree."""
+    return spec_of(mesh, shape, *_kernel_axes(path))
+
+
 def _leaf_axes(path: str, ndim: int, tied: bool) -> tuple[tuple[str, ...], ...]:
     kind = path.split("/")[-1]
     if kind == "kernel" and ndim == 2:

@@ -141,7 +141,7 @@ def _shrink(slots: _Slots, size: int, total: int) -> _Slots:
     return replace(arrays, cache=cache, params=select_rows(slots.params, order))
 
 
-def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
+def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
     """Draws the next token of every slot and runs it through the model."""
     slots, total = state.slots, state.lengths.shape[0]
     active = slots.completion < total
@@ -173,6 +173,31 @@ def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _Sta
         lengths=state.lengths.at[done].set(state.slots.index + 1, **at),
         stopped=state.stopped.at[done].set(stopped, **at),
         slot_steps=state.slot_steps + active.shape[0],
+    )
+
+
+def empty_state(
+    config: ModelConfig, params: Any, total: int, slots: int, width: int, sampling: Sampling, dtype: jnp.dtype
+) -> _State:
+    """The state before the first admission: nothing drawn, all slots empty."""
+    capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
+    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
+    pool = _Slots(
+        completion=jnp.full((slots,), total, jnp.int32),
+        index=zeros(slots),
+        position=zeros(slots),
+        hidden=zeros(slots, config.hidden_size, dtype=dtype),
+        cache=KVCache.empty(config, slots, capacity, dtype),
+        params=select_rows(params, zeros(slots)),
+    )
+    return _State(
+        slots=pool,
+        waiting=jnp.int32(0),
+        tokens=zeros(total, sampling.max_new_tokens),
+        logprobs=zeros(total, sampling.max_new_tokens, dtype=jnp.float32),
+        lengths=zeros(total),
+        stopped=zeros(total, dtype=bool),
+        slot_steps=jnp.int32(0),
     )
 
 
@@ -221,27 +246,7 @@ def generate(
     keys = completion_keys(key, ids, samples)
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
 
-    dtype = prefilled.hidden.dtype
-    capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
-    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
-    pool = _Slots(
-        completion=jnp.full((slots,), total, jnp.int32),
-        index=zeros(slots),
-        position=zeros(slots),
-        hidden=zeros(slots, prefilled.hidden.shape[1], dtype=dtype),
-        cache=KVCache.empty(config, slots, capacity, dtype),
-        params=select_rows(params, zeros(slots)),
-    )
-    state = _State(
-        slots=pool,
-        waiting=jnp.int32(0),
-        tokens=zeros(total, sampling.max_new_tokens),
-        logprobs=zeros(total, sampling.max_new_tokens, dtype=jnp.float32),
-        lengths=zeros(total),
-        stopped=zeros(total, dtype=bool),
-        slot_steps=jnp.int32(0),
-    )
-
+    state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype)
     sizes = _sizes(slots)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         enough = max(1, size // 8)  # empty slots that are worth an admission: it costs about a step
@@ -258,7 +263,7 @@ def generate(
 
         def fill_and_decode(state: _State, decoding=decoding) -> _State:
             state = _admit(state, prefilled, params, samples)
-            return jax.lax.while_loop(decoding, partial(_step, config, sampling, noise), state)
+            return jax.lax.while_loop(decoding, partial(decode_step, config, sampling, noise), state)
 
         if state.slots.completion.shape[0] != size:
             state = replace(state, slots=_shrink(state.slots, size, total))

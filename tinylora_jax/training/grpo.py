@@ -23,7 +23,7 @@ from tinylora_jax.training.losses import clipped_surrogate, importance_weights, 
 from tinylora_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-_SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
+SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def make_grpo_step(
         if not accumulate._cache_size():
             used = {part.packing.tokens_at.shape[2] for part in parts}
             parts += [empty_part(batch, shape, plan.streams) for shape in plan.shapes if shape.places not in used]
-        total = (jnp.zeros(()), {name: jnp.zeros(()) for name in _SUMS}, jnp.zeros_like(state.v))
+        total = (jnp.zeros(()), {name: jnp.zeros(()) for name in SUMS}, jnp.zeros_like(state.v))
         for part in parts:
             total = accumulate(total, state.v, policy, part)
         return update(state, total)
