@@ -31,15 +31,18 @@ def plan_streams(
 ) -> tuple[tuple[Shape, ...], int]:
     """The shapes of an update's streams, and how many of them run at once.
 
-    One for every device, if the longest rollout fills them; on a larger mesh one for every group of devices that
-    share a layer's weights.
+    One for every device, shorter ones if it takes that to give each of them something; where even the shortest are
+    too many for the longest rollout, one for every group of devices that share a layer's weights.
     """
-    shapes = stream_shapes(prompts, prompt_tokens, samples, completion_tokens, stream_tokens)
+    bounds = (prompts, prompt_tokens, samples, completion_tokens)
     if mesh is None:
-        return shapes, 1
+        return stream_shapes(*bounds, stream_tokens), 1
     whole = prompts * (prompt_tokens + samples * completion_tokens)
-    enough = shapes[-1].tokens * mesh.size <= whole
-    return shapes, mesh.size if enough else mesh.shape[DATA] * mesh.shape[FSDP]
+    for streams in (mesh.size, mesh.shape[DATA] * mesh.shape[FSDP]):
+        shapes = stream_shapes(*bounds, min(stream_tokens, -(-whole // streams)))
+        if shapes[-1].tokens * streams <= 2 * whole:
+            break
+    return shapes, streams
 
 
 def describe(mesh: Mesh | None) -> Sequence[int]:

@@ -23,7 +23,7 @@ from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_stream
 from tinylora_jax.models.rope import cos_sin, rotate
-from tinylora_jax.models.sharding import current_mesh, split_features, split_heads, split_rows, streams, whole
+from tinylora_jax.models.sharding import current_mesh, look_up, split_features, split_heads, split_rows, streams, whole
 from tinylora_jax.models.tpu import on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
@@ -128,18 +128,19 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a table."""
 
-    def __init__(self, rows: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.tied = tied
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width), dtype) * 0.02)
 
     def __call__(self, tokens: Int[Array, "rows seq"]) -> Hidden:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0)
+        return look_up(self.embedding.get_value(), tokens, self.tied)
 
 
 class Decoder(nnx.Module):
     """Embedding, blocks and final norm; the output head is applied by `logits`, where it is needed."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_embeddings, dtype, rngs)
         self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_embeddings:

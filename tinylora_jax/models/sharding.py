@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -162,6 +163,33 @@ def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
     names = [rows, *((),) * (x.ndim - 1)]
     names[axis] = heads
     return jax.lax.with_sharding_constraint(x, P(*(n or None for n in names)))
+
+
+def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
+    """Rows `[rows, seq, width]` of a table of embeddings.
+
+    A table that is also the output head is split by vocabulary: each device looks up the tokens that it has, and
+    zeros for the others are added to them. Left to XLA, it may gather the table.
+    """
+    mesh = current_mesh()
+    take = lambda table, tokens: jnp.take(table, tokens, axis=0)
+    if mesh is None or not tied:
+        return take(table, tokens)
+    rows = dividing(mesh, _ROWS.get(), tokens.shape[0])
+    if TENSOR in rows:
+        return take(whole(table), tokens)
+    place = spec_of(mesh, table.shape, *_leaf_axes("embedding", 2, tied=True))
+    if place[0] is None:
+        return take(table, tokens)
+
+    def own(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        local = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
+        found = (local >= 0) & (local < table.shape[0])
+        taken = take(table, jnp.where(found, local, 0))
+        return jax.lax.psum(jnp.where(found[..., None], taken, 0), TENSOR)
+
+    specs = (place, P(rows or None, None)), P(rows or None, None, place[1] if FSDP not in rows else None)
+    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], check_vma=False)(table, tokens)
 
 
 def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
