@@ -32,7 +32,8 @@ from tinylora_jax.training.batch import Shape, empty_part
 from tinylora_jax.training.grpo import SUMS, wants_remat
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
+_REFUSED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

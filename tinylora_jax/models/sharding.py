@@ -154,6 +154,12 @@ def heads_axes(mesh: Mesh | AbstractMesh, rows: int, kv_heads: int) -> tuple[tup
     return dividing(mesh, (*taken, TENSOR), rows), ()
 
 
+def cache_shards(rows: int, kv_heads: int) -> int:
+    """Into how many parts `split_heads` cuts the rows of a cache."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in heads_axes(mesh, rows, kv_heads)[0])
+
+
 def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
     """Splits queries, keys or values for attention: the first axis is of rows, `axis` of heads (or their features)."""
     mesh = current_mesh()
@@ -168,13 +174,16 @@ def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
 def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
     """Rows `[rows, seq, width]` of a table of embeddings.
 
-    A table that is also the output head is split by vocabulary: each device looks up the tokens that it has, and
-    zeros for the others are added to them. Left to XLA, it may gather the table.
+    Left to XLA, it may gather the table. One that is also the output head is split by vocabulary: each device looks
+    up the tokens that it has, and zeros for the others are added to them. Any other is split by features.
     """
     mesh = current_mesh()
     take = lambda table, tokens: jnp.take(table, tokens, axis=0)
-    if mesh is None or not tied:
+    if mesh is None:
         return take(table, tokens)
+    if not tied:
+        own = spec_of(mesh, (*tokens.shape, table.shape[1]), (DATA,), (), (TENSOR, FSDP))
+        return jax.lax.with_sharding_constraint(take(table, tokens), own)
     rows = dividing(mesh, _ROWS.get(), tokens.shape[0])
     if TENSOR in rows:
         return take(whole(table), tokens)

@@ -16,7 +16,15 @@ from jaxtyping import Array, Int, Key, UInt32
 
 from tinylora_jax.adapters import select_rows
 from tinylora_jax.models import KVCache, ModelConfig, forward, fused, logits
-from tinylora_jax.models.sharding import AXES, gather_rows, split_heads, split_rows, weights_are_split
+from tinylora_jax.models.sharding import (
+    AXES,
+    cache_shards,
+    gather_rows,
+    split_features,
+    split_heads,
+    split_rows,
+    weights_are_split,
+)
 from tinylora_jax.models.tpu import on_tpu
 from tinylora_jax.rollout.sampling import Sampling, completion_keys, sample, uniforms
 
@@ -132,13 +140,19 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
     return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken, dtype=jnp.int32))
 
 
-def _shrink(slots: _Slots, size: int, total: int) -> _Slots:
-    """The pool with the first `size` slots that are in use, or empty ones after them."""
-    order = jnp.argsort(slots.completion == total, stable=True)[:size]
-    take = lambda x: jnp.take(x, order, axis=0)
+def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
+    """The pool with the first `size` slots that are in use, or empty ones after them; as many of every shard."""
+    empty = (slots.completion == total).reshape(shards, -1)
+    order = jnp.argsort(empty, axis=1, stable=True)[:, : size // shards]
+
+    def take(x: jax.Array) -> jax.Array:  # within the shards, so that no cache moves between devices
+        parts = x.reshape(*empty.shape, *x.shape[1:])
+        return jax.vmap(lambda part, index: jnp.take(part, index, axis=0))(parts, order).reshape(size, *x.shape[1:])
+
     arrays = jax.tree.map(take, replace(slots, params=None))
     cache = jax.tree.map(lambda x: split_heads(x, x.shape[2]), arrays.cache)
-    return replace(arrays, cache=cache, params=select_rows(slots.params, order))
+    index = order + empty.shape[1] * jnp.arange(shards)[:, None]
+    return replace(arrays, cache=cache, params=select_rows(slots.params, index.reshape(-1)))
 
 
 def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
@@ -146,7 +160,8 @@ def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state
     slots, total = state.slots, state.lengths.shape[0]
     active = slots.completion < total
     uniform = noise.at[slots.completion, slots.index].get(mode="clip")
-    scores = split_rows(logits(config, slots.params, slots.hidden), AXES)  # each device samples for its rows
+    # The head is split by vocabulary; then each device samples for its rows.
+    scores = split_rows(split_features(logits(config, slots.params, slots.hidden)), AXES)
     token, logprob = sample(scores, uniform, sampling)
     stopped = jnp.any(token[:, None] == jnp.asarray(sampling.stop_tokens, jnp.int32), axis=-1)
     ended = stopped | (slots.index + 1 == sampling.max_new_tokens)
@@ -201,9 +216,9 @@ def empty_state(
     )
 
 
-def _sizes(slots: int) -> list[int]:
+def _sizes(slots: int, shards: int) -> list[int]:
     """The pool's sizes, from the first to the last: each a quarter of the one before, not below 16."""
-    return [slots] + ([slots // 4] if slots >= 64 else [])
+    return [slots] + ([slots // 4] if slots >= 64 and slots // 4 % shards == 0 else [])
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
@@ -247,25 +262,29 @@ def generate(
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
 
     state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype)
-    sizes = _sizes(slots)
+    shards = cache_shards(slots, config.num_kv_heads)
+    sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         enough = max(1, size // 8)  # empty slots that are worth an admission: it costs about a step
 
         def used(state: _State) -> jax.Array:
             return jnp.sum(state.slots.completion < total)
 
+        def crowded(state: _State) -> jax.Array:  # slots in use if every shard were as full as the fullest
+            return shards * jnp.max(jnp.sum((state.slots.completion < total).reshape(shards, -1), axis=1))
+
         def decoding(state: _State, size=size, next_size=next_size, enough=enough) -> jax.Array:
             waits = state.waiting < total
-            return used(state) > jnp.where(waits, size - enough, next_size)
+            return jnp.where(waits, used(state) > size - enough, crowded(state) > next_size)
 
         def unfinished(state: _State, next_size=next_size) -> jax.Array:
-            return (state.waiting < total) | (used(state) > next_size)
+            return (state.waiting < total) | (crowded(state) > next_size)
 
         def fill_and_decode(state: _State, decoding=decoding) -> _State:
             state = _admit(state, prefilled, params, samples)
             return jax.lax.while_loop(decoding, partial(decode_step, config, sampling, noise), state)
 
         if state.slots.completion.shape[0] != size:
-            state = replace(state, slots=_shrink(state.slots, size, total))
+            state = replace(state, slots=_shrink(state.slots, size, total, shards))
         state = jax.lax.while_loop(unfinished, fill_and_decode, state)
     return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)

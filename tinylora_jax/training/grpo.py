@@ -135,12 +135,12 @@ def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch)
 
 
 def grpo_loss(
-    v: Float[Array, "groups u"], plan: Plan, policy: Policy, part: Streams
+    v: Float[Array, "*streams groups u"], plan: Plan, policy: Policy, part: Streams
 ) -> tuple[Float[Array, ""], Metrics]:
     """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument.
+      v: the only differentiated argument; one for all streams, or one for each.
       plan: settings.
       policy: everything frozen.
       part: of the rollout.
