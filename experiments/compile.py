@@ -34,6 +34,8 @@ from experiments.setup import ConfigError, parse  # noqa: E402
 from experiments.shapes import architecture  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
 
+PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
+
 
 def mesh_spec(text: str | None, config: ConfigDict) -> MeshSpec:
     """`data,fsdp,tensor`, or the config's mesh if no text is given.
@@ -58,16 +60,20 @@ def make_case(config: ConfigDict, model: str | None, target: Topology, spec: Mes
     return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes)
 
 
-def compile_all(case: Case) -> list[Compiled]:
-    """Compiles every program of a run, saying which."""
+def compile_all(case: Case, only: Sequence[str] = ()) -> list[Compiled]:
+    """Compiles the programs of a run whose names begin with one of `only` (none: all), saying which."""
     done = []
     for program in all_programs(case):
+        if only and not program.name.startswith(tuple(only)):
+            continue
         tell(f"compiling {program.name}")
         done.append(compile_program(program, case.mesh))
     return done
 
 
-def run(config: ConfigDict, names: Sequence[str], mesh: str | None, model: str | None) -> list[dict[str, Any]]:
+def run(
+    config: ConfigDict, names: Sequence[str], mesh: str | None, model: str | None, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Compiles a run for every topology, and prints a table of each.
 
     Raises:
@@ -79,7 +85,7 @@ def run(config: ConfigDict, names: Sequence[str], mesh: str | None, model: str |
     results = []
     for target in targets:
         case = make_case(config, model, target, spec)
-        compiled = compile_all(case)
+        compiled = compile_all(case, only)
         results.append(summary(case, target, compiled))
         print_table(results[-1])
         if not results[-1]["fits"]:
@@ -120,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.suggest:
             results = suggest(FLAGS.config, FLAGS.topology, FLAGS.model_config)
         else:
-            results = run(FLAGS.config, FLAGS.topology, FLAGS.mesh, FLAGS.model_config)
+            results = run(FLAGS.config, FLAGS.topology, FLAGS.mesh, FLAGS.model_config, FLAGS.only)
         if FLAGS.json:
             command = "python -m experiments.compile " + " ".join(sys.argv[1:])
             text = json.dumps({"command": command, "results": results}, indent=1) + "\n"
@@ -136,6 +142,7 @@ if __name__ == "__main__":
         "model_config", None, "A known architecture or the path of a config.json; default: config.model's."
     )
     flags.DEFINE_string("json", None, "Also write the result to this file.")
+    flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile these programs alone.")
     flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit.")
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

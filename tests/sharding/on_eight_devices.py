@@ -1,8 +1,8 @@
 """Generates and updates once on eight CPU devices, and prints what came out as JSON; run as a program of its own.
 
-    python tests/sharding/on_eight_devices.py MODEL DATA FSDP TENSOR
+    python tests/sharding/on_eight_devices.py MODEL MODES DATA FSDP TENSOR
 
-MODEL is a family of tests/conftest.py. Other tests share a process in which there is one device.
+MODEL is a family of tests/conftest.py, MODES `sampled` or `greedy,sampled`. Other tests share a process in which there is one device.
 """
 
 import os
@@ -73,7 +73,7 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
     return {"v": state.v.tolist(), "grad_norm": float(metrics["grad_norm"]), "streams": streams} | counts
 
 
-def run(family, sizes):
+def run(family, modes, sizes):
     """Everything on one mesh; (1, 1, 1) is one device without a mesh."""
     config = FAMILIES[family]
     params = _randomized(config, seed=3)
@@ -81,19 +81,19 @@ def run(family, sizes):
     v = jnp.asarray(0.3 * np.random.default_rng(5).standard_normal((policy.factors.num_groups, 2)), jnp.float32)
     mesh = None if sizes == (1, 1, 1) else MeshSpec(*sizes).make(jax.devices())
     if mesh is None:
-        return measure(config, policy, v, None)
+        return measure(config, policy, v, None, modes)
     with jax.set_mesh(mesh):
-        return measure(config, jax.device_put(policy, policy_shardings(mesh, policy)), v, mesh)
+        return measure(config, jax.device_put(policy, policy_shardings(mesh, policy)), v, mesh, modes)
 
 
-def measure(config, policy, v, mesh):
+def measure(config, policy, v, mesh, modes):
     found = {}
-    for mode in ("greedy", "sampled"):
+    for mode in modes:
         tokens, lengths, completions = rollout(config, policy, v, mode == "greedy")
         found[mode] = {"tokens": completions.tokens.tolist(), "lengths": completions.lengths.tolist()}
     return found | update(config, policy, v, mesh, tokens, lengths, completions)
 
 
 if __name__ == "__main__":
-    family, *sizes = sys.argv[1:]
-    print(json.dumps(run(family, tuple(int(size) for size in sizes))))
+    family, modes, *sizes = sys.argv[1:]
+    print(json.dumps(run(family, modes.split(","), tuple(int(size) for size in sizes))))

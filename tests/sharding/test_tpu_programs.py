@@ -76,7 +76,9 @@ def test_decoding_gathers_no_weights(decode, family, target, sizes):
     assert compiled.cost.cycles > 0 and [k.name for k in compiled.cost.kernels].count("write_entry") == 2
 
 
-@pytest.mark.parametrize(("family", "target"), [("qwen2", "v5e:2x2"), ("qwen3", "v6e:2x4")])
+@pytest.mark.parametrize(
+    ("family", "target"), [("qwen3", "v6e:2x4"), pytest.param("qwen2", "v5e:2x2", marks=pytest.mark.slow)]
+)
 def test_the_update_reduces_one_vector(family, target):
     case = make_case(family, target, MESHES[target][0])
     (program,) = updates(case)

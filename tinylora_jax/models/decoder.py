@@ -156,27 +156,32 @@ class Decoder(nnx.Module):
         remat: bool,
     ) -> tuple[Hidden, KVCache | None]:
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
-        if remat and cache is None and (on_tpu() or current_mesh() is not None):
-            return self.norm(self._scan(split_rows(self.embed_tokens(tokens)), angles, attend)), None
+        x = split_rows(self.embed_tokens(tokens))
+        if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
+            x, cache = self._scan(x, angles, attend, cache, remat)
+            return self.norm(x), cache
         call = lambda block, x, layer: block(x, angles, attend, layer)
         if remat:
             call = jax.checkpoint(call)
-        x = split_rows(self.embed_tokens(tokens))
         layers = []
         for i, block in enumerate(self.layers):
             x, layer = call(block, x, None if cache is None else (cache.keys[i], cache.values[i]))
             layers.append(layer)
         return self.norm(x), None if cache is None else KVCache(*zip(*layers, strict=True))
 
-    def _scan(self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend) -> Hidden:
+    def _scan(
+        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, cache: KVCache | None, remat: bool
+    ) -> tuple[Hidden, KVCache | None]:
         """The blocks as one loop over stacked weights: XLA compiles one of them, which for a TPU takes a minute."""
         graphs, layers = zip(*(nnx.split(block) for block in self.layers), strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        caches = None if cache is None else (jnp.stack(cache.keys), jnp.stack(cache.values))
 
-        def body(x: Hidden, layer: Any) -> tuple[Hidden, None]:
-            return nnx.merge(graphs[0], layer)(x, angles, attend, None)[0], None
+        def body(x: Hidden, layer: tuple[Any, Layer | None]) -> tuple[Hidden, Layer | None]:
+            return nnx.merge(graphs[0], layer[0])(x, angles, attend, layer[1])
 
-        return jax.lax.scan(jax.checkpoint(body), x, stacked)[0]
+        x, caches = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, caches))
+        return x, None if caches is None else KVCache(*(tuple(part) for part in caches))
 
 
 @lru_cache
