@@ -17,6 +17,7 @@ def _program(compiled: Compiled, topology: Topology) -> dict[str, Any]:
     row: dict[str, Any] = {
         "program": compiled.name,
         "compile_s": round(compiled.seconds, 1),
+        "compile_cpu_s": round(compiled.cpu_s, 1),
         "fits": compiled.refused is None,
         "bytes": {
             "arguments": int(compiled.arguments),
@@ -100,6 +101,7 @@ def summary(case: Case, topology: Topology, programs: Sequence[Compiled]) -> dic
         "new_tokens": case.config.max_new_tokens,
         "jax": jax.__version__,
         "compile_s": round(sum(p.seconds for p in programs), 1),
+        "compile_cpu_s": round(sum(p.cpu_s for p in programs), 1),
         "fits": all(p.refused is None for p in programs),
         "programs": [_program(p, topology) for p in programs],
     }
@@ -134,7 +136,9 @@ def print_table(result: Mapping[str, Any]) -> None:
             parts = ", ".join(f"{kind} {size / 1e6:,.3f}" for kind, size in kinds.items())
             print(f"  exchanged by {row['program']}{loops}, MB a device: {parts}")
     _print_estimates(result)
-    print(f"  compiled in {result['compile_s']:.0f} s; everything fits: {'yes' if result['fits'] else 'NO'}")
+    print(
+        f"  compiled in {result['compile_s']:.0f} s ({result['compile_cpu_s']:.0f} s of processor time); everything fits: {'yes' if result['fits'] else 'NO'}"
+    )
 
 
 def _print_estimates(result: Mapping[str, Any]) -> None:

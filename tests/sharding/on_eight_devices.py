@@ -2,7 +2,8 @@
 
     python tests/sharding/on_eight_devices.py MODEL MODES DATA FSDP TENSOR
 
-MODEL is a family of tests/conftest.py, MODES `sampled` or `greedy,sampled`. Other tests share a process in which there is one device.
+MODEL is a family of tests/conftest.py, MODES `sampled` or `greedy,sampled`. Other tests share a process in which
+there is one device.
 """
 
 import os
