@@ -12,6 +12,8 @@ from tinylora_jax.models.sharding import DATA, FSDP, MeshSpec
 from tinylora_jax.training import stream_shapes
 from tinylora_jax.training.batch import Shape
 
+_ROOM = 2  # places in a row for each token: a TPU computes all of them, where a GPU skips those of no token
+
 
 def use_mesh(spec: MeshSpec) -> AbstractContextManager:
     """The mesh of all devices, around everything that a run computes; nothing at all for a single device."""
@@ -39,7 +41,7 @@ def plan_streams(
         return stream_shapes(*bounds, stream_tokens), 1
     whole = prompts * (prompt_tokens + samples * completion_tokens)
     for streams in (mesh.size, mesh.shape[DATA] * mesh.shape[FSDP]):
-        shapes = stream_shapes(*bounds, min(stream_tokens, -(-whole // streams)))
+        shapes = stream_shapes(*bounds, min(stream_tokens, -(-whole // streams)), _ROOM)
         if shapes[-1].tokens * streams <= 2 * whole:
             break
     return shapes, streams

@@ -136,9 +136,9 @@ def print_table(result: Mapping[str, Any]) -> None:
             parts = ", ".join(f"{kind} {size / 1e6:,.3f}" for kind, size in kinds.items())
             print(f"  exchanged by {row['program']}{loops}, MB a device: {parts}")
     _print_estimates(result)
-    print(
-        f"  compiled in {result['compile_s']:.0f} s ({result['compile_cpu_s']:.0f} s of processor time); everything fits: {'yes' if result['fits'] else 'NO'}"
-    )
+    fits = "yes" if result["fits"] else "NO"
+    times = f"{result['compile_s']:.0f} s ({result['compile_cpu_s']:.0f} s of processor time)"
+    print(f"  compiled in {times}; everything fits: {fits}")
 
 
 def _print_estimates(result: Mapping[str, Any]) -> None:

@@ -140,6 +140,26 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
     return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken, dtype=jnp.int32))
 
 
+def _admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
+    """Gives every completion a slot at once: no prompt then leaves the device that it lies on."""
+    total = state.lengths.shape[0]
+
+    def each(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x[:, None], (x.shape[0], samples, *x.shape[1:])).reshape(total, *x.shape[1:])
+
+    place = lambda cache, prompts: jax.lax.dynamic_update_slice_in_dim(cache, each(prompts), 0, axis=1)
+    completion = jnp.arange(total, dtype=jnp.int32)
+    slots = replace(
+        state.slots,
+        completion=completion,
+        position=each(prefilled.lengths),
+        hidden=each(prefilled.hidden),
+        cache=jax.tree.map(place, state.slots.cache, prefilled.cache),
+        params=select_rows(params, completion // samples),
+    )
+    return replace(state, slots=slots, waiting=jnp.int32(total))
+
+
 def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
     """The pool with the first `size` slots that are in use, or empty ones after them; as many of every shard."""
     empty = (slots.completion == total).reshape(shards, -1)
@@ -262,6 +282,8 @@ def generate(
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
 
     state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype)
+    if slots == total:
+        state = _admit_all(state, prefilled, params, samples)
     shards = cache_shards(slots, config.num_kv_heads)
     sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
@@ -281,7 +303,7 @@ def generate(
             return (state.waiting < total) | (crowded(state) > next_size)
 
         def fill_and_decode(state: _State, decoding=decoding) -> _State:
-            state = _admit(state, prefilled, params, samples)
+            state = state if slots == total else _admit(state, prefilled, params, samples)
             return jax.lax.while_loop(decoding, partial(decode_step, config, sampling, noise), state)
 
         if state.slots.completion.shape[0] != size:

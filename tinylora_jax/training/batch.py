@@ -89,7 +89,7 @@ class Shape(NamedTuple):
 
 
 def stream_shapes(
-    prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int
+    prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int, room: int = _ROOM
 ) -> tuple[Shape, ...]:
     """The sizes of streams for rollouts of these bounds, by width of their rows, the narrowest first.
 
@@ -102,6 +102,7 @@ def stream_shapes(
       samples: G.
       completion_tokens: T, the longest completion.
       max_tokens: tokens in a stream; raised to one prompt and completion, lowered to the whole rollout.
+      room: places in a stream's rows for each of its tokens.
     """
     row = prompt_tokens + completion_tokens
     whole = prompts * (prompt_tokens + samples * completion_tokens)
@@ -111,7 +112,7 @@ def stream_shapes(
     while widths[0] // 4 >= _NARROWEST:
         widths.insert(0, up(widths[0] // 4, 8))
     return tuple(
-        Shape(tokens, min(prompts * samples, max(1, -(-_ROOM * tokens // width))), width, samples) for width in widths
+        Shape(tokens, min(prompts * samples, max(1, -(-room * tokens // width))), width, samples) for width in widths
     )
 
 
