@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from experiments.answering import lower_rollout
 from experiments.aot import hlo
 from experiments.meshes import plan_streams
 from experiments.setup import Specs, sampling_of
-from tinylora_jax.adapters import Policy, factorize, init, select
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
 from tinylora_jax.adapters.svd import exact_svd, subspace_svd
 from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
@@ -87,8 +87,7 @@ class Case:
 
     def policy(self) -> Policy:
         """Shapes and places of weights and factors."""
-        params = jax.eval_shape(lambda: init_params(self.model, dtype=self.dtype))
-        policy = Policy(params, jax.eval_shape(lambda p: factorize(p, self.specs.adapter), params))
+        policy = _policy_shapes(self.model, self.specs.adapter, self.dtype)
         return jax.tree.map(_placed, policy, policy_shardings(self.mesh, policy))
 
     def vector(self) -> jax.ShapeDtypeStruct:
@@ -98,6 +97,12 @@ class Case:
     def whole(self, tree: Any) -> Any:
         """The shapes of a tree, on every device."""
         return jax.tree.map(lambda x: _placed(x, NamedSharding(self.mesh, P())), tree)
+
+
+@lru_cache(maxsize=4)
+def _policy_shapes(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype) -> Policy:
+    params = jax.eval_shape(lambda: init_params(model, dtype=dtype))
+    return Policy(params, jax.eval_shape(lambda p: factorize(p, adapter), params))
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

