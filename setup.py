@@ -32,6 +32,7 @@ setup(
     extras_require={
         # The demo needs nothing beyond the base; the name is kept so that the command says what it is for.
         "demo": [],
+        "tpu": ["jax[tpu]>=0.10"],
         "reasoning-gym": ["reasoning-gym>=0.1.19"],
         # Oracles of the tests: transformers' own models run on torch. The pin keeps pip from
         # replacing a CPU build with the newest CUDA one.
@@ -42,6 +43,8 @@ setup(
             "accelerate>=1.0",
             "peft>=0.19",
             "reasoning-gym>=0.1.19",
+            # XLA's compiler for TPUs, which needs none of them; it exists for Linux alone.
+            "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
 )

@@ -33,6 +33,10 @@ def _rollout(
     return generate(config, policy(v), *prompts, key, sampling, samples, slots)
 
 
+lower_rollout = _rollout.lower
+"""The rollout of these arguments, lowered but not run."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """Completions of a batch of prompts with their texts and grades, prompt-major.

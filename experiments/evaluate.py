@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from experiments.answering import Answers, answer, step_key
 from experiments.cli import fail, parse_flags, reporting_errors, use_compilation_cache
+from experiments.meshes import use_mesh
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, padded_width
@@ -145,7 +146,8 @@ def main(argv: Sequence[str]) -> None:
     with reporting_errors():
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-        result, rows = run(FLAGS.config, adapter)
+        with use_mesh(parse(FLAGS.config).mesh):
+            result, rows = run(FLAGS.config, adapter)
         if output is not None:
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from grain import DatasetIterator
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.answering import Answers, answer, grades_of, step_key
 from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate
+from experiments.meshes import active_mesh, plan_streams, use_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import init
@@ -45,7 +47,6 @@ from tinylora_jax.training import (
     init_state,
     make_grpo_step,
     score,
-    stream_shapes,
 )
 
 Totals = dict[str, float]
@@ -69,15 +70,16 @@ class Trainer:
         self.config, self.task, self.grpo, self.stop = config, task, specs.grpo, stop
         self.width = padded_width(prompts)
         bounds = (config.batch_size, self.width, config.samples, config.max_new_tokens)
-        shapes = stream_shapes(*bounds, specs.grpo.stream_tokens)
-        self.plan = Plan(task.model, specs.grpo, config.temperature, config.max_new_tokens, shapes)
+        shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
+        self.plan = Plan(task.model, specs.grpo, config.temperature, config.max_new_tokens, shapes, streams)
         updates = steps * specs.grpo.updates_per_rollout
         self.optimizer = dataclasses.replace(specs.optimizer, total_updates=updates).transform()
         self.update = make_grpo_step(self.plan, self.optimizer)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(init(self.task.policy.factors), self.optimizer)
+        state, mesh = init_state(init(self.task.policy.factors), self.optimizer), active_mesh()
+        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
     def step(
         self, state: TrainState, index: int, prompts: Sequence[Prompt]
@@ -264,7 +266,8 @@ def main(argv: Sequence[str]) -> None:
     stop = StopRequests()
     with reporting_errors(workdir):
         try:
-            summary = run(FLAGS.config, workdir, stop)
+            with use_mesh(parse(FLAGS.config).mesh):
+                summary = run(FLAGS.config, workdir, stop)
         except Stopped as stopped:
             print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None

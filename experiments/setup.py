@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
+from experiments.meshes import active_mesh
 from tinylora_jax.adapters import Policy, Target, TinyLoRA, factorize, init
 from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.models import ModelConfig, head_kernel
+from tinylora_jax.models.sharding import MeshSpec, param_shardings, policy_shardings
 from tinylora_jax.rewards import Reward, load_reward
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
@@ -39,6 +42,7 @@ class Specs:
     grpo: GRPO
     optimizer: Optimizer
     reward: Reward
+    mesh: MeshSpec
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def parse(config: ConfigDict) -> Specs:
         build("grpo", GRPO, **config.grpo),
         build("optimizer", Optimizer, **config.optimizer, total_updates=2**31 - 1),
         build("reward", load_reward, config.reward),
+        build("mesh", MeshSpec, **config.mesh),
     )
     if problems:
         raise ConfigError("\n  ".join(["the config has problems:", *problems]))
@@ -111,10 +116,16 @@ def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
 def load_task(config: ConfigDict, specs: Specs) -> Task:
     """Loads the model and factorizes it; the slow part of a start."""
     tell(f"loading {config.model}")
-    model = load_pretrained(config.model, jnp.dtype(config.dtype))
+    mesh = active_mesh()
+    # No single device may have room for a model that is to be split.
+    with nullcontext() if mesh is None else jax.default_device(jax.devices("cpu")[0]):
+        model = load_pretrained(config.model, jnp.dtype(config.dtype))
+    params = model.params if mesh is None else jax.device_put(model.params, param_shardings(mesh, model.params))
     tell("factorizing its weights")
-    factors = factorize(model.params, specs.adapter, config.svd)
-    policy = Policy(model.params, factors)
+    policy = Policy(params, factorize(params, specs.adapter, config.svd))
+    factors = policy.factors
+    if mesh is not None:
+        policy = jax.device_put(policy, policy_shardings(mesh, policy))
     jax.eval_shape(lambda v: head_kernel(model.config, policy(v)), init(factors))  # refuses an adapter on the head
     return Task(
         name=model.name,

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,28 +16,10 @@ import numpy as np
 from absl import flags
 
 from experiments.cli import tell
+from experiments.shapes import SHAPES, architecture
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
-from tinylora_jax.io.hf_config import parse_config
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.models import ModelConfig, init_params
-
-# Architectures that can be measured with random weights: speed does not depend on their values.
-_QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "qwen2.5-0.5b": _QWEN
-    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    | {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "qwen2.5-7b": _QWEN
-    | {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
-    "smollm2-135m": {"model_type": "llama", "vocab_size": 49_152, "rms_norm_eps": 1e-5, "rope_theta": 1e5}
-    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    | {"num_key_value_heads": 3, "tie_word_embeddings": True},
-    "tiny": _QWEN
-    | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-}
-
 
 FLAGS = flags.FLAGS
 
@@ -71,11 +54,8 @@ def load() -> Model:
     """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
     source = FLAGS.model
     if source.startswith("random:"):
-        shape = source.removeprefix("random:")
-        if shape not in SHAPES:
-            raise ValueError(f"--model={source}: expected random: and one of {', '.join(SHAPES)}")
-        layers = {"num_hidden_layers": FLAGS.layers} if FLAGS.layers else {}
-        config = parse_config({**SHAPES[shape], **layers})
+        config = architecture(source.removeprefix("random:"))
+        config = replace(config, num_layers=FLAGS.layers or config.num_layers)
         params, tokenizer, stops = random_params(config), None, ()
     else:
         loaded = load_pretrained(source, dtype())

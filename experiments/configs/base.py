@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from tinylora_jax.adapters import TinyLoRA
 from tinylora_jax.data import DataSpec
+from tinylora_jax.models.sharding import MeshSpec
 from tinylora_jax.training import GRPO, Optimizer
 
 
@@ -50,6 +51,8 @@ def get_config() -> ConfigDict:
 
     config.grpo = _fields(GRPO())
     config.optimizer = _fields(Optimizer(learning_rate=1e-4), "total_updates")
+
+    config.mesh = _fields(MeshSpec())  # how the devices are used; data = 0: all that fsdp and tensor leave
 
     config.eval_batch_size = 64  # questions answered at once
     config.eval_samples = 0  # sampled answers a question beside the greedy one (`evaluate`: at least 1)

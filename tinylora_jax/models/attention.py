@@ -14,11 +14,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from tinylora_jax.models.tpu import can_write, on_tpu, write_entry
+from tinylora_jax.models.tpu import causal as flash_causal
+
 Queries = Float[Array, "rows seq heads head_dim"]
 Keys = Float[Array, "rows seq kv_heads head_dim"]
 Cache = Float[Array, "rows capacity kv_heads head_dim"]
 
 _BLOCK = 64  # cached positions read at once
+_FLASH_FROM = 512  # positions in a row from which a TPU does not hold all scores
 
 
 def _on_gpu(x: jax.Array) -> bool:
@@ -43,6 +47,8 @@ def causal_attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, " rows"] 
     Returns:
       Mixed values in the shape of `q`.
     """
+    if on_tpu() and q.shape[1] >= _FLASH_FROM:
+        return flash_causal(q, k, v)
     if not _on_gpu(q):
         return _plain(q, k, v, is_causal=True)
     seq_lengths = {} if lengths is None else {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
@@ -73,7 +79,10 @@ def cached_attention(
     """
     if q.shape[1] == 1 and _on_gpu(q) and keys.shape[1] % _BLOCK == 0:
         return decode_kernel(q, k, v, keys, values, start)
-    keys, values = write(keys, k, start), write(values, v, start)
+    if on_tpu() and can_write(keys, k):
+        keys, values = write_entry(keys, values, k, v, start)
+    else:
+        keys, values = write(keys, k, start), write(values, v, start)
     position = start[:, None] + jnp.arange(q.shape[1])
     visible = jnp.arange(keys.shape[1]) <= position[:, None, :, None]
     return _plain(q, keys, values, mask=visible), keys, values

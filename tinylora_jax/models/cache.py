@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tinylora_jax.models.config import ModelConfig
+from tinylora_jax.models.sharding import split_heads
 
 
 @jax.tree_util.register_dataclass
@@ -31,5 +32,6 @@ class KVCache:
     def empty(cls, config: ModelConfig, rows: int, capacity: int, dtype: DTypeLike) -> KVCache:
         """A cache of zeros for `capacity` positions."""
         shape = (rows, capacity, config.num_kv_heads, config.head_dim)
-        make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        zeros = lambda: split_heads(jnp.zeros(shape, dtype), config.num_kv_heads)
+        make = lambda: tuple(zeros() for _ in range(config.num_layers))
         return cls(make(), make())

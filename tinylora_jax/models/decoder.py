@@ -7,6 +7,7 @@ adapted and merged weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,6 +23,8 @@ from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_stream
 from tinylora_jax.models.rope import cos_sin, rotate
+from tinylora_jax.models.sharding import current_mesh, look_up, split_features, split_heads, split_rows, streams, whole
+from tinylora_jax.models.tpu import on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
 Layer = tuple[jax.Array, jax.Array]  # the cache of one layer
@@ -54,7 +57,7 @@ class Linear(nnx.Module):
 
 def project(x: Float[Array, "rows seq in"], *linears: Linear) -> list[Float[Array, "rows seq out"]]:
     """Maps that read the same input, as one product if the first one's kernel is that of all (`fused`)."""
-    kernels = [linear.kernel.get_value() for linear in linears]
+    kernels = [whole(linear.kernel.get_value()) for linear in linears]
     if isinstance(kernels[0], FusedKernel):
         outputs = fused_matmul(x, kernels[0])
     else:
@@ -75,18 +78,20 @@ class Attention(nnx.Module):
         self.o_proj = make(c.num_heads * c.head_dim, c.hidden_size, c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
-        self.head_dim = c.head_dim
+        self.head_dim, self.num_kv_heads = c.head_dim, c.num_kv_heads
 
     def __call__(
         self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
         q, k, v = (
-            y.reshape(*y.shape[:2], -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+            split_heads(split_features(y), self.num_kv_heads).reshape(*y.shape[:2], -1, self.head_dim)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed, layer = attend(rotate(q, *angles), rotate(k, *angles), v, layer)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), layer
+        mixed = split_heads(mixed.reshape(*x.shape[:2], -1), self.num_kv_heads)
+        return self.o_proj(split_features(mixed)), layer
 
 
 class MLP(nnx.Module):
@@ -116,25 +121,26 @@ class Block(nnx.Module):
         self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
     ) -> tuple[Hidden, Layer | None]:
         mixed, layer = self.self_attn(self.input_layernorm(x), angles, attend, layer)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), layer
+        x = split_rows(x + mixed)
+        return split_rows(x + self.mlp(self.post_attention_layernorm(x))), layer
 
 
 class Embedding(nnx.Module):
     """Rows of a table."""
 
-    def __init__(self, rows: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.tied = tied
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width), dtype) * 0.02)
 
     def __call__(self, tokens: Int[Array, "rows seq"]) -> Hidden:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0)
+        return look_up(self.embedding.get_value(), tokens, self.tied)
 
 
 class Decoder(nnx.Module):
     """Embedding, blocks and final norm; the output head is applied by `logits`, where it is needed."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, rngs)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_embeddings, dtype, rngs)
         self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_embeddings:
@@ -150,15 +156,32 @@ class Decoder(nnx.Module):
         remat: bool,
     ) -> tuple[Hidden, KVCache | None]:
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
+        x = split_rows(self.embed_tokens(tokens))
+        if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
+            x, cache = self._scan(x, angles, attend, cache, remat)
+            return self.norm(x), cache
         call = lambda block, x, layer: block(x, angles, attend, layer)
         if remat:
             call = jax.checkpoint(call)
-        x = self.embed_tokens(tokens)
         layers = []
         for i, block in enumerate(self.layers):
             x, layer = call(block, x, None if cache is None else (cache.keys[i], cache.values[i]))
             layers.append(layer)
         return self.norm(x), None if cache is None else KVCache(*zip(*layers, strict=True))
+
+    def _scan(
+        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, cache: KVCache | None, remat: bool
+    ) -> tuple[Hidden, KVCache | None]:
+        """The blocks as one loop over stacked weights: XLA compiles one of them, which for a TPU takes a minute."""
+        graphs, layers = zip(*(nnx.split(block) for block in self.layers), strict=True)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        caches = None if cache is None else (jnp.stack(cache.keys), jnp.stack(cache.values))
+
+        def body(x: Hidden, layer: tuple[Any, Layer | None]) -> tuple[Hidden, Layer | None]:
+            return nnx.merge(graphs[0], layer[0])(x, angles, attend, layer[1])
+
+        x, caches = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, caches))
+        return x, None if caches is None else KVCache(*(tuple(part) for part in caches))
 
 
 @lru_cache
@@ -202,7 +225,7 @@ def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
 
     def after_the_cached(q, k, v, layer):
         mixed, *layer = cached_attention(q, k, v, *layer, start)
-        return mixed, tuple(layer)
+        return mixed, tuple(split_heads(x, k.shape[2]) for x in layer)
 
     def from_the_beginning(q, k, v, layer):
         if layer is not None:
@@ -248,7 +271,8 @@ def forward(
         first = jnp.zeros((tokens.shape[0],), jnp.int32) if start is None else start
         positions = first[:, None] + jnp.arange(tokens.shape[1])
     model = nnx.merge(_graph(config), nnx.State(params))
-    return model(tokens, positions, _attend(start, packing), cache, remat)
+    with nullcontext() if packing is None else streams():
+        return model(tokens, positions, _attend(start, packing), cache, remat)
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"]:

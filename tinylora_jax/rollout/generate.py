@@ -16,10 +16,20 @@ from jaxtyping import Array, Int, Key, UInt32
 
 from tinylora_jax.adapters import select_rows
 from tinylora_jax.models import KVCache, ModelConfig, forward, fused, logits
+from tinylora_jax.models.sharding import (
+    AXES,
+    cache_shards,
+    gather_rows,
+    split_features,
+    split_heads,
+    split_rows,
+    weights_are_split,
+)
+from tinylora_jax.models.tpu import on_tpu
 from tinylora_jax.rollout.sampling import Sampling, completion_keys, sample, uniforms
 
 _PREFILL_TOKENS = 32768  # prompts are prefilled in parts of about this size
-_CAPACITY_STEP = 64  # the cache's length is a multiple of this
+_CAPACITY_STEP = 128  # the cache's length is a multiple of this: whole tiles of a TPU, whole blocks of a GPU
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +125,7 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
 
     def copy(cache: jax.Array, prompts: jax.Array) -> jax.Array:
         kept = jax.lax.slice_in_dim(cache, 0, width, axis=1)
+        prompts = gather_rows(prompts, prompts.shape[2])
         new = jnp.where(taken[:, None, None, None], jnp.take(prompts, prompt, axis=0), kept)
         return jax.lax.dynamic_update_slice_in_dim(cache, new, 0, axis=1)
 
@@ -129,20 +140,49 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
     return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken, dtype=jnp.int32))
 
 
-def _shrink(slots: _Slots, size: int, total: int) -> _Slots:
-    """The pool with the first `size` slots that are in use, or empty ones after them."""
-    order = jnp.argsort(slots.completion == total, stable=True)[:size]
-    take = lambda x: jnp.take(x, order, axis=0)
-    arrays = replace(slots, params=None)
-    return replace(jax.tree.map(take, arrays), params=select_rows(slots.params, order))
+def _admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
+    """Gives every completion a slot at once: no prompt then leaves the device that it lies on."""
+    total = state.lengths.shape[0]
+
+    def each(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x[:, None], (x.shape[0], samples, *x.shape[1:])).reshape(total, *x.shape[1:])
+
+    place = lambda cache, prompts: jax.lax.dynamic_update_slice_in_dim(cache, each(prompts), 0, axis=1)
+    completion = jnp.arange(total, dtype=jnp.int32)
+    slots = replace(
+        state.slots,
+        completion=completion,
+        position=each(prefilled.lengths),
+        hidden=each(prefilled.hidden),
+        cache=jax.tree.map(place, state.slots.cache, prefilled.cache),
+        params=select_rows(params, completion // samples),
+    )
+    return replace(state, slots=slots, waiting=jnp.int32(total))
 
 
-def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
+def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
+    """The pool with the first `size` slots that are in use, or empty ones after them; as many of every shard."""
+    empty = (slots.completion == total).reshape(shards, -1)
+    order = jnp.argsort(empty, axis=1, stable=True)[:, : size // shards]
+
+    def take(x: jax.Array) -> jax.Array:  # within the shards, so that no cache moves between devices
+        parts = x.reshape(*empty.shape, *x.shape[1:])
+        return jax.vmap(lambda part, index: jnp.take(part, index, axis=0))(parts, order).reshape(size, *x.shape[1:])
+
+    arrays = jax.tree.map(take, replace(slots, params=None))
+    cache = jax.tree.map(lambda x: split_heads(x, x.shape[2]), arrays.cache)
+    index = order + empty.shape[1] * jnp.arange(shards)[:, None]
+    return replace(arrays, cache=cache, params=select_rows(slots.params, index.reshape(-1)))
+
+
+def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
     """Draws the next token of every slot and runs it through the model."""
     slots, total = state.slots, state.lengths.shape[0]
     active = slots.completion < total
     uniform = noise.at[slots.completion, slots.index].get(mode="clip")
-    token, logprob = sample(logits(config, slots.params, slots.hidden), uniform, sampling)
+    # The head is split by vocabulary; then each device samples for its rows.
+    scores = split_rows(split_features(logits(config, slots.params, slots.hidden)), AXES)
+    token, logprob = sample(scores, uniform, sampling)
     stopped = jnp.any(token[:, None] == jnp.asarray(sampling.stop_tokens, jnp.int32), axis=-1)
     ended = stopped | (slots.index + 1 == sampling.max_new_tokens)
     at = {"mode": "drop", "unique_indices": True}  # an empty slot writes nowhere
@@ -171,9 +211,34 @@ def _step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _Sta
     )
 
 
-def _sizes(slots: int) -> list[int]:
+def empty_state(
+    config: ModelConfig, params: Any, total: int, slots: int, width: int, sampling: Sampling, dtype: jnp.dtype
+) -> _State:
+    """The state before the first admission: nothing drawn, all slots empty."""
+    capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
+    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
+    pool = _Slots(
+        completion=jnp.full((slots,), total, jnp.int32),
+        index=zeros(slots),
+        position=zeros(slots),
+        hidden=zeros(slots, config.hidden_size, dtype=dtype),
+        cache=KVCache.empty(config, slots, capacity, dtype),
+        params=select_rows(params, zeros(slots)),
+    )
+    return _State(
+        slots=pool,
+        waiting=jnp.int32(0),
+        tokens=zeros(total, sampling.max_new_tokens),
+        logprobs=zeros(total, sampling.max_new_tokens, dtype=jnp.float32),
+        lengths=zeros(total),
+        stopped=zeros(total, dtype=bool),
+        slot_steps=jnp.int32(0),
+    )
+
+
+def _sizes(slots: int, shards: int) -> list[int]:
     """The pool's sizes, from the first to the last: each a quarter of the one before, not below 16."""
-    return [slots] + ([slots // 4] if slots >= 64 else [])
+    return [slots] + ([slots // 4] if slots >= 64 and slots // 4 % shards == 0 else [])
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
@@ -210,51 +275,38 @@ def generate(
     prompts, width = tokens.shape
     total = prompts * samples
     slots = min(slots, total) or total
-    params = fused(params)
+    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing
+        params = fused(params)
     prefilled = _prefill(config, params, tokens, lengths)
     keys = completion_keys(key, ids, samples)
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
 
-    dtype = prefilled.hidden.dtype
-    capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
-    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
-    pool = _Slots(
-        completion=jnp.full((slots,), total, jnp.int32),
-        index=zeros(slots),
-        position=zeros(slots),
-        hidden=zeros(slots, prefilled.hidden.shape[1], dtype=dtype),
-        cache=KVCache.empty(config, slots, capacity, dtype),
-        params=select_rows(params, zeros(slots)),
-    )
-    state = _State(
-        slots=pool,
-        waiting=jnp.int32(0),
-        tokens=zeros(total, sampling.max_new_tokens),
-        logprobs=zeros(total, sampling.max_new_tokens, dtype=jnp.float32),
-        lengths=zeros(total),
-        stopped=zeros(total, dtype=bool),
-        slot_steps=jnp.int32(0),
-    )
-
-    sizes = _sizes(slots)
+    state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype)
+    if slots == total:
+        state = _admit_all(state, prefilled, params, samples)
+    shards = cache_shards(slots, config.num_kv_heads)
+    sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         enough = max(1, size // 8)  # empty slots that are worth an admission: it costs about a step
 
         def used(state: _State) -> jax.Array:
             return jnp.sum(state.slots.completion < total)
 
+        def crowded(state: _State) -> jax.Array:  # slots in use if every shard were as full as the fullest
+            return shards * jnp.max(jnp.sum((state.slots.completion < total).reshape(shards, -1), axis=1))
+
         def decoding(state: _State, size=size, next_size=next_size, enough=enough) -> jax.Array:
             waits = state.waiting < total
-            return used(state) > jnp.where(waits, size - enough, next_size)
+            return jnp.where(waits, used(state) > size - enough, crowded(state) > next_size)
 
         def unfinished(state: _State, next_size=next_size) -> jax.Array:
-            return (state.waiting < total) | (used(state) > next_size)
+            return (state.waiting < total) | (crowded(state) > next_size)
 
         def fill_and_decode(state: _State, decoding=decoding) -> _State:
-            state = _admit(state, prefilled, params, samples)
-            return jax.lax.while_loop(decoding, partial(_step, config, sampling, noise), state)
+            state = state if slots == total else _admit(state, prefilled, params, samples)
+            return jax.lax.while_loop(decoding, partial(decode_step, config, sampling, noise), state)
 
         if state.slots.completion.shape[0] != size:
-            state = replace(state, slots=_shrink(state.slots, size, total))
+            state = replace(state, slots=_shrink(state.slots, size, total, shards))
         state = jax.lax.while_loop(unfinished, fill_and_decode, state)
     return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)

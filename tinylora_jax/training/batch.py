@@ -13,7 +13,7 @@ import numpy as np
 from tinylora_jax.models import Packing
 
 _ALIGN = 32  # stream lengths are multiples of this
-_FILLED = 1 / 3  # of a row's places; a stream has rows enough for rows as empty as that
+_ROOM = 3  # places in a stream's rows for each of its tokens: rows may be a third full
 _NARROWEST = 512  # places; rows that fit into fewer are not sorted any further
 
 
@@ -90,7 +90,7 @@ class Shape(NamedTuple):
 
 
 def stream_shapes(
-    prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int
+    prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int, room: int = _ROOM
 ) -> tuple[Shape, ...]:
     """The sizes of streams for rollouts of these bounds, by width of their rows, the narrowest first.
 
@@ -103,20 +103,19 @@ def stream_shapes(
       samples: G.
       completion_tokens: T, the longest completion.
       max_tokens: tokens in a stream; raised to one prompt and completion, lowered to the whole rollout.
+      room: places in a stream's rows for each of its tokens.
     """
     row = prompt_tokens + completion_tokens
     own = prompt_tokens / samples + completion_tokens  # a row's tokens, its share of the prompt among them
-    filled = min(_FILLED, own / row / 2)  # many short completions of one prompt are many rows of few tokens
+    filled = min(1 / room, own / row / 2)  # many short completions of one prompt are many rows of few tokens
     whole = prompts * (prompt_tokens + samples * completion_tokens)
     up = lambda x, unit: -(-x // unit) * unit
     tokens = up(min(max(max_tokens, row), whole), _ALIGN)
     widths = [up(row, 8)]
     while widths[0] // 4 >= _NARROWEST:
         widths.insert(0, up(widths[0] // 4, 8))
-    return tuple(
-        Shape(tokens, min(prompts * samples, max(1, math.ceil(tokens / (filled * width)))), width, samples)
-        for width in widths
-    )
+    rows = lambda width: min(prompts * samples, math.ceil(tokens / (filled * width)))
+    return tuple(Shape(tokens, rows(width), width, samples) for width in widths)
 
 
 def _units(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: Shape) -> list[_Unit]:

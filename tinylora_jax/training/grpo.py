@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Policy
 from tinylora_jax.models import ModelConfig
+from tinylora_jax.models.sharding import AXES, current_mesh, dividing, split_streams
 from tinylora_jax.training.batch import Batch, Shape, Streams, empty_part, pack, unpack
 from tinylora_jax.training.logprobs import stream_logprobs
 from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3, token_weights
 from tinylora_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-_SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
+SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,14 @@ _SHARE = 0.4  # of the device's memory for activations
 _UNKNOWN_BYTES = 8e9  # where the device does not say
 
 
-def wants_remat(plan: Plan, dtype: jnp.dtype) -> bool:
-    """Whether blocks are recomputed in the backward pass: if what they would store takes too much memory."""
+def wants_remat(plan: Plan, dtype: jnp.dtype, device_bytes: float | None = None) -> bool:
+    """Whether blocks are recomputed in the backward pass: if what they would store takes too much memory.
+
+    Args:
+      plan: of the update.
+      dtype: of the weights.
+      device_bytes: a device's memory; None asks the device.
+    """
     if plan.grpo.remat != "auto":
         return plan.grpo.remat == "on"
     c = plan.config
@@ -103,12 +110,17 @@ def wants_remat(plan: Plan, dtype: jnp.dtype) -> bool:
     # A block keeps its two norms' inputs and outputs, q, k, v twice (streams and rows), the mixed heads, and four
     # arrays of the MLP's width.
     per_token = c.num_layers * dtype.itemsize * (6 * c.hidden_size + 4 * heads + 4 * c.intermediate_size)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return plan.streams * plan.shapes[0].tokens * per_token > _SHARE * stats.get("bytes_limit", _UNKNOWN_BYTES)
+    if device_bytes is None:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        device_bytes = stats.get("bytes_limit", _UNKNOWN_BYTES)
+    mesh = current_mesh()
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dividing(mesh, AXES, plan.streams))
+    return plan.streams // shards * plan.shapes[0].tokens * per_token > _SHARE * device_bytes
 
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
 def _score(config: ModelConfig, policy: Policy, v: jax.Array, part: Streams, temperature: float) -> jax.Array:
+    part = split_streams(part)
     return stream_logprobs(config, policy(v), part.tokens, part.packing, part.source >= 0, temperature)[0]
 
 
@@ -123,12 +135,12 @@ def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch)
 
 
 def grpo_loss(
-    v: Float[Array, "groups u"], plan: Plan, policy: Policy, part: Streams
+    v: Float[Array, "*streams groups u"], plan: Plan, policy: Policy, part: Streams
 ) -> tuple[Float[Array, ""], Metrics]:
     """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument.
+      v: the only differentiated argument; one for all streams, or one for each.
       plan: settings.
       policy: everything frozen.
       part: of the rollout.
@@ -183,7 +195,11 @@ def make_grpo_step(
 
     @partial(jax.jit, donate_argnums=0)
     def accumulate(total: Any, v: jax.Array, policy: Policy, part: Streams) -> Any:
-        (loss, sums), grad = jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, part)
+        # A vector for each stream, and their sum at the end: devices exchange one gradient of the size of v.
+        part = split_streams(part)
+        own = v if plan.streams == 1 else jnp.broadcast_to(v, (plan.streams, *v.shape))
+        (loss, sums), grad = jax.value_and_grad(grpo_loss, has_aux=True)(own, plan, policy, part)
+        grad = grad.reshape(-1, *v.shape).sum(axis=0)
         return jax.tree.map(jnp.add, total, (loss, sums, grad))
 
     @jax.jit
@@ -207,7 +223,7 @@ def make_grpo_step(
         if not accumulate._cache_size():
             used = {part.packing.tokens_at.shape[2] for part in parts}
             parts += [empty_part(batch, shape, plan.streams) for shape in plan.shapes if shape.places not in used]
-        total = (jnp.zeros(()), {name: jnp.zeros(()) for name in _SUMS}, jnp.zeros_like(state.v))
+        total = (jnp.zeros(()), {name: jnp.zeros(()) for name in SUMS}, jnp.zeros_like(state.v))
         for part in parts:
             total = accumulate(total, state.v, policy, part)
         return update(state, total)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinylora_jax.models import ModelConfig, Packing, forward, head_kernel
 from tinylora_jax.models.packing import before
+from tinylora_jax.models.sharding import current_mesh, streams, whole
 
 CHUNK = 1024  # tokens whose logits exist at once: 0.6 GB of float32 for a vocabulary of 151,936
 
@@ -113,7 +114,13 @@ def stream_logprobs(
       float32 log-probabilities and entropies; meaningless where not wanted.
     """
     hidden, _ = forward(config, params, tokens, packing=packing, remat=remat)
-    hidden = before(hidden, packing).reshape(-1, hidden.shape[-1])
+    hidden = before(hidden, packing)
     head = head_kernel(config, params)
+    if current_mesh() is not None:  # chunks of each stream, where it lies, and the head beside it
+        with streams():
+            head = whole(head)
+        own = lambda *arrays: token_logprobs(arrays[0], head, *arrays[1:], temperature)
+        return jax.vmap(own)(hidden, tokens, wanted)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
     scores = token_logprobs(hidden, head, tokens.reshape(-1), wanted.reshape(-1), temperature)
     return tuple(x.reshape(tokens.shape) for x in scores)

@@ -1,0 +1,113 @@
+"""Seconds from what the compiler says, beside the limits that no program passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+
+from experiments.aot.chips import Chip
+from experiments.aot.hlo import Collective, Kernel
+from experiments.aot.programs import Case, Compiled
+from tinylora_jax.models.sharding import heads_axes
+
+_KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is assumed to reach
+_GRID_STEP_S = 0.35e-6  # least time of one step of a Pallas kernel's grid
+# Products of [queries, keys] by [keys or queries, head_dim] in each of splash attention's kernels.
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+_CAUSAL = 0.6  # share of the blocks that are computed: a half, and the diagonal's
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Estimates of one program.
+
+    Attributes:
+      xla: XLA's cycles over the clock, loops multiplied out; without exchanges between devices.
+      kernels: of what XLA does not estimate, at half the chip's limits.
+      exchange: collectives at the links' bandwidth.
+      overlapped: whether exchanges run beside the computation, as in an update, where a layer's weights are fetched
+        while another part computes; a decoding step waits for each of them.
+    """
+
+    xla: float
+    kernels: float
+    exchange: float
+    overlapped: bool
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        own = self.xla + self.kernels
+        return max(own, self.exchange) if self.overlapped else own + self.exchange
+
+
+def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
+    """Seconds of all rounds of a kernel, from its shapes."""
+    moved = 2 * kernel.result_bytes / (chip.bandwidth * _KERNEL_SHARE)
+    for name, products in _PRODUCTS.items():
+        if kernel.name.startswith(name):
+            rows, heads, length, head_dim = max((s for s in kernel.shapes if len(s) == 4), key=math.prod)
+            flops = 2 * products * rows * heads * length**2 * head_dim * _CAUSAL
+            return kernel.rounds * max(flops / (chip.flops * _KERNEL_SHARE), moved)
+    if kernel.name.startswith("write_entry"):  # its result is the cache, of which it touches a tile a row
+        return kernel.rounds * kernel.shapes[0][0] * _GRID_STEP_S
+    return kernel.rounds * moved
+
+
+def exchange_seconds(collective: Collective, chip: Chip) -> float:
+    """Seconds of a collective around a ring."""
+    return (2 if collective.kind == "all-reduce" else 1) * collective.num_bytes / chip.ici
+
+
+def seconds(compiled: Compiled, chip: Chip) -> Seconds:
+    """The estimate of a compiled program."""
+    cost = compiled.cost
+    return Seconds(
+        xla=cost.cycles / chip.clock,
+        kernels=sum(kernel_seconds(k, chip) for k in cost.kernels),
+        exchange=sum(exchange_seconds(c, chip) for c in cost.collectives),
+        overlapped=compiled.name.startswith("update"),
+    )
+
+
+def _bytes_here(tree) -> float:
+    """Bytes of a tree of placed shapes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def weight_bytes(case: Case) -> float:
+    """Bytes of weights and factors that a device reads for a token: all but the table of embeddings."""
+    policy = case.policy()
+    params = policy.params if case.model.tie_embeddings else {**policy.params, "embed_tokens": ()}
+    return _bytes_here((params, policy.factors))
+
+
+def cache_bytes(case: Case, positions: int) -> float:
+    """Bytes of keys and values of so many positions of every slot, on one device."""
+    c = case.model
+    whole = 2 * c.num_layers * case.slots * positions * c.num_kv_heads * c.head_dim * case.dtype.itemsize
+    return whole / math.prod(
+        case.mesh.shape[a] for axes in heads_axes(case.mesh, case.slots, c.num_kv_heads) for a in axes
+    )
+
+
+def decode_floor(case: Case, chip: Chip) -> float:
+    """Seconds to read the weights and the whole cache once, which a decoding step of plain XLA does."""
+    positions = case.config.max_prompt_tokens + case.config.max_new_tokens
+    return (weight_bytes(case) + cache_bytes(case, positions)) / chip.bandwidth
+
+
+def weights_gathered(compiled: Compiled, case: Case) -> int:
+    """Bytes of weights that a program gathers: all-gathers whose result has the shape of a kernel or an embedding."""
+    sizes = {tuple(leaf.shape) for leaf in jax.tree.leaves(case.policy().params) if len(leaf.shape) == 2}
+    sizes |= {shape[::-1] for shape in sizes}
+
+    def is_weight(shape: str) -> bool:
+        dims = [int(d) for d in shape[shape.index("[") + 1 : -1].split(",") if d]
+        return tuple(d for d in dims if d != 1) in sizes
+
+    gathers = (c for c in compiled.cost.collectives if c.kind == "all-gather")
+    return sum(c.num_bytes for c in gathers if any(is_weight(shape) for shape in c.shapes))

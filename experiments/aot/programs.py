@@ -1,0 +1,315 @@
+"""The programs of a run for a mesh of devices that need not exist: lowered from shapes, compiled, measured."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from experiments.answering import lower_rollout
+from experiments.aot import hlo
+from experiments.meshes import plan_streams
+from experiments.setup import Specs, sampling_of
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
+from tinylora_jax.adapters.svd import exact_svd, subspace_svd
+from tinylora_jax.models import KVCache, ModelConfig, init_params
+from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
+from tinylora_jax.rollout import Sampling
+from tinylora_jax.rollout.generate import decode_step, empty_state
+from tinylora_jax.training import Batch, Plan, init_state, make_grpo_step
+from tinylora_jax.training.batch import Shape, empty_part
+from tinylora_jax.training.grpo import SUMS, wants_remat
+
+_STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
+# "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
+_REFUSED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run and the devices it is compiled for.
+
+    Attributes:
+      config: of the run.
+      specs: the same, parsed.
+      model: the architecture.
+      mesh: the devices.
+      device_bytes: memory of one of them.
+    """
+
+    config: ConfigDict
+    specs: Specs
+    model: ModelConfig
+    mesh: Mesh
+    device_bytes: float
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights."""
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def rows(self) -> int:
+        """Completions of a rollout."""
+        return self.config.batch_size * self.config.samples
+
+    @property
+    def slots(self) -> int:
+        """Completions decoded at once."""
+        return min(self.config.slots or self.rows, self.rows)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of the rollout."""
+        return sampling_of(self.config, _STOP_TOKENS)
+
+    def plan(self) -> Plan:
+        """Of the update; whether blocks are recomputed is decided by the memory of the device compiled for."""
+        c = self.config
+        bounds = (c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
+        shapes, streams = plan_streams(self.mesh, *bounds, self.specs.grpo.stream_tokens)
+        plan = Plan(self.model, self.specs.grpo, c.temperature, c.max_new_tokens, shapes, streams)
+        with jax.set_mesh(self.mesh):
+            remat = "on" if wants_remat(plan, self.dtype, self.device_bytes) else "off"
+        return replace(plan, grpo=replace(plan.grpo, remat=remat))
+
+    def policy(self) -> Policy:
+        """Shapes and places of weights and factors."""
+        policy = _policy_shapes(self.model, self.specs.adapter, self.dtype)
+        return jax.tree.map(_placed, policy, policy_shardings(self.mesh, policy))
+
+    def vector(self) -> jax.ShapeDtypeStruct:
+        """Shape and place of v."""
+        return self.whole(jax.eval_shape(init, self.policy().factors))
+
+    def whole(self, tree: Any) -> Any:
+        """The shapes of a tree, on every device."""
+        return jax.tree.map(lambda x: _placed(x, NamedSharding(self.mesh, P())), tree)
+
+
+@lru_cache(maxsize=4)
+def _policy_shapes(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype) -> Policy:
+    params = jax.eval_shape(lambda: init_params(model, dtype=dtype))
+    return Policy(params, jax.eval_shape(lambda p: factorize(p, adapter), params))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+class Program(NamedTuple):
+    """One program, and the work that it does by the model's arithmetic: `flops` of one device."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    flops: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, per device.
+
+    Attributes:
+      name: of the program.
+      seconds: to trace, lower and compile.
+      cpu_s: the same, of all processor cores together: on a busy machine the better measure.
+      arguments: bytes.
+      outputs: bytes, those that take the place of arguments left out.
+      temporaries: bytes.
+      refused: bytes that it would need, if the compiler says that it does not fit; else None.
+      model_flops: by the model's arithmetic.
+      xla_flops: XLA's count; a loop's body counts once.
+      cost: cycles and collectives; None if refused.
+    """
+
+    name: str
+    seconds: float
+    cpu_s: float
+    arguments: float
+    outputs: float
+    temporaries: float
+    refused: float | None
+    model_flops: float
+    xla_flops: float
+    cost: hlo.Cost | None
+
+    @property
+    def total(self) -> float:
+        """Bytes in use while it runs."""
+        return self.refused or self.arguments + self.outputs + self.temporaries
+
+
+def compile_program(program: Program, mesh: Mesh) -> Compiled:
+    """Compiles a program; one that does not fit the device's memory is a result too."""
+    started, cpu = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        lowered = program.lower()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            used = _REFUSED.search(str(error))
+            if used is None:
+                raise
+            needed = float(used.group(1)) * _UNITS[used.group(2)]
+            spent = time.perf_counter() - started, time.process_time() - cpu
+            return Compiled(program.name, *spent, 0, 0, 0, needed, program.flops, 0, None)
+    spent = time.perf_counter() - started, time.process_time() - cpu
+    memory, cost = compiled.memory_analysis(), hlo.read(compiled.as_text())
+    own = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    xla = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    return Compiled(
+        program.name,
+        *spent,
+        memory.argument_size_in_bytes,
+        own,
+        memory.temp_size_in_bytes,
+        None,
+        program.flops,
+        xla,
+        cost,
+    )
+
+
+def matrix_params(config: ModelConfig, head: bool = True) -> int:
+    """Weights that every token is multiplied with: those of the blocks, and the output head's."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    block = config.hidden_size * (heads + 3 * config.intermediate_size)
+    return config.num_layers * block + (config.hidden_size * config.vocab_size if head else 0)
+
+
+def factorizations(case: Case) -> Iterator[Program]:
+    """The decomposition of each shape of kernel, in the batches that `factorize` makes of them."""
+    policy, method, limit = case.policy(), case.config.svd, 2**30
+    svd = {"exact": exact_svd, "subspace": subspace_svd}[method]
+    groups: dict[tuple[int, int], list] = {}
+    for module in select(policy.params, case.specs.adapter.targets):
+        groups.setdefault(module.shape, []).append(module)
+    for (num_in, num_out), modules in groups.items():
+        batch = min(len(modules), max(1, limit // (4 * num_in * num_out)))
+        shape = (batch, num_out, num_in)
+        into, out = kernel_spec(case.mesh, modules[0].path, (num_in, num_out))
+        W = jax.ShapeDtypeStruct(shape, case.dtype, sharding=NamedSharding(case.mesh, P(None, out, into)))
+        lower = partial(svd.lower, W, rank=case.specs.adapter.rank)
+        yield Program(f"factorize {batch} x {num_out} x {num_in}", lower, 0.0, 0)
+
+
+def rollout(case: Case) -> Program:
+    """The whole rollout: prefill, admission, decoding in a pool that shrinks, sampling."""
+    c = case.config
+    prompts = (
+        jax.ShapeDtypeStruct((c.batch_size,), jnp.uint32),
+        jax.ShapeDtypeStruct((c.batch_size, c.max_prompt_tokens), jnp.int32),
+        jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lower = lambda: lower_rollout(
+        case.model,
+        case.policy(),
+        case.vector(),
+        case.whole(prompts),
+        case.whole(key),
+        case.sampling,
+        c.samples,
+        case.slots,
+    )
+    tokens = c.batch_size * c.max_prompt_tokens + case.rows * c.max_new_tokens
+    flops = 2 * matrix_params(case.model) * tokens / case.mesh.size
+    return Program("rollout (prefill and decode loop)", lower, flops, case.rows * c.max_new_tokens)
+
+
+def step(case: Case) -> Program:
+    """One decoding step of the full pool: the body of the rollout's loop, in the layout that XLA picks for it."""
+
+    def lower() -> jax.stages.Lowered:
+        width, capacity = case.config.max_prompt_tokens, case.config.max_new_tokens
+        state = jax.eval_shape(
+            lambda: empty_state(case.model, None, case.rows, case.slots, width, case.sampling, case.dtype)
+        )
+        rows, heads = heads_axes(case.mesh, case.slots, case.model.num_kv_heads)
+        cache = NamedSharding(case.mesh, P(rows or None, None, heads or None, None))
+        whole = NamedSharding(case.mesh, P())
+        is_cache = lambda x: isinstance(x, KVCache)
+        places = jax.tree.map(
+            lambda x: jax.tree.map(lambda _: cache, x) if is_cache(x) else whole, state, is_leaf=is_cache
+        )
+        noise = jax.ShapeDtypeStruct((case.rows, capacity), jnp.float32)
+
+        def run(policy, v, noise, state):
+            state = replace(state, slots=replace(state.slots, params=policy(v)))
+            state = decode_step(case.model, case.sampling, noise, state)
+            return replace(state, slots=replace(state.slots, params=None))
+
+        policy = case.policy()
+        free = lambda sharding: Format(Layout.AUTO, sharding)
+        arguments = (policy, case.vector(), case.whole(noise), jax.tree.map(_placed, state, places))
+        inputs = jax.tree.map(lambda x: free(x.sharding), arguments)
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        return jax.jit(run, donate_argnums=3, in_shardings=inputs, out_shardings=inputs[3]).lower(*bare)
+
+    flops = 2 * matrix_params(case.model) * case.slots / case.mesh.size
+    return Program("decode, one step", lower, flops, case.slots)
+
+
+def updates(case: Case) -> Iterator[Program]:
+    """Loss and gradient of one part of a rollout, for every shape of stream."""
+    plan, c = case.plan(), case.config
+    shape = (c.batch_size, c.samples, 1)
+    zeros = np.zeros(shape, np.float32)
+    batch = Batch(
+        np.zeros((c.batch_size, 1), np.int32),
+        np.ones(c.batch_size, np.int32),
+        np.zeros(shape, np.int32),
+        zeros > 0,
+        zeros,
+        zeros[:, :, 0],
+        old_logprobs=zeros if plan.grpo.updates_per_rollout > 1 else None,
+        ref_logprobs=zeros if plan.grpo.kl_coef else None,
+    )
+    for stream in plan.shapes:
+        yield _update(case, plan, batch, stream)
+
+
+def _update(case: Case, plan: Plan, batch: Batch, stream: Shape) -> Program:
+    part = empty_part(batch, stream, plan.streams)
+    grpo_step = make_grpo_step(plan, case.specs.optimizer.transform())
+
+    def lower() -> jax.stages.Lowered:
+        v = case.vector()
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        total = case.whole((scalar, dict.fromkeys(SUMS, scalar), v))
+        return grpo_step.accumulate.lower(total, v, case.policy(), case.whole(part))
+
+    tokens = plan.streams * stream.tokens
+    name = f"update, rows of {stream.places} ({plan.streams} x {stream.tokens} tokens)"
+    return Program(name, lower, 4 * matrix_params(case.model) * tokens / case.mesh.size, tokens)
+
+
+def optimizer(case: Case) -> Program:
+    """The optimizer's step on v."""
+
+    def lower() -> jax.stages.Lowered:
+        transform = case.specs.optimizer.transform()
+        v, scalar = case.vector(), jax.ShapeDtypeStruct((), jnp.float32)
+        state = case.whole(jax.eval_shape(lambda v: init_state(v, transform), v))
+        total = case.whole((scalar, dict.fromkeys(SUMS, scalar), v))
+        return make_grpo_step(case.plan(), transform).update.lower(state, total)
+
+    return Program("optimizer", lower, 0.0, 0)
+
+
+def all_programs(case: Case) -> Sequence[Program]:
+    """Everything that a run compiles, in the order in which it does, and a decoding step by itself."""
+    return (*factorizations(case), rollout(case), step(case), *updates(case), optimizer(case))

@@ -1,0 +1,105 @@
+"""Finds a mesh and sizes that fit a topology: predicted first, then proven by compiling them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from experiments.aot import estimate
+from experiments.aot.chips import Topology
+from experiments.aot.programs import Case
+from experiments.cli import tell
+from tinylora_jax.models.sharding import MeshSpec
+
+_ROOM = 0.9  # of the memory: what the prediction may fill, for it leaves out what is small
+_MOST_COMPILED = 4
+
+
+class Candidate(NamedTuple):
+    """A way to run, and what is predicted of it."""
+
+    topology: Topology
+    mesh: MeshSpec
+    slots: int
+    stream_tokens: int
+    predicted_bytes: float
+    tokens_per_s: float
+
+
+MakeCase = Callable[[Topology, MeshSpec, int, int], Case]
+
+
+def predict(case: Case, topology: Topology) -> tuple[float, float]:
+    """Bytes of a device while it decodes, and tokens per second of all devices at the bandwidth's limit.
+
+    A step also reduces two activations a layer over the devices that share its weights.
+    """
+    c, model = case.config, case.model
+    weights = estimate.weight_bytes(case)
+    cache = estimate.cache_bytes(case, c.max_prompt_tokens + c.max_new_tokens)
+    prompts = estimate.cache_bytes(case, c.max_prompt_tokens) * c.batch_size / case.slots
+    scores = 8.0 * case.slots * model.vocab_size / case.mesh.size
+    shared = case.mesh.size // case.mesh.shape["data"]
+    reduced = 16.0 * model.num_layers * case.slots / case.mesh.shape["data"] * model.hidden_size * (1 - 1 / shared)
+    step = (weights + cache) / topology.chip.bandwidth + reduced / topology.chip.ici
+    return weights + cache + 2 * prompts + scores, case.slots / step
+
+
+def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream_tokens: int) -> Iterator[Candidate]:
+    """Every mesh without `fsdp` (decoding is to gather no weights), with all slots, a half, a quarter, …"""
+    for topology in topologies:
+        devices = len(topology.devices)
+        for tensor in (n for n in range(1, devices + 1) if devices % n == 0):
+            slots = rows
+            while slots >= max(1, devices // tensor):
+                mesh = MeshSpec(tensor=tensor)
+                predicted, speed = predict(make(topology, mesh, slots, stream_tokens), topology)
+                if predicted <= _ROOM * topology.chip.hbm_bytes:
+                    yield Candidate(topology, mesh, slots, stream_tokens, predicted, speed)
+                    break  # fewer slots would only be slower
+                slots //= 2
+
+
+def ranked(found: Sequence[Candidate]) -> list[Candidate]:
+    """The fewest devices first, then the fastest."""
+    return sorted(found, key=lambda c: (len(c.topology.devices), -c.tokens_per_s))
+
+
+def search(
+    topologies: Sequence[Topology],
+    make: MakeCase,
+    rows: int,
+    stream_tokens: int,
+    prove: Callable[[Case, Topology], dict[str, Any]],
+) -> dict[str, Any]:
+    """The cheapest candidate that compiles and fits.
+
+    Args:
+      topologies: to choose from.
+      make: the case of a topology, a mesh, slots and stream tokens.
+      rows: completions of a rollout.
+      stream_tokens: of the config.
+      prove: compiles a case and gives its summary.
+
+    Raises:
+      ValueError: nothing fits.
+    """
+    found = ranked(list(candidates(topologies, make, rows, stream_tokens)))
+    for candidate in found[:_MOST_COMPILED]:
+        for tokens in (candidate.stream_tokens, candidate.stream_tokens // 2):
+            tell(
+                f"trying {candidate.topology.name}, mesh 0,1,{candidate.mesh.tensor}, {candidate.slots} slots,"
+                f" streams of {tokens} tokens: {candidate.predicted_bytes / 1e9:.1f} GB predicted"
+            )
+            result = prove(make(candidate.topology, candidate.mesh, candidate.slots, tokens), candidate.topology)
+            if result["fits"]:
+                chosen = {"tensor": candidate.mesh.tensor, "slots": candidate.slots, "stream_tokens": tokens}
+                return {**result, "suggestion": chosen}
+            if all(p["fits"] for p in result["programs"] if not p["program"].startswith("update")):
+                continue  # only the update is too large: shorter streams
+            break
+    names = ", ".join(t.name for t in topologies)
+    raise ValueError(
+        f"nothing fits {names}: even the smallest pool of slots needs more memory; take a larger topology,"
+        " or lower config.max_new_tokens or config.batch_size"
+    )

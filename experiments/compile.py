@@ -1,0 +1,148 @@
+"""Compiles every program of a run for a TPU, on a machine that has none, and says what to expect of it.
+
+    python -m experiments.compile --config=experiments/configs/gsm8k_qwen2_5_7b.py --topology=v5e:2x4
+
+Neither weights nor a TPU are needed, only `pip install -e '.[tpu]'`. Per program: seconds of compilation; bytes of a
+device against its memory; operations; what devices exchange; and an estimate of its time, beside the limits of
+bandwidth and matrix units. --topology may be repeated; --mesh=data,fsdp,tensor and any --config.field=value change
+the run; --suggest tries meshes and sizes and names the cheapest that fits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the machine's own devices are not used
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # nor is a cloud asked which there are
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+from absl import app, flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+from experiments.aot.chips import Topology, larger, topology  # noqa: E402
+from experiments.aot.programs import Case, Compiled, all_programs, compile_program  # noqa: E402
+from experiments.aot.report import print_table, summary  # noqa: E402
+from experiments.aot.suggest import search  # noqa: E402
+from experiments.cli import parse_flags, reporting_errors, tell  # noqa: E402
+from experiments.setup import ConfigError, parse  # noqa: E402
+from experiments.shapes import architecture  # noqa: E402
+from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
+
+PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
+
+
+def mesh_spec(text: str | None, config: ConfigDict) -> MeshSpec:
+    """`data,fsdp,tensor`, or the config's mesh if no text is given.
+
+    Raises:
+      ConfigError: the text is not three integers.
+    """
+    if text is None:
+        return MeshSpec(**config.mesh)
+    try:
+        data, fsdp, tensor = (int(part) for part in text.split(","))
+        return MeshSpec(data, fsdp, tensor)
+    except ValueError as error:
+        raise ConfigError(
+            f"--mesh={text}: expected data,fsdp,tensor as three integers, such as 1,1,8 ({error})"
+        ) from error
+
+
+def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
+    """A run on a topology."""
+    mesh = spec.make(target.devices)
+    return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes)
+
+
+def compile_all(case: Case, only: Sequence[str] = ()) -> list[Compiled]:
+    """Compiles the programs of a run whose names begin with one of `only` (none: all), saying which."""
+    done = []
+    for program in all_programs(case):
+        if only and not program.name.startswith(tuple(only)):
+            continue
+        tell(f"compiling {program.name}")
+        done.append(compile_program(program, case.mesh))
+    return done
+
+
+def run(
+    config: ConfigDict, names: Sequence[str], mesh: str | None, model: str | None, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Compiles a run for every topology, and prints a table of each.
+
+    Raises:
+      TopologyError: a name means nothing, or the compiler is absent.
+      ValueError: the mesh or a size does not fit, or the architecture is not known.
+    """
+    spec = mesh_spec(mesh, config)
+    targets = [topology(name) for name in names]
+    results = []
+    for target in targets:
+        case = make_case(config, model, target, spec)
+        compiled = compile_all(case, only)
+        results.append(summary(case, target, compiled))
+        print_table(results[-1])
+        if not results[-1]["fits"]:
+            print(f"does not fit {target.name}; larger ones: {', '.join(larger(target.name)[:3])}, or --suggest")
+    return results
+
+
+def suggest(config: ConfigDict, names: Sequence[str], model: str | None) -> list[dict[str, Any]]:
+    """Tries meshes, slots and lengths of streams, and prints the cheapest that fits, with its command.
+
+    Raises:
+      TopologyError: a name means nothing, or the compiler is absent.
+      ValueError: nothing fits.
+    """
+
+    def make(target: Topology, spec: MeshSpec, slots: int, stream_tokens: int) -> Case:
+        changed = config.copy_and_resolve_references()
+        changed.slots, changed.grpo.stream_tokens = slots, stream_tokens
+        return make_case(changed, model, target, spec)
+
+    prove = lambda case, target: summary(case, target, compile_all(case))
+    targets = sorted((topology(name) for name in names), key=lambda t: len(t.devices))
+    result = search(targets, make, config.batch_size * config.samples, config.grpo.stream_tokens, prove)
+    print_table(result)
+    chosen = result["suggestion"]
+    print(
+        f"  suggested: {result['topology']} with --config.mesh.tensor={chosen['tensor']}"
+        f" --config.slots={chosen['slots']} --config.grpo.stream_tokens={chosen['stream_tokens']}"
+    )
+    return [result]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    with reporting_errors():
+        if FLAGS.suggest:
+            results = suggest(FLAGS.config, FLAGS.topology, FLAGS.model_config)
+        else:
+            results = run(FLAGS.config, FLAGS.topology, FLAGS.mesh, FLAGS.model_config, FLAGS.only)
+        if FLAGS.json:
+            command = "python -m experiments.compile " + " ".join(sys.argv[1:])
+            text = json.dumps({"command": command, "results": results}, indent=1) + "\n"
+            Path(FLAGS.json).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    config_flags.DEFINE_config_file("config", None, "The run; as for experiments.grpo.", lock_config=True)
+    flags.DEFINE_multi_string("topology", ["v5e:2x4"], "Such as v5e:2x4, v6e:2x4, v5p:2x2x1 or tpu7x:2x2x1.")
+    flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: config.mesh.")
+    flags.DEFINE_string(
+        "model_config", None, "A known architecture or the path of a config.json; default: config.model's."
+    )
+    flags.DEFINE_string("json", None, "Also write the result to this file.")
+    flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile these programs alone.")
+    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,100 @@
+"""Generates and updates once on eight CPU devices, and prints what came out as JSON; run as a program of its own.
+
+    python tests/sharding/on_eight_devices.py MODEL MODES DATA FSDP TENSOR
+
+MODEL is a family of tests/conftest.py, MODES `sampled` or `greedy,sampled`. Other tests share a process in which
+there is one device.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import json  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from conftest import FAMILIES, _randomized  # noqa: E402
+
+from experiments.meshes import plan_streams  # noqa: E402
+from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
+from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
+from tinylora_jax.rollout import Sampling, generate  # noqa: E402
+from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, init_state, make_grpo_step  # noqa: E402
+
+PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
+
+
+def rollout(config, policy, v, greedy):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, config.vocab_size, (PROMPTS, WIDTH)).astype(np.int32)
+    lengths = np.array([3, 5, 1, 6, 2, 6, 4, 1], np.int32)
+    sampling = Sampling(NEW, temperature=0.0 if greedy else 1.0, stop_tokens=tuple(range(0, 97, 9)))
+    run = jax.jit(
+        lambda policy, v: generate(
+            config,
+            policy(v),
+            jnp.arange(PROMPTS, dtype=jnp.uint32),
+            tokens,
+            lengths,
+            jax.random.key(0),
+            sampling,
+            SAMPLES,
+        )
+    )
+    return tokens, lengths, jax.device_get(run(policy, v))
+
+
+def update(config, policy, v, mesh, tokens, lengths, completions):
+    """Two updates on a rollout; the second shows a program that compiles again."""
+    shape = (PROMPTS, SAMPLES, NEW)
+    batch = Batch(
+        prompts=tokens,
+        lengths=lengths,
+        completions=completions.tokens.reshape(shape),
+        mask=(np.arange(NEW) < completions.lengths[:, None]).reshape(shape),
+        rollout_logprobs=completions.logprobs.reshape(shape),
+        advantages=np.random.default_rng(2).standard_normal(shape[:2]).astype(np.float32),
+    )
+    shapes, streams = plan_streams(mesh, PROMPTS, WIDTH, SAMPLES, NEW, 64)
+    plan = Plan(config, GRPO(remat="on" if mesh else "off"), 1.0, NEW, shapes, streams)
+    optimizer = Optimizer(1e-2).transform()
+    step, state = make_grpo_step(plan, optimizer), init_state(v, optimizer)
+    if mesh is not None:
+        state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    state, metrics = step(state, policy, batch)
+    state, _ = step(state, policy, batch)
+    counts = {"compiled": step.accumulate._cache_size(), "shapes": len(shapes)}
+    return {"v": state.v.tolist(), "grad_norm": float(metrics["grad_norm"]), "streams": streams} | counts
+
+
+def run(family, modes, sizes):
+    """Everything on one mesh; (1, 1, 1) is one device without a mesh."""
+    config = FAMILIES[family]
+    params = _randomized(config, seed=3)
+    policy = Policy(params, factorize(params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))
+    v = jnp.asarray(0.3 * np.random.default_rng(5).standard_normal((policy.factors.num_groups, 2)), jnp.float32)
+    mesh = None if sizes == (1, 1, 1) else MeshSpec(*sizes).make(jax.devices())
+    if mesh is None:
+        return measure(config, policy, v, None, modes)
+    with jax.set_mesh(mesh):
+        return measure(config, jax.device_put(policy, policy_shardings(mesh, policy)), v, mesh, modes)
+
+
+def measure(config, policy, v, mesh, modes):
+    found = {}
+    for mode in modes:
+        tokens, lengths, completions = rollout(config, policy, v, mode == "greedy")
+        found[mode] = {"tokens": completions.tokens.tolist(), "lengths": completions.lengths.tolist()}
+    return found | update(config, policy, v, mesh, tokens, lengths, completions)
+
+
+if __name__ == "__main__":
+    family, modes, *sizes = sys.argv[1:]
+    print(json.dumps(run(family, modes.split(","), tuple(int(size) for size in sizes))))

@@ -1,0 +1,277 @@
+"""One mesh for a chip or a pod, and the rules by which weights, caches and batches lie on it.
+
+    data    rows of a batch
+    fsdp    rows of a batch too; weights are split along their other axis
+    tensor  the outputs of q, k, v, gate, up and of the head, the inputs of o and down, the heads of the cache
+
+Decoding leaves the weights where they are and moves activations. The update is the other way round: its streams are
+split over all three axes, and each layer's weights are gathered when they are needed. An axis of the mesh that does
+not divide an axis of an array leaves it whole. Without a mesh (`jax.set_mesh`) nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+_ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
+_INTO_TENSOR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # their outputs are split
+_FROM_TENSOR = ("o_proj", "down_proj")  # their inputs are
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """The sizes of the mesh's axes.
+
+    Attributes:
+      data: rows; 0 takes all devices that the others leave.
+      fsdp: rows, and the weights' other axis.
+      tensor: heads, MLP and vocabulary.
+
+    >>> MeshSpec(tensor=4).resolve(8)
+    MeshSpec(data=2, fsdp=1, tensor=4)
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name, least in ((DATA, 0), (FSDP, 1), (TENSOR, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"MeshSpec: {name} must be an integer >= {least}, got {value!r}")
+
+    def resolve(self, devices: int) -> MeshSpec:
+        """The same with `data` filled in.
+
+        Raises:
+          ValueError: the sizes do not multiply to the number of devices.
+        """
+        inner = self.fsdp * self.tensor
+        data = self.data or devices // inner
+        if data * inner != devices:
+            left = f"data = {devices} / {inner}" if devices % inner == 0 else f"fsdp × tensor = a divisor of {devices}"
+            raise ValueError(
+                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit {devices} devices;"
+                f" choose {left}, or data=0 for all that the others leave"
+            )
+        return replace(self, data=data)
+
+    def make(self, devices: Sequence[jax.Device]) -> Mesh:
+        """The mesh of these devices, in their order: neighbours share the `tensor` axis."""
+        spec = self.resolve(len(devices))
+        grid = np.asarray(devices, dtype=object).reshape(spec.data, spec.fsdp, spec.tensor)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of the surrounding `jax.set_mesh`, if it has our axes and more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.axis_names != AXES or mesh.size == 1 else mesh
+
+
+def weights_are_split() -> bool:
+    """Whether a kernel may lie on several devices."""
+    mesh = current_mesh()
+    return mesh is not None and mesh.size > mesh.shape[DATA]
+
+
+def dividing(mesh: Mesh | AbstractMesh, axes: Sequence[str], size: int) -> tuple[str, ...]:
+    """As many of the axes, from the first on, as split `size` evenly."""
+    taken: tuple[str, ...] = ()
+    for axis in axes:
+        if size % math.prod(mesh.shape[a] for a in (*taken, axis)):
+            break
+        taken = (*taken, axis)
+    return taken
+
+
+def spec_of(mesh: Mesh | AbstractMesh, shape: Sequence[int], *axes: Sequence[str]) -> P:
+    """The partition of an array: per axis of it the axes of the mesh, less those that do not divide it."""
+    return P(*(dividing(mesh, names, size) or None for names, size in zip(axes, shape, strict=True)))
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Inside, rows are streams of an update: split over every axis that divides them."""
+    token = _ROWS.set(AXES)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def split_rows(x: jax.Array, rows: Sequence[str] | None = None) -> jax.Array:
+    """Splits the first axis over `rows` (default: those of a batch), and leaves the others whole."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    names = (_ROWS.get() if rows is None else rows, *((),) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, spec_of(mesh, x.shape, *names))
+
+
+def split_streams(part: Any) -> Any:
+    """Splits the first axis of every array of an update's part over all axes that divide it."""
+    return jax.tree.map(lambda x: split_rows(x, AXES), part)
+
+
+def split_features(x: jax.Array) -> jax.Array:
+    """Splits the last axis over `tensor`, as the inputs of o and down are, and the first as rows."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    rows = dividing(mesh, _ROWS.get(), x.shape[0])
+    last = () if TENSOR in rows else (TENSOR,)
+    return jax.lax.with_sharding_constraint(x, spec_of(mesh, x.shape, rows, *((),) * (x.ndim - 2), last))
+
+
+def heads_axes(mesh: Mesh | AbstractMesh, rows: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Over what attention splits its rows and its heads.
+
+    Heads go over `tensor`. Where the kv heads do not divide it, rows do instead, and every device has all heads of
+    its rows; where the rows do not either, the devices of a `tensor` group repeat each other's attention.
+    """
+    first = _ROWS.get() if TENSOR in _ROWS.get() else (DATA, FSDP)
+    taken = dividing(mesh, first, rows)
+    if TENSOR in taken:
+        return taken, ()
+    if kv_heads % mesh.shape[TENSOR] == 0:
+        return taken, (TENSOR,)
+    return dividing(mesh, (*taken, TENSOR), rows), ()
+
+
+def cache_shards(rows: int, kv_heads: int) -> int:
+    """Into how many parts `split_heads` cuts the rows of a cache."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in heads_axes(mesh, rows, kv_heads)[0])
+
+
+def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
+    """Splits queries, keys or values for attention: the first axis is of rows, `axis` of heads (or their features)."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    rows, heads = heads_axes(mesh, x.shape[0], kv_heads)
+    names = [rows, *((),) * (x.ndim - 1)]
+    names[axis] = heads
+    return jax.lax.with_sharding_constraint(x, P(*(n or None for n in names)))
+
+
+def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
+    """Rows `[rows, seq, width]` of a table of embeddings.
+
+    Left to XLA, it may gather the table. One that is also the output head is split by vocabulary: each device looks
+    up the tokens that it has, and zeros for the others are added to them. Any other is split by features.
+    """
+    mesh = current_mesh()
+    take = lambda table, tokens: jnp.take(table, tokens, axis=0)
+    if mesh is None:
+        return take(table, tokens)
+    if not tied:
+        own = spec_of(mesh, (*tokens.shape, table.shape[1]), (DATA,), (), (TENSOR, FSDP))
+        return jax.lax.with_sharding_constraint(take(table, tokens), own)
+    rows = dividing(mesh, _ROWS.get(), tokens.shape[0])
+    if TENSOR in rows:
+        return take(whole(table), tokens)
+    place = spec_of(mesh, table.shape, *_leaf_axes("embedding", 2, tied=True))
+    if place[0] is None:
+        return take(table, tokens)
+
+    def own(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        local = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
+        found = (local >= 0) & (local < table.shape[0])
+        taken = take(table, jnp.where(found, local, 0))
+        return jax.lax.psum(jnp.where(found[..., None], taken, 0), TENSOR)
+
+    specs = (place, P(rows or None, None)), P(rows or None, None, place[1] if FSDP not in rows else None)
+    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], check_vma=False)(table, tokens)
+
+
+def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
+    """A cache of which every device has all rows, of its own heads where `split_heads` splits those."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    _, heads = heads_axes(mesh, x.shape[0], kv_heads)
+    return jax.lax.with_sharding_constraint(x, P(None, None, heads or None, None))
+
+
+def whole(weight: Any) -> Any:
+    """A weight, adapted or not, whole on every device, where the rows at hand are split over all of them."""
+    mesh = current_mesh()
+    if mesh is None or TENSOR not in _ROWS.get():
+        return weight
+    gather = lambda x: jax.lax.with_sharding_constraint(x, P())
+    if isinstance(weight, AdaptedKernel):  # its core belongs to the rows
+        return replace(weight, base=gather(weight.base), right=gather(weight.right), left=gather(weight.left))
+    return gather(weight)
+
+
+def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Over what the input and the output axis of a kernel are split."""
+    name = path.split("/")[-2] if "/" in path else ""
+    if name in _INTO_TENSOR:
+        return (FSDP,), (TENSOR,)
+    return ((TENSOR,), (FSDP,)) if name in _FROM_TENSOR else ((), ())
+
+
+def kernel_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
+    """The partition `(input, output)` of the kernel at a path of the decoder's tree."""
+    return spec_of(mesh, shape, *_kernel_axes(path))
+
+
+def _leaf_axes(path: str, ndim: int, tied: bool) -> tuple[tuple[str, ...], ...]:
+    kind = path.split("/")[-1]
+    if kind == "kernel" and ndim == 2:
+        return _kernel_axes(path)
+    if kind == "embedding" and ndim == 2:
+        # As the output head it is split by vocabulary; else so that a look-up needs no other device.
+        return ((TENSOR,), (FSDP,)) if tied else ((), (TENSOR, FSDP))
+    return ((),) * ndim
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """Where each weight of the decoder's tree lies: a tree of `NamedSharding`.
+
+    Args:
+      mesh: of `MeshSpec.make`.
+      params: the weights, or their `jax.ShapeDtypeStruct`s.
+    """
+
+    def place(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = _leaf_axes(name, len(leaf.shape), tied="lm_head" not in params)
+        return NamedSharding(mesh, spec_of(mesh, leaf.shape, *axes))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:
+    """Where the factors lie: U as the kernel's outputs, V as its inputs, S and P everywhere."""
+
+    def place(path: str, leaf) -> Any:
+        into, out = _kernel_axes(path)
+        split = lambda x, axes: NamedSharding(mesh, spec_of(mesh, x.shape, (), axes, ()))
+        whole = NamedSharding(mesh, P())
+        return replace(leaf, U=split(leaf.U, out), S=whole, V=split(leaf.V, into), P=whole)
+
+    return replace(factors, leaves={path: place(path, leaf) for path, leaf in factors.leaves.items()})
+
+
+def policy_shardings(mesh: Mesh, policy: Policy) -> Policy:
+    """Where a policy's weights and factors lie."""
+    return Policy(param_shardings(mesh, policy.params), factor_shardings(mesh, policy.factors))

@@ -1,0 +1,130 @@
+"""What a TPU does differently: where a plain program would scatter or hold every score, a Pallas kernel.
+
+The platform is that of the surrounding mesh, so programs compile for a TPU on a machine that has none.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
+
+from tinylora_jax.models.sharding import current_mesh, heads_axes
+
+_LANES = 128
+
+
+def on_tpu() -> bool:
+    """Whether the program being traced will run on a TPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform == "tpu"
+    return jax.default_backend() == "tpu"
+
+
+def can_write(keys: jax.Array, k: jax.Array) -> bool:
+    """Whether `write_entry` applies: one new position a row, in a cache of whole tiles."""
+    return k.shape[1] == 1 and keys.shape[1] % _LANES == 0
+
+
+def _write_kernel(start, *refs, axis: int, tile: int):
+    """Puts each new entry into the tile of the cache that holds its position; the tile's other entries stay."""
+    here = start[pl.program_id(0)] % tile
+    for new, old, out in zip(refs[:2], refs[2:4], refs[4:], strict=True):
+        at = jax.lax.broadcasted_iota(jnp.int32, out.shape, axis) == here
+        wide = jnp.where(at, new[...].astype(jnp.float32), old[...].astype(jnp.float32))
+        out[...] = wide.astype(out.dtype)
+
+
+def _write(
+    keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    rows, capacity, kv_heads, head_dim = keys.shape
+    # The minor axis of the tiled memory is the one that fills its 128 lanes; XLA gives the cache that layout.
+    wide = head_dim % _LANES == 0
+    order = (0, 2, 1, 3) if wide else (0, 2, 3, 1)
+    axis, tile = (1, 16) if wide else (2, _LANES)
+    at = (lambda i, start: (i, 0, start[i] // tile, 0)) if wide else (lambda i, start: (i, 0, 0, start[i] // tile))
+    cache = pl.BlockSpec((None, kv_heads, tile, head_dim) if wide else (None, kv_heads, head_dim, tile), at)
+    entry = pl.BlockSpec(
+        (None, kv_heads, 1, head_dim) if wide else (None, kv_heads, head_dim, 1), lambda i, _: (i, 0, 0, 0)
+    )
+    new = [jnp.transpose(x, order).astype(keys.dtype) for x in (k, v)]
+    old = [jnp.transpose(x, order) for x in (keys, values)]
+    written = pl.pallas_call(
+        partial(_write_kernel, axis=axis, tile=tile),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(rows,),
+            in_specs=[entry, entry, cache, cache],
+            out_specs=[cache, cache],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old],
+        input_output_aliases={3: 0, 4: 1},
+        interpret=interpret,
+        name="write_entry",
+    )(start, *new, *old)
+    back = [order.index(i) for i in range(4)]
+    return tuple(jnp.transpose(x, back) for x in written)
+
+
+def write_entry(
+    keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Writes one new position of every row into the cache, in place.
+
+    XLA's scatter walks over the rows one by one on a TPU, at some ten microseconds each and for every layer.
+
+    Args:
+      keys: `[rows, capacity, kv_heads, head_dim]`, capacity a multiple of 128.
+      values: the same.
+      k: `[rows, 1, kv_heads, head_dim]`.
+      v: the same.
+      start: int32 `[rows]`, the positions.
+      interpret: run the kernel in Python, for tests.
+    """
+    call = partial(_write, interpret=interpret)
+    mesh = current_mesh()
+    if mesh is None:
+        return call(keys, values, k, v, start)
+    rows, heads = heads_axes(mesh, keys.shape[0], keys.shape[2])
+    cache, first = P(rows or None, None, heads or None, None), P(rows or None)
+    split = jax.shard_map(call, in_specs=(cache,) * 4 + (first,), out_specs=(cache,) * 2, check_vma=False)
+    return split(keys, values, k, v, start)
+
+
+_BLOCK = 512  # queries and keys that meet at once, at most
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
+    rows, length, heads, head_dim = q.shape
+    padding = -length % _LANES
+    block = next(b for b in range(_BLOCK, 0, -_LANES) if (length + padding) % b == 0)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+    size = length + padding
+    blocks = splash.BlockSizes(
+        **{name: block for name in ("block_q", "block_kv", "block_kv_compute")},
+        **{name: block for name in ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")},
+        **{name: block for name in ("block_q_dq", "block_kv_dq")},
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((size, size)) for _ in range(heads)])
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    mixed = jax.vmap(kernel)(pad(scaled), pad(k), pad(v))
+    return mixed.swapaxes(1, 2)[:, :length].astype(q.dtype)
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
+    """Causal attention that never holds a row's scores (JAX's splash attention); see `attention.causal_attention`."""
+    call = partial(_splash, interpret=interpret)
+    mesh = current_mesh()
+    if mesh is None:
+        return call(q, k, v)
+    rows, heads = heads_axes(mesh, q.shape[0], k.shape[2])
+    spec = P(rows or None, None, heads or None, None)
+    return jax.shard_map(call, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
