@@ -57,7 +57,7 @@ def mesh_spec(text: str | None, config: ConfigDict) -> MeshSpec:
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
     """A run on a topology."""
     mesh = spec.make(target.devices)
-    return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes)
+    return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes, model or "")
 
 
 def compile_all(case: Case, only: Sequence[str] = ()) -> list[Compiled]:
