@@ -57,7 +57,7 @@ def mesh_spec(text: str | None, config: ConfigDict) -> MeshSpec:
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
     """A run on a topology."""
     mesh = spec.make(target.devices)
-    return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes)
+    return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes, model or "")
 
 
 def compile_all(case: Case, only: Sequence[str] = ()) -> list[Compiled]:
@@ -128,7 +128,8 @@ def main(argv: Sequence[str]) -> None:
         else:
             results = run(FLAGS.config, FLAGS.topology, FLAGS.mesh, FLAGS.model_config, FLAGS.only)
         if FLAGS.json:
-            command = "python -m experiments.compile " + " ".join(sys.argv[1:])
+            told = [argument for argument in sys.argv[1:] if not argument.startswith("--json")]
+            command = " ".join(["python -m experiments.compile", *told])
             text = json.dumps({"command": command, "results": results}, indent=1) + "\n"
             Path(FLAGS.json).write_text(text, encoding="utf-8")
 

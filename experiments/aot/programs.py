@@ -47,6 +47,7 @@ class Case:
       model: the architecture.
       mesh: the devices.
       device_bytes: memory of one of them.
+      name: what to call the model; empty: `config.model`.
     """
 
     config: ConfigDict
@@ -54,6 +55,7 @@ class Case:
     model: ModelConfig
     mesh: Mesh
     device_bytes: float
+    name: str = ""
 
     @property
     def dtype(self) -> jnp.dtype:

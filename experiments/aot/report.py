@@ -91,7 +91,7 @@ def summary(case: Case, topology: Topology, programs: Sequence[Compiled]) -> dic
         "devices": len(topology.devices),
         "hbm_bytes": topology.chip.hbm_bytes,
         "mesh": dict(zip(("data", "fsdp", "tensor"), describe(case.mesh), strict=True)),
-        "model": case.config.model,
+        "model": case.name or case.config.model,
         "dtype": str(case.dtype),
         "parameters": case.vector().size,
         "prompts": case.config.batch_size,
