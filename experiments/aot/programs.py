@@ -23,6 +23,7 @@ from experiments.meshes import plan_streams
 from experiments.setup import Specs, sampling_of
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
 from tinylora_jax.adapters.svd import exact_svd, subspace_svd
+from tinylora_jax.adapters.tinylora import BATCH_BYTES, batches
 from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
 from tinylora_jax.rollout import Sampling
@@ -194,18 +195,19 @@ def matrix_params(config: ModelConfig, head: bool = True) -> int:
 
 def factorizations(case: Case) -> Iterator[Program]:
     """The decomposition of each shape of kernel, in the batches that `factorize` makes of them."""
-    policy, method, limit = case.policy(), case.config.svd, 2**30
-    svd = {"exact": exact_svd, "subspace": subspace_svd}[method]
-    groups: dict[tuple[int, int], list] = {}
-    for module in select(policy.params, case.specs.adapter.targets):
-        groups.setdefault(module.shape, []).append(module)
-    for (num_in, num_out), modules in groups.items():
-        batch = min(len(modules), max(1, limit // (4 * num_in * num_out)))
-        shape = (batch, num_out, num_in)
+    policy = case.policy()
+    svd = exact_svd if case.config.svd == "exact" else subspace_svd  # what `auto` means on a TPU
+    seen = set()
+    for modules in batches(select(policy.params, case.specs.adapter.targets), BATCH_BYTES):
+        num_in, num_out = modules[0].shape
+        shape = (len(modules), num_out, num_in)
+        if shape in seen:
+            continue
+        seen.add(shape)
         into, out = kernel_spec(case.mesh, modules[0].path, (num_in, num_out))
         W = jax.ShapeDtypeStruct(shape, case.dtype, sharding=NamedSharding(case.mesh, P(None, out, into)))
         lower = partial(svd.lower, W, rank=case.specs.adapter.rank)
-        yield Program(f"factorize {batch} x {num_out} x {num_in}", lower, 0.0, 0)
+        yield Program(f"factorize {len(modules)} x {num_out} x {num_in}", lower, 0.0, 0)
 
 
 def rollout(case: Case) -> Program:

@@ -29,6 +29,7 @@ LINEAR_MAPS = tuple(
 )
 """The seven linear maps of a block, the paper's choice of modules."""
 
+BATCH_BYTES = 2**30  # of matrices decomposed together
 _MAX_PROJECTION = 2**20  # numbers of one module's P; beyond r² a module's P only repeats directions
 
 
@@ -114,7 +115,7 @@ class Factors:
         return self.num_groups * self.spec.u
 
 
-def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes: int = 2**30) -> Factors:
+def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes: int = BATCH_BYTES) -> Factors:
     """Computes the frozen factors of every adapted module.
 
     Args:
@@ -163,7 +164,7 @@ def _decompose(
     leaves = leaves_by_path(params)
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
     found = {}
-    for batch in _batches(modules, max_batch_bytes):
+    for batch in batches(modules, max_batch_bytes):
         W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
         svd = truncated_svd(W, rank, method)
         svd = svd if traced else jax.device_get(svd)  # cut apart on the host, where nothing compiles
@@ -205,17 +206,17 @@ def _check_tree(params: Any, factors: Factors) -> None:
         raise ValueError("this is not the tree that was factorized:\n  " + "\n  ".join(problems[:20]))
 
 
-def _batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
+def batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
     """Modules of equal shape together, in batches of about equal size whose weights in float32 are bounded."""
     by_shape: dict[tuple[int, int], list[Module]] = {}
     for module in modules:
         by_shape.setdefault(module.shape, []).append(module)
-    batches = []
+    found = []
     for shape, members in by_shape.items():
         most = max(1, max_bytes // (4 * math.prod(shape)))
         size = -(-len(members) // -(-len(members) // most))
-        batches += [members[start : start + size] for start in range(0, len(members), size)]
-    return batches
+        found += [members[start : start + size] for start in range(0, len(members), size)]
+    return found
 
 
 @partial(jax.jit, static_argnames="where")
