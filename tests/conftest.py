@@ -55,6 +55,9 @@ _WARNINGS = (
 )
 
 
+collect_ignore = ["sharding/on_eight_devices.py"]  # a program that sets its own number of devices
+
+
 def pytest_configure(config):
     """Turns warnings into errors."""
     for line in _WARNINGS:
