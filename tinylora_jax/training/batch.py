@@ -107,7 +107,7 @@ def stream_shapes(
     """
     row = prompt_tokens + completion_tokens
     own = prompt_tokens / samples + completion_tokens  # a row's tokens, its share of the prompt among them
-    filled = min(1 / room, own / row / 2)  # many short completions of one prompt are many rows of few tokens
+    filled = min(1 / room, 0.8 * own / row)  # many short completions of one prompt are many rows of few tokens
     whole = prompts * (prompt_tokens + samples * completion_tokens)
     up = lambda x, unit: -(-x // unit) * unit
     tokens = up(min(max(max_tokens, row), whole), _ALIGN)
