@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the machine's own devices are n
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # nor is a cloud asked which there are
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
+import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
@@ -122,6 +123,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     logging.getLogger("jax").setLevel(logging.ERROR)
+    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU its programs cannot be read back
     with reporting_errors():
         if FLAGS.suggest:
             results = suggest(FLAGS.config, FLAGS.topology, FLAGS.model_config)

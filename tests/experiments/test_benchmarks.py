@@ -46,4 +46,4 @@ def test_a_whole_step_is_timed_in_its_phases(processes, tmp_path):
 
 def test_what_cannot_be_measured_is_refused(processes):
     ran = processes.run("benchmarks.rollout", "--model=random:huge", config=False)
-    assert ran.code == 1 and "random:huge" in ran.err and "qwen2.5-0.5b" in ran.err
+    assert ran.code == 1 and "'huge'" in ran.err and "qwen2.5-0.5b" in ran.err
