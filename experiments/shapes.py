@@ -63,6 +63,13 @@ def shape_name(model: str) -> str | None:
     return name if name in SHAPES else None
 
 
+def matrix_params(config: ModelConfig, head: bool = True) -> int:
+    """Weights that every token is multiplied with: those of the blocks, and the output head's."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    block = config.hidden_size * (heads + 3 * config.intermediate_size)
+    return config.num_layers * block + (config.hidden_size * config.vocab_size if head else 0)
+
+
 def architecture(model: str) -> ModelConfig:
     """The architecture of a shape, of a model with a known shape, or of a `config.json` (or its folder).
 
@@ -81,6 +88,6 @@ def architecture(model: str) -> ModelConfig:
     if name is None:
         raise ValueError(
             f"the architecture of {model!r} is not known here: expected one of {', '.join(SHAPES)}, a model with one"
-            " of these shapes, or the path of a config.json (--model-config)"
+            " of these shapes, or the path of a config.json (--model_config)"
         )
     return parse_config(dict(SHAPES[name]))

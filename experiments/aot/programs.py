@@ -21,6 +21,7 @@ from experiments.answering import lower_rollout
 from experiments.aot import hlo
 from experiments.meshes import plan_streams
 from experiments.setup import Specs, sampling_of
+from experiments.shapes import matrix_params
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
 from tinylora_jax.adapters.svd import exact_svd, subspace_svd
 from tinylora_jax.adapters.tinylora import BATCH_BYTES, batches
@@ -184,13 +185,6 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
         xla,
         cost,
     )
-
-
-def matrix_params(config: ModelConfig, head: bool = True) -> int:
-    """Weights that every token is multiplied with: those of the blocks, and the output head's."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = config.hidden_size * (heads + 3 * config.intermediate_size)
-    return config.num_layers * block + (config.hidden_size * config.vocab_size if head else 0)
 
 
 def factorizations(case: Case) -> Iterator[Program]:

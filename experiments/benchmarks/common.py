@@ -129,13 +129,6 @@ def _best(run: Callable[[], jax.Array]) -> float:
     return min(seconds)
 
 
-def matrix_params(config: ModelConfig, head: bool = True) -> int:
-    """Weights that every token is multiplied with: those of the blocks, and the output head's."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = config.hidden_size * (heads + 3 * config.intermediate_size)
-    return config.num_layers * block + (config.hidden_size * config.vocab_size if head else 0)
-
-
 def peak_bytes() -> int | None:
     """Most device memory in use at once so far, where the back end says."""
     stats = jax.local_devices()[0].memory_stats() or {}

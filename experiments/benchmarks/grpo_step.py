@@ -19,6 +19,7 @@ from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
 from experiments.grpo import Trainer
 from experiments.setup import load_task, make_prompts, parse
+from experiments.shapes import matrix_params
 from experiments.stopping import StopRequests
 from tinylora_jax.data import load_questions, make_pipeline
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
             if index == 0:
                 first = seconds_since_launch()
         median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
-        matrices, rate = common.matrix_params(task.model), common.matrix_rate(jax.numpy.dtype(config.dtype))
+        matrices, rate = matrix_params(task.model), common.matrix_rate(jax.numpy.dtype(config.dtype))
         peak = common.peak_bytes()
     generated = statistics.median(tokens[1:])
     common.report(

@@ -14,6 +14,7 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.shapes import matrix_params
 from tinylora_jax.adapters import merge
 from tinylora_jax.rollout import Sampling, generate
 
@@ -48,7 +49,7 @@ def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, s
 
 def floor_s(config: Any, rows: int, prompt_tokens: int, new_tokens: int, rate: float, itemsize: int) -> float:
     """Seconds to read every weight once a step, and every row's cache at its mean length, and no more."""
-    weights = common.matrix_params(config) * itemsize
+    weights = matrix_params(config) * itemsize
     entry = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     cache = rows * (prompt_tokens + new_tokens / 2) * entry
     return new_tokens * (weights + cache) / rate

@@ -13,6 +13,7 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.shapes import matrix_params
 from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, init_state, make_grpo_step, pack, stream_shapes
 from tinylora_jax.training.grpo import grpo_loss, wants_remat
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         timing = common.measure(lambda index: step(state, model.policy, batch))
         parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes)
         tokens = int(batch.mask.sum() + batch.lengths.sum())
-        matrices, rate = common.matrix_params(model.config), common.matrix_rate(common.dtype())
+        matrices, rate = matrix_params(model.config), common.matrix_rate(common.dtype())
         peak = common.peak_bytes()
         ratio = flops_ratio(plan, model, parts[0]) if model.config.num_layers < 4 else None
     common.report(
