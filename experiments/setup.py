@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,12 +117,10 @@ def load_task(config: ConfigDict, specs: Specs) -> Task:
     """Loads the model and factorizes it; the slow part of a start."""
     tell(f"loading {config.model}")
     mesh = active_mesh()
-    # No single device may have room for a model that is to be split.
-    with nullcontext() if mesh is None else jax.default_device(jax.devices("cpu")[0]):
-        model = load_pretrained(config.model, jnp.dtype(config.dtype))
-    params = model.params if mesh is None else jax.device_put(model.params, param_shardings(mesh, model.params))
+    place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
+    model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
     tell("factorizing its weights")
-    policy = Policy(params, factorize(params, specs.adapter, config.svd))
+    policy = Policy(model.params, factorize(model.params, specs.adapter, config.svd))
     factors = policy.factors
     if mesh is not None:
         policy = jax.device_put(policy, policy_shardings(mesh, policy))

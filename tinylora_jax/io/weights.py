@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from tinylora_jax.models.config import ModelConfig
 
 Path = tuple[str | int, ...]
+Placement = Callable[[Any], Any]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MOST_LISTED = 200
+_READERS = 4  # threads, each with one tensor in hand
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,19 @@ def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...
     return names
 
 
-def build_tree(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike) -> dict[str, Any]:
-    """Reads a parameter tree, one tensor at a time, after all names and shapes have been checked.
+def build_tree(
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike, place: Placement | None = None
+) -> dict[str, Any]:
+    """Reads a parameter tree, a few tensors at a time, after all names and shapes have been checked.
 
-    Host memory holds the result and the tensor being read, never a second copy of the model.
+    Host memory holds the tensors being read, and of the result what lies there: never a second copy of the model.
 
     Args:
       config: the architecture that the tensors must match.
       tensors: what a file offers, by Hugging Face name.
       dtype: floating-point dtype of every leaf.
+      place: gives the leaves' shardings (a tree of them) from a tree of their `jax.ShapeDtypeStruct`s; each process
+        then sends its devices their shards of each tensor as it is read. None takes the default device.
 
     Returns:
       The nested tree; `layers` is keyed by int.
@@ -86,13 +95,30 @@ def build_tree(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DT
     names = parameter_names(config)
     _check(names, config, tensors)
     _check_tied_head(config, tensors)
+    abstract = _nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in names.values()})
+    shardings = place(abstract) if place else jax.tree.map(lambda _: None, abstract)
+    jobs = [(name, tensors[name], path, shape, dtype, _at(shardings, path)) for name, (path, shape) in names.items()]
+    with ThreadPoolExecutor(_READERS) as readers:
+        leaves = [readers.submit(_leaf, *job) for job in jobs]
+        try:
+            return _nest({path: leaf.result() for (path, _), leaf in zip(names.values(), leaves, strict=True)})
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def _nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Nested dictionaries from leaves by path."""
     tree: dict[str, Any] = {}
-    for name, (path, shape) in names.items():
+    for path, leaf in leaves.items():
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = _leaf(name, tensors[name], path, shape, dtype)
+        node[path[-1]] = leaf
     return tree
+
+
+def _at(tree: Any, path: Path) -> Any:
+    return reduce(lambda node, key: node[key], path, tree)
 
 
 def _name(layer: int, parts: tuple[str, ...], suffix: str) -> str:
@@ -147,14 +173,19 @@ def _check_tied_head(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> 
         )
 
 
-def _leaf(name: str, tensor: LazyTensor, path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def _leaf(
+    name: str, tensor: LazyTensor, path: Path, shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None
+) -> jax.Array:
     values = tensor.read()
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read")
+    values = values.astype(jnp.dtype(dtype), copy=False)  # before it is transposed: the two at once are slow
     if path[-1] == "kernel":
         values = values.T
     # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
-    values = np.array(values, dtype=jnp.dtype(dtype), order="C")
+    values = np.array(values, order="C")
     if values.shape != shape:
         raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
-    return jnp.asarray(values)
+    if sharding is None:
+        return jnp.asarray(values)
+    return jax.make_array_from_callback(shape, sharding, lambda index: values[index])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -118,38 +118,50 @@ def stream_shapes(
     return tuple(Shape(tokens, rows(width), width, samples) for width in widths)
 
 
-def _units(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: Shape) -> list[_Unit]:
-    """Whole groups where they fit, else runs of their samples; completions without tokens are left out."""
-    units = []
-    for prompt, length in enumerate(batch.lengths.tolist()):
-        taken: list[int] = []
-        size = length
-        for sample in np.flatnonzero(wanted[prompt] & (ends[prompt] > 0)).tolist():
-            more = int(ends[prompt, sample])
-            if taken and (size + more > shape.tokens or len(taken) == shape.rows):
-                units.append(_Unit(prompt, tuple(taken), size))
-                taken, size = [], length
-            taken.append(sample)
-            size += more
-        if taken:
-            units.append(_Unit(prompt, tuple(taken), size))
-    return units
+@dataclass
+class _Stream:
+    """A stream being filled."""
+
+    tokens: int  # free
+    rows: int  # free
+    units: list[_Unit] = field(default_factory=list)
+
+    def fitting(self, prompt: int, ends: np.ndarray) -> int:
+        """How many of these completions fit, beside their prompt."""
+        return min(self.rows, int(np.searchsorted(prompt + np.cumsum(ends), self.tokens, side="right")))
+
+    def add(self, unit: _Unit) -> None:
+        self.units.append(unit)
+        self.tokens -= unit.tokens
+        self.rows -= len(unit.samples)
 
 
-def _fill(units: Sequence[_Unit], shape: Shape) -> list[list[_Unit]]:
-    """First-fit decreasing."""
-    bins: list[list[_Unit]] = []
-    room: list[list[int]] = []
-    for unit in sorted(units, key=lambda u: -u.tokens):
-        fits = (i for i, (tokens, rows) in enumerate(room) if unit.tokens <= tokens and len(unit.samples) <= rows)
-        place = next(fits, len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append([shape.tokens, shape.rows])
-        bins[place].append(unit)
-        room[place][0] -= unit.tokens
-        room[place][1] -= len(unit.samples)
-    return bins
+def _fill(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: Shape) -> list[list[_Unit]]:
+    """First-fit decreasing; a group that fits nowhere whole is divided, and its prompt repeated.
+
+    Completions without tokens are left out.
+    """
+    streams: list[_Stream] = []
+    wanted = wanted & (ends > 0)
+    sizes = np.where(wanted, ends, 0).sum(axis=1) + batch.lengths
+    for prompt in np.argsort(-sizes, kind="stable").tolist():
+        length, rest = int(batch.lengths[prompt]), np.flatnonzero(wanted[prompt])
+        whole = [s for s in streams if s.fitting(length, ends[prompt, rest]) == rest.size][:1]
+        for stream in whole or streams:
+            rest = _put(stream, prompt, length, rest, ends)
+        while rest.size:
+            streams.append(_Stream(shape.tokens, shape.rows))
+            rest = _put(streams[-1], prompt, length, rest, ends)
+    return [stream.units for stream in streams]
+
+
+def _put(stream: _Stream, prompt: int, length: int, rest: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Puts what fits of a prompt's completions into a stream and gives the rest."""
+    count = stream.fitting(length, ends[prompt, rest])
+    if count:
+        taken = rest[:count]
+        stream.add(_Unit(prompt, tuple(taken.tolist()), length + int(ends[prompt, taken].sum())))
+    return rest[count:]
 
 
 def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shape) -> tuple[np.ndarray, ...]:
@@ -208,7 +220,7 @@ def pack(
     rows = batch.lengths[:, None] + ends
     parts = []
     for shape in shapes:
-        bins = _fill(_units(batch, ends, left & (rows <= shape.places), shape), shape)
+        bins = _fill(batch, ends, left & (rows <= shape.places), shape)
         bins += [[] for _ in range(-len(bins) % streams)]
         left = left & (rows > shape.places)
         for first in range(0, len(bins), streams):

@@ -13,13 +13,14 @@ from tinylora_jax.models import ModelConfig, Packing, forward, head_kernel
 from tinylora_jax.models.packing import before
 from tinylora_jax.models.sharding import current_mesh, streams, whole
 
-CHUNK = 1024  # tokens whose logits exist at once: 0.6 GB of float32 for a vocabulary of 151,936
+_CHUNKS = 128, 1024  # least and most tokens whose logits exist at once: 0.6 GB for a vocabulary of 151,936
 
 
-def _chunked(function, chunk: int, wanted: jax.Array, *arrays: jax.Array):
+def _chunked(function, chunk: int | None, wanted: jax.Array, *arrays: jax.Array):
     """Maps a function of `[chunk, …]` arrays over longer ones; zeros for chunks in which nothing is wanted."""
     count = wanted.shape[0]
-    size = min(chunk, count)
+    least, most = _CHUNKS
+    size = min(chunk or min(max(count // 8, least), most), count)
     pad = lambda x: jnp.pad(x, ((0, -count % size), *((0, 0),) * (x.ndim - 1)))
     split = [pad(x).reshape(-1, size, *x.shape[1:]) for x in (wanted, *arrays)]
 
@@ -55,7 +56,7 @@ def token_logprobs(
     tokens: Int[Array, " n"],
     wanted: Bool[Array, " n"],
     temperature: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """log softmax(hidden · head / temperature)[token] and the entropy of that distribution.
 
@@ -69,7 +70,7 @@ def token_logprobs(
       tokens: the tokens to score.
       wanted: which of them matter; a chunk without any is skipped.
       temperature: of the policy, > 0.
-      chunk: tokens scored at once.
+      chunk: tokens scored at once; None takes an eighth of them, from 128 to 1024.
 
     Returns:
       float32 log-probabilities and entropies in nats; meaningless where not wanted.
