@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.hosts import collect, share
 from experiments.setup import Task
 from tinylora_jax.adapters import Policy
 from tinylora_jax.data import Prompt, PromptArrays, pad_prompts
+from tinylora_jax.fetch import fetch
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.rewards import Grade, grade_batch
 from tinylora_jax.rollout import Completions, Sampling, generate
@@ -63,7 +66,7 @@ class Answers:
 
 def answer(
     task: Task,
-    v: jax.Array,
+    v: jax.Array | np.ndarray,
     prompts: Sequence[Prompt],
     key: jax.Array,
     sampling: Sampling,
@@ -83,14 +86,16 @@ def answer(
     """
     arrays = pad_prompts(prompts, width)
     started = time.perf_counter()
-    completions = jax.device_get(_rollout(task.model, task.policy, v, arrays, key, sampling, samples, task.slots))
+    completions = fetch(_rollout(task.model, task.policy, v, arrays, key, sampling, samples, task.slots))
     seconds = time.perf_counter() - started
     texts = tuple(
         task.tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(completions.tokens, completions.lengths, strict=True)
     )
-    asked = [prompt for prompt in prompts for _ in range(samples)]
-    return Answers(arrays, completions, texts, grade_batch(task.reward, texts, asked), seconds)
+    own = share(len(texts))  # grading may be slow: a process does it for its part
+    grades = grade_batch(task.reward, [texts[i] for i in own], [prompts[i // samples] for i in own])
+    grades = tuple(Grade(*fields) for fields in collect([dataclasses.astuple(grade) for grade in grades]))
+    return Answers(arrays, completions, texts, grades, seconds)
 
 
 def grades_of(answers: Answers, which: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax
 from absl import app
 from tqdm import tqdm
 
+from experiments import hosts
 from tinylora_jax.io.checkpoint import CheckpointError
 
 
@@ -32,14 +33,15 @@ def use_compilation_cache() -> None:
 
 
 def tell(message: str) -> None:
-    """Prints a line for the person watching, without tearing a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """Prints a line for the person watching, without tearing a progress bar; of several processes the first does."""
+    if hosts.is_first():
+        tqdm.write(message, file=sys.stderr)
 
 
 def fail(problem: str) -> NoReturn:
     """Ends the program with one message."""
     print(f"error: {problem}", file=sys.stderr)
-    raise SystemExit(1)
+    hosts.leave(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -64,14 +66,19 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, CheckpointError, TrainingError) as error:
-        where = _keep_traceback(log_folder)
-        print(f"error: {error}{where}", file=sys.stderr)
-        raise SystemExit(1) from error
+    except (ValueError, OSError, CheckpointError, TrainingError, hosts.HostError) as error:
+        fail(f"{error}{_keep_traceback(log_folder)}")
+    except jax.errors.JaxRuntimeError as error:
+        if not hosts.several() or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        fail(
+            f"the connection to the other processes broke, so one of them has ended: its own message says why"
+            f" ({str(error).strip().splitlines()[0][:200]}). The same command on every host continues a saved run."
+        )
 
 
 def _keep_traceback(folder: Path | None) -> str:
-    if folder is None or not folder.is_dir():
+    if folder is None or not folder.is_dir() or not hosts.is_first():
         return ""
     try:
         (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from experiments import hosts
 from experiments.answering import Answers, answer, step_key
 from experiments.cli import fail, parse_flags, reporting_errors, use_compilation_cache
 from experiments.meshes import use_mesh
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, padded_width
+from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import AdapterError, check_factors, read_adapter
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.rollout import Sampling
@@ -35,7 +37,7 @@ Row = dict[str, Any]
 
 def evaluate(
     task: Task,
-    v: jax.Array,
+    v: jax.Array | np.ndarray,
     prompts: Sequence[Prompt],
     *,
     batch_size: int,
@@ -62,7 +64,13 @@ def evaluate(
     rows: list[Row] = []
     width, batch_size = padded_width(prompts), min(batch_size, len(prompts))
     for mode, sampling, count in modes:
-        for start in tqdm(range(0, len(prompts), batch_size), desc=f"evaluating ({mode})", leave=False, unit="batch"):
+        for start in tqdm(
+            range(0, len(prompts), batch_size),
+            desc=f"evaluating ({mode})",
+            leave=False,
+            unit="batch",
+            disable=not hosts.is_first(),
+        ):
             between()
             batch = list(prompts[start : start + batch_size])
             filler = [batch[0]] * (batch_size - len(batch))  # the last batch runs the same program
@@ -122,13 +130,13 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     if adapter is None:
         v = init(task.policy.factors)
     else:
-        check_factors(description, task.policy.factors)
+        check_factors(description, fetch(task.policy.factors))
         if v.shape != init(task.policy.factors).shape:
             raise AdapterError(f"{adapter}: vector of shape {v.shape} does not fit its own spec {spec}")
     prompts = make_prompts(config, questions, task)
     samples = max(1, config.eval_samples)
     result, rows = evaluate(
-        task, jnp.asarray(v), prompts, batch_size=config.eval_batch_size, samples=samples, seed=config.seed
+        task, np.asarray(v), prompts, batch_size=config.eval_batch_size, samples=samples, seed=config.seed
     )
     return {"model": task.name, "adapter": str(adapter) if adapter else None, **result}, rows
 
@@ -146,12 +154,14 @@ def main(argv: Sequence[str]) -> None:
     with reporting_errors():
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
+        hosts.connect(FLAGS)
         with use_mesh(parse(FLAGS.config).mesh):
             result, rows = run(FLAGS.config, adapter)
-        if output is not None:
+        if output is not None and hosts.is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    print(json.dumps(result))
+    if hosts.is_first():
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
@@ -159,5 +169,6 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Which model, questions and grader.", lock_config=True)
     flags.DEFINE_string("adapter", None, "Folder of a trained adapter; absent: the base model.")
     flags.DEFINE_string("output", None, "Write the result to this .json, and every answer to the .jsonl beside it.")
+    hosts.define_flags()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -28,17 +28,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from experiments import hosts
 from experiments.answering import Answers, answer, grades_of, step_key
 from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate
+from experiments.hosts import is_first, on_first
 from experiments.meshes import active_mesh, plan_streams, use_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
+from experiments.workdir import Workdir
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
+from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
-from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
-from tinylora_jax.io.run_log import RunLog
 from tinylora_jax.training import (
     Batch,
     Plan,
@@ -78,8 +80,12 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        state, mesh = init_state(init(self.task.policy.factors), self.optimizer), active_mesh()
-        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        return self.placed(init_state(init(self.task.policy.factors), self.optimizer))
+
+    def placed(self, state: TrainState) -> TrainState:
+        """A state of the host on every device."""
+        mesh = active_mesh()
+        return jax.device_put(state, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
     def step(
         self, state: TrainState, index: int, prompts: Sequence[Prompt]
@@ -162,7 +168,7 @@ def _num_steps(config: ConfigDict, num_prompts: int) -> int:
 
 
 def train(
-    trainer: Trainer, data: DatasetIterator, steps: int, checkpoints: Checkpoints, log: RunLog, started: float
+    trainer: Trainer, data: DatasetIterator, steps: int, folder: Workdir, started: float
 ) -> tuple[TrainState, Totals]:
     """Runs the steps that are still to do, each saved when it is done.
 
@@ -171,16 +177,16 @@ def train(
     """
     config, state = trainer.config, trainer.initial_state()
     totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
-    if checkpoints.latest_step() is not None:
-        state, record = checkpoints.restore(state)
-        if not {"data", "totals"} <= record.keys():
-            raise CheckpointError(f"the checkpoint in {checkpoints.directory} has no data position; train anew")
+    saved = folder.restore(state)
+    if saved is not None:
+        state, record = trainer.placed(saved[0]), saved[1]
         data.set_state(record["data"])
         totals = record["totals"]
         tell(f"continuing after step {int(state.step)} of {steps}")
     first, before = int(state.step), totals["wall_s"]
-    log.start(first)
-    with closing(log), tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
+    folder.start(first)
+    quiet = not is_first()
+    with closing(folder), tqdm(total=steps, initial=first, desc="training", unit="step", disable=quiet) as bar:
         for index in range(first, steps):
             trainer.stop.check()
             prompts = next(data)
@@ -188,9 +194,8 @@ def train(
             totals["tokens"] += answers.num_tokens
             totals["rollout_s"] += metrics["rollout_s"]
             totals["wall_s"] = before + time.perf_counter() - started
-            log.samples(index, _page(prompts, answers, config.samples, config.samples_kept))
-            log.metrics(index, metrics)
-            checkpoints.save(index + 1, state, {"data": data.get_state(), "totals": totals})
+            page = _page(prompts, answers, config.samples, config.samples_kept)
+            folder.keep(index, state, {"data": data.get_state(), "totals": totals}, metrics, page)
             shown = {"reward": "reward", "length": "length", "tok/s": "tokens_per_s"}
             bar.set_postfix({label: f"{metrics[name]:.3g}" for label, name in shown.items()}, refresh=False)
             bar.update()
@@ -210,8 +215,8 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     """
     started = time.perf_counter()
     specs = parse(config)
-    log = RunLog(workdir, as_json(config), claim=False)
-    done = log.read_json("summary.json")
+    folder = Workdir(workdir, as_json(config))
+    done = folder.read("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
@@ -222,23 +227,26 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     questions = make_prompts(config, eval_questions, task)
     steps = _num_steps(config, len(prompts))
     trainer = Trainer(config, specs, task, prompts, steps, stop)
-    log.claim()
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    folder.claim()
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples, "seed": config.seed}
 
-    before = log.read_json("eval_before.json")
+    before = folder.read("eval_before.json")
     if before is None:
         before, _ = evaluate(task, trainer.initial_state().v, questions, between=stop.check, **how)
-        log.write_json("eval_before.json", before)
+        folder.write("eval_before.json", before)
     tell(f"before training: {json.dumps(before)}")
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
-    state, totals = train(trainer, data, steps, checkpoints, log, started)
+    state, totals = train(trainer, data, steps, folder, started)
     finished = time.perf_counter()
 
-    factors = task.policy.factors
-    save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, steps=steps)
-    _, saved, _ = read_adapter(workdir / "adapter")  # what is evaluated is what was saved, in its 26 bytes
+    factors = fetch(task.policy.factors)
+
+    def save_and_read() -> list[list[float]]:  # what is evaluated is what was saved, in its 26 bytes
+        save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, steps=steps)
+        return read_adapter(workdir / "adapter")[1].tolist()
+
+    saved = np.asarray(on_first(save_and_read), np.float32)
     after, _ = evaluate(task, saved, questions, between=stop.check, **how)
     summary = {
         "model": task.name,
@@ -250,8 +258,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
         "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
         "generated_tokens_per_s": round(totals["tokens"] / totals["rollout_s"], 1),
     }
-    log.write_json("summary.json", summary)
-    checkpoints.close()
+    folder.write("summary.json", summary)
     return summary
 
 
@@ -265,18 +272,22 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(FLAGS.workdir)
     stop = StopRequests()
     with reporting_errors(workdir):
+        hosts.connect(FLAGS)
         try:
             with use_mesh(parse(FLAGS.config).mesh):
                 summary = run(FLAGS.config, workdir, stop)
         except Stopped as stopped:
-            print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
+            if is_first():
+                print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
-    print(json.dumps(summary))
+    if is_first():
+        print(json.dumps(summary))
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run: created, or continued.")
+    hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 from experiments.cli import tell
+from experiments.hosts import collect
 
 
 class Stopped(Exception):
@@ -31,6 +32,7 @@ class StopRequests:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal came."""
-        if self._received is not None:
-            raise Stopped(self._received)
+        """Raises `Stopped` if a signal came, to this process or to any other of the run: all stop at the same place."""
+        received = [number for number in collect([self._received]) if number is not None]
+        if received:
+            raise Stopped(received[0])

@@ -51,6 +51,13 @@ def torch_model() -> tuple[Any, Any]:
     where = where or {"pretrained_model_name_or_path": FLAGS.model}
     dtype = getattr(torch, str(common.dtype()))
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    if gguf:  # to transformers this is a quantized model, which TRL would not train: the same weights in a plain one
+        weights, settings, config = model.state_dict(), model.generation_config, model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.load_state_dict(weights)
+        model.generation_config = settings
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), AutoTokenizer.from_pretrained(**where)
 

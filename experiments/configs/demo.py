@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU, 13 numbers in 12 steps.
+"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU, 13 numbers in 10 steps.
 
     python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
 
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.eval_data.limit = 256
     config.template = "arithmetic"
     config.max_prompt_tokens = 64
-    config.max_steps = 12
+    config.max_steps = 10
     config.batch_size, config.samples = 16, 8
     config.max_new_tokens = 18
     config.grpo.stream_tokens = 448

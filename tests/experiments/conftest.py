@@ -185,12 +185,19 @@ def interrupted(tmp_path):
 
 
 @pytest.fixture
-def command_line(monkeypatch, capsys):
+def one_host():
+    """The flags of `hosts` as they are unless given."""
+    return {"multihost": False, "coordinator": None, "num_processes": None, "process_id": None}
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys, one_host):
     """`main` of experiments.grpo in this process: `(config, workdir)` to its exit code, stdout and stderr."""
     monkeypatch.setattr(grpo, "StopRequests", StopAfter)
 
     def call(config, workdir):
-        monkeypatch.setattr(grpo, "FLAGS", SimpleNamespace(config=config, workdir=str(workdir)), raising=False)
+        values = SimpleNamespace(config=config, workdir=str(workdir), **one_host)
+        monkeypatch.setattr(grpo, "FLAGS", values, raising=False)
         capsys.readouterr()
         try:
             grpo.main([])

@@ -91,9 +91,9 @@ def test_without_an_adapter_it_is_the_base_model(finished, config):
     assert {name: result[name] for name in before} == before and result["adapter"] is None
 
 
-def test_command_line_writes_json_and_every_answer(finished, config, monkeypatch, capsys, tmp_path):
+def test_command_line_writes_json_and_every_answer(finished, config, monkeypatch, capsys, tmp_path, one_host):
     output = tmp_path / "new" / "result.json"
-    values = SimpleNamespace(config=config, adapter=str(finished.workdir / "adapter"), output=str(output))
+    values = SimpleNamespace(config=config, adapter=str(finished.workdir / "adapter"), output=str(output), **one_host)
     monkeypatch.setattr(cli, "FLAGS", values, raising=False)
     cli.main([])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -121,11 +121,11 @@ def edited(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_adapter_of_another_base_is_refused(adapter, config, other_model_folder, capsys, monkeypatch):
+def test_an_adapter_of_another_base_is_refused(adapter, config, other_model_folder, capsys, monkeypatch, one_host):
     config.model = str(other_model_folder)
     with pytest.raises(AdapterError, match="trained on 'tiny', whose factors differ from this model's in 14 of 14"):
         cli.run(config, adapter)
-    values = SimpleNamespace(config=config, adapter=str(adapter), output=None)
+    values = SimpleNamespace(config=config, adapter=str(adapter), output=None, **one_host)
     monkeypatch.setattr(cli, "FLAGS", values, raising=False)
     with pytest.raises(SystemExit) as stopped:
         cli.main([])

@@ -23,6 +23,7 @@ from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.svd import SVD, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, path_string, select, tie_groups
+from tinylora_jax.fetch import fetch
 
 LINEAR_MAPS = tuple(
     rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -167,7 +168,7 @@ def _decompose(
     for batch in batches(modules, max_batch_bytes):
         W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
         svd = truncated_svd(W, rank, method)
-        svd = svd if traced else jax.device_get(svd)  # cut apart on the host, where nothing compiles
+        svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
 

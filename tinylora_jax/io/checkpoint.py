@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from tinylora_jax.adapters.targets import path_string
 
@@ -31,6 +31,8 @@ def _named(state: Any) -> dict[str, np.ndarray]:
 class Checkpoints:
     """The checkpoints of one run: the trained state, and a JSON record of everything else that must resume.
 
+    Of several processes one has them, and tells the others what it read.
+
     Args:
       directory: where they are kept; created if absent.
       keep: how many of the newest steps stay.
@@ -38,10 +40,16 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 2):
         self.directory = directory.absolute()
+        alone = MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=alone,
         )
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self.directory}: {error}") from error
@@ -97,7 +105,7 @@ class Checkpoints:
         ]
         if wrong:
             raise CheckpointError(f"the checkpoint {folder} belongs to another run:\n  " + "\n  ".join(wrong))
-        leaves = [jnp.asarray(found[name]) for name in expected]
+        leaves = [np.asarray(found[name]) for name in expected]
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves), record
 
     def close(self) -> None:

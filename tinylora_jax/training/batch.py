@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from tinylora_jax.fetch import fetch
 from tinylora_jax.models import Packing
 
 _ALIGN = 32  # stream lengths are multiples of this
@@ -259,5 +260,5 @@ def unpack(parts: Sequence[Streams], values: Sequence[jax.Array | np.ndarray], b
     out = np.zeros(batch.completions.size, np.float32)
     for part, value in zip(parts, values, strict=True):
         there = part.source >= 0
-        out[part.source[there]] = np.asarray(value)[there]
+        out[part.source[there]] = fetch(value)[there]
     return out.reshape(batch.completions.shape)

@@ -1,0 +1,99 @@
+"""What a run keeps on disk. Of several processes the first one has it, and what it reads, all of them get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.hosts import on_first
+from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.io.run_log import RunLog
+from tinylora_jax.training import TrainState
+
+
+class Workdir:
+    """A run's log, results and checkpoints; every method is called by all processes together.
+
+    Args:
+      path: see `RunLog`.
+      config: of the run.
+    """
+
+    _log: RunLog
+    _checkpoints: Checkpoints
+
+    def __init__(self, path: Path, config: Mapping[str, Any]):
+        self.path = path
+
+        def open_log() -> None:
+            self._log = RunLog(path, config, claim=False)
+
+        on_first(open_log)
+
+    def claim(self) -> None:
+        """Makes the folder this config's own; before the first checkpoint is read or written."""
+
+        def open_checkpoints() -> None:
+            self._log.claim()
+            self._checkpoints = Checkpoints(self.path / "checkpoints")
+
+        on_first(open_checkpoints)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A result; None if it was not written yet."""
+        return on_first(lambda: self._log.read_json(name))
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes a result, all or nothing."""
+        on_first(lambda: self._log.write_json(name, value))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint's state, as arrays of the host, and its record; None before the first.
+
+        Raises:
+          CheckpointError: it is damaged, or another run's.
+        """
+
+        def read() -> list[Any] | None:
+            if self._checkpoints.latest_step() is None:
+                return None
+            state, record = self._checkpoints.restore(like)
+            if not {"data", "totals"} <= record.keys():
+                raise CheckpointError(
+                    f"the checkpoint in {self._checkpoints.directory} has no data position; train anew"
+                )
+            return [[np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state)], record]  # float32 survives JSON
+
+        found = on_first(read)
+        if found is None:
+            return None
+        leaves, structure = jax.tree.flatten(like)
+        typed = [np.asarray(new, old.dtype) for new, old in zip(found[0], leaves, strict=True)]
+        return jax.tree.unflatten(structure, typed), found[1]
+
+    def start(self, step: int) -> None:
+        """Forgets what was logged from `step` on, which is about to be done (again)."""
+        on_first(lambda: self._log.start(step))
+
+    def keep(
+        self, step: int, state: TrainState, record: dict[str, Any], metrics: Mapping[str, float], page: str
+    ) -> None:
+        """Keeps a finished step, last of all its checkpoint: `state` and all else that the next step needs."""
+
+        def write() -> None:
+            self._log.samples(step, page)
+            self._log.metrics(step, metrics)
+            self._checkpoints.save(step + 1, state, record)
+
+        on_first(write)
+
+    def close(self) -> None:
+        """Closes the files of the steps; closing again does nothing."""
+        if hasattr(self, "_log"):
+            self._log.close()
+        if hasattr(self, "_checkpoints"):
+            self._checkpoints.close()
