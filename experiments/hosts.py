@@ -57,6 +57,9 @@ def connect(values: flags.FlagValues) -> None:
         raise ValueError(f"only {', '.join(given)}: expected all of --coordinator, --num_processes and --process_id")
     if given and not where["process_id"] < where["num_processes"]:
         raise ValueError(f"--process_id={values.process_id}: expected 0 to --num_processes - 1")
+    host, _, port = (values.coordinator or "").rpartition(":")
+    if given and not (host and port.isdigit()):
+        raise ValueError(f"--coordinator={values.coordinator}: expected HOST:PORT")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopRequests`
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -68,8 +71,12 @@ def connect(values: flags.FlagValues) -> None:
             shutdown_timeout_seconds=_GOODBYE_S,
         )
     except (RuntimeError, ValueError) as error:
-        expected = values.coordinator or "the hosts that the environment names"
-        raise HostError(f"cannot join the other processes at {expected}: {error}") from error
+        if not given:
+            raise HostError(
+                f"--multihost: no TPU pod or cluster says who the others are ({error}). Give --coordinator,"
+                " --num_processes and --process_id, or leave --multihost out"
+            ) from error
+        raise HostError(f"cannot join the other processes at {values.coordinator}: {error}") from error
 
 
 def is_first() -> bool:

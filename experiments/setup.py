@@ -65,6 +65,7 @@ def parse(config: ConfigDict) -> Specs:
       ConfigError: lists every problem found.
     """
     if not isinstance(config, ConfigDict):
+        getattr(config, "model", None)  # what stands for a file that cannot be loaded raises the reason
         raise ConfigError(f"get_config() returned a {type(config).__name__}, expected an ml_collections ConfigDict")
     problems: list[str] = []
 

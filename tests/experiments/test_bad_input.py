@@ -288,3 +288,10 @@ def test_a_failed_start_leaves_the_workdir_free(config, command_line, tmp_path):
     assert command_line(config, tmp_path / "run").code == 1
     config.train_data.source = source
     assert command_line(config, tmp_path / "run").code == 0
+
+
+def test_a_config_that_is_not_there_is_named(processes, tmp_path):
+    missing = tmp_path / "nope.py"
+    result = processes.run("grpo", f"--config={missing}", f"--workdir={tmp_path / 'run'}", config=False)
+    assert result.code == 1 and "Traceback" not in result.err
+    assert f"No such file or directory: '{missing}'" in result.err
