@@ -28,7 +28,7 @@ from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, padded_width
 from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import AdapterError, check_factors, read_adapter
+from tinylora_jax.io.adapter_file import check_fit, read_adapter
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.rollout import Sampling
 
@@ -130,9 +130,7 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     if adapter is None:
         v = init(task.policy.factors)
     else:
-        check_factors(description, fetch(task.policy.factors))
-        if v.shape != init(task.policy.factors).shape:
-            raise AdapterError(f"{adapter}: vector of shape {v.shape} does not fit its own spec {spec}")
+        check_fit(adapter, spec, v, description, fetch(task.policy.factors))
     prompts = make_prompts(config, questions, task)
     samples = max(1, config.eval_samples)
     result, rows = evaluate(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
-from tinylora_jax.adapters import factorize, init
-from tinylora_jax.io.adapter_file import AdapterError, check_factors, read_adapter
+from tinylora_jax.adapters import factorize
+from tinylora_jax.io.adapter_file import check_fit, read_adapter
 from tinylora_jax.io.peft import export_lora, export_tinylora
 from tinylora_jax.io.pretrained import load_pretrained
 
@@ -47,9 +47,7 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None) -> No
     pretrained = load_pretrained(base, jnp.float32)
     tell("factorizing its weights")
     factors = factorize(pretrained.params, spec)
-    check_factors(description, factors)
-    if v.shape != init(factors).shape:
-        raise AdapterError(f"{adapter}: vector of shape {v.shape} does not fit its own spec {spec}")
+    check_fit(adapter, spec, v, description, factors)
     _WRITERS[to](output, factors, v, base)
 
 

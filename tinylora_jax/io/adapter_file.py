@@ -156,6 +156,19 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+def check_fit(
+    folder: Path, spec: TinyLoRA, v: Float[Array, "groups u"], description: dict[str, Any], factors: Factors
+) -> None:
+    """Refuses what `read_adapter` read from a folder if it does not belong to these factors.
+
+    Raises:
+      AdapterError: the factors are others, or the vector has not their shape.
+    """
+    check_factors(description, factors)
+    if v.shape != (factors.num_groups, factors.spec.u):
+        raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
+
+
 def check_factors(description: dict[str, Any], factors: Factors) -> None:
     """Refuses factors other than those that an adapter was trained with.
 

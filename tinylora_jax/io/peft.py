@@ -57,11 +57,21 @@ def _by_module(factors: Factors) -> dict[str, LeafFactors]:
     return {name: leaves[name] for name in _in_order(list(leaves))}
 
 
-def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def _write(
+    folder: Path, base: str, modules: Sequence[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    common = {
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(modules),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / _CONFIG).write_text(json.dumps({**config, **common}, indent=1) + "\n", encoding="utf-8")
 
 
 def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:
@@ -90,7 +100,7 @@ def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"],
         "projection_seed": _OUR_SEED,
         "save_projection": True,
     }
-    _write(folder, config | _common(base, modules), tensors)
+    _write(folder, base, list(modules), config, tensors)
 
 
 def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:
@@ -111,18 +121,7 @@ def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], bas
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = leaf.V[0].T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = leaf.U[0].astype(np.float64) * leaf.S[0] @ R
     config = {"peft_type": "LORA", "r": factors.spec.rank, "lora_alpha": factors.spec.rank, "lora_dropout": 0.0}
-    _write(folder, config | _common(base, modules), tensors)
-
-
-def _common(base: str, modules: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": base,
-        "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": list(modules),
-    }
+    _write(folder, base, list(modules), config, tensors)
 
 
 def import_tinylora(folder: Path, params: Any) -> tuple[Factors, Float[Array, "groups u"]]:

@@ -179,11 +179,10 @@ def _leaf(
     values = tensor.read()
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read")
-    values = values.astype(jnp.dtype(dtype), copy=False)  # before it is transposed: the two at once are slow
     if path[-1] == "kernel":
-        values = values.T
+        values = values.astype(jnp.dtype(dtype), copy=False).T  # rounded and transposed at once, it is slow
     # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
-    values = np.array(values, order="C")
+    values = np.array(values, dtype=jnp.dtype(dtype), order="C")
     if values.shape != shape:
         raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
     if sharding is None:
