@@ -64,6 +64,16 @@ class Answers:
         return int(self.completions.lengths.sum())
 
 
+def lower_answer(
+    task: Task, v: jax.Array | np.ndarray, prompts: int, width: int, sampling: Sampling, samples: int = 1
+) -> jax.stages.Lowered:
+    """The program with which `answer` answers so many prompts, to be compiled before it is needed."""
+    arrays = PromptArrays(
+        np.zeros(prompts, np.uint32), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32)
+    )
+    return _rollout.lower(task.model, task.policy, v, arrays, jax.random.key(0), sampling, samples, task.slots)
+
+
 def answer(
     task: Task,
     v: jax.Array | np.ndarray,

@@ -27,10 +27,10 @@ from absl import app, flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from experiments.aot.chips import Topology, larger, topology  # noqa: E402
-from experiments.aot.programs import Case, Compiled, all_programs, compile_program  # noqa: E402
+from experiments.aot.programs import Case, compile_all  # noqa: E402
 from experiments.aot.report import print_table, summary  # noqa: E402
 from experiments.aot.suggest import search  # noqa: E402
-from experiments.cli import parse_flags, reporting_errors, tell  # noqa: E402
+from experiments.cli import parse_flags, reporting_errors  # noqa: E402
 from experiments.setup import ConfigError, parse  # noqa: E402
 from experiments.shapes import architecture  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
@@ -61,17 +61,6 @@ def make_case(config: ConfigDict, model: str | None, target: Topology, spec: Mes
     return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes, model or "")
 
 
-def compile_all(case: Case, only: Sequence[str] = ()) -> list[Compiled]:
-    """Compiles the programs of a run whose names begin with one of `only` (none: all), saying which."""
-    done = []
-    for program in all_programs(case):
-        if only and not program.name.startswith(tuple(only)):
-            continue
-        tell(f"compiling {program.name}")
-        done.append(compile_program(program, case.mesh))
-    return done
-
-
 def run(
     config: ConfigDict, names: Sequence[str], mesh: str | None, model: str | None, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
@@ -86,8 +75,7 @@ def run(
     results = []
     for target in targets:
         case = make_case(config, model, target, spec)
-        compiled = compile_all(case, only)
-        results.append(summary(case, target, compiled))
+        results.append(summary(case, target, compile_all(case, only)))
         print_table(results[-1])
         if not results[-1]["fits"]:
             print(f"does not fit {target.name}; larger ones: {', '.join(larger(target.name)[:3])}, or --suggest")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import hosts
-from experiments.answering import Answers, answer, step_key
-from experiments.cli import fail, parse_flags, reporting_errors, use_compilation_cache
+from experiments.answering import Answers, answer, lower_answer, step_key
+from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.compilation import compile_together
 from experiments.meshes import use_mesh
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
@@ -59,11 +60,9 @@ def evaluate(
     Returns:
       The accuracies, and one row per completion.
     """
-    greedy = Sampling(task.sampling.max_new_tokens, temperature=0.0, stop_tokens=task.sampling.stop_tokens)
-    modes = [("greedy", greedy, 1)] + ([("sampled", task.sampling, samples)] if samples else [])
     rows: list[Row] = []
     width, batch_size = padded_width(prompts), min(batch_size, len(prompts))
-    for mode, sampling, count in modes:
+    for mode, sampling, count in _modes(task, samples):
         for start in tqdm(
             range(0, len(prompts), batch_size),
             desc=f"evaluating ({mode})",
@@ -81,6 +80,19 @@ def evaluate(
         sampled = _summary([row for row in rows if row["mode"] == "sampled"])
         result["sampled"] = {"samples": samples, "temperature": task.sampling.temperature, **sampled}
     return result, rows
+
+
+def _modes(task: Task, samples: int) -> list[tuple[str, Sampling, int]]:
+    greedy = Sampling(task.sampling.max_new_tokens, temperature=0.0, stop_tokens=task.sampling.stop_tokens)
+    return [("greedy", greedy, 1)] + ([("sampled", task.sampling, samples)] if samples else [])
+
+
+def lower_evaluation(
+    task: Task, v: jax.Array | np.ndarray, prompts: Sequence[Prompt], *, batch_size: int, samples: int = 0
+) -> Iterator[jax.stages.Lowered]:
+    """The programs that `evaluate` runs with these arguments, to be compiled before they are needed."""
+    for _, sampling, count in _modes(task, samples):
+        yield lower_answer(task, v, min(batch_size, len(prompts)), padded_width(prompts), sampling, count)
 
 
 def _rows(mode: str, prompts: Sequence[Prompt], answers: Answers, samples: int) -> list[Row]:
@@ -132,10 +144,10 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     else:
         check_fit(adapter, spec, v, description, fetch(task.policy.factors))
     prompts = make_prompts(config, questions, task)
-    samples = max(1, config.eval_samples)
-    result, rows = evaluate(
-        task, np.asarray(v), prompts, batch_size=config.eval_batch_size, samples=samples, seed=config.seed
-    )
+    v, how = np.asarray(v), {"batch_size": config.eval_batch_size, "samples": max(1, config.eval_samples)}
+    tell("compiling")
+    compile_together(lower_evaluation(task, v, prompts, **how))
+    result, rows = evaluate(task, v, prompts, seed=config.seed, **how)
     return {"model": task.name, "adapter": str(adapter) if adapter else None, **result}, rows
 
 

@@ -14,8 +14,9 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import hosts
-from experiments.answering import Answers, answer, grades_of, step_key
+from experiments.answering import Answers, answer, grades_of, lower_answer, step_key
 from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.evaluate import evaluate
+from experiments.compilation import compile_together
+from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
 from experiments.meshes import active_mesh, plan_streams, use_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
@@ -86,6 +88,13 @@ class Trainer:
         """A state of the host on every device."""
         mesh = active_mesh()
         return jax.device_put(state, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+        """The programs of a step, to be compiled before the first."""
+        yield lower_answer(
+            self.task, state.v, self.config.batch_size, self.width, self.task.sampling, self.config.samples
+        )
+        yield from self.update.lower(state, self.task.policy)
 
     def step(
         self, state: TrainState, index: int, prompts: Sequence[Prompt]
@@ -228,11 +237,14 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     steps = _num_steps(config, len(prompts))
     trainer = Trainer(config, specs, task, prompts, steps, stop)
     folder.claim()
-    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples, "seed": config.seed}
+    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    initial = trainer.initial_state()
+    tell("compiling")
+    compile_together(chain(trainer.lower(initial), lower_evaluation(task, initial.v, questions, **how)))
 
     before = folder.read("eval_before.json")
     if before is None:
-        before, _ = evaluate(task, trainer.initial_state().v, questions, between=stop.check, **how)
+        before, _ = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
         folder.write("eval_before.json", before)
     tell(f"before training: {json.dumps(before)}")
 
@@ -247,7 +259,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
         return read_adapter(workdir / "adapter")[1].tolist()
 
     saved = np.asarray(on_first(save_and_read), np.float32)
-    after, _ = evaluate(task, saved, questions, between=stop.check, **how)
+    after, _ = evaluate(task, saved, questions, seed=config.seed, between=stop.check, **how)
     summary = {
         "model": task.name,
         "params": factors.num_params,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments.answering import lower_rollout
 from experiments.aot import hlo
+from experiments.cli import tell
 from experiments.meshes import plan_streams
 from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
@@ -29,9 +31,9 @@ from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.rollout.generate import decode_step, empty_state
-from tinylora_jax.training import Batch, Plan, init_state, make_grpo_step
-from tinylora_jax.training.batch import Shape, empty_part
-from tinylora_jax.training.grpo import SUMS, wants_remat
+from tinylora_jax.training import Plan, Streams, init_state, make_grpo_step
+from tinylora_jax.training.batch import Shape
+from tinylora_jax.training.grpo import empty_parts, wants_remat, zero_totals
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
@@ -128,8 +130,7 @@ class Compiled:
 
     Attributes:
       name: of the program.
-      seconds: to trace, lower and compile.
-      cpu_s: the same, of all processor cores together: on a busy machine the better measure.
+      seconds: to trace, lower and compile, beside the others.
       arguments: bytes.
       outputs: bytes, those that take the place of arguments left out.
       temporaries: bytes.
@@ -141,7 +142,6 @@ class Compiled:
 
     name: str
     seconds: float
-    cpu_s: float
     arguments: float
     outputs: float
     temporaries: float
@@ -158,7 +158,7 @@ class Compiled:
 
 def compile_program(program: Program, mesh: Mesh) -> Compiled:
     """Compiles a program; one that does not fit the device's memory is a result too."""
-    started, cpu = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = program.lower()
         try:
@@ -168,15 +168,14 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
             if used is None:
                 raise
             needed = float(used.group(1)) * _UNITS[used.group(2)]
-            spent = time.perf_counter() - started, time.process_time() - cpu
-            return Compiled(program.name, *spent, 0, 0, 0, needed, program.flops, 0, None)
-    spent = time.perf_counter() - started, time.process_time() - cpu
+            return Compiled(program.name, time.perf_counter() - started, 0, 0, 0, needed, program.flops, 0, None)
+    seconds = time.perf_counter() - started
     memory, cost = compiled.memory_analysis(), hlo.read(compiled.as_text())
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     xla = (compiled.cost_analysis() or {}).get("flops", 0.0)
     return Compiled(
         program.name,
-        *spent,
+        seconds,
         memory.argument_size_in_bytes,
         own,
         memory.temp_size_in_bytes,
@@ -185,6 +184,28 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
         xla,
         cost,
     )
+
+
+class Build(NamedTuple):
+    """Programs of a run, compiled side by side: seconds of the clock, and of all processor cores together."""
+
+    programs: Sequence[Compiled]
+    seconds: float
+    cpu_s: float
+
+
+def compile_all(case: Case, only: Sequence[str] = ()) -> Build:
+    """Compiles the programs of a run whose names begin with one of `only` (none: all)."""
+    started, cpu = time.perf_counter(), time.process_time()
+    wanted = [p for p in all_programs(case) if not only or p.name.startswith(tuple(only))]
+
+    def build(program: Program) -> Compiled:
+        tell(f"compiling {program.name}")
+        return compile_program(program, case.mesh)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles one program on about one core
+        programs = list(pool.map(build, wanted))
+    return Build(programs, time.perf_counter() - started, time.process_time() - cpu)
 
 
 def factorizations(case: Case) -> Iterator[Program]:
@@ -263,31 +284,17 @@ def step(case: Case) -> Program:
 
 def updates(case: Case) -> Iterator[Program]:
     """Loss and gradient of one part of a rollout, for every shape of stream."""
-    plan, c = case.plan(), case.config
-    shape = (c.batch_size, c.samples, 1)
-    zeros = np.zeros(shape, np.float32)
-    batch = Batch(
-        np.zeros((c.batch_size, 1), np.int32),
-        np.ones(c.batch_size, np.int32),
-        np.zeros(shape, np.int32),
-        zeros > 0,
-        zeros,
-        zeros[:, :, 0],
-        old_logprobs=zeros if plan.grpo.updates_per_rollout > 1 else None,
-        ref_logprobs=zeros if plan.grpo.kl_coef else None,
-    )
-    for stream in plan.shapes:
-        yield _update(case, plan, batch, stream)
+    plan = case.plan()
+    for stream, part in zip(plan.shapes, empty_parts(plan), strict=True):
+        yield _update(case, plan, stream, part)
 
 
-def _update(case: Case, plan: Plan, batch: Batch, stream: Shape) -> Program:
-    part = empty_part(batch, stream, plan.streams)
+def _update(case: Case, plan: Plan, stream: Shape, part: Streams) -> Program:
     grpo_step = make_grpo_step(plan, case.specs.optimizer.transform())
 
     def lower() -> jax.stages.Lowered:
         v = case.vector()
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        total = case.whole((scalar, dict.fromkeys(SUMS, scalar), v))
+        total = case.whole(jax.eval_shape(zero_totals, v))
         return grpo_step.accumulate.lower(total, v, case.policy(), case.whole(part))
 
     tokens = plan.streams * stream.tokens
@@ -300,14 +307,14 @@ def optimizer(case: Case) -> Program:
 
     def lower() -> jax.stages.Lowered:
         transform = case.specs.optimizer.transform()
-        v, scalar = case.vector(), jax.ShapeDtypeStruct((), jnp.float32)
+        v = case.vector()
         state = case.whole(jax.eval_shape(lambda v: init_state(v, transform), v))
-        total = case.whole((scalar, dict.fromkeys(SUMS, scalar), v))
+        total = case.whole(jax.eval_shape(zero_totals, v))
         return make_grpo_step(case.plan(), transform).update.lower(state, total)
 
     return Program("optimizer", lower, 0.0, 0)
 
 
 def all_programs(case: Case) -> Sequence[Program]:
-    """Everything that a run compiles, in the order in which it does, and a decoding step by itself."""
-    return (*factorizations(case), rollout(case), step(case), *updates(case), optimizer(case))
+    """Everything that a run compiles, the longest first, and a decoding step by itself."""
+    return (*updates(case), rollout(case), step(case), *factorizations(case), optimizer(case))

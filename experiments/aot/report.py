@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from experiments.aot import estimate
 from experiments.aot.chips import Topology
-from experiments.aot.programs import Case, Compiled
+from experiments.aot.programs import Build, Case, Compiled
 from experiments.meshes import describe
 
 
@@ -17,7 +17,6 @@ def _program(compiled: Compiled, topology: Topology) -> dict[str, Any]:
     row: dict[str, Any] = {
         "program": compiled.name,
         "compile_s": round(compiled.seconds, 1),
-        "compile_cpu_s": round(compiled.cpu_s, 1),
         "fits": compiled.refused is None,
         "bytes": {
             "arguments": int(compiled.arguments),
@@ -82,9 +81,9 @@ def _longest_step(case: Case, decode: Mapping[str, Any], updates: Sequence[Mappi
     return {"decode_s": rollout, "update_s": update}
 
 
-def summary(case: Case, topology: Topology, programs: Sequence[Compiled]) -> dict[str, Any]:
+def summary(case: Case, topology: Topology, build: Build) -> dict[str, Any]:
     """Everything that is known of a compiled run, ready for JSON."""
-    compiled = {p.name: p for p in programs if p.cost is not None}
+    compiled = {p.name: p for p in build.programs if p.cost is not None}
     result: dict[str, Any] = {
         "topology": topology.name,
         "chip": topology.chip.kind,
@@ -100,10 +99,10 @@ def summary(case: Case, topology: Topology, programs: Sequence[Compiled]) -> dic
         "prompt_tokens": case.config.max_prompt_tokens,
         "new_tokens": case.config.max_new_tokens,
         "jax": jax.__version__,
-        "compile_s": round(sum(p.seconds for p in programs), 1),
-        "compile_cpu_s": round(sum(p.cpu_s for p in programs), 1),
-        "fits": all(p.refused is None for p in programs),
-        "programs": [_program(p, topology) for p in programs],
+        "compile_s": round(build.seconds, 1),
+        "compile_cpu_s": round(build.cpu_s, 1),
+        "fits": all(p.refused is None for p in build.programs),
+        "programs": [_program(p, topology) for p in build.programs],
     }
     updates = [_update(case, topology, p) for name, p in compiled.items() if name.startswith("update")]
     result["updates"] = updates

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,14 +68,17 @@ def load() -> Model:
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Weights of a model's shape and scale, made on the host: compiling their generator would take a minute."""
-    pool = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # a prime: no two rows are alike
+    """Weights of a model's shape and scale."""
+    pool = jnp.asarray(
+        np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+    )  # a prime: no two rows are alike
 
-    def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if len(leaf.shape) == 1:
-            return jnp.ones(leaf.shape, dtype())
-        return jnp.asarray(np.resize(pool * leaf.shape[0] ** -0.5, leaf.shape).astype(dtype()))
+    @partial(jax.jit, static_argnums=1)
+    def matrix(pool: jax.Array, shape: tuple[int, int]) -> jax.Array:  # compiled once for all of a shape
+        filled = jnp.tile(pool, -(-math.prod(shape) // pool.size))[: math.prod(shape)]
+        return (filled.reshape(shape) * shape[0] ** -0.5).astype(dtype())
 
+    make = lambda leaf: jnp.ones(leaf.shape, dtype()) if len(leaf.shape) == 1 else matrix(pool, leaf.shape)
     return jax.tree.map(make, jax.eval_shape(lambda: init_params(config)))
 
 

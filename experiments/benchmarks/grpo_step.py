@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.compilation import compile_together
 from experiments.grpo import Trainer
 from experiments.setup import load_task, make_prompts, parse
 from experiments.shapes import matrix_params
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         trainer = Trainer(config, specs, task, prompts, FLAGS.steps + 1, StopRequests())
         data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + FLAGS.steps)
         state, steps, tokens = trainer.initial_state(), [], []
+        compile_together(trainer.lower(state))
         for index in range(1 + FLAGS.steps):
             started = time.perf_counter()
             state, metrics, answers = trainer.step(state, index, next(data))

@@ -59,7 +59,7 @@ def test_every_token_once_in_rows_of_prompt_and_completion(case):
         assert {p.shape for p in jax.tree.leaves(part)} == {
             p.shape
             for p in jax.tree.leaves(
-                empty_part(batch, next(s for s in shapes if s.places == part.packing.tokens_at.shape[2]), streams)
+                empty_part(next(s for s in shapes if s.places == part.packing.tokens_at.shape[2]), streams)
             )
         }
         for b in range(streams):

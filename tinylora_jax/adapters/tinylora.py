@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
@@ -247,9 +247,31 @@ def init(factors: Factors) -> Float[Array, "groups u"]:
     return jnp.zeros((factors.num_groups, factors.spec.u), jnp.float32)
 
 
-def _expand(leaf: LeafFactors, v: Float[Array, "... groups u"]) -> Float[Array, "... layers rank rank"]:
+def _groups(leaf: LeafFactors) -> Int[Array, " layers"]:
+    return jnp.asarray(leaf.groups, jnp.int32)
+
+
+def _expand(
+    P: Float[Array, "layers u rank rank"], groups: Int[Array, " layers"], v: Float[Array, "... groups u"]
+) -> Float[Array, "... layers rank rank"]:
     """R = Σᵢ v[g, i] Pᵢ for every layer of a leaf."""
-    return jnp.einsum("...lu,luij->...lij", v[..., np.asarray(leaf.groups), :], leaf.P)
+    return jnp.einsum("...lu,luij->...lij", jnp.take(v, groups, axis=-2, mode="clip"), P)
+
+
+@partial(jax.jit, static_argnames="stacked")
+def _parts(
+    U: Float[Array, "layers out rank"],
+    S: Float[Array, "layers rank"],
+    V: Float[Array, layers in rank],
+    P: Float[Array, "layers u rank rank"],
+    groups: Int[Array, " layers"],
+    v: Float[Array, "... groups u"],
+    stacked: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`right`, `core` and `left` of an `AdaptedKernel`; jitted so that leaves of one shape are traced once."""
+    core = _expand(P, groups, v).swapaxes(-1, -2) * S[:, None, :]
+    parts = V, jnp.moveaxis(core, -3, 0), U
+    return parts if stacked else tuple(part[0] for part in parts)
 
 
 def _check_vector(factors: Factors, v: jax.Array, ranks: tuple[int, ...]) -> None:
@@ -284,9 +306,8 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
         part = factors.leaves[name]
         if part.target.layout.split() != sorted(part.target.layout.split(), key=("layer", "in", "out").index):
             raise ValueError(f"{name} is laid out {part.target.layout!r}; apply needs 'layer in out' order, use merge")
-        core = _expand(part, v).swapaxes(-1, -2) * part.S[:, None, :]
-        fields = (part.V, jnp.moveaxis(core, -3, 0), part.U)
-        return AdaptedKernel(leaf, *(fields if part.target.axes("layer") else (f[0] for f in fields)))
+        stacked = bool(part.target.axes("layer"))
+        return AdaptedKernel(leaf, *_parts(part.U, part.S, part.V, part.P, _groups(part), v, stacked))
 
     return jax.tree_util.tree_map_with_path(wrap, params)
 
@@ -311,6 +332,6 @@ def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Arra
     """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, by path, in the paper's orientation `[out, in]`."""
     _check_vector(factors, v, (2,))
     return {
-        path: jnp.einsum("lor,lr,lrs,lis->loi", leaf.U, leaf.S, _expand(leaf, v), leaf.V)
+        path: jnp.einsum("lor,lr,lrs,lis->loi", leaf.U, leaf.S, _expand(leaf.P, _groups(leaf), v), leaf.V)
         for path, leaf in factors.leaves.items()
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tinylora_jax.io.gguf import load_gguf
 from tinylora_jax.io.hf_config import parse_config
@@ -107,6 +107,8 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # The tokenizers library answers damaged JSON with a bare Exception; this names the file.
         if (folder / file).is_file():
             read_json(folder / file)
+    from transformers import AutoTokenizer  # imports torch where that is installed, which takes many seconds
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

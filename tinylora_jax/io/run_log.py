@@ -13,15 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 
 class WorkdirError(ValueError):
@@ -65,7 +60,7 @@ class RunLog:
                 self.claim()
         except OSError as error:
             raise WorkdirError(f"cannot write to workdir {workdir}: {error}; choose another --workdir") from error
-        self._board: EventsWriter | None = None
+        self._board: Any = None
 
     def claim(self) -> None:
         """Makes the folder this config's own."""
@@ -116,21 +111,16 @@ class RunLog:
                 break  # a line cut short by a crash; the step it belongs to is done again
         with self._writing():
             write_atomically(path, "".join(kept))
-            (self.workdir / "tensorboard").mkdir(exist_ok=True)
-            # tensorboardX's own SummaryWriter hands events to a thread and waits for ever once that has died of
-            # a full disk; this part of it writes in place.
-            self._board = EventsWriter(str(self.workdir / "tensorboard" / "events"), f".{os.getpid()}")
-            restart = SessionLog(status=SessionLog.START)  # hides events from `step` on that an earlier run wrote
-            self._board.write_event(Event(wall_time=time.time(), step=step, session_log=restart))
+            from tinylora_jax.io.board import Board  # here, since it may import torch
+
+            self._board = Board(self.workdir / "tensorboard", step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step's metrics."""
         with self._writing():
             with (self.workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-            self._board.flush()
+            self._board.write(step, values)
 
     def samples(self, step: int, text: str) -> None:
         """Keeps a page of readable completions."""

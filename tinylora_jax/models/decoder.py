@@ -6,8 +6,9 @@ adapted and merged weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -149,44 +150,54 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
+        layers: Sequence[Any],
         tokens: Int[Array, "rows seq"],
         positions: Int[Array, "rows seq"],
-        attend: Attend,
+        start: Int[Array, " rows"] | None,
         cache: KVCache | None,
+        packing: Packing | None,
         remat: bool,
     ) -> tuple[Hidden, KVCache | None]:
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
         x = split_rows(self.embed_tokens(tokens))
-        if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
-            x, cache = self._scan(x, angles, attend, cache, remat)
-            return self.norm(x), cache
-        call = lambda block, x, layer: block(x, angles, attend, layer)
+        graph = nnx.split(self.layers[0])[0]
+        run = lambda x, weights, layer: _block(graph, weights, x, angles, start, packing, layer)
         if remat:
-            call = jax.checkpoint(call)
-        layers = []
-        for i, block in enumerate(self.layers):
-            x, layer = call(block, x, None if cache is None else (cache.keys[i], cache.values[i]))
-            layers.append(layer)
-        return self.norm(x), None if cache is None else KVCache(*zip(*layers, strict=True))
+            run = jax.checkpoint(run)
+        caches = [None] * len(layers) if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
+            # One loop over stacked weights: XLA compiles a single block, which for a TPU takes a minute.
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
+            x, stacked = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
+            caches = list(zip(*stacked, strict=True)) if cache is not None else caches
+        else:
+            for i, layer in enumerate(zip(layers, caches, strict=True)):
+                x, caches[i] = run(x, *layer)
+        return self.norm(x), None if cache is None else KVCache(*zip(*caches, strict=True))
 
-    def _scan(
-        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, cache: KVCache | None, remat: bool
-    ) -> tuple[Hidden, KVCache | None]:
-        """The blocks as one loop over stacked weights: XLA compiles one of them, which for a TPU takes a minute."""
-        graphs, layers = zip(*(nnx.split(block) for block in self.layers), strict=True)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        caches = None if cache is None else (jnp.stack(cache.keys), jnp.stack(cache.values))
 
-        def body(x: Hidden, layer: tuple[Any, Layer | None]) -> tuple[Hidden, Layer | None]:
-            return nnx.merge(graphs[0], layer[0])(x, angles, attend, layer[1])
+@partial(jax.jit, static_argnames="graph")
+def _block(
+    graph: Any,
+    weights: Any,
+    x: Hidden,
+    angles: tuple[jax.Array, jax.Array],
+    start: Int[Array, " rows"] | None,
+    packing: Packing | None,
+    layer: Layer | None,
+) -> tuple[Hidden, Layer | None]:
+    """One block, jitted so that it is traced, differentiated and lowered once for all layers; XLA inlines it.
 
-        x, caches = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, caches))
-        return x, None if caches is None else KVCache(*(tuple(part) for part in caches))
+    `graph` and `weights` are what `nnx.split` makes of it.
+    """
+    with nullcontext() if packing is None else streams():
+        return nnx.merge(graph, weights)(x, angles, _attend(start, packing), layer)
 
 
 @lru_cache
 def _graph(config: ModelConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.float32, nnx.Rngs(0))))[0]
+    """Of a decoder with one block, since all are alike: NNX takes a tenth of a second to make one."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(replace(config, num_layers=1), jnp.float32, nnx.Rngs(0))))[0]
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
@@ -270,9 +281,10 @@ def forward(
     else:
         first = jnp.zeros((tokens.shape[0],), jnp.int32) if start is None else start
         positions = first[:, None] + jnp.arange(tokens.shape[1])
-    model = nnx.merge(_graph(config), nnx.State(params))
+    layers = [params["layers"][i] for i in range(config.num_layers)]
+    model = nnx.merge(_graph(config), nnx.State({**params, "layers": {0: layers[0]}}))
     with nullcontext() if packing is None else streams():
-        return model(tokens, positions, _attend(start, packing), cache, remat)
+        return model([nnx.State(layer) for layer in layers], tokens, positions, start, cache, packing, remat)
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"]:

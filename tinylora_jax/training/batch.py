@@ -230,11 +230,27 @@ def pack(
     return parts
 
 
-def empty_part(batch: Batch, shape: Shape, streams: int = 1) -> Streams:
-    """A part without a token, for compiling a program before it is needed; `batch` says which fields there are."""
-    ends = np.zeros(batch.mask.shape[:2], int)
-    laid = [_lay_out((), batch, ends, shape)] * streams
-    zeros = np.zeros(batch.mask.shape, np.float32)
+def empty_part(shape: Shape, streams: int = 1, *, old: bool = False, ref: bool = False) -> Streams:
+    """A part without a token, for compiling a program before it is needed.
+
+    Args:
+      shape: of its streams.
+      streams: B.
+      old: with log-probabilities before the update.
+      ref: with those of the reference policy.
+    """
+    zeros = np.zeros((1, shape.samples, 1), np.float32)
+    batch = Batch(
+        prompts=np.zeros((1, 1), np.int32),
+        lengths=np.ones(1, np.int32),
+        completions=np.zeros(zeros.shape, np.int32),
+        mask=zeros > 0,
+        rollout_logprobs=zeros,
+        advantages=zeros[:, :, 0],
+        old_logprobs=zeros if old else None,
+        ref_logprobs=zeros if ref else None,
+    )
+    laid = [_lay_out((), batch, np.zeros(zeros.shape[:2], int), shape)] * streams
     return _part(batch, zeros, [np.stack(x) for x in zip(*laid, strict=True)])
 
 

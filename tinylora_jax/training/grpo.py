@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -190,7 +190,8 @@ def make_grpo_step(
     Returns:
       `step(state, policy, batch)` giving the next state and scalar metrics. It does not advance
       `state.step`, which counts rollouts. `step.accumulate` and `step.update` are its two jitted programs; the first
-      is compiled for every shape of the plan when `step` is called first, so that no later call compiles.
+      is compiled for every shape of the plan when `step` is called first, so that no later call compiles. To compile
+      all of them beforehand, `step.lower(state, policy)` gives them one by one, lowered.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -222,11 +223,28 @@ def make_grpo_step(
         parts = pack(batch, weights, plan.shapes, plan.streams, wanted)
         if not accumulate._cache_size():
             used = {part.packing.tokens_at.shape[2] for part in parts}
-            parts += [empty_part(batch, shape, plan.streams) for shape in plan.shapes if shape.places not in used]
-        total = (jnp.zeros(()), {name: jnp.zeros(()) for name in SUMS}, jnp.zeros_like(state.v))
+            parts += [part for part in empty_parts(plan) if part.packing.tokens_at.shape[2] not in used]
+        total = zero_totals(state.v)
         for part in parts:
             total = accumulate(total, state.v, policy, part)
         return update(state, total)
 
-    step.accumulate, step.update = accumulate, update
+    def lower(state: TrainState, policy: Policy) -> Iterator[jax.stages.Lowered]:
+        total = jax.eval_shape(zero_totals, state.v)
+        for part in empty_parts(plan):
+            yield accumulate.lower(total, state.v, policy, part)
+        yield update.lower(state, total)
+
+    step.accumulate, step.update, step.lower = accumulate, update, lower
     return step
+
+
+def zero_totals(v: jax.Array) -> tuple[jax.Array, Metrics, jax.Array]:
+    """Loss, sums of metrics and gradient before the first part."""
+    return jnp.zeros(()), {name: jnp.zeros(()) for name in SUMS}, jnp.zeros_like(v)
+
+
+def empty_parts(plan: Plan) -> list[Streams]:
+    """A part without a token for every shape of a plan."""
+    fields = {"old": plan.grpo.updates_per_rollout > 1, "ref": bool(plan.grpo.kl_coef)}
+    return [empty_part(shape, plan.streams, **fields) for shape in plan.shapes]
