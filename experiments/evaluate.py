@@ -8,7 +8,6 @@ evaluated. Prints one JSON object; with --output, also writes it there and every
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +27,8 @@ from experiments.meshes import use_mesh
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, padded_width
-from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import check_fit, read_adapter
 from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.io.trained import open_adapter
 from tinylora_jax.rollout import Sampling
 
 Row = dict[str, Any]
@@ -130,19 +128,13 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     """Evaluates the base model of a config, or an adapter trained on it.
 
     Raises:
-      AdapterError: the adapter is damaged or belongs to another base model.
+      AdapterError, PeftError: the adapter is damaged or belongs to another base model.
     """
     specs = parse(config)
     questions = load_questions(specs.eval_data)
-    description: dict[str, Any] = {}
-    if adapter is not None:
-        spec, v, description = read_adapter(adapter)
-        specs = dataclasses.replace(specs, adapter=spec)
-    task = load_task(config, specs)
-    if adapter is None:
-        v = init(task.policy.factors)
-    else:
-        check_fit(adapter, spec, v, description, fetch(task.policy.factors))
+    trained = None if adapter is None else open_adapter(adapter)
+    task = load_task(config, specs, trained and trained.factors)
+    v = init(task.policy.factors) if trained is None else trained.v
     prompts = make_prompts(config, questions, task)
     v, how = np.asarray(v), {"batch_size": config.eval_batch_size, "samples": max(1, config.eval_samples)}
     tell("compiling")

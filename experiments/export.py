@@ -1,11 +1,13 @@
 """Writes a trained adapter in another form.
 
+    python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=merged --output=/tmp/merged
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=peft-tinylora --output=/tmp/peft
-    python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=peft-lora --output=/tmp/lora
+    python -m experiments.export --adapter=/tmp/peft --to=peft-lora --output=/tmp/lora
 
-`peft-tinylora` is what `PeftModel.from_pretrained` loads as TinyLoRA, `peft-lora` plain LoRA of the same rank, which
-PEFT, vLLM and SGLang load. Both hold the same ΔW. The base model is loaded to compute its factors, by the name in the
-adapter unless --model gives another.
+`merged` is a model folder with W + ΔW, config and tokenizer, which transformers, vLLM and SGLang load. `peft-tinylora`
+is what `PeftModel.from_pretrained` loads as TinyLoRA, `peft-lora` plain LoRA of the same rank, which PEFT, vLLM and
+SGLang load. All hold the same ΔW. The adapter may be a run's or PEFT's own TinyLoRA. The base model is loaded by the
+name in the adapter unless --model gives another.
 """
 
 from __future__ import annotations
@@ -17,38 +19,52 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
-from tinylora_jax.adapters import factorize
-from tinylora_jax.io.adapter_file import check_fit, read_adapter
+from tinylora_jax.io.hf_folder import export_merged, rounding_loss
+from tinylora_jax.io.new_folder import new_folder
 from tinylora_jax.io.peft import export_lora, export_tinylora
 from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io.trained import open_adapter
 
 FLAGS = flags.FLAGS
-_WRITERS = {"peft-tinylora": export_tinylora, "peft-lora": export_lora}
+_PEFT = {"peft-tinylora": export_tinylora, "peft-lora": export_lora}
+_LOSS_TOLD = 0.01
 
 
-def export(adapter: Path, to: str, output: Path, model: str | None = None) -> None:
-    """Writes an adapter as a PEFT folder.
+def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32") -> None:
+    """Writes an adapter as a PEFT folder, or a model merged with it.
 
     Args:
-      adapter: folder with `vector.bin` and `adapter.json`.
-      to: `peft-tinylora` or `peft-lora`.
-      output: folder to make; refused if there is something in it.
+      adapter: folder with `vector.bin` and `adapter.json`, or PEFT's with `adapter_config.json`.
+      to: `merged`, `peft-tinylora` or `peft-lora`.
+      output: folder to make; refused if there is something in it. After an error nothing is left there.
       model: the base model, as `load_pretrained` takes it; None takes the adapter's own name for it.
+      dtype: of merged weights.
 
     Raises:
-      AdapterError: the adapter is damaged, or belongs to another base model.
-      FileExistsError: the folder is not empty.
+      AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
+      FileExistsError: the folder is not empty, or lies in the adapter's.
     """
-    spec, v, description = read_adapter(adapter)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty; name a new folder with --output")
-    base = model or str(description["base"])
-    tell(f"loading {base}")
-    pretrained = load_pretrained(base, jnp.float32)
-    tell("factorizing its weights")
-    factors = factorize(pretrained.params, spec)
-    check_fit(adapter, spec, v, description, factors)
-    _WRITERS[to](output, factors, v, base)
+    trained = open_adapter(adapter)
+    if output.resolve().is_relative_to(adapter.resolve()):
+        raise FileExistsError(f"{output} lies in the adapter's own folder; name another with --output")
+    base = model or trained.base
+    if base is None:
+        raise ValueError(f"{adapter} does not name its base model; give it with --model")
+    with new_folder(output) as folder:
+        tell(f"loading {base}")
+        pretrained = load_pretrained(base, jnp.float32)
+        tell("reading or computing the factors")
+        factors = trained.factors(pretrained.params, "auto")
+        tell(f"writing {to}")
+        if to != "merged":
+            return _PEFT[to](folder, factors, trained.v, base)
+        loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
+        if loss > _LOSS_TOLD:
+            tell(
+                f"warning: rounding to {dtype} is off by {loss:.0%} of the update's size;"
+                f"{' the trained change is mostly lost:' if loss > 0.5 else ''} --dtype=float32 keeps it"
+            )
+        export_merged(folder, pretrained, factors, trained.v, dtype)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,14 +72,15 @@ def main(argv: Sequence[str]) -> None:
     del argv
     use_compilation_cache()
     with reporting_errors():
-        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model)
+        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype)
     print(f"written to {FLAGS.output}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("adapter", None, "Folder of a trained adapter.")
-    flags.DEFINE_enum("to", None, list(_WRITERS), "Form to write.")
+    flags.DEFINE_string("adapter", None, "Folder of a trained adapter, ours or PEFT's TinyLoRA.")
+    flags.DEFINE_enum("to", None, ["merged", *_PEFT], "Form to write.")
     flags.DEFINE_string("output", None, "Folder to make.")
     flags.DEFINE_string("model", None, "The base model, if not by the name in the adapter: `config.model` of its run.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of merged weights.")
     flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

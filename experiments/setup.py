@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
 from experiments.meshes import active_mesh
-from tinylora_jax.adapters import Policy, Target, TinyLoRA, factorize, init
+from tinylora_jax.adapters import Factors, Policy, Target, TinyLoRA, factorize, init
 from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
 from tinylora_jax.io.pretrained import load_pretrained
@@ -114,14 +114,15 @@ def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
     return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_tokens)
 
 
-def load_task(config: ConfigDict, specs: Specs) -> Task:
-    """Loads the model and factorizes it; the slow part of a start."""
+def load_task(config: ConfigDict, specs: Specs, factors_of: Callable[[Any, str], Factors] | None = None) -> Task:
+    """Loads the model and factorizes it, the slow part of a start; `factors_of` stands in for the config's adapter."""
     tell(f"loading {config.model}")
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
     tell("factorizing its weights")
-    policy = Policy(model.params, factorize(model.params, specs.adapter, config.svd))
+    factors_of = factors_of or (lambda params, svd: factorize(params, specs.adapter, svd))
+    policy = Policy(model.params, factors_of(model.params, config.svd))
     factors = policy.factors
     if mesh is not None:
         policy = jax.device_put(policy, policy_shardings(mesh, policy))

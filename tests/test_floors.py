@@ -85,7 +85,7 @@ def test_torch_is_an_oracle_of_the_tests_alone():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files(LIBRARY, "experiments")
-        if path.name not in ("peers.py", "peft.py")  # one measures them, one draws again what torch once drew
+        if path.name != "peers.py"  # which measures them
         for name in sorted(imports(path))
         if name.split(".")[0] in banned
     ]

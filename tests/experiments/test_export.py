@@ -1,24 +1,137 @@
 """The command that exports, on the tiny run."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments import evaluate, export
+from tinylora_jax.adapters import merge
+from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io.safetensors_file import open_safetensors
+from tinylora_jax.io.trained import open_adapter
 
 
-@pytest.mark.parametrize("to, kind", [("peft-tinylora", "TINYLORA"), ("peft-lora", "LORA")])
-def test_a_trained_adapter_is_written(finished, processes, model_folder, tmp_path, to, kind):
-    adapter, output = finished.workdir / "adapter", tmp_path / "peft"
-    flags = (f"--adapter={adapter}", f"--to={to}", f"--output={output}")
-    result = processes.run("export", *flags, f"--model={model_folder}", config=False)
+@pytest.fixture(scope="module")
+def adapter(finished):
+    return finished.workdir / "adapter"
+
+
+@pytest.fixture(scope="module")
+def peft(adapter, tmp_path_factory, model_folder):
+    """The run's adapter as PEFT's TinyLoRA."""
+    folder = tmp_path_factory.mktemp("exported") / "peft"
+    export.export(adapter, "peft-tinylora", folder, str(model_folder))
+    return folder
+
+
+def test_a_trained_adapter_is_written(adapter, processes, model_folder, tmp_path):
+    output = tmp_path / "lora"
+    flags = (f"--adapter={adapter}", "--to=peft-lora", f"--output={output}", f"--model={model_folder}")
+    result = processes.run("export", *flags, config=False)
     assert result.code == 0, result.err
     config = json.loads((output / "adapter_config.json").read_text())
-    assert config["peft_type"] == kind and len(config["target_modules"]) == 14
+    assert config["peft_type"] == "LORA" and len(config["target_modules"]) == 14
     again = processes.run("export", *flags, config=False)
     assert again.code == 1 and "is not empty" in again.err and "Traceback" not in again.err
 
 
-def test_the_wrong_base_is_one_message(finished, processes, other_model_folder, tmp_path):
-    flags = (f"--adapter={finished.workdir / 'adapter'}", "--to=peft-lora", f"--output={tmp_path / 'peft'}")
-    result = processes.run("export", *flags, f"--model={other_model_folder}", config=False)
-    assert result.code == 1 and "whose factors differ" in result.err and "Traceback" not in result.err
-    assert not (tmp_path / "peft").exists()
+def test_a_full_disk_leaves_nothing(adapter, processes, model_folder, tmp_path):
+    flags = (f"--adapter={adapter}", "--to=merged", f"--output={tmp_path / 'a' / 'b'}", f"--model={model_folder}")
+    result = processes.run("export", *flags, config=False, file_kib=40)
+    assert result.code == 1 and "Traceback" not in result.err, result.err
+    assert "model.safetensors: File too large; make room" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["adapter", "peft"])
+def test_merged_weights_are_those_of_the_adapter(form, request, model_folder, adapter, tmp_path):
+    export.export(request.getfixturevalue(form), "merged", tmp_path / "merged", str(model_folder))
+    base = load_pretrained(str(model_folder), jnp.float32)
+    trained = open_adapter(adapter)
+    expected = merge(base.params, trained.factors(base.params, "auto"), trained.v)
+    found = load_pretrained(str(tmp_path / "merged"), jnp.float32)
+    tolerance = 0 if form == "adapter" else 1e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), found.params, expected)
+    assert found.stop_tokens == base.stop_tokens and found.config == base.config
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    kernel = theirs.model.layers[1].self_attn.q_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(kernel.T, found.params["layers"][1]["self_attn"]["q_proj"]["kernel"])
+    text = "What is 3 + 12?"
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"] == base.tokenizer(text)["input_ids"]
+
+
+def test_a_peft_folder_is_evaluated_as_the_adapter_is(adapter, peft, config):
+    results = [evaluate.run(config, folder) for folder in (adapter, peft, None)]
+    answers = [[row["completion"] for row in rows] for _, rows in results]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_peft_folder_goes_out_in_any_form(peft, model_folder, tmp_path):
+    for to in ("peft-tinylora", "peft-lora"):
+        export.export(peft, to, tmp_path / to, str(model_folder))
+    files = [folder / "adapter_model.safetensors" for folder in (peft, tmp_path / "peft-tinylora")]
+    with open_safetensors(files[0]) as first, open_safetensors(files[1]) as second:
+        assert set(first) == set(second)
+        for name, tensor in first.items():
+            np.testing.assert_array_equal(tensor.read(), second[name].read(), err_msg=name)
+    config = json.loads((tmp_path / "peft-lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 2
+
+
+def test_what_bfloat16_loses_is_told(adapter, model_folder, tmp_path, capsys):
+    export.export(adapter, "merged", tmp_path / "merged", str(model_folder), "bfloat16")
+    assert "warning: rounding to bfloat16 is off by" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype.itemsize == 2
+
+
+def nameless(adapter, place):
+    folder = shutil.copytree(adapter, place / "nameless")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    return folder
+
+
+REFUSED = {
+    "another base": lambda x: (x.adapter, x.place / "out", x.other, "whose factors differ"),
+    "another base of PEFT's": lambda x: (x.peft, x.place / "out", x.other, "singular directions are not this model's"),
+    "no adapter": lambda x: (x.place / "none", x.place / "out", x.model, "none/adapter.json is missing"),
+    "a model for an adapter": lambda x: (x.model, x.place / "out", x.model, "adapter.json is missing"),
+    "no model": lambda x: (x.adapter, x.place / "out", "/no/such/model", "is not a model"),
+    "no name": lambda x: (
+        nameless(x.peft, x.place),
+        x.place / "out",
+        None,
+        "name its base model; give it with --model",
+    ),
+    "into the adapter": lambda x: (x.adapter, x.adapter / "out", x.model, "lies in the adapter's own folder"),
+    "onto the adapter": lambda x: (
+        x.adapter,
+        x.adapter / "." / "x" / "..",
+        x.model,
+        "lies in the adapter's own folder",
+    ),
+    "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "in the adapter's own folder"),
+    "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot make a folder in"),
+    "onto the model": lambda x: (x.adapter, x.model, x.model, "is not empty"),
+}
+
+
+@pytest.mark.parametrize("to", ["merged", "peft-lora"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exported_is_one_error(case, to, adapter, peft, model_folder, other_model_folder, tmp_path):
+    (tmp_path / "link").symlink_to("/dev/null")
+    models = {"model": model_folder, "other": other_model_folder}
+    source, output, model, expected = REFUSED[case](
+        SimpleNamespace(adapter=adapter, peft=peft, place=tmp_path, **models)
+    )
+    before = sorted(adapter.parent.rglob("*")), sorted(model_folder.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=expected):
+        export.export(source, to, output, model and str(model))
+    assert (sorted(adapter.parent.rglob("*")), sorted(model_folder.rglob("*"))) == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"link", "nameless"}

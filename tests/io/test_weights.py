@@ -1,4 +1,5 @@
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,24 @@ def test_corrupt_safetensors_header(folder):
     raw[8:12] = b"\xff[[["
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="header does not parse"):
+        _load(folder)
+
+
+def test_a_header_that_is_too_long_is_not_read(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write((2**30).to_bytes(8, "little"))
+        file.truncate(2**31)  # a hole: it takes no room
+    with pytest.raises(ValueError, match="a header of 1073741824 bytes, expected at most 16777216"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_too_long_is_not_read(folder, file):
+    if file != "config.json":
+        (folder / "model.safetensors").unlink()
+        (folder / file).touch()
+    os.truncate(folder / file, 2**40)
+    with pytest.raises(ValueError, match=f"{file}: expected a JSON file of at most 16777216 bytes, got 1099511627776"):
         _load(folder)
 
 

@@ -314,24 +314,28 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
 
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
     """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype."""
+    _check_vector(factors, v, (2,))
     _check_tree(params, factors)
-    updates = delta(factors, v)
 
     def add(path, leaf):
-        name = path_string(path)
-        if name not in updates:
-            return leaf
-        update = _restored(updates[name], leaf, factors.leaves[name].target)
-        wide = np.promote_types(leaf.dtype, np.float32)
-        return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
+        part = factors.leaves.get(path_string(path))
+        return leaf if part is None else merge_leaf(leaf, part, v)
 
     return jax.tree_util.tree_map_with_path(add, params)
+
+
+def merge_leaf(leaf: jax.Array, part: LeafFactors, v: Float[Array, "groups u"]) -> jax.Array:
+    """One leaf of `merge`, for those who have no room for all of them."""
+    wide = np.promote_types(leaf.dtype, np.float32)
+    update = _restored(_delta(part, v), leaf, part.target)
+    return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
 
 
 def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Array, "layers out in"]]:
     """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, by path, in the paper's orientation `[out, in]`."""
     _check_vector(factors, v, (2,))
-    return {
-        path: jnp.einsum("lor,lr,lrs,lis->loi", leaf.U, leaf.S, _expand(leaf.P, _groups(leaf), v), leaf.V)
-        for path, leaf in factors.leaves.items()
-    }
+    return {path: _delta(part, v) for path, part in factors.leaves.items()}
+
+
+def _delta(part: LeafFactors, v: Float[Array, "groups u"]) -> Float[Array, "layers out in"]:
+    return jnp.einsum("lor,lr,lrs,lis->loi", part.U, part.S, _expand(part.P, _groups(part), v), part.V)

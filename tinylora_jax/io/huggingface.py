@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import snapshot_download
 
 # The hub's HTTP library changes with its major version; its errors module names the one in use.
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
-from safetensors import SafetensorError, safe_open
 
+from tinylora_jax.io.safetensors_file import open_safetensors
 from tinylora_jax.io.weights import LazyTensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ALLOW = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_MAX_JSON_BYTES = 512 * 2**20
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+MAX_JSON_BYTES = 2**24  # 100 times a large model's index; parsed, JSON takes up to 30 times its size
+MAX_TOKENIZER_BYTES = 2**26  # the largest in use have 33 MB
 
 
 def fetch_folder(source: str) -> Path:
@@ -52,8 +49,8 @@ def fetch_folder(source: str) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -63,8 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is missing; expected a folder in the Hugging Face layout (config.json, *.safetensors)"
         )
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path}: expected a JSON file of at most {_MAX_JSON_BYTES} bytes, got {path.stat().st_size}")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path}: expected a JSON file of at most {most} bytes, got {path.stat().st_size}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -91,7 +88,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
     with ExitStack() as stack:
         tensors: dict[str, LazyTensor] = {}
         for file, names in shards.items():
-            found = _open_shard(stack, folder / file)
+            found = stack.enter_context(open_safetensors(folder / file))
             if absent := sorted(set(names or ()) - set(found)):
                 raise ValueError(
                     f"{folder / _INDEX} places {', '.join(absent[:8])} in {file}, "
@@ -129,52 +126,6 @@ def _shards(folder: Path) -> dict[str, tuple[str, ...] | None]:
             f"{folder / _INDEX} names files that are absent: {', '.join(absent)}; fetch the model again"
         )
     return {file: tuple(names) for file, names in shards.items()}
-
-
-def _open_shard(stack: ExitStack, path: Path) -> dict[str, LazyTensor]:
-    _check_size(path)
-    try:
-        shard = stack.enter_context(safe_open(os.fspath(path), framework="numpy"))
-        found = {}
-        for name in shard.keys():
-            view = shard.get_slice(name)
-            if view.get_dtype() not in _FLOATS:
-                raise ValueError(
-                    f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
-                    "quantized checkpoints are not read"
-                )
-            found[name] = LazyTensor(tuple(view.get_shape()), lambda name=name: _read(shard, name, path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file ({error}); fetch it again") from error
-    return found
-
-
-def _read(shard: Any, name: str, path: Path) -> np.ndarray:
-    try:
-        return shard.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cannot read {name} ({error}); fetch the file again") from error
-
-
-def _check_size(path: Path) -> None:
-    """Compares the file's length with what its header promises: the usual damage is a cut download."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{path} is truncated or not safetensors: expected a header of {length} bytes, "
-                f"got a file of {size}; fetch it again"
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
-    if size != expected:
-        raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again")
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

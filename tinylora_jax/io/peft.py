@@ -8,26 +8,42 @@ module has its own copy of its group's v.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from safetensors import SafetensorError
-from safetensors.flax import load_file  # NumPy's knows no bfloat16
-from safetensors.numpy import save_file
 
 from tinylora_jax.adapters import Factors, Target, TinyLoRA
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.adapters.tinylora import LeafFactors
 from tinylora_jax.fetch import fetch
+from tinylora_jax.io.huggingface import read_json
+from tinylora_jax.io.safetensors_file import open_safetensors, write_safetensors
+from tinylora_jax.io.torch_random import normals
+from tinylora_jax.io.weights import LazyTensor
 
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, in torch's order
+_KNOWN = re.compile(rf"model\.layers\.(0|[1-9]\d{{0,5}})\.(self_attn|mlp)\.({'|'.join(_MODULES)})")
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OUR_SEED = 42  # PEFT's own default; never used, since P is in the file
+_DEFAULTS = {
+    "weight_tying": 0.0,
+    "projection_seed": 42,
+    "save_projection": True,
+    "bias": "none",
+    "base_model_name_or_path": None,
+}
+_MAX_CONFIG_BYTES = 2**20  # a list of all modules has some 10 thousand
+_MAX_PROJECTION = 2**20  # numbers of one module's P
+_LEAST_ALIGNMENT = 0.5  # another precision of the same weights keeps nearly 1, other weights have nearly 0
 
 
 class PeftError(ValueError):
@@ -69,8 +85,7 @@ def _write(
         "target_modules": list(modules),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(folder / _WEIGHTS, {n: LazyTensor(x.shape, lambda x=x: x) for n, x in tensors.items()}, "float32")
     (folder / _CONFIG).write_text(json.dumps({**config, **common}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -124,74 +139,187 @@ def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], bas
     _write(folder, base, list(modules), config, tensors)
 
 
+@dataclass(frozen=True)
+class PeftTinyLoRA:
+    """A PEFT TinyLoRA folder whose names and shapes agree with each other; of its numbers, v alone is in memory.
+
+    Attributes:
+      folder: where it lies.
+      config: its `adapter_config.json`, checked.
+      modules: torch's names of the adapted modules, in PEFT's order.
+      groups: tie group of each.
+      stored_projections: whether P is in the file; else it is drawn as PEFT draws it.
+      v: the vectors.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    modules: tuple[str, ...]
+    groups: tuple[int, ...]
+    stored_projections: bool
+    v: Float[Array, "groups u"]
+
+    @property
+    def base(self) -> str | None:
+        """The name of the base model, if the folder gives one."""
+        return self.config["base_model_name_or_path"]
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder is laid out as PEFT's are."""
+    return (folder / _CONFIG).is_file()
+
+
 def import_tinylora(folder: Path, params: Any) -> tuple[Factors, Float[Array, "groups u"]]:
     """Reads a PEFT TinyLoRA folder.
 
     Args:
       folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-      params: the base model's tree, against which shapes are checked.
+      params: the base model's tree.
 
     Returns:
-      Factors and v with the file's ΔW: U = B, S = 1, V = Aᵀ, and its P. The spec says what was read; to factorize
-      anew by it gives other factors.
+      Factors and v with the file's ΔW, see `peft_factors`.
+
+    Raises:
+      PeftError: the folder is damaged, holds something else or another model's adapter, or its P cannot be known.
+    """
+    adapter = read_tinylora(folder)
+    return peft_factors(adapter, params), adapter.v
+
+
+def read_tinylora(folder: Path) -> PeftTinyLoRA:
+    """Reads a PEFT TinyLoRA folder without its base model.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
       PeftError: a file is absent or damaged, the folder holds something else, or its P cannot be known.
     """
     config = _read_config(folder)
-    try:
-        tensors = {name: np.asarray(x, np.float32) for name, x in load_file(folder / _WEIGHTS).items()}
-    except (OSError, SafetensorError) as error:
-        raise PeftError(f"{folder / _WEIGHTS} cannot be read: {error}") from error
-    names = _in_order(_module_names(tensors, folder))
-    groups = _groups(len(names), config["weight_tying"])
-    vectors = {f"base_model.tinylora_v.{group}" for group in groups}
-    stored = {name for name in tensors if ".tinylora_v." in name}
-    if vectors != stored:
-        raise PeftError(
-            f"{folder}: {len(names)} modules at weight_tying={config['weight_tying']} have vectors"
-            f" 0 to {max(groups)}, the file has {len(stored)}; some modules may be missing from it"
-        )
-    P = _projections(folder, config, tensors, names)
-    leaves, shapes = {}, {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
-    for name, group, projection in zip(names, groups, P, strict=True):
-        path = _path(name)
-        A, B = (tensors.get(f"{_PREFIX}{name}.tinylora_{which}") for which in "AB")
-        if A is None or B is None or A.shape[:1] != (config["r"],) or B.shape[1:] != (config["r"],):
-            raise PeftError(f"{folder}: tinylora_A and _B of {name} are not of rank {config['r']}")
-        if shapes.get(path) != (A.shape[1], B.shape[0]):
-            found = shapes.get(path, "no such weight")
+    with _open(folder) as tensors:
+        names = _in_order(_module_names(tensors, folder))
+        groups = _groups(len(names), config["weight_tying"])
+        vectors = [f"base_model.tinylora_v.{group}" for group in range(max(groups) + 1)]
+        stored = {name for name in tensors if ".tinylora_v." in name}
+        if set(vectors) != stored:
             raise PeftError(
-                f"{folder}: {name} is {A.shape[1]} → {B.shape[0]}, the base model has {found}; load its own"
+                f"{folder}: {len(names)} modules at weight_tying={config['weight_tying']} have vectors"
+                f" 0 to {max(groups)}, the file has {len(stored)}; some modules may be missing from it"
             )
-        as_array = lambda x: jnp.asarray(x, jnp.float32)[None]
-        ones = jnp.ones((1, config["r"]), jnp.float32)
-        leaves[path] = LeafFactors(as_array(B), ones, as_array(A.T), as_array(projection), (group,), Target(path))
-    v = np.stack([tensors[f"base_model.tinylora_v.{group}"] for group in range(max(groups) + 1)])
-    if v.shape[1] != config["u"] or not np.isfinite(v).all():
-        raise PeftError(f"{folder}: vectors of {v.shape[1]} numbers, expected {config['u']} finite ones")
-    spec = TinyLoRA(config["r"], config["u"], groups.count(0), targets=tuple(leaves))
-    return Factors(leaves, spec), jnp.asarray(v, jnp.float32)
+        has_P = _check_projections(folder, config, tensors, names)
+        known = {*vectors, *(f"{_PREFIX}{name}.tinylora_{which}" for name in names for which in "ABP")}
+        if strange := sorted(set(tensors) - known):
+            raise PeftError(f"{folder} holds {', '.join(strange[:3])}, which a ΔW of linear maps does not have")
+        if wrong := [name for name in vectors if tensors[name].shape != (config["u"],)]:
+            raise PeftError(f"{folder}: {wrong[0]} has shape {tensors[wrong[0]].shape}, expected ({config['u']},)")
+        v = jnp.stack([_finite(folder, name, tensors[name]) for name in vectors])
+    return PeftTinyLoRA(folder, config, tuple(names), tuple(groups), has_P, v)
+
+
+def peft_factors(adapter: PeftTinyLoRA, params: Any) -> Factors:
+    """The factors of a folder that `read_tinylora` read.
+
+    Args:
+      adapter: the folder.
+      params: the base model's tree.
+
+    Returns:
+      U = B, S = 1, V = Aᵀ, and P. The spec says what was read; to factorize anew by it gives other factors.
+
+    Raises:
+      PeftError: the adapter is another model's, or holds numbers that are not finite.
+    """
+    folder, rank, u = adapter.folder, adapter.config["r"], adapter.config["u"]
+    weights, leaves, foreign = leaves_by_path(params), {}, []
+    with _open(folder) as tensors:
+        _check_shapes(adapter, tensors, {path: weight.shape for path, weight in weights.items()})
+        for index, (name, group) in enumerate(zip(adapter.modules, adapter.groups, strict=True)):
+            read = lambda which, key=f"{_PREFIX}{name}.tinylora_": _finite(folder, key + which, tensors[key + which])
+            A, B, path = read("A"), read("B"), _path(name)
+            if not _alignment(weights[path], A, B) >= _LEAST_ALIGNMENT:
+                foreign.append(name)
+            seed = adapter.config["projection_seed"] + index
+            P = read("P") if adapter.stored_projections else normals(seed, (u, rank, rank), rank**-0.5)
+            parts = (jnp.asarray(x, jnp.float32)[None] for x in (B, np.ones(rank), A.T, P))
+            leaves[path] = LeafFactors(*parts, (group,), Target(re.escape(path)))
+    if foreign:
+        raise PeftError(
+            f"{folder} was trained on {adapter.base!r}, whose singular directions are not this model's in"
+            f" {len(foreign)} of {len(leaves)} weights ({', '.join(foreign[:3])}, …); load it with its own base model"
+        )
+    tie = adapter.groups.count(0)
+    return Factors(leaves, TinyLoRA(rank, u, tie, targets=tuple(leaf.target for leaf in leaves.values())))
+
+
+@contextmanager
+def _open(folder: Path) -> Iterator[dict[str, LazyTensor]]:
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {_CONFIG} and {_WEIGHTS}")
+    with open_safetensors(path) as tensors:
+        yield tensors
+
+
+def _finite(folder: Path, name: str, tensor: LazyTensor) -> np.ndarray:
+    values = np.asarray(tensor.read(), np.float32)
+    if not np.isfinite(values).all():
+        raise PeftError(f"{folder}: {name} holds numbers that are not finite; train the adapter again")
+    return values
+
+
+def _check_shapes(
+    adapter: PeftTinyLoRA, tensors: Mapping[str, LazyTensor], weights: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuses A and B that do not fit the base model, before any of them is read."""
+    rank = adapter.config["r"]
+    for name in adapter.modules:
+        fan_in, fan_out = weights.get(_path(name), (None, None))
+        if fan_in is None:
+            raise PeftError(f"{adapter.folder} adapts {name}, which the base model has not; load it with its own")
+        for which, expected in (("A", (rank, fan_in)), ("B", (fan_out, rank))):
+            tensor = tensors.get(f"{_PREFIX}{name}.tinylora_{which}")
+            found = "none" if tensor is None else tensor.shape
+            if found != expected:
+                raise PeftError(
+                    f"{adapter.folder}: tinylora_{which} of {name} is of shape {found}, the base model needs"
+                    f" {expected} at rank {rank}; load it with its own"
+                )
+
+
+def _alignment(W: Float[Array, "in out"], A: Float[np.ndarray, "r in"], B: Float[np.ndarray, "out r"]) -> float:
+    """The share of ‖W Aᵀ‖ that lies in the span of B, A's rows made orthonormal: 1 for singular directions of W."""
+    rows, columns = np.linalg.qr(A.T)[0], np.linalg.qr(B)[0]
+    image = np.asarray(fetch(_image(W, rows.astype(W.dtype))), np.float32)
+    size = np.linalg.norm(image)
+    return float(np.linalg.norm(columns.T @ image) / size) if size else 1.0
+
+
+@jax.jit
+def _image(W: Float[Array, "in out"], rows: Float[Array, "in r"]) -> Float[Array, "out r"]:
+    return W.T @ rows
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
         raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {_CONFIG} and {_WEIGHTS}")
-    try:
-        config = json.loads(path.read_bytes())
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise PeftError(f"{path} is not a JSON object ({error}); copy it again") from error
-    if kind != "TINYLORA":
-        raise PeftError(f"{path}: peft_type {kind!r}, expected 'TINYLORA'")
-    defaults = {"weight_tying": 0.0, "projection_seed": 42, "save_projection": True, "bias": "none"}
-    config = defaults | config
-    if not all(type(config.get(name)) is int and config[name] >= 1 for name in ("r", "u")):
-        raise PeftError(f"{path}: r={config.get('r')!r}, u={config.get('u')!r}: expected integers >= 1")
-    tying = config["weight_tying"]
-    if isinstance(tying, bool) or not isinstance(tying, int | float) or not 0 <= tying <= 1:
-        raise PeftError(f"{path}: weight_tying={tying!r}, expected 0 to 1")
+    config = _DEFAULTS | read_json(path, _MAX_CONFIG_BYTES)
+    if config.get("peft_type") != "TINYLORA":
+        raise PeftError(f"{path}: peft_type {config.get('peft_type')!r:.60}, expected 'TINYLORA'")
+    integer = lambda name: type(config.get(name)) is int
+    wrong = [name for name in ("r", "u") if not (integer(name) and 1 <= config[name] <= _MAX_PROJECTION)]
+    wrong += [] if wrong or config["u"] * config["r"] ** 2 <= _MAX_PROJECTION else ["u"]
+    wrong += [] if integer("projection_seed") and abs(config["projection_seed"]) < 2**62 else ["projection_seed"]
+    tying, base = config["weight_tying"], config["base_model_name_or_path"]
+    wrong += [] if type(tying) in (int, float) and 0 <= tying <= 1 else ["weight_tying"]
+    wrong += [] if base is None or isinstance(base, str) else ["base_model_name_or_path"]
+    if wrong:
+        found = ", ".join(f"{name}={config.get(name)!r:.60}" for name in wrong)
+        raise PeftError(
+            f"{path}: {found}; expected integers r, u >= 1 with u · r² at most {_MAX_PROJECTION}, an integer"
+            " projection_seed, weight_tying from 0 to 1 and a name or null as base_model_name_or_path"
+        )
     extra = [name for name in ("modules_to_save", "fan_in_fan_out") if config.get(name)]
     if extra or config["bias"] != "none":
         raise PeftError(f"{path}: {', '.join(extra) or 'bias'} set; only an adapter that is a ΔW alone is read")
@@ -200,10 +328,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _module_names(tensors: Mapping[str, Any], folder: Path) -> list[str]:
     names = [name[len(_PREFIX) : -len(".tinylora_A")] for name in tensors if name.endswith(".tinylora_A")]
-    known = lambda parts: parts[:2] == ["model", "layers"] and len(parts) == 5 and parts[2].isdigit()
-    strange = [n for n in names if not (known(n.split(".")) and n.split(".")[-1] in _MODULES)]
+    strange = [name for name in names if not _KNOWN.fullmatch(name)]
     if strange or not names:
-        raise PeftError(f"{folder}: expected linear maps of blocks, got {', '.join(strange[:3]) or 'no module'}")
+        raise PeftError(f"{folder}: expected linear maps of blocks, got {', '.join(strange[:3])[:200] or 'no module'}")
     return names
 
 
@@ -214,22 +341,17 @@ def _groups(count: int, tying: float) -> list[int]:
     return [min(index // size, groups - 1) for index in range(count)]
 
 
-def _projections(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], names: Sequence[str]
-) -> list[np.ndarray]:
+def _check_projections(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], names: Sequence[str]
+) -> bool:
+    """Whether P is in the file. It is whole there, or can be drawn again, or is refused."""
     shape = (config["u"], config["r"], config["r"])
     stored = [tensors.get(f"{_PREFIX}{name}.tinylora_P") for name in names]
     if any(P is not None for P in stored):
         if any(P is None or P.shape != shape for P in stored):
             raise PeftError(f"{folder}: some tinylora_P are missing or not of shape {shape}")
-        return stored
+        return True
     version = str(config.get("peft_version") or "0.19")
-    if [int(part) for part in version.split(".")[:2] if part.isdigit()] < [0, 20]:
-        raise PeftError(f"{folder} has no tinylora_P, and PEFT {version} drew it from a seed that it did not keep")
-    try:
-        import torch
-    except ImportError as error:
-        raise PeftError(f"{folder} has no tinylora_P; to draw it again as PEFT does, pip install torch") from error
-    seeded = lambda index: torch.Generator().manual_seed(config["projection_seed"] + index)
-    std = config["r"] ** -0.5
-    return [torch.normal(0.0, std, shape, generator=seeded(i)).numpy() for i in range(len(names))]
+    if [int(part) for part in re.findall(r"\d{1,9}", version)[:2]] < [0, 20]:
+        raise PeftError(f"{folder} has no tinylora_P, and PEFT {version:.20} drew it from a seed that it did not keep")
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinylora_jax.io.gguf import load_gguf
 from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.huggingface import fetch_folder, open_tensors, read_json, stop_ids
+from tinylora_jax.io.huggingface import MAX_TOKENIZER_BYTES, fetch_folder, open_tensors, read_json, stop_ids
 from tinylora_jax.io.weights import Placement, build_tree
 from tinylora_jax.models.config import ModelConfig
 
@@ -36,6 +36,7 @@ class Pretrained:
       tokenizer: a transformers tokenizer, with its chat template if the source has one.
       stop_tokens: ids that end a completion, sorted.
       name: what to call the model: hub id, package source, or the file's or folder's name.
+      hf_config: the folder's `config.json` as it is; None for a GGUF file.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: tuple[int, ...]
     name: str
+    hf_config: Mapping[str, Any] | None = None
 
 
 def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None) -> Pretrained:
@@ -86,7 +88,8 @@ def _load_gguf(path: Path, name: str, dtype: DTypeLike, place: Placement | None)
 
 def _load_folder(folder: Path, name: str, dtype: DTypeLike, place: Placement | None) -> Pretrained:
     try:
-        config = parse_config(read_json(folder / "config.json"))
+        hf_config = read_json(folder / "config.json")
+        config = parse_config(hf_config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer = _folder_tokenizer(folder)
@@ -96,7 +99,8 @@ def _load_folder(folder: Path, name: str, dtype: DTypeLike, place: Placement | N
             params = build_tree(config, tensors, dtype, place)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    return Pretrained(config, params, tokenizer, _stop_tokens(tokenizer, stop_ids(folder), config), name)
+    stops = _stop_tokens(tokenizer, stop_ids(folder), config)
+    return Pretrained(config, params, tokenizer, stops, name, hf_config)
 
 
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -106,7 +110,7 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
         # The tokenizers library answers damaged JSON with a bare Exception; this names the file.
         if (folder / file).is_file():
-            read_json(folder / file)
+            read_json(folder / file, MAX_TOKENIZER_BYTES)
     from transformers import AutoTokenizer  # imports torch where that is installed, which takes many seconds
 
     try:

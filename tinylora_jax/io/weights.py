@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from tinylora_jax.fetch import fetch
 from tinylora_jax.models.config import ModelConfig
 
 Path = tuple[str | int, ...]
@@ -104,6 +105,30 @@ def build_tree(
             return _nest({path: leaf.result() for (path, _), leaf in zip(names.values(), leaves, strict=True)})
         finally:
             readers.shutdown(cancel_futures=True)
+
+
+def name_tensors(
+    config: ModelConfig, params: Any, change: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf
+) -> dict[str, LazyTensor]:
+    """The inverse of `build_tree`: a parameter tree as tensors under Hugging Face names.
+
+    Args:
+      config: the architecture.
+      params: its tree.
+      change: applied to each leaf, with its path such as `layers/3/mlp/up_proj/kernel`, when it is read.
+
+    Returns:
+      Tensors in torch's layout, unread: a tensor is on the host only while it is used.
+    """
+
+    def read(path: Path) -> np.ndarray:
+        leaf = fetch(change("/".join(map(str, path)), _at(params, path)))
+        return leaf.T if path[-1] == "kernel" else leaf
+
+    return {
+        name: LazyTensor(_stored(path, shape), partial(read, path))
+        for name, (path, shape) in parameter_names(config).items()
+    }
 
 
 def _nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:

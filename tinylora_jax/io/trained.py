@@ -1,0 +1,49 @@
+"""A trained adapter in any of the forms that are read: our own folder, or PEFT's TinyLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters import Factors, factorize
+from tinylora_jax.io.adapter_file import check_fit, read_adapter
+from tinylora_jax.io.peft import is_peft, peft_factors, read_tinylora
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter whose base model is not loaded yet.
+
+    Attributes:
+      v: the vector.
+      base: name of the base model; None if the folder does not say.
+      factors: gives the factors that v was trained with, from the base model's tree and a method for
+        `truncated_svd`; refuses the tree of another model.
+    """
+
+    v: Float[Array, "groups u"]
+    base: str | None
+    factors: Callable[[Any, str], Factors]
+
+
+def open_adapter(folder: Path) -> Trained:
+    """Reads an adapter without its base model; a folder with `adapter_config.json` is PEFT's.
+
+    Raises:
+      AdapterError, PeftError: a file is absent, damaged or altered, or holds something else.
+    """
+    if is_peft(folder):
+        adapter = read_tinylora(folder)
+        return Trained(adapter.v, adapter.base, lambda params, svd: peft_factors(adapter, params))
+    spec, v, description = read_adapter(folder)
+
+    def factors(params: Any, svd: str) -> Factors:
+        found = factorize(params, spec, svd)
+        check_fit(folder, spec, v, description, found)
+        return found
+
+    return Trained(v, str(description["base"]) if description.get("base") else None, factors)
