@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.svd import SVD, truncated_svd
-from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, path_string, select, tie_groups
+from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, map_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
 
 LINEAR_MAPS = tuple(
@@ -191,7 +191,7 @@ def _is_float(leaf: jax.Array) -> bool:
 
 def _check_tree(params: Any, factors: Factors) -> None:
     """Refuses a tree other than the factorized one: a reshaped update would fit any weight of equal size."""
-    shapes = {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
+    shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items() if path in factors.leaves}
     problems = []
     for path, leaf in factors.leaves.items():
         if path not in shapes:
@@ -277,8 +277,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
     _check_vector(factors, v, (2, 3))
     _check_tree(params, factors)
 
-    def wrap(path, leaf):
-        name = path_string(path)
+    def wrap(name, leaf):
         if name not in factors.leaves:
             return leaf
         part = factors.leaves[name]
@@ -288,7 +287,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
         fields = (part.V, jnp.moveaxis(core, -3, 0), part.U)
         return AdaptedKernel(leaf, *(fields if part.target.axes("layer") else (f[0] for f in fields)))
 
-    return jax.tree_util.tree_map_with_path(wrap, params)
+    return map_by_path(wrap, params)
 
 
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
@@ -296,15 +295,14 @@ def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
     _check_tree(params, factors)
     updates = delta(factors, v)
 
-    def add(path, leaf):
-        name = path_string(path)
+    def add(name, leaf):
         if name not in updates:
             return leaf
         update = _restored(updates[name], leaf, factors.leaves[name].target)
         wide = np.promote_types(leaf.dtype, np.float32)
         return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(add, params)
+    return map_by_path(add, params)
 
 
 def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Array, "layers out in"]]:
