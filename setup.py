@@ -42,6 +42,7 @@ setup(
             "torch==2.13.0",
             "accelerate>=1.0",
             "peft>=0.19",
+            "equinox>=0.13",
             "reasoning-gym>=0.1.19",
             # XLA's compiler for TPUs, which needs none of them; it exists for Linux alone.
             "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -14,6 +14,10 @@ CASES = {
         ["--prompts=2", "--samples=2", "--prompt_tokens=8", "--new_tokens=4"],
         {"seconds", "matrix rate, measured, TFLOP/s", "operations, loss and gradient over loss (XLA; small models)"},
     ),
+    "merging": (
+        ["--rows=2", "--tokens=8"],
+        {"merged over unmerged: seconds", "merged over unmerged: operations", "merged over unmerged: temporary memory"},
+    ),
     "factorize": (["--methods=exact,subspace"], {"exact, seconds", "subspace, seconds"}),
 }
 

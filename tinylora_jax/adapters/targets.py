@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,27 @@ def path_string(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
+def _paths(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, without the box some lie in.
+
+    A box is a node whose only leaf is its `value`: a variable of NNX, a `Partitioned` of Linen. Boxed and pure, the
+    same weights have the same names, and so the same P.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    leaves_inside = Counter(path[:depth] for path in paths for depth in range(len(path)))
+    boxed = lambda path: path[-1:] == (jax.tree_util.GetAttrKey("value"),) and leaves_inside[path[:-1]] == 1
+    return [path_string(path[:-1] if boxed(path) else path) for path in paths]
+
+
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their `path_string`, in the tree's order."""
-    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """The leaves of a tree by their path, in the tree's order; a box around a leaf is no part of its path."""
+    return dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The tree with `function(path, leaf)` in the place of each leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(map(function, _paths(tree), leaves))
 
 
 def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
@@ -113,7 +133,7 @@ def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
             problems.append(f"target {target.path!r} matches no leaf that an earlier target has not taken")
         matched.update(paths)
         for path in paths:
-            shape = leaves[path].shape
+            shape = np.shape(leaves[path])  # () for what is no array: an activation function in an Equinox model
             if len(shape) != len(target.layout.split()):
                 problems.append(f"{path} has shape {shape}, but its target's layout is {target.layout!r}")
                 continue

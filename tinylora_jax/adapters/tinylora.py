@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.svd import SVD, truncated_svd
-from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, path_string, select, tie_groups
+from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, map_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
 
 LINEAR_MAPS = tuple(
@@ -191,7 +191,7 @@ def _is_float(leaf: jax.Array) -> bool:
 
 def _check_tree(params: Any, factors: Factors) -> None:
     """Refuses a tree other than the factorized one: a reshaped update would fit any weight of equal size."""
-    shapes = {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
+    shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items() if path in factors.leaves}
     problems = []
     for path, leaf in factors.leaves.items():
         if path not in shapes:
@@ -299,8 +299,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
     _check_vector(factors, v, (2, 3))
     _check_tree(params, factors)
 
-    def wrap(path, leaf):
-        name = path_string(path)
+    def wrap(name, leaf):
         if name not in factors.leaves:
             return leaf
         part = factors.leaves[name]
@@ -309,7 +308,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
         stacked = bool(part.target.axes("layer"))
         return AdaptedKernel(leaf, *_parts(part.U, part.S, part.V, part.P, _groups(part), v, stacked))
 
-    return jax.tree_util.tree_map_with_path(wrap, params)
+    return map_by_path(wrap, params)
 
 
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
@@ -317,11 +316,11 @@ def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
     _check_vector(factors, v, (2,))
     _check_tree(params, factors)
 
-    def add(path, leaf):
-        part = factors.leaves.get(path_string(path))
+    def add(name, leaf):
+        part = factors.leaves.get(name)
         return leaf if part is None else merge_leaf(leaf, part, v)
 
-    return jax.tree_util.tree_map_with_path(add, params)
+    return map_by_path(add, params)
 
 
 def merge_leaf(leaf: jax.Array, part: LeafFactors, v: Float[Array, "groups u"]) -> jax.Array:
