@@ -14,7 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.adapters import Factors
+from tinylora_jax.io.peft import export_tinylora
 from tinylora_jax.io.pretrained import resolve_gguf
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling, generate
@@ -217,6 +221,48 @@ def their_step() -> tuple[float, int]:
     return statistics.median(seconds[1:]), trained
 
 
+def missing(*needed: str) -> str:
+    """Which of some packages are not installed, as one text."""
+    return " ".join(name for name in needed if find_spec(name) is None)
+
+
+def their_adapters(
+    root: Path, factors: Factors, v: np.ndarray, prompt: np.ndarray, new_tokens: int
+) -> dict[str, float]:
+    """PEFT's TinyLoRA adapters, all loaded, which answer one after the other: it has one active adapter at a time."""
+    import torch
+    from peft import PeftModel
+
+    folders = [root / f"peft-{place}" for place in range(len(v))]
+    for folder, row in zip(folders, v, strict=True):
+        export_tinylora(folder, factors, jnp.asarray(row), FLAGS.model)
+    model = PeftModel.from_pretrained(torch_model()[0], str(folders[0]), adapter_name="0").eval()
+    batch = torch.tensor(prompt, dtype=torch.long, device=model.device)
+    limits = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": True, "top_k": 0}
+
+    def seconds(run: Any) -> float:
+        started = time.perf_counter()
+        with torch.no_grad():
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    answer = lambda: model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), **limits)
+    add = lambda place: partial(model.load_adapter, str(folders[place]), adapter_name=str(place))
+    load = [seconds(add(place)) for place in range(1, len(v))]
+    seconds(answer)
+    swap, answers = [], []
+    for place in range(len(v)):
+        swap.append(seconds(partial(model.set_adapter, str(place))))
+        answers.append(seconds(answer))
+    result = {
+        "PEFT, one after the other: tokens per second": len(v) * new_tokens / (sum(swap) + sum(answers)),
+        "PEFT, set_adapter, ms": 1e3 * statistics.median(swap),
+    }
+    return result | ({"PEFT, load_adapter, ms": 1e3 * statistics.median(load)} if load else {})
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
@@ -239,9 +285,8 @@ def main(argv: Sequence[str]) -> None:
             ours = our_step(model, rows)
             table["ours, seconds a step"] = ours
         needed = ("torch",) if FLAGS.what == "generate" else ("torch", "peft", "trl")
-        missing = [name for name in needed if find_spec(name) is None]
-        if missing:
-            tell(f"{', '.join(missing)} not installed: nothing to compare with")
+        if absent := missing(*needed):
+            tell(f"{absent} not installed: nothing to compare with")
         elif FLAGS.what == "generate":
             theirs = their_generate(rows)
             table["transformers, seconds"], table["ratio"] = theirs, theirs / ours

@@ -18,6 +18,15 @@ CASES = {
         ["--rows=2", "--tokens=8"],
         {"merged over unmerged: seconds", "merged over unmerged: operations", "merged over unmerged: temporary memory"},
     ),
+    "adapters": (
+        ["--adapters=5", "--rows=2", "--prompt_tokens=8", "--new_tokens=4"],
+        {
+            "another adapter in every row: tokens per second",
+            "one adapter in all rows: tokens per second",
+            "read from disk, ms",
+            "read, to the device, into the weights, ms",
+        },
+    ),
     "factorize": (["--methods=exact,subspace"], {"exact, seconds", "subspace, seconds"}),
 }
 
@@ -51,3 +60,14 @@ def test_a_whole_step_is_timed_in_its_phases(processes, tmp_path):
 def test_what_cannot_be_measured_is_refused(processes):
     ran = processes.run("benchmarks.rollout", "--model=random:huge", config=False)
     assert ran.code == 1 and "'huge'" in ran.err and "qwen2.5-0.5b" in ran.err
+
+
+@pytest.mark.slow
+def test_peft_answers_with_the_same_adapters(processes, model_folder, tmp_path):
+    result = tmp_path / "result.json"
+    flags = ("--peft=2", "--adapters=3", "--rows=2", "--prompt_tokens=8", "--new_tokens=4", "--runs=1")
+    command = (f"--model={model_folder}", f"--json={result}", *flags)
+    ran = processes.run("benchmarks.adapters", *command, config=False)
+    assert ran.code == 0, ran.err
+    table = json.loads(result.read_text())
+    assert all(table[f"PEFT, {what}"] > 0 for what in ("one after the other: tokens per second", "load_adapter, ms"))

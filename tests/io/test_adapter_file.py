@@ -11,7 +11,15 @@ import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, delta, factorize, init
 from tinylora_jax.adapters.projections import standard_normals
-from tinylora_jax.io.adapter_file import AdapterError, check_factors, probes, read_adapter, save_adapter
+from tinylora_jax.io import adapter_file
+from tinylora_jax.io.adapter_file import (
+    AdapterError,
+    AdapterReader,
+    check_factors,
+    probes,
+    read_adapter,
+    save_adapter,
+)
 
 SPECS = {
     "default": TinyLoRA(),
@@ -268,3 +276,38 @@ def test_vector_of_another_size_or_content(saved):
     path.write_bytes(data[::-1])
     with pytest.raises(AdapterError, match="SHA-256"):
         read_adapter(saved)
+
+
+def test_a_reader_gives_each_adapter_its_vector(factors, tmp_path):
+    reader, vectors = AdapterReader(factors), [vector(factors, seed) for seed in range(3)]
+    for place, v in enumerate(vectors):
+        save_adapter(tmp_path / str(place), factors, v, f"base {place}", "float32", note='"probes":', seed=place)
+    parsed = []
+    original = adapter_file._check_probes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_file, "_check_probes", lambda *args: parsed.append(1) or original(*args))
+        for place in (0, 1, 2, 0):
+            np.testing.assert_array_equal(reader.read(tmp_path / str(place)), vectors[place])
+    assert len(parsed) == 1, "the same probes are checked once"
+
+
+def test_a_reader_refuses_what_does_not_belong(qwen2, factors, saved, tmp_path):
+    reader = AdapterReader(factors)
+    reader.read(saved)
+    save_adapter(tmp_path / "some", factorize(qwen2.params, SPECS["some"]), jnp.ones((2, 4)), "base")
+    with pytest.raises(AdapterError, match="some was trained with TinyLoRA.rank=1"):
+        reader.read(tmp_path / "some")
+    flipped = {path: dataclasses.replace(leaf, U=-leaf.U) for path, leaf in factors.leaves.items()}
+    save_adapter(tmp_path / "other", dataclasses.replace(factors, leaves=flipped), vector(factors), "base")
+    with pytest.raises(AdapterError, match="other: the adapter was trained on 'base', whose factors differ"):
+        reader.read(tmp_path / "other")
+    text = (saved / "adapter.json").read_bytes()
+    head, key, tail = text.rpartition(b'"probes":')
+    for broken in (key + tail, b"{" + key + tail, head.replace(b'"about": {', b'"about": {"x": {') + key + tail):
+        (saved / "adapter.json").write_bytes(broken)  # with probes that are known, but in another place
+        with pytest.raises(AdapterError, match="adapter.json"):
+            reader.read(saved)
+    (saved / "adapter.json").write_bytes(text)
+    (saved / "vector.bin").write_bytes(b"\0" * (saved / "vector.bin").stat().st_size)
+    with pytest.raises(AdapterError, match="SHA-256"):
+        reader.read(saved)

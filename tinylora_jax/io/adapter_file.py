@@ -109,7 +109,12 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     Raises:
       AdapterError: a file is absent, malformed, truncated or altered.
     """
-    description = _read_description(folder / "adapter.json")
+    spec, v, description = _read(folder, _read_bytes(folder / "adapter.json"))
+    return spec, jnp.asarray(v), description
+
+
+def _read(folder: Path, text: bytes) -> tuple[TinyLoRA, Float[np.ndarray, "groups u"], dict[str, Any]]:
+    description = _description(folder / "adapter.json", text)
     try:
         fields = dict(description["spec"])
         fields["targets"] = tuple(Target(**target) for target in fields["targets"])
@@ -136,16 +141,20 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     v = np.frombuffer(data, dtype).astype(np.float32).reshape(shape)
     if not np.isfinite(v).all():
         raise AdapterError(f"{path} holds numbers that are not finite; train the adapter again")
-    return spec, jnp.asarray(v), description
+    return spec, v, description
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise AdapterError(f"{path} is missing; an adapter is a folder with vector.bin and adapter.json")
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; is it an adapter's description?")
+    return path.read_bytes()
+
+
+def _description(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        description = json.loads(path.read_bytes())
+        description = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(description, dict) or description.get("format") != "tinylora":
@@ -154,6 +163,43 @@ def _read_description(path: Path) -> dict[str, Any]:
         found = description.get("format_version")
         raise AdapterError(f"{path} has format version {found!r}; this library reads {FORMAT_VERSION}")
     return description
+
+
+class AdapterReader:
+    """Reads many adapters of one base model, whose factors are probed once.
+
+    The probes are nearly all of an `adapter.json`, and those of adapters trained alike are the same bytes: when they
+    are the last ones that fitted, they are not parsed again.
+    """
+
+    def __init__(self, factors: Factors):
+        self._spec = factors.spec
+        self._shape = (factors.num_groups, factors.spec.u)
+        self._probes = probes(factors)
+        self._fitting: bytes | None = None
+
+    def read(self, folder: Path) -> Float[np.ndarray, "groups u"]:
+        """The vector of an adapter, float32; stacked, `[rows, groups, u]`, they give each row its own.
+
+        Raises:
+          AdapterError: the adapter is damaged, or belongs to other factors than these.
+        """
+        text = _read_bytes(folder / "adapter.json")
+        head, key, tail = text.rpartition(b'"probes":')
+        known = tail == self._fitting
+        # In any other place than the end of the outermost object this would not be JSON.
+        spec, v, description = _read(folder, head + key + b"{}}" if known else text)
+        if spec != self._spec:
+            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self._spec}")
+        if v.shape != self._shape:
+            raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
+        if not known:
+            try:
+                _check_probes(description, self._probes)
+            except AdapterError as error:
+                raise AdapterError(f"{folder}: {error}") from error
+            self._fitting = tail if key else None
+        return v
 
 
 def check_fit(
@@ -175,7 +221,11 @@ def check_factors(description: dict[str, Any], factors: Factors) -> None:
     Raises:
       AdapterError: names the modules that differ.
     """
-    stored, found = description["probes"], probes(factors)
+    _check_probes(description, probes(factors))
+
+
+def _check_probes(description: dict[str, Any], found: dict[str, list[list[float]]]) -> None:
+    stored = description["probes"]
     if set(stored) != set(found):
         differ = sorted(set(stored) ^ set(found))
         raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")

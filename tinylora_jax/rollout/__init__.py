@@ -5,3 +5,4 @@ from tinylora_jax.rollout.generate import generate as generate
 from tinylora_jax.rollout.sampling import Sampling as Sampling
 from tinylora_jax.rollout.sampling import completion_keys as completion_keys
 from tinylora_jax.rollout.sampling import sample as sample
+from tinylora_jax.rollout.stream import stream as stream

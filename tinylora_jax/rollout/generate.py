@@ -113,6 +113,24 @@ def _prefill(config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.A
     return _Prefilled(cache, hidden, lengths)
 
 
+def prepare(
+    config: ModelConfig,
+    params: Any,
+    ids: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    samples: int,
+) -> tuple[Any, _Prefilled, jax.Array]:
+    """What decoding needs: the weights as it reads them, the prompts' caches, a random number for every token."""
+    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing
+        params = fused(params)
+    keys = completion_keys(key, ids, samples)
+    noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
+    return params, _prefill(config, params, tokens, lengths), noise
+
+
 def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
     """Gives empty slots to waiting completions, in order."""
     slots, total = state.slots, state.lengths.shape[0]
@@ -140,7 +158,7 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
     return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken, dtype=jnp.int32))
 
 
-def _admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
+def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
     """Gives every completion a slot at once: no prompt then leaves the device that it lies on."""
     total = state.lengths.shape[0]
 
@@ -260,7 +278,8 @@ def generate(
 
     Args:
       config: architecture.
-      params: weights, adapted or not; adapters of their own per row belong to prompts.
+      params: weights, adapted or not. `policy(v)` with v `[prompts, groups, u]` gives every prompt its own adapter:
+        the completions are those that each adapter gives alone.
       ids: prompt ids, which key the sampling noise.
       tokens: right-padded prompts.
       lengths: their lengths, at least 1.
@@ -275,15 +294,10 @@ def generate(
     prompts, width = tokens.shape
     total = prompts * samples
     slots = min(slots, total) or total
-    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing
-        params = fused(params)
-    prefilled = _prefill(config, params, tokens, lengths)
-    keys = completion_keys(key, ids, samples)
-    noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
-
+    params, prefilled, noise = prepare(config, params, ids, tokens, lengths, key, sampling, samples)
     state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype)
     if slots == total:
-        state = _admit_all(state, prefilled, params, samples)
+        state = admit_all(state, prefilled, params, samples)
     shards = cache_shards(slots, config.num_kv_heads)
     sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):

@@ -1,0 +1,284 @@
+"""Answers prompts with a model, one adapter of it or several in one batch, and prints while it generates.
+
+    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --template=arithmetic --prompt='What is 2 + 3?'
+    python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'
+
+Every prompt meets every adapter; `base` is the model without one. A single answer is printed token by token, of
+several each line when it is complete, behind the number of its prompt and the name of its adapter. Without --prompt
+the lines of standard input are the prompts: one after the other from a terminal, else all in one batch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.screen import Screen, TextStream
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize
+from tinylora_jax.data import TEMPLATES, PromptTemplate, get_template, render
+from tinylora_jax.io.adapter_file import AdapterError, AdapterReader, read_adapter
+from tinylora_jax.io.pretrained import Pretrained, load_pretrained
+from tinylora_jax.rollout import Sampling, stream
+
+FLAGS = flags.FLAGS
+BASE = "base"  # names the model without an adapter; a folder of that name is ./base
+_WIDTH_STEP = 64  # prompts are padded to a multiple of this, so that the next one seldom compiles anything
+_EVERY = 4  # tokens between two looks at what has come
+_adapted = jax.jit(Policy.__call__)
+
+
+class InputError(ValueError):
+    """A flag or a prompt cannot be used."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model and the adapters that answer.
+
+    Attributes:
+      base: the model.
+      names: of the adapters, as they are shown.
+      policy: the model with factors; None if no adapter is among them.
+      vectors: `[adapters, groups, u]`, zeros for the base model.
+    """
+
+    base: Pretrained
+    names: tuple[str, ...]
+    policy: Policy | None
+    vectors: np.ndarray | None
+
+    def weights(self, prompts: int) -> Any:
+        """The weights for rows that are prompt-major: every prompt with every adapter."""
+        if self.policy is None:
+            return self.base.params
+        rows = self.vectors[0] if len(self.names) == 1 else np.tile(self.vectors, (prompts, 1, 1))
+        return _adapted(self.policy, jnp.asarray(rows))
+
+
+def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
+    """Folder names without what all have in common at both ends.
+
+    >>> short_names(["/tmp/a/adapter", "/tmp/b/adapter", "base"])
+    ('a', 'b', 'base')
+    """
+    paths = {name: Path(name).absolute().parts for name in adapters if name != BASE}
+    start = len(os.path.commonprefix(list(paths.values()))) if len(paths) > 1 else 0
+    rest = {name: parts[start:] for name, parts in paths.items()}
+    end = len(os.path.commonprefix([parts[::-1] for parts in rest.values()])) if len(paths) > 1 else 0
+    shown = {
+        name: "/".join(parts[: len(parts) - end] if len(paths) > 1 else parts[-1:]) for name, parts in rest.items()
+    }
+    return tuple(shown.get(name) or name for name in adapters)
+
+
+def load(model: str | None, adapters: Sequence[str], dtype: Any) -> Answering:
+    """Loads the model and reads its adapters.
+
+    Args:
+      model: as `load_pretrained` takes it; None is the base that the adapters name.
+      adapters: folders, or `base`; none is the base model alone.
+      dtype: of the weights.
+
+    Raises:
+      AdapterError: an adapter is damaged, was trained on another model, or with another spec than the first.
+      InputError: there is no model, or an adapter is given twice.
+    """
+    adapters = list(adapters) or [BASE]
+    if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
+        raise InputError(f"--adapter={twice[0]} is given twice; for several answers of one there is --samples")
+    folders = [name for name in adapters if name != BASE]
+    spec, named = _common(folders, model)
+    if model is None and named is None:
+        raise InputError(
+            "--model is missing: without an adapter nothing says which; a hub id, a folder or a .gguf file"
+        )
+    tell(f"loading {model or named}")
+    try:
+        base = load_pretrained(model or named, dtype)
+    except (FileNotFoundError, ValueError) as error:
+        if model is None:
+            raise InputError(f"{error} (the adapter calls its base {named!r}; --model says where it is)") from error
+        raise
+    if spec is None:
+        return Answering(base, (BASE,), None, None)
+    tell("factorizing its weights")
+    factors = factorize(base.params, spec)
+    reader = AdapterReader(factors)
+    read = {name: reader.read(Path(name)) for name in folders}
+    zeros = np.zeros((factors.num_groups, spec.u), np.float32)
+    vectors = np.stack([read.get(name, zeros) for name in adapters])
+    return Answering(base, short_names(adapters), Policy(base.params, factors), vectors)
+
+
+def _common(folders: Sequence[str], model: str | None) -> tuple[TinyLoRA | None, str | None]:
+    """The spec of all adapters and the base that they name; says which one differs before anything is loaded."""
+    found = [(name, *read_adapter(Path(name))) for name in folders]
+    if not found:
+        return None, None
+    first, spec, _, description = found[0]
+    for name, other, _, its in found[1:]:
+        if other != spec:
+            raise AdapterError(
+                f"{name} was trained with {other}, {first} with {spec}: one batch shares its factors, so these two"
+                " need a command each"
+            )
+        if model is None and its["base"] != description["base"]:
+            raise AdapterError(
+                f"{name} was trained on {its['base']!r}, {first} on {description['base']!r}; give them a command each,"
+                " or name the model of both with --model"
+            )
+    return spec, str(description["base"])
+
+
+def encode(base: Pretrained, template: PromptTemplate, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Prompts as tokens.
+
+    Raises:
+      InputError: one is empty, is not text, or leaves no room for an answer.
+    """
+    room, encoded = base.config.max_positions - max_new_tokens, []
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise InputError(f"prompt {number} is empty")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt {number} is not UTF-8 text at character {error.start + 1}") from error
+        tokens = render(template, prompt, base.tokenizer)
+        if len(tokens) > room:
+            raise InputError(
+                f"prompt {number} has {len(tokens)} tokens; with --max_new_tokens={max_new_tokens} the"
+                f" {base.config.max_positions} positions of {base.name} leave {room}. Shorten one of them"
+            )
+        encoded.append(tokens)
+    return encoded
+
+
+def answer(
+    answering: Answering,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    key: jax.Array,
+    out: TextIO,
+    samples: int = 1,
+    first: int = 0,
+) -> None:
+    """Answers every prompt with every adapter in one batch, and writes while it does.
+
+    Args:
+      answering: the model and its adapters.
+      prompts: token ids.
+      sampling: how completions are drawn.
+      key: of the sampling noise; one prompt meets the same noise with every adapter.
+      out: where the answers go.
+      samples: answers per prompt and adapter.
+      first: number of prompts answered before.
+    """
+    width = -(-max(map(len, prompts)) // _WIDTH_STEP) * _WIDTH_STEP
+    each = len(answering.names)
+    tokens = np.stack([np.pad(np.asarray(row, np.int32), (0, width - len(row))) for row in prompts]).repeat(each, 0)
+    lengths = np.array([len(row) for row in prompts], np.int32).repeat(each)
+    ids = (first + np.arange(len(prompts), dtype=np.uint32)).astype(np.uint32).repeat(each)
+    labels = _labels(len(prompts), answering.names, samples)
+    screen, texts = Screen(out, labels), [TextStream(answering.base.tokenizer) for _ in labels]
+    drawn, stopped, started = np.zeros(len(labels), int), np.zeros(len(labels), bool), time.perf_counter()
+    try:
+        weights = answering.weights(len(prompts))
+        for part in stream(answering.base.config, weights, ids, tokens, lengths, key, sampling, samples, _EVERY):
+            drawn, stopped = drawn + part.lengths, stopped | part.stopped
+            for row, count in enumerate(part.lengths):
+                if count:
+                    screen.write(row, texts[row].push(part.tokens[row, :count]))
+                if stopped[row] or drawn[row] == sampling.max_new_tokens:
+                    screen.end(row)
+    finally:
+        screen.close()
+    cut = "" if stopped.all() else f"; {(~stopped).sum()} of {len(stopped)} cut off at {sampling.max_new_tokens}"
+    tell(f"{drawn.sum()} tokens in {time.perf_counter() - started:.1f} s{cut}")
+
+
+def _labels(prompts: int, names: Sequence[str], samples: int) -> list[str]:
+    return [
+        " ".join(
+            ([str(prompt + 1)] if prompts > 1 else [])
+            + ([name] if len(names) > 1 else [])
+            + ([f"#{sample + 1}"] if samples > 1 else [])
+        )
+        for prompt in range(prompts)
+        for name in names
+        for sample in range(samples)
+    ]
+
+
+def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
+    """Batches of prompts: those given, or the lines of `source`, from a terminal one at a time."""
+    if given:
+        yield list(given)
+    elif not source.isatty():
+        lines = [line for line in source.read().splitlines() if line.strip()]
+        if not lines:
+            raise InputError("no prompt: give --prompt, or lines on standard input")
+        yield lines
+    else:
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                return
+            if line.strip():
+                yield [line]
+
+
+def run(values: flags.FlagValues) -> None:
+    """What the command line says."""
+    if values.samples > 1 and values.temperature == 0:
+        raise InputError(f"--samples={values.samples} are all alike at --temperature=0; raise it")
+    template = get_template(values.template)
+    sampling = Sampling(values.max_new_tokens, values.temperature)
+    dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    answering = load(values.model, values.adapter, jnp.dtype(dtype))
+    sampling = Sampling(values.max_new_tokens, values.temperature, stop_tokens=answering.base.stop_tokens)
+    key, answered = jax.random.key(values.seed), 0
+    for prompts in prompts_of(values.prompt, sys.stdin):
+        encoded = encode(answering.base, template, prompts, values.max_new_tokens)
+        answer(answering, encoded, sampling, key, sys.stdout, values.samples, answered)
+        answered += len(prompts)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    use_compilation_cache()
+    for file in (sys.stdin, sys.stdout):
+        file.reconfigure(encoding="utf-8", errors="surrogateescape" if file is sys.stdin else "replace")
+    with reporting_errors():
+        try:
+            run(FLAGS)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:  # whoever read has had enough, and Python would complain once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "What `config.model` takes; absent: the base that the first adapter names.")
+    flags.DEFINE_multi_string("adapter", [], f"Folder of a trained adapter, or {BASE}; again for more of them.")
+    flags.DEFINE_multi_string("prompt", [], "A question; again for more. Absent: lines of standard input.")
+    flags.DEFINE_string("template", "plain", f"The messages around a question: {', '.join(TEMPLATES)}.")
+    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", lower_bound=0)
+    flags.DEFINE_integer("samples", 1, "Answers per prompt and adapter.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,240 @@
+"""The command that answers: what it prints is what `generate` draws, and bad input is one message."""
+
+import io
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from experiments import generate as command
+from experiments.screen import Screen, TextStream
+from tinylora_jax.adapters import TinyLoRA, factorize, init
+from tinylora_jax.data import Prompt, get_template, pad_prompts, render
+from tinylora_jax.io.adapter_file import AdapterError, save_adapter
+from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.rollout import Sampling, generate
+
+SPEC = TinyLoRA(u=2, n_tie=4)
+PROMPTS = ["What is 3 + 4?", "What is 20 + 15?"]
+NEW = 12
+OPTIONS = ["--temperature=0.9", "--samples=2"]
+
+
+def write_adapter(folder, model_folder, scale, spec=SPEC):
+    factors = factorize(load_pretrained(str(model_folder), jnp.float32).params, spec)
+    v = scale * jnp.asarray(np.random.default_rng(0).standard_normal(init(factors).shape), jnp.float32)
+    save_adapter(folder, factors, v, str(model_folder), "float32")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(root / name / "adapter", model_folder, scale) for name, scale in (("one", 1), ("two", -2))]
+
+
+@pytest.fixture(scope="module")
+def answering(adapters):
+    return command.load(None, [command.BASE, *adapters], jnp.float32)
+
+
+def flags(**changes):
+    values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": "plain", "max_new_tokens": NEW}
+    values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32"}
+    return SimpleNamespace(**values | changes)
+
+
+def expected(answering, sampling, samples):
+    """The texts that `generate` gives for each adapter alone, by label."""
+    base, texts = answering.base, {}
+    rows = [render(get_template("plain"), prompt, base.tokenizer) for prompt in PROMPTS]
+    arrays = pad_prompts([Prompt(place, tuple(row), "", "") for place, row in enumerate(rows)])
+    for name, v in zip(answering.names, answering.vectors, strict=True):
+        drawn = generate(
+            base.config,
+            answering.policy(jnp.asarray(v)),
+            *map(jnp.asarray, arrays),
+            jax.random.key(0),
+            sampling,
+            samples,
+        )
+        for place, (row, length) in enumerate(zip(drawn.tokens, drawn.lengths, strict=True)):
+            text = base.tokenizer.decode(np.asarray(row)[:length], skip_special_tokens=True)
+            texts[f"{place // samples + 1} {name} #{place % samples + 1}"] = text
+    return texts
+
+
+def answers(printed):
+    """The answers by label, from lines `label │ line`."""
+    found = {}
+    for line in printed.splitlines():
+        label, text = line.split(" │ ", 1)
+        found.setdefault(label.strip(), []).append(text)
+    return {label: "\n".join(lines) for label, lines in found.items()}
+
+
+def test_the_command_prints_what_each_adapter_draws_alone(processes, adapters, answering):
+    given = [f"--adapter={name}" for name in [command.BASE, *adapters]]
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", *given, f"--max_new_tokens={NEW}", *OPTIONS],
+        input="\n".join([PROMPTS[0], "", PROMPTS[1]]),
+        env=processes.env,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = answers(ran.stdout)
+    assert found == expected(answering, Sampling(NEW, 0.9, stop_tokens=answering.base.stop_tokens), 2)
+    assert len(found) == 12 and len(set(found.values())) > 4, "the adapters must answer differently"
+    assert "tokens in" in ran.stderr and "loading" in ran.stderr
+
+
+class Writes(io.StringIO):
+    """Remembers the pieces; may be interrupted at one of them."""
+
+    def __init__(self, interrupt_at=None):
+        super().__init__()
+        self.pieces, self.interrupt_at = [], interrupt_at
+
+    def write(self, text):
+        self.pieces.append(text)
+        if len(self.pieces) == self.interrupt_at:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+@pytest.fixture(scope="module")
+def base(model_folder):
+    return command.load(str(model_folder), [], jnp.float32)
+
+
+def test_one_answer_streams_and_an_interruption_ends_its_line(base):
+    encoded = command.encode(base.base, get_template("plain"), PROMPTS[:1], NEW)
+    arguments = (base, encoded, Sampling(NEW, 1.0), jax.random.key(0))
+    out = Writes()
+    command.answer(*arguments, out)
+    assert len(out.pieces) >= NEW // 4 + 1, "a piece for every few tokens and the end"
+    assert out.getvalue().endswith("\n") and "│" not in out.getvalue()
+    stopped = Writes(interrupt_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        command.answer(*arguments, stopped)
+    assert stopped.getvalue() == out.pieces[0] + "\n"
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """A token for every byte."""
+    core = Tokenizer(models.BPE({letter: place for place, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.mark.parametrize("text", ["añb", "日本語 🙂!", "a\ufffdb", "plain ."])
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_text_streams_by_whole_characters(byte_tokenizer, text, step):
+    tokens = byte_tokenizer.encode(text)
+    assert len(tokens) == len(text.encode())
+    stream = TextStream(byte_tokenizer)
+    pieces = [stream.push(tokens[at : at + step]) for at in range(0, len(tokens), step)]
+    assert "".join(pieces) == text
+    assert text.startswith(TextStream(byte_tokenizer).push(tokens[:-1])), "half a character at the end is left out"
+
+
+def test_a_completion_cannot_drive_the_terminal(byte_tokenizer):
+    tokens = byte_tokenizer.encode("\x1b[2J\r\x07ok\n\tno\x9b")
+    assert TextStream(byte_tokenizer).push(tokens) == "\\x1b[2J\\x0d\\x07ok\n\tno\\x9b"
+
+
+def test_lines_of_several_answers_come_whole():
+    out = io.StringIO()
+    screen = Screen(out, ["a", "long"])
+    screen.write(0, "x")
+    screen.write(1, "y\nz")
+    assert out.getvalue() == "long │ y\n"
+    screen.write(0, "x\n")
+    screen.end(1)
+    screen.end(1)
+    screen.close()
+    assert out.getvalue() == "long │ y\na    │ xx\nlong │ z\na    │ \n"
+
+
+def test_names_are_what_differs():
+    short = command.short_names
+    assert short(["/r/a/adapter", "base", "/r/b/adapter"]) == ("a", "base", "b")
+    assert short(["/r/a", "/r/a/b"]) == ("/r/a", "b")
+    assert short(["/r/a/x", "/q/a/x"]) == ("r", "q")
+    assert short(["/r/adapter"]) == ("adapter",) and short(["base"]) == ("base",)
+
+
+@pytest.fixture(scope="module")
+def other_spec(model_folder, tmp_path_factory):
+    return write_adapter(tmp_path_factory.mktemp("other") / "spec", model_folder, 1, TinyLoRA(u=1, n_tie=7))
+
+
+def test_what_is_wrong_with_the_input_is_said(adapters, other_spec, model_folder, other_model_folder, tmp_path):
+    model, other = str(model_folder), str(other_model_folder)
+    foreign = write_adapter(tmp_path / "foreign", other_model_folder, 1)
+    renamed = write_adapter(tmp_path / "renamed", model_folder, 1)
+    (tmp_path / "renamed" / "adapter.json").write_text(
+        (tmp_path / "renamed" / "adapter.json").read_text().replace(model, "moved-away")
+    )
+    cases = [
+        (flags(), "--model is missing"),
+        (flags(model=model, adapter=[str(tmp_path / "no")]), "no/adapter.json is missing"),
+        (flags(model=str(tmp_path / "no")), "no' is not a model"),
+        (flags(adapter=[renamed]), "moved-away.*--model says where it is"),
+        (flags(adapter=[adapters[0]] * 2), "is given twice"),
+        (flags(adapter=[adapters[0], other_spec]), "other.*spec was trained with .*n_tie=7.*one/adapter with"),
+        (flags(adapter=[adapters[0], foreign]), "foreign was trained on .*name the model of both"),
+        (flags(adapter=[adapters[0], foreign], model=model), "foreign: .* whose factors differ"),
+        (flags(adapter=adapters, model=other), "one/adapter: .* whose factors differ"),
+        (flags(model=model, prompt=["", "x"]), "prompt 1 is empty"),
+        (flags(model=model, prompt=["x", "\udcff"]), "prompt 2 is not UTF-8"),
+        (flags(model=model, prompt=["x", "y " * 300]), "prompt 2 has .* leave 244"),
+        (flags(model=model, max_new_tokens=256), "prompt 1 has .* leave 0"),
+        (flags(model=model, template="gsm8"), "did you mean gsm8k"),
+        (flags(model=model, samples=2), "--samples=2 are all alike"),
+    ]
+    for values, message in cases:
+        with pytest.raises((ValueError, OSError), match=message):
+            command.run(values)
+    assert issubclass(command.InputError, ValueError) and issubclass(AdapterError, ValueError)
+
+
+def test_a_terminal_is_asked_line_by_line(monkeypatch):
+    lines = iter(["one", "", "two"])
+
+    def read(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    terminal = SimpleNamespace(isatty=lambda: True)
+    assert list(command.prompts_of([], terminal)) == [["one"], ["two"]]
+    with pytest.raises(command.InputError, match="no prompt"):
+        next(command.prompts_of([], io.StringIO(" \n")))
+
+
+def test_ctrl_c_ends_without_a_traceback(processes, model_folder):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.generate", f"--model={model_folder}"],
+        env=processes.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr.readline().startswith("loading")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err, err
