@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from experiments.meshes import use_mesh
 from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, padded_width
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import check_fit, read_adapter
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.rollout import Sampling
@@ -122,15 +122,13 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     """
     specs = parse(config)
     questions = load_questions(specs.eval_data)
-    description: dict[str, Any] = {}
-    if adapter is not None:
-        spec, v, description = read_adapter(adapter)
-        specs = dataclasses.replace(specs, adapter=spec)
-    task = load_task(config, specs)
     if adapter is None:
+        task = load_task(config, specs)
         v = init(task.policy.factors)
     else:
-        check_fit(adapter, spec, v, description, fetch(task.policy.factors))
+        spec, v, description = read_adapter(adapter)
+        complete = partial(check_fit, adapter, spec, v, description)
+        task = load_task(config, dataclasses.replace(specs, adapter=spec), complete)
     prompts = make_prompts(config, questions, task)
     samples = max(1, config.eval_samples)
     result, rows = evaluate(

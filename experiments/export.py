@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
-from tinylora_jax.adapters import factorize
-from tinylora_jax.io.adapter_file import check_fit, read_adapter
+from tinylora_jax.io.adapter_file import load_adapter, read_adapter
 from tinylora_jax.io.peft import export_lora, export_tinylora
 from tinylora_jax.io.pretrained import load_pretrained
 
@@ -39,15 +38,16 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None) -> No
       AdapterError: the adapter is damaged, or belongs to another base model.
       FileExistsError: the folder is not empty.
     """
-    spec, v, description = read_adapter(adapter)
+    _, _, description = read_adapter(adapter)  # what is wrong with the files is said before the model is loaded
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; name a new folder with --output")
     base = model or str(description["base"])
     tell(f"loading {base}")
-    pretrained = load_pretrained(base, jnp.float32)
+    trained_on = (description["base_fingerprint"] or {}).get("dtype")
+    dtype = jnp.dtype(trained_on if trained_on in ("bfloat16", "float16") else "float32")
+    pretrained = load_pretrained(base, dtype)
     tell("factorizing its weights")
-    factors = factorize(pretrained.params, spec)
-    check_fit(adapter, spec, v, description, factors)
+    factors, v = load_adapter(adapter, pretrained.params)
     _WRITERS[to](output, factors, v, base)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
 from experiments.meshes import active_mesh
-from tinylora_jax.adapters import Policy, Target, TinyLoRA, factorize, init
+from tinylora_jax.adapters import Factors, Policy, Target, TinyLoRA, factorize, init
 from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
 from tinylora_jax.io.pretrained import load_pretrained
@@ -114,15 +114,23 @@ def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
     return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_tokens)
 
 
-def load_task(config: ConfigDict, specs: Specs) -> Task:
-    """Loads the model and factorizes it; the slow part of a start."""
+def load_task(
+    config: ConfigDict, specs: Specs, complete: Callable[[Factors, Any], Factors] = lambda factors, params: factors
+) -> Task:
+    """Loads the model and factorizes it; the slow part of a start.
+
+    Args:
+      config: names the model.
+      specs: of the config.
+      complete: puts an adapter's own factors among those computed here from the weights, or refuses them.
+    """
     tell(f"loading {config.model}")
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
     tell("factorizing its weights")
-    policy = Policy(model.params, factorize(model.params, specs.adapter, config.svd))
-    factors = policy.factors
+    factors = complete(factorize(model.params, specs.adapter, config.svd), model.params)
+    policy = Policy(model.params, factors)
     if mesh is not None:
         policy = jax.device_put(policy, policy_shardings(mesh, policy))
     jax.eval_shape(lambda v: head_kernel(model.config, policy(v)), init(factors))  # refuses an adapter on the head
