@@ -246,8 +246,8 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
     factors = fetch(task.policy.factors)
 
     fingerprint = base_fingerprint(task.policy.params)
-    about = {"steps": steps, "eval_before": before, **{name: config[name] for name in _SUMMARY}}
-    about |= {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
+    about = {"steps": steps, "eval_before": before, "config": {name: config[name] for name in _SUMMARY}}
+    about["config"] |= {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
 
     def save_and_read() -> list[list[float]]:  # what is evaluated is what was saved, in its 26 bytes
         save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, fingerprint, **about)

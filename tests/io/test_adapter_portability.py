@@ -1,6 +1,7 @@
 """One adapter, one update: whatever computed the factors, and only on the base model it was trained on."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 
@@ -33,7 +34,7 @@ def orthogonal(rows, seed):
 
 def tree(spectrum):
     kernel = lambda s, seed: jnp.asarray(orthogonal(COLUMNS, seed) * s @ orthogonal(ROWS, seed + 1).T, jnp.float32)
-    return {"a": {"kernel": kernel(SURE, 0)}, "b": {"kernel": kernel(spectrum, 2)}}
+    return {"a": {"kernel": kernel(SURE, 0)}, "b": {"kernel": kernel(spectrum, 4)}}
 
 
 def turned(factors, params, spectrum):
@@ -125,8 +126,6 @@ def saved(tmp_path):
 
 def put_factors(folder, change):
     """Rewrites the factors with a digest that agrees: a forger would do so too."""
-    import hashlib
-
     path = folder / "factors.safetensors"
     save_file(change(load_file(path)), path)
     description = json.loads((folder / "adapter.json").read_text())
@@ -195,7 +194,6 @@ def changed(params, path, change):
 
 def test_a_fingerprint_is_what_it_says():
     W = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
-    import hashlib
 
     def side(label, k, size):
         bits = bin(int.from_bytes(hashlib.sha256(f"{label}:{k}:0".encode()).digest(), "big"))[2:].zfill(256)
