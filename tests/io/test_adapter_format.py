@@ -13,6 +13,7 @@ from tinylora_jax.adapters import Target, TinyLoRA, delta, factorize, init
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.io import adapter_file
 from tinylora_jax.io.adapter_file import save_adapter
+from tinylora_jax.io.adapter_json import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 STACKED = TinyLoRA(
@@ -63,4 +64,4 @@ def test_the_page_s_example_and_limits_are_true():
     page = Path(adapter_file.__file__).with_name("ADAPTER_FORMAT.md")
     result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted == 2 and result.failed == 0
-    assert f"version {adapter_file.FORMAT_VERSION}\n" in page.read_text(encoding="utf-8")
+    assert f"version {FORMAT_VERSION}\n" in page.read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ from tinylora_jax.fetch import fetch
 
 SVD_METHODS = ("auto", "exact", "subspace")
 
-# Of the largest singular value: closer neighbours may mix until ΔW differs by 1e-3. On SmolLM2's 210 weights, methods in
-# float32 miss NumPy's ΔW by at most 7.5e-7 over the gap (python -m experiments.benchmarks.portability).
+# Of the largest singular value: closer neighbours may mix until ΔW differs by 1e-3. On SmolLM2's 210 weights, methods
+# in float32 miss NumPy's ΔW by at most 7.5e-7 over the gap (python -m experiments.benchmarks.portability).
 _CLOSE = 1e-3
 _EVEN = 1e-3  # of the largest entry of a column
 _HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits

@@ -8,74 +8,38 @@ Where a weight does not determine its factors, `factors.safetensors` holds them.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from tinylora_jax.adapters import Factors, Target, TinyLoRA, exchange, factorize
-from tinylora_jax.adapters.projections import standard_normals
+from tinylora_jax.adapters import Factors, TinyLoRA, exchange, factorize
 from tinylora_jax.adapters.svd import SVD
 from tinylora_jax.adapters.targets import natural
 from tinylora_jax.adapters.tinylora import LeafFactors
-from tinylora_jax.io.fingerprint import NUM_SIGNED, base_fingerprint, differences
+from tinylora_jax.io.adapter_json import (
+    DTYPES,
+    FORMAT_VERSION,
+    MAX_JSON_BYTES,
+    SPEC_FIELDS,
+    AdapterError,
+    parse_description,
+    read_description,
+    readable,
+)
+from tinylora_jax.io.fingerprint import base_fingerprint, differences, probes
 
-FORMAT_VERSION = 2
 _VECTOR, _DESCRIPTION, _FACTORS = "vector.bin", "adapter.json", "factors.safetensors"
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
-_SPEC = ("rank", "u", "n_tie", "tying", "seed")
-_MAX_JSON_BYTES = 2**22  # as Python objects it takes some thirty times as much
 _MAX_HEADER = 1000  # of a safetensors file, for each of its tensors
-_MAX_LEAVES = 10_000
-_MAX_NAME = 1000
-_NUM_PROBES = 6
 # Of a module's size. After a flipped sign, one probe in six differs by less, hardly ever all six.
 _PROBE_TOLERANCE = 0.1
-
-
-class AdapterError(ValueError):
-    """An adapter cannot be written or read, or does not belong to this base model."""
-
-
-@lru_cache(maxsize=64)
-def _directions(side: str, size: int) -> np.ndarray:
-    directions = standard_normals(f"probe:{side}", _NUM_PROBES * size).reshape(_NUM_PROBES, size)
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
-
-
-def probes(factors: Factors) -> dict[str, list[list[float]]]:
-    """A few numbers per module that any change of its factors changes.
-
-    The first ones are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the
-    last, ‖ΔW‖.
-
-    Args:
-      factors: of a model.
-
-    Returns:
-      By leaf path, one row per layer.
-    """
-    result = {}
-    for path, leaf in factors.leaves.items():
-        U, S, V, P = (np.asarray(x, np.float64) for x in (leaf.U, leaf.S, leaf.V, leaf.P))
-        middle = S[:, :, None] * P.sum(axis=1)
-        size = np.linalg.norm(middle, axis=(1, 2))  # U and V are orthonormal
-        left = np.einsum("lor,ko->lkr", U, _directions("out", U.shape[1]))
-        right = np.einsum("lir,ki->lkr", V, _directions("in", V.shape[1]))
-        values = np.einsum("lkr,lrs,lks->lk", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
-        result[path] = np.concatenate([values, size[:, None]], axis=1).tolist()
-    return result
 
 
 def save_adapter(
@@ -101,7 +65,7 @@ def save_adapter(
     Raises:
       AdapterError: the description would be larger than a reader accepts.
     """
-    data = np.asarray(v, np.float32).astype(_DTYPES[dtype]).tobytes()
+    data = np.asarray(v, np.float32).astype(DTYPES[dtype]).tobytes()
     kept = _pack_factors(factors) if factors.undetermined else None
     description = {
         "format": "tinylora",
@@ -110,17 +74,15 @@ def save_adapter(
         "dtype": dtype,
         "shape": list(v.shape),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "spec": {name: getattr(factors.spec, name) for name in _SPEC},
+        "spec": {name: getattr(factors.spec, name) for name in SPEC_FIELDS},
         "factors": kept and {"modules": list(factors.undetermined), "sha256": hashlib.sha256(kept).hexdigest()},
         "about": about,
         "leaves": _describe_leaves(factors),
         "base_fingerprint": fingerprint,
     }
-    text = _readable(description).encode()
-    if len(text) > _MAX_JSON_BYTES:
-        raise AdapterError(
-            f"the description has {len(text)} bytes, at most {_MAX_JSON_BYTES} are read; shorten `about`"
-        )
+    text = readable(description).encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise AdapterError(f"the description has {len(text)} bytes, at most {MAX_JSON_BYTES} are read; shorten `about`")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _VECTOR).write_bytes(data)
     if kept is None:
@@ -143,22 +105,6 @@ def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
         }
         for path, leaf in sorted(factors.leaves.items(), key=lambda pair: (order[pair[1].target], natural(pair[0])))
     ]
-
-
-def _readable(description: Mapping[str, Any]) -> str:
-    """JSON with a line for every field, leaf and weight, but none for every number."""
-    dump = lambda x: json.dumps(x, ensure_ascii=False, allow_nan=False)
-    lines = []
-    for name, value in description.items():
-        if name == "leaves":
-            text = "[\n  " + ",\n  ".join(map(dump, value)) + "\n ]"
-        elif name == "base_fingerprint" and value is not None:
-            rows = ",\n   ".join(f"{dump(path)}: {dump(row)}" for path, row in value["weights"].items())
-            text = f'{{"dtype": {dump(value["dtype"])}, "weights": {{\n   {rows}\n }}}}'
-        else:
-            text = dump(value)
-        lines.append(f" {dump(name)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _modules(factors: Factors) -> Iterator[tuple[str, LeafFactors, int]]:
@@ -212,9 +158,9 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
       AdapterError: a file is absent, malformed, truncated or altered.
     """
     path = folder / _DESCRIPTION
-    description = _read_description(path)
+    description = read_description(path)
     try:
-        spec, dtype, shape = _parse(description)
+        spec, dtype, shape = parse_description(description)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"[:300]
         raise AdapterError(f"{path} is malformed ({problem}); export the adapter again") from error
@@ -231,89 +177,6 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     if not np.isfinite(v).all():
         raise AdapterError(f"{path} holds numbers that are not finite; train the adapter again")
     return spec, jnp.asarray(v), description
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing; an adapter is a folder with {_VECTOR} and {_DESCRIPTION}")
-    with path.open("rb") as file:
-        text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-        raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; is it an adapter's description?")
-    try:
-        description = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON ({error}); copy it again") from error
-    if not isinstance(description, dict) or description.get("format") != "tinylora":
-        raise AdapterError(f"{path} does not describe a TinyLoRA adapter")
-    found = description.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
-        raise AdapterError(f"{path} has format version {str(found)[:50]}; this library reads {FORMAT_VERSION}")
-    return description
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the name {name[:100]!r} occurs twice in one object")
-        result[name] = value
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _parse(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtype, tuple[int, int]]:
-    """Checks every field that is used; what it raises says which one is wrong."""
-    _require(_is_name(description["base"]), "base", f"a text of 1 to {_MAX_NAME} characters")
-    _require(isinstance(description["dtype"], str) and description["dtype"] in _DTYPES, "dtype", " or ".join(_DTYPES))
-    _require(isinstance(description["sha256"], str), "sha256", "a text")
-    fields, leaves = description["spec"], description["leaves"]
-    _require(isinstance(fields, dict) and set(fields) == set(_SPEC), "spec", f"an object of {', '.join(_SPEC)}")
-    _require(type(fields["seed"]) is int, "seed", "an integer")
-    _require(isinstance(leaves, list) and 1 <= len(leaves) <= _MAX_LEAVES, "leaves", f"1 to {_MAX_LEAVES} objects")
-    for leaf in leaves:
-        _require(isinstance(leaf, dict) and _is_name(leaf.get("path")), "leaves", "objects with the path of a leaf")
-        groups, rows, where = leaf["groups"], leaf["probes"], leaf["path"]
-        _require(_is_list(groups, int) and groups and min(groups) >= 0, f"groups of {where}", "integers >= 0")
-        ok = isinstance(rows, list) and len(rows) == len(groups) and all(_is_numbers(r, _NUM_PROBES + 1) for r in rows)
-        _require(ok, f"probes of {where}", f"{_NUM_PROBES + 1} finite numbers for each of its {len(groups)} layers")
-    _require(len({leaf["path"] for leaf in leaves}) == len(leaves), "leaves", "no path twice")
-    spec = TinyLoRA(**fields, targets=tuple(Target(re.escape(leaf["path"]), leaf["layout"]) for leaf in leaves))
-    shape = description["shape"]
-    expected = [1 + max(group for leaf in leaves for group in leaf["groups"]), spec.u]
-    _require(_is_list(shape, int) and shape == expected, "shape", f"[groups, u] = {expected}")
-    kept, base = description["factors"], description["base_fingerprint"]
-    if kept is not None:
-        names = kept["modules"]
-        _require(_is_list(names, str) and 1 <= len(set(names)) == len(names), "factors", "modules, none twice")
-        _require(isinstance(kept["sha256"], str), "factors", "a SHA-256")
-    if base is not None:
-        _require(isinstance(base["dtype"], str) and isinstance(base["weights"], dict), "base_fingerprint", "an object")
-        bad = [path for path, row in base["weights"].items() if not _is_numbers(row, NUM_SIGNED + 1)]
-        _require(not bad, f"base_fingerprint of {', '.join(bad[:1])}", f"{NUM_SIGNED + 1} finite numbers")
-    return spec, _DTYPES[description["dtype"]], tuple(shape)
-
-
-def _require(ok: Any, field: str, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{field}: expected {expected}")
-
-
-def _is_name(x: Any) -> bool:
-    return isinstance(x, str) and 1 <= len(x) <= _MAX_NAME
-
-
-def _is_list(x: Any, of: type) -> bool:
-    return isinstance(x, list) and all(type(item) is of for item in x)
-
-
-def _is_numbers(x: Any, count: int) -> bool:
-    return (
-        isinstance(x, list) and len(x) == count and all(type(n) in (int, float) and math.isfinite(float(n)) for n in x)
-    )
 
 
 def check_fit(

@@ -1,7 +1,7 @@
-"""A base model's fingerprint: a few numbers per weight that bear rounding and tell models apart.
+"""Fingerprints of a base model and of an adapter's factors: a few numbers per weight that bear rounding.
 
-Each is a size or a sum over the weight with fixed signs, so a weight in bfloat16 gives nearly those of the same one
-in float32, and another model's weight gives others.
+Each is a size, or a product of the weight (of its update) with fixed directions. A weight in bfloat16 gives nearly
+those of the same one in float32, and another model's weight gives others.
 """
 
 from __future__ import annotations
@@ -16,13 +16,46 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters import Factors
+from tinylora_jax.adapters.projections import standard_normals
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.fetch import fetch
 
 NUM_SIGNED = 4
+NUM_PROBES = 6
 # Of a weight's size. Rounding to bfloat16 moves a signed sum by about 1e-3, quantization to four bits by 5e-2.
 _OTHER = 0.02
 _ROUNDED = 1e-4  # what the order of summation cannot explain
+
+
+@lru_cache(maxsize=64)
+def _directions(side: str, size: int) -> np.ndarray:
+    directions = standard_normals(f"probe:{side}", NUM_PROBES * size).reshape(NUM_PROBES, size)
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
+def probes(factors: Factors) -> dict[str, list[list[float]]]:
+    """A few numbers per module that any change of its factors changes.
+
+    The first ones are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the
+    last, ‖ΔW‖.
+
+    Args:
+      factors: of a model.
+
+    Returns:
+      By leaf path, one row per layer.
+    """
+    result = {}
+    for path, leaf in factors.leaves.items():
+        U, S, V, P = (np.asarray(x, np.float64) for x in (leaf.U, leaf.S, leaf.V, leaf.P))
+        middle = S[:, :, None] * P.sum(axis=1)
+        size = np.linalg.norm(middle, axis=(1, 2))  # U and V are orthonormal
+        left = np.einsum("lor,ko->lkr", U, _directions("out", U.shape[1]))
+        right = np.einsum("lir,ki->lkr", V, _directions("in", V.shape[1]))
+        values = np.einsum("lkr,lrs,lks->lk", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
+        result[path] = np.concatenate([values, size[:, None]], axis=1).tolist()
+    return result
 
 
 @lru_cache(maxsize=64)
