@@ -125,7 +125,7 @@ def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
                 module = Module(path, target, layer, size)
                 found.append(((module.depth, rank, natural(path)), module))
     if problems:
-        some = ", ".join(sorted(leaves, key=_natural)[:8])
+        some = ", ".join(sorted(leaves, key=natural)[:8])
         if len(problems) > _MOST_LISTED:
             problems[_MOST_LISTED:] = [f"… and {len(problems) - _MOST_LISTED} more"]
         raise ValueError("cannot select modules to adapt:\n  " + "\n  ".join(problems) + f"\nThe tree has: {some}, …")
