@@ -52,7 +52,7 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype
         raise ValueError(f"{adapter} does not name its base model; give it with --model")
     with new_folder(output) as folder:
         tell(f"loading {base}")
-        pretrained = load_pretrained(base, jnp.float32)
+        pretrained = load_pretrained(base, jnp.dtype(trained.dtype))
         tell("reading or computing the factors")
         factors = trained.factors(pretrained.params, "auto")
         tell(f"writing {to}")

@@ -113,9 +113,9 @@ def load(model: str | None, adapters: Sequence[str], dtype: Any) -> Answering:
     if spec is None:
         return Answering(base, (BASE,), None, None)
     tell("factorizing its weights")
-    factors = factorize(base.params, spec)
-    reader = AdapterReader(factors)
+    reader = AdapterReader(base.params, factorize(base.params, spec))
     read = {name: reader.read(Path(name)) for name in folders}
+    factors = reader.factors
     zeros = np.zeros((factors.num_groups, spec.u), np.float32)
     vectors = np.stack([read.get(name, zeros) for name in adapters])
     return Answering(base, short_names(adapters), Policy(base.params, factors), vectors)

@@ -43,6 +43,7 @@ from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
+from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.training import (
     Batch,
     Plan,
@@ -54,6 +55,8 @@ from tinylora_jax.training import (
 )
 
 Totals = dict[str, float]
+
+_SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # kept in adapter.json
 
 
 class Trainer:
@@ -254,8 +257,12 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
 
     factors = fetch(task.policy.factors)
 
+    fingerprint = base_fingerprint(task.policy.params)
+    about = {"steps": steps, "eval_before": before, "config": {name: config[name] for name in _SUMMARY}}
+    about["config"] |= {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
+
     def save_and_read() -> list[list[float]]:  # what is evaluated is what was saved, in its 26 bytes
-        save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, steps=steps)
+        save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, fingerprint, **about)
         return read_adapter(workdir / "adapter")[1].tolist()
 
     saved = np.asarray(on_first(save_and_read), np.float32)

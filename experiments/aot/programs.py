@@ -221,7 +221,7 @@ def factorizations(case: Case) -> Iterator[Program]:
         seen.add(shape)
         into, out = kernel_spec(case.mesh, modules[0].path, (num_in, num_out))
         W = jax.ShapeDtypeStruct(shape, case.dtype, sharding=NamedSharding(case.mesh, P(None, out, into)))
-        lower = partial(svd.lower, W, rank=case.specs.adapter.rank)
+        lower = partial(svd.lower, W, rank=min(case.specs.adapter.rank + 1, num_in, num_out))
         yield Program(f"factorize {len(modules)} x {num_out} x {num_in}", lower, 0.0, 0)
 
 

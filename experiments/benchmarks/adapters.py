@@ -98,7 +98,7 @@ def _median_ms(run: Callable[[Any], Any], over: Sequence[Any]) -> tuple[float, f
 
 def switching(model: common.Model, factors: Factors, folders: Sequence[Path], v: np.ndarray) -> dict[str, float]:
     """Milliseconds to read an adapter, to bring it to the device, and of a short answer with a new and the same one."""
-    reader, policy = AdapterReader(factors), model.policy
+    reader, policy = AdapterReader(model.policy.params, factors), model.policy
     first_read, read = _median_ms(reader.read, folders)
     put = _median_ms(jax.device_put, v)[1]
     first, switch = _median_ms(lambda folder: _cores(policy, jax.device_put(reader.read(folder))), folders)

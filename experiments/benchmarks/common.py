@@ -55,16 +55,24 @@ def dtype() -> jnp.dtype:
 def load() -> Model:
     """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
     source = FLAGS.model
-    if source.startswith("random:"):
-        config = architecture(source.removeprefix("random:"))
-        config = replace(config, num_layers=FLAGS.layers or config.num_layers)
-        params, tokenizer, stops = random_params(config), None, ()
-    else:
-        loaded = load_pretrained(source, dtype())
-        config, params, tokenizer, stops = loaded.config, loaded.params, loaded.tokenizer, loaded.stop_tokens
+    config, params, tokenizer, stops = _load(source)
     factors = factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "subspace")
     v = init(factors) + 0.01  # not zero, so that the update is no multiplication by nothing
     return Model(source, config, Policy(params, factors), v, tokenizer, stops)
+
+
+def load_params() -> tuple[str, Any]:
+    """Name and weights of the model asked for, without an adapter."""
+    return FLAGS.model, _load(FLAGS.model)[1]
+
+
+def _load(source: str) -> tuple[ModelConfig, Any, Any, tuple[int, ...]]:
+    if source.startswith("random:"):
+        config = architecture(source.removeprefix("random:"))
+        config = replace(config, num_layers=FLAGS.layers or config.num_layers)
+        return config, random_params(config), None, ()
+    loaded = load_pretrained(source, dtype())
+    return loaded.config, loaded.params, loaded.tokenizer, loaded.stop_tokens
 
 
 def random_params(config: ModelConfig) -> Any:

@@ -31,6 +31,18 @@ CASES = {
 }
 
 
+def test_portability_is_measured_through_the_file(processes, tmp_path):
+    result = tmp_path / "result.json"
+    ran = processes.run("benchmarks.portability", "--model=random:tiny", f"--json={result}", config=False)
+    assert ran.code == 0, ran.err
+    table = json.loads(result.read_text())
+    assert COMMON <= table.keys() and table["modules"] == 14 and 0 < table["smallest gap"] < 1
+    for method in ("exact", "subspace"):
+        assert 0 < table[f"cpu {method}: largest error where determined"] < 1e-3
+    for method in ("cpu subspace", "NumPy float64"):
+        assert 0 < table[f"saved by cpu exact, loaded by {method}: largest error of ΔW"] < 1e-3
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_benchmarks_measure_what_they_say(processes, tmp_path, name):
     flags, expected = CASES[name]

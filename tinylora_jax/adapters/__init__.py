@@ -16,6 +16,7 @@ from tinylora_jax.adapters.tinylora import Factors as Factors
 from tinylora_jax.adapters.tinylora import TinyLoRA as TinyLoRA
 from tinylora_jax.adapters.tinylora import apply as apply
 from tinylora_jax.adapters.tinylora import delta as delta
+from tinylora_jax.adapters.tinylora import exchange as exchange
 from tinylora_jax.adapters.tinylora import factorize as factorize
 from tinylora_jax.adapters.tinylora import init as init
 from tinylora_jax.adapters.tinylora import merge as merge

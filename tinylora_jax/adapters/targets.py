@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+_MOST_LISTED = 20
+
 
 @dataclass(frozen=True)
 class Target:
@@ -102,7 +104,7 @@ def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return structure.unflatten(map(function, _paths(tree), leaves))
 
 
-def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
+def natural(path: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which layer 2 comes before layer 10, whatever the container's own order."""
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("/"))
 
@@ -141,9 +143,11 @@ def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
             layers = range(shape[target.axes("layer")[0]]) if target.axes("layer") else (None,)
             for layer in layers:
                 module = Module(path, target, layer, size)
-                found.append(((module.depth, rank, _natural(path)), module))
+                found.append(((module.depth, rank, natural(path)), module))
     if problems:
-        some = ", ".join(sorted(leaves, key=_natural)[:8])
+        some = ", ".join(sorted(leaves, key=natural)[:8])
+        if len(problems) > _MOST_LISTED:
+            problems[_MOST_LISTED:] = [f"… and {len(problems) - _MOST_LISTED} more"]
         raise ValueError("cannot select modules to adapt:\n  " + "\n  ".join(problems) + f"\nThe tree has: {some}, …")
     return tuple(module for _, module in sorted(found, key=lambda pair: pair[0]))
 

@@ -9,19 +9,20 @@ weight `[out, in]`; kernels laid out `[in, out]` get the transpose of the same u
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
-from tinylora_jax.adapters.svd import SVD, truncated_svd
+from tinylora_jax.adapters.svd import SVD, is_undetermined, mismatch, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, map_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
 
@@ -31,6 +32,7 @@ LINEAR_MAPS = tuple(
 """The seven linear maps of a block, the paper's choice of modules."""
 
 BATCH_BYTES = 2**30  # of matrices decomposed together
+_FOREIGN = 0.02  # by how much given triplets may miss: those of the weight in float32 miss it by 4e-3 in bfloat16
 _MAX_PROJECTION = 2**20  # numbers of one module's P; beyond r² a module's P only repeats directions
 
 
@@ -100,10 +102,18 @@ class LeafFactors:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Factors:
-    """Everything frozen that turns a vector into an update: factors by leaf path, and the spec they follow."""
+    """Everything frozen that turns a vector into an update.
+
+    Attributes:
+      leaves: the factors by leaf path.
+      spec: that they follow.
+      undetermined: names of the modules whose weight does not fix its singular vectors well enough, so that another
+        back end or method may find others. An adapter file holds the factors of these.
+    """
 
     leaves: dict[str, LeafFactors]
     spec: TinyLoRA = field(metadata={"static": True})
+    undetermined: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
     def num_groups(self) -> int:
@@ -126,7 +136,8 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
       max_batch_bytes: bound on the float32 copies of the matrices decomposed together.
 
     Returns:
-      The factors, on the default device.
+      The factors, on the default device. Modules whose weight leaves its singular vectors undetermined are named in a
+      warning and in `Factors.undetermined` (but not inside a jitted function, where no number is known).
 
     Raises:
       ValueError: a target matches nothing, the rank exceeds a matrix's smaller side, or a weight is not of a
@@ -147,27 +158,97 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
     broken = [module.name for module in known if not np.isfinite(found[module].S).all()]
     if broken:
         raise ValueError(f"{len(broken)} weights are not finite: {', '.join(broken[:5])}; load the model again")
-    by_path: dict[str, list[Module]] = {}
-    for module in modules:
-        by_path.setdefault(module.path, []).append(module)
+    undetermined = tuple(module.name for module in known if is_undetermined(found[module], spec.rank))
+    if undetermined:
+        logging.warning(
+            "%d of %d weights do not determine their factors, since singular values are close or a sign is not sure: "
+            "%s. A saved adapter holds these factors, and so stays portable",
+            *(len(undetermined), len(modules), _some(undetermined)),
+        )
     leaves = {}
-    for path, members in by_path.items():
-        U, S, V = (_stack(parts) for parts in zip(*(found[m] for m in members), strict=True))
+    for path, members in _by_path(modules).items():
+        leading = [_leading(found[module], spec.rank) for module in members]
+        U, S, V = (_stack(parts) for parts in zip(*leading, strict=True))
         P = jnp.asarray(np.stack([projection(spec.seed, m.name, spec.u, spec.rank) for m in members]))
         leaves[path] = LeafFactors(U, S, V, P, tuple(groups[m] for m in members), members[0].target)
-    return Factors(leaves, spec)
+    return Factors(leaves, spec, undetermined)
+
+
+def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Factors:
+    """The factors, with given ones for some modules, which must be right for their weights too.
+
+    Where singular values are close, several sets of vectors are; this puts those in place that a vector was trained
+    with.
+
+    Args:
+      params: the tree that was factorized.
+      factors: of `factorize(params, spec)`.
+      triplets: by module name, NumPy arrays without a batch axis.
+
+    Returns:
+      The factors, on the default device.
+
+    Raises:
+      ValueError: names the modules that are not adapted, or whose triplets are not the leading ones of their weight.
+    """
+    modules = _by_path(select(params, factors.spec.targets))
+    strange = sorted(set(triplets) - {module.name for members in modules.values() for module in members})
+    if strange:
+        raise ValueError(f"{_some(strange)}: no such module is adapted")
+    leaves, wrong, weights = dict(factors.leaves), [], leaves_by_path(params)
+    for path, members in modules.items():
+        given = {layer: triplets[module.name] for layer, module in enumerate(members) if module.name in triplets}
+        if not given:
+            continue
+        leaf = leaves[path]
+        mixed = SVD(*(np.array(x) for x in fetch((leaf.U, leaf.S, leaf.V))))
+        for layer, svd in given.items():
+            W = _oriented_stack((weights[path],), ((members[layer].target, members[layer].layer),))[0]
+            if not _is_of(W, svd, mixed.S[layer]):
+                wrong.append(members[layer].name)
+                continue
+            for ours, theirs in zip(mixed, svd, strict=True):
+                ours[layer] = theirs
+        leaves[path] = replace(leaf, **{name: jnp.asarray(x) for name, x in mixed._asdict().items()})
+    if wrong:
+        raise ValueError(f"{_some(wrong)}: the given factors are not the leading singular triplets of the weight")
+    return replace(factors, leaves=leaves, undetermined=tuple(dict.fromkeys((*factors.undetermined, *triplets))))
+
+
+def _is_of(W: Float[Array, "out in"], svd: SVD, S: np.ndarray) -> bool:
+    """Whether triplets are leading ones of a weight with these singular values."""
+    shapes = ((W.shape[0], len(S)), S.shape, (W.shape[1], len(S)))
+    if tuple(x.shape for x in svd) != shapes or not np.all(np.abs(svd.S - S) <= _FOREIGN * np.max(S)):
+        return False
+    return mismatch(W, svd) <= _FOREIGN
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _by_path(modules: Iterable[Module]) -> dict[str, list[Module]]:
+    """The modules of each leaf, layer by layer."""
+    found: dict[str, list[Module]] = {}
+    for module in modules:
+        found.setdefault(module.path, []).append(module)
+    return found
+
+
+def _leading(svd: SVD, rank: int) -> SVD:
+    return SVD(svd.U[:, :rank], svd.S[:rank], svd.V[:, :rank])
 
 
 def _decompose(
     params: Any, modules: Sequence[Module], rank: int, method: str, max_batch_bytes: int
 ) -> dict[Module, SVD]:
-    """The triplets of every module: as NumPy arrays, or traced inside a jitted function."""
+    """Triplets of every module, one more than `rank` if there is one: NumPy arrays, or traced in a jitted function."""
     leaves = leaves_by_path(params)
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
     found = {}
     for batch in batches(modules, max_batch_bytes):
         W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
-        svd = truncated_svd(W, rank, method)
+        svd = truncated_svd(W, min(rank + 1, *W.shape[1:]), method)
         svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found

@@ -1,75 +1,59 @@
 """A trained adapter on disk: 26 bytes of vector, and a readable file that says what they mean.
 
-`vector.bin` holds the vector alone, row by row, little-endian bfloat16 or float32. `adapter.json` holds the
-spec, the base model's name and a few probes per module, by which a load is refused when the base weights or
-their factors are not those that the vector was trained with.
+`vector.bin` holds the vector alone. `adapter.json` holds the spec, the adapted weights and their tie groups, and
+numbers by which a load is refused when the base model or its factors are not those that the vector was trained with.
+Where a weight does not determine its factors, `factors.safetensors` holds them. ADAPTER_FORMAT.md describes all three.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
-import re
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from tinylora_jax.adapters import Factors, Target, TinyLoRA
-from tinylora_jax.adapters.projections import standard_normals
+from tinylora_jax.adapters import Factors, TinyLoRA, exchange, factorize
+from tinylora_jax.adapters.svd import SVD
+from tinylora_jax.adapters.targets import natural
+from tinylora_jax.adapters.tinylora import LeafFactors
+from tinylora_jax.io.adapter_json import (
+    DTYPES,
+    FORMAT_VERSION,
+    MAX_JSON_BYTES,
+    SPEC_FIELDS,
+    AdapterError,
+    parse_description,
+    parse_text,
+    read_text,
+    readable,
+)
+from tinylora_jax.io.fingerprint import base_fingerprint, differences, probes
 
-FORMAT_VERSION = 1
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
-_MAX_JSON_BYTES = 2**24
-_NUM_PROBES = 6
+_VECTOR, _DESCRIPTION, _FACTORS = "vector.bin", "adapter.json", "factors.safetensors"
+_TABLES = b'\n "leaves":'
+_MAX_HEADER = 1000  # of a safetensors file, for each of its tensors
 # Of a module's size. After a flipped sign, one probe in six differs by less, hardly ever all six.
 _PROBE_TOLERANCE = 0.1
 
 
-class AdapterError(ValueError):
-    """An adapter cannot be read, or does not belong to this base model."""
-
-
-@lru_cache(maxsize=64)
-def _directions(side: str, size: int) -> np.ndarray:
-    directions = standard_normals(f"probe:{side}", _NUM_PROBES * size).reshape(_NUM_PROBES, size)
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
-
-
-def probes(factors: Factors) -> dict[str, list[list[float]]]:
-    """A few numbers per module that any change of its factors changes.
-
-    The first ones are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the
-    last, ‖ΔW‖.
-
-    Args:
-      factors: of a model.
-
-    Returns:
-      By leaf path, one row per layer.
-    """
-    result = {}
-    for path, leaf in factors.leaves.items():
-        U, S, V, P = (np.asarray(x, np.float64) for x in (leaf.U, leaf.S, leaf.V, leaf.P))
-        middle = S[:, :, None] * P.sum(axis=1)
-        size = np.linalg.norm(middle, axis=(1, 2))  # U and V are orthonormal
-        left = np.einsum("lor,ko->lkr", U, _directions("out", U.shape[1]))
-        right = np.einsum("lir,ki->lkr", V, _directions("in", V.shape[1]))
-        values = np.einsum("lkr,lrs,lks->lk", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
-        result[path] = np.concatenate([values, size[:, None]], axis=1).tolist()
-    return result
-
-
 def save_adapter(
-    folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str, dtype: str = "bfloat16", **about: Any
+    folder: Path,
+    factors: Factors,
+    v: Float[Array, "groups u"],
+    base: str,
+    dtype: str = "bfloat16",
+    fingerprint: Mapping[str, Any] | None = None,
+    **about: Any,
 ) -> None:
-    """Writes `vector.bin` and `adapter.json`.
+    """Writes `vector.bin`, `adapter.json` and, if some factors are undetermined, `factors.safetensors`.
 
     Args:
       folder: created if absent.
@@ -77,10 +61,14 @@ def save_adapter(
       v: the vector.
       base: name of the base model.
       dtype: `bfloat16` (two bytes a number) or `float32`.
+      fingerprint: `base_fingerprint` of the base model; without it a load compares the factors alone.
       **about: anything JSON can hold, kept for readers under "about".
+
+    Raises:
+      AdapterError: the description would be larger than a reader accepts.
     """
-    data = np.asarray(v, np.float32).astype(_DTYPES[dtype]).tobytes()
-    spec = dataclasses.asdict(factors.spec)
+    data = np.asarray(v, np.float32).astype(DTYPES[dtype]).tobytes()
+    kept = _pack_factors(factors) if factors.undetermined else None
     description = {
         "format": "tinylora",
         "format_version": FORMAT_VERSION,
@@ -88,13 +76,74 @@ def save_adapter(
         "dtype": dtype,
         "shape": list(v.shape),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "spec": spec,
+        "spec": {name: getattr(factors.spec, name) for name in SPEC_FIELDS},
+        "factors": kept and {"modules": list(factors.undetermined), "sha256": hashlib.sha256(kept).hexdigest()},
         "about": about,
-        "probes": probes(factors),
+        "leaves": _describe_leaves(factors),
+        "base_fingerprint": fingerprint,
     }
+    text = readable(description).encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise AdapterError(f"the description has {len(text)} bytes, at most {MAX_JSON_BYTES} are read; shorten `about`")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vector.bin").write_bytes(data)
-    (folder / "adapter.json").write_text(json.dumps(description, indent=1) + "\n")
+    (folder / _VECTOR).write_bytes(data)
+    if kept is None:
+        (folder / _FACTORS).unlink(missing_ok=True)
+    else:
+        (folder / _FACTORS).write_bytes(kept)
+    (folder / _DESCRIPTION).write_bytes(text)
+
+
+def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
+    """One row a leaf, in the order that makes `select` find the modules in the same order by their bare paths."""
+    values = probes(factors)
+    order = {target: rank for rank, target in enumerate(factors.spec.targets)}
+    return [
+        {
+            "path": path,
+            "layout": leaf.target.layout,
+            "groups": list(leaf.groups),
+            "probes": [[float(f"{x:.7g}") for x in row] for row in values[path]],
+        }
+        for path, leaf in sorted(factors.leaves.items(), key=lambda pair: (order[pair[1].target], natural(pair[0])))
+    ]
+
+
+def _modules(factors: Factors) -> Iterator[tuple[str, LeafFactors, int]]:
+    """Every module's name, and where its factors are: a leaf's and which layer of it."""
+    for path, leaf in factors.leaves.items():
+        for layer in range(len(leaf.groups)):
+            yield (f"{path}[{layer}]" if leaf.target.axes("layer") else path), leaf, layer
+
+
+def _pack_factors(factors: Factors) -> bytes:
+    places = {name: (leaf, layer) for name, leaf, layer in _modules(factors)}
+    tensors = {}
+    for name in factors.undetermined:
+        leaf, layer = places[name]
+        tensors |= {f"{name}.{k}": np.ascontiguousarray(getattr(leaf, k)[layer], np.float32) for k in SVD._fields}
+    return save(tensors)
+
+
+def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Factors, Float[Array, "groups u"]]:
+    """Reads an adapter for its base model: what `apply` and `merge` take.
+
+    Args:
+      folder: holds `vector.bin` and `adapter.json`.
+      params: the base model's tree.
+      method: of the decomposition, see `truncated_svd`; any gives the same update.
+
+    Returns:
+      The factors and the vector as float32.
+
+    Raises:
+      AdapterError: a file is absent, malformed, truncated or altered, or belongs to another base model.
+      ValueError: the base model cannot be factorized.
+    """
+    spec, v, description = read_adapter(folder)
+    check_base(description, params)
+    factors = factorize(params, spec, method)
+    return _with_own_factors(folder, spec, v, description, factors, params), v
 
 
 def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict[str, Any]]:
@@ -104,142 +153,219 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
       folder: holds `vector.bin` and `adapter.json`.
 
     Returns:
-      The spec, the vector as float32, and the description; `check_factors` tells whether they fit a model.
+      The spec, the vector as float32, and the description; `check_fit` tells whether they fit a model. The spec's
+      targets are the adapted leaves themselves: no pattern of a file is ever matched.
 
     Raises:
       AdapterError: a file is absent, malformed, truncated or altered.
     """
-    spec, v, description = _read(folder, _read_bytes(folder / "adapter.json"))
-    return spec, jnp.asarray(v), description
-
-
-def _read(folder: Path, text: bytes) -> tuple[TinyLoRA, Float[np.ndarray, "groups u"], dict[str, Any]]:
-    description = _description(folder / "adapter.json", text)
+    path = folder / _DESCRIPTION
+    description = parse_text(path, read_text(path))
     try:
-        fields = dict(description["spec"])
-        fields["targets"] = tuple(Target(**target) for target in fields["targets"])
-        if type(fields["seed"]) is not int:
-            raise TypeError(f"seed {fields['seed']!r} is not an integer")
-        spec = TinyLoRA(**fields)
-        dtype, shape, digest = _DTYPES[description["dtype"]], tuple(description["shape"]), description["sha256"]
-        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape) or shape[1] != spec.u:
-            raise ValueError(f"shape {shape} is not [groups, u={spec.u}]")
-        if not isinstance(description["probes"], dict):
-            raise TypeError("probes are not an object")
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise AdapterError(f"{folder / 'adapter.json'} is malformed ({problem}); export the adapter again") from error
-    path = folder / "vector.bin"
+        spec, dtype, shape = parse_description(description)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"[:300]
+        raise AdapterError(f"{path} is malformed ({problem}); export the adapter again") from error
+    return spec, jnp.asarray(_read_vector(folder, dtype, shape, description["sha256"])), description
+
+
+def _read_vector(folder: Path, dtype: np.dtype, shape: tuple[int, int], sha256: str) -> Float[np.ndarray, "groups u"]:
+    path = folder / _VECTOR
     if not path.is_file():
-        raise AdapterError(f"{path} is missing; an adapter is vector.bin and adapter.json in one folder")
+        raise AdapterError(f"{path} is missing; an adapter is {_VECTOR} and {_DESCRIPTION} in one folder")
     expected, found = dtype.itemsize * math.prod(shape), path.stat().st_size
     if found != expected:
         raise AdapterError(f"{path} has {found} bytes, expected {expected} for {shape} {dtype}; copy it again")
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise AdapterError(f"{path} was altered: its SHA-256 is not the one in adapter.json; copy it again")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise AdapterError(f"{path} was altered: its SHA-256 is not the one in {_DESCRIPTION}; copy it again")
     v = np.frombuffer(data, dtype).astype(np.float32).reshape(shape)
     if not np.isfinite(v).all():
         raise AdapterError(f"{path} holds numbers that are not finite; train the adapter again")
-    return spec, v, description
+    return v
 
 
-def _read_bytes(path: Path) -> bytes:
+def check_fit(
+    folder: Path,
+    spec: TinyLoRA,
+    v: Float[Array, "groups u"],
+    description: Mapping[str, Any],
+    factors: Factors,
+    params: Any = None,
+) -> Factors:
+    """Refuses what `read_adapter` read from a folder if it does not belong to this base model.
+
+    Args:
+      folder: the adapter's.
+      spec: that was read.
+      v: that was read.
+      description: that was read.
+      factors: of the base model by that spec.
+      params: the base model. Without it, its other weights are not compared, and an adapter that holds factors of its
+        own is refused.
+
+    Returns:
+      The factors to use with v: those given, with the adapter's own where the weights do not determine them.
+
+    Raises:
+      AdapterError: the base model is another one, or its factors are, or the vector has not their shape.
+    """
+    if params is not None:
+        check_base(description, params)
+    return _with_own_factors(folder, spec, v, description, factors, params)
+
+
+def _with_own_factors(
+    folder: Path,
+    spec: TinyLoRA,
+    v: Float[Array, "groups u"],
+    description: Mapping[str, Any],
+    factors: Factors,
+    params: Any,
+) -> Factors:
+    if description["factors"] is not None:
+        if params is None:
+            raise AdapterError(f"{folder} holds factors of its own, which only its base model can check; pass params")
+        try:
+            factors = exchange(params, factors, _read_factors(folder, description["factors"], factors))
+        except AdapterError:
+            raise
+        except ValueError as error:
+            raise AdapterError(f"{folder / _FACTORS} does not fit the base model: {error}") from error
+    check_factors(description, factors)
+    if v.shape != (factors.num_groups, factors.spec.u):
+        raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
+    return factors
+
+
+def _read_factors(folder: Path, kept: Mapping[str, Any], factors: Factors) -> dict[str, SVD]:
+    places = {name: (leaf, layer) for name, leaf, layer in _modules(factors)}
+    strange = [name for name in kept["modules"] if name not in places]
+    if strange:
+        raise AdapterError(f"{folder / _DESCRIPTION}: factors of {strange[0][:100]!r}, which is not adapted")
+    shapes = {f"{name}.{k}": getattr(places[name][0], k).shape[1:] for name in kept["modules"] for k in SVD._fields}
+    path = folder / _FACTORS
+    most = sum(4 * math.prod(shape) + len(name) + _MAX_HEADER for name, shape in shapes.items())
     if not path.is_file():
-        raise AdapterError(f"{path} is missing; an adapter is a folder with vector.bin and adapter.json")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; is it an adapter's description?")
-    return path.read_bytes()
-
-
-def _description(path: Path, text: bytes) -> dict[str, Any]:
+        raise AdapterError(f"{path} is missing, but {_DESCRIPTION} says that it belongs to the adapter; copy it too")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise AdapterError(f"{path} is larger than the factors of {len(kept['modules'])} modules; copy it again")
+    if hashlib.sha256(data).hexdigest() != kept["sha256"]:
+        raise AdapterError(f"{path} was altered: its SHA-256 is not the one in {_DESCRIPTION}; copy it again")
     try:
-        description = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON ({error}); copy it again") from error
-    if not isinstance(description, dict) or description.get("format") != "tinylora":
-        raise AdapterError(f"{path} does not describe a TinyLoRA adapter")
-    if description.get("format_version") != FORMAT_VERSION:
-        found = description.get("format_version")
-        raise AdapterError(f"{path} has format version {found!r}; this library reads {FORMAT_VERSION}")
-    return description
+        tensors = load(data)
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged ({error}); copy it again") from error
+    wrong = {n for n in shapes if n not in tensors or tensors[n].shape != shapes[n] or tensors[n].dtype != np.float32}
+    if wrong or len(tensors) != len(shapes):
+        raise AdapterError(f"{path} does not hold U, S and V of the modules that {_DESCRIPTION} names; copy it again")
+    return {name: SVD(*(tensors[f"{name}.{k}"] for k in SVD._fields)) for name in kept["modules"]}
+
+
+def check_base(description: Mapping[str, Any], params: Any) -> None:
+    """Refuses a base model other than the one that an adapter was trained on; warns of one that is rounded otherwise.
+
+    Raises:
+      AdapterError: names weights that differ.
+    """
+    stored = description["base_fingerprint"]
+    if stored is None:
+        return
+    found = base_fingerprint(params)
+    other, rounded = differences(stored, found)
+    if other:
+        raise AdapterError(
+            f"the adapter was trained on {description['base']!r}, from which this base model differs in {len(other)} of"
+            f" {len(found['weights'])} weights ({', '.join(other[:3])}, …); load it with its own base model"
+        )
+    if rounded:
+        logging.warning(
+            "the base model is not quite what the adapter was trained on: %d weights are rounded otherwise (%s, …). It"
+            " was trained on weights in %s, these are in %s; load them so for the same update",
+            *(len(rounded), rounded[0], stored["dtype"], found["dtype"]),
+        )
+
+
+def check_factors(description: Mapping[str, Any], factors: Factors) -> None:
+    """Refuses factors or tie groups other than those that an adapter was trained with.
+
+    Raises:
+      AdapterError: names the modules that differ.
+    """
+    stored, found = {leaf["path"]: leaf for leaf in description["leaves"]}, probes(factors)
+    if set(stored) != set(found):
+        differ = sorted(set(stored) ^ set(found))
+        raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")
+    ties = [path for path, leaf in factors.leaves.items() if list(leaf.groups) != stored[path]["groups"]]
+    if ties:
+        raise AdapterError(
+            f"the adapter's spec ties its modules otherwise than its own table ({', '.join(ties[:3])}, …)"
+        )
+    wrong = []
+    for path, rows in found.items():
+        ours, theirs = np.asarray(rows), np.asarray(stored[path]["probes"], np.float64)
+        if not np.all(np.abs(ours - theirs) <= _PROBE_TOLERANCE * ours[:, -1:] + 1e-6):
+            wrong.append(path)
+    if wrong:
+        raise AdapterError(
+            f"the adapter was trained on {description['base']!r}, whose factors differ from this model's in"
+            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model"
+        )
 
 
 class AdapterReader:
-    """Reads many adapters of one base model, whose factors are probed once.
+    """Reads many adapters of one base model, which share its factors.
 
-    The probes are nearly all of an `adapter.json`, and those of adapters trained alike are the same bytes: when they
-    are the last ones that fitted, they are not parsed again.
+    Nearly all of an `adapter.json` are its tables of leaves and weights, the same bytes for adapters trained alike:
+    when they are the last ones that fitted, they are neither parsed nor compared again.
+
+    Args:
+      params: the base model's tree.
+      factors: of it, by the adapters' spec.
+
+    Attributes:
+      factors: to use with the vectors: those given, with the adapters' own where the weights do not determine them.
     """
 
-    def __init__(self, factors: Factors):
-        self._spec = factors.spec
-        self._shape = (factors.num_groups, factors.spec.u)
-        self._probes = probes(factors)
-        self._fitting: bytes | None = None
+    _SHARED = ("spec", "shape", "dtype", "factors")  # what must be alike beside the tables
+
+    def __init__(self, params: Any, factors: Factors):
+        self.factors, self._params = factors, params
+        self._own: Any = None  # of the first adapter that holds factors
+        self._fitting: tuple[bytes, dict[str, Any]] = b"", {}
 
     def read(self, folder: Path) -> Float[np.ndarray, "groups u"]:
         """The vector of an adapter, float32; stacked, `[rows, groups, u]`, they give each row its own.
 
         Raises:
-          AdapterError: the adapter is damaged, or belongs to other factors than these.
+          AdapterError: the adapter is damaged, or belongs to another base model or other factors than those before it.
         """
-        text = _read_bytes(folder / "adapter.json")
-        head, key, tail = text.rpartition(b'"probes":')
-        known = tail == self._fitting
-        # In any other place than the end of the outermost object this would not be JSON.
-        spec, v, description = _read(folder, head + key + b"{}}" if known else text)
-        if spec != self._spec:
-            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self._spec}")
-        if v.shape != self._shape:
-            raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
-        if not known:
+        path = folder / _DESCRIPTION
+        text = read_text(path)
+        head, key, tables = text.partition(_TABLES)
+        known, last = self._fitting
+        if key and tables == known:
             try:
-                _check_probes(description, self._probes)
-            except AdapterError as error:
-                raise AdapterError(f"{folder}: {error}") from error
-            self._fitting = tail if key else None
-        return v
-
-
-def check_fit(
-    folder: Path, spec: TinyLoRA, v: Float[Array, "groups u"], description: dict[str, Any], factors: Factors
-) -> None:
-    """Refuses what `read_adapter` read from a folder if it does not belong to these factors.
-
-    Raises:
-      AdapterError: the factors are others, or the vector has not their shape.
-    """
-    check_factors(description, factors)
-    if v.shape != (factors.num_groups, factors.spec.u):
-        raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
-
-
-def check_factors(description: dict[str, Any], factors: Factors) -> None:
-    """Refuses factors other than those that an adapter was trained with.
-
-    Raises:
-      AdapterError: names the modules that differ.
-    """
-    _check_probes(description, probes(factors))
-
-
-def _check_probes(description: dict[str, Any], found: dict[str, list[list[float]]]) -> None:
-    stored = description["probes"]
-    if set(stored) != set(found):
-        differ = sorted(set(stored) ^ set(found))
-        raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")
-    wrong = []
-    for path, rows in found.items():
+                short = parse_text(path, head + b' "end": 0}')
+            except AdapterError:  # the tables stand elsewhere than at its end
+                short = {}
+            if last == {name: short.get(name) for name in self._SHARED}:
+                return _read_vector(folder, DTYPES[short["dtype"]], tuple(short["shape"]), short.get("sha256", ""))
+        spec, v, description = read_adapter(folder)
+        shared = {name: description[name] for name in self._SHARED}
+        if shared["spec"] != {name: getattr(self.factors.spec, name) for name in SPEC_FIELDS}:
+            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self.factors.spec}")
+        if self._own is not None and shared["factors"] not in (None, self._own):
+            raise AdapterError(
+                f"{folder} holds factors of its own, and they are not those of the adapters before; it needs a batch of"
+                " its own"
+            )
         try:
-            ours = np.asarray(rows)
-            theirs = np.asarray(stored[path], np.float64).reshape(ours.shape)
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"the adapter's probe of {path} is malformed: {error}") from error
-        if not np.all(np.abs(ours - theirs) <= _PROBE_TOLERANCE * ours[:, -1:] + 1e-6):
-            wrong.append(path)
-    if wrong:
-        raise AdapterError(
-            f"the adapter was trained on {description.get('base')!r}, whose factors differ from this model's in"
-            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model"
-        )
+            self.factors = check_fit(folder, spec, v, description, self.factors, self._params)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        self._own = self._own or shared["factors"]
+        self._fitting = (tables, shared) if key else (b"", {})
+        return np.asarray(v)

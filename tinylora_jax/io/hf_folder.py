@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -83,12 +84,13 @@ def export_merged(
 
     Args:
       folder: exists and is empty.
-      model: the base model, loaded in float32.
+      model: the base model.
       factors: that v was trained with.
       v: the vector.
       dtype: of the file: `float32`, or `bfloat16`, see `rounding_loss`.
     """
-    merged = lambda path, leaf: merge_leaf(leaf, factors.leaves[path], v) if path in factors.leaves else leaf
+    wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))
+    merged = lambda path, leaf: merge_leaf(wide(leaf), factors.leaves[path], v) if path in factors.leaves else leaf
     _write_shards(folder, name_tensors(model.config, model.params, merged), dtype)
     tokens = _special_tokens(model)
     given = {k: x for k, x in (model.hf_config or describe_config(model.config)).items() if k != "dtype"}
@@ -101,7 +103,7 @@ def rounding_loss(params: Any, factors: Factors, v: Float[Array, "groups u"], dt
     """What rounding does to the update: ‖(W + ΔW)ᵣ − Wᵣ − ΔW‖ / ‖ΔW‖ over all adapted weights, r for rounded.
 
     Args:
-      params: the base model's tree, in float32.
+      params: the base model's tree.
       factors: that v was trained with.
       v: the vector.
       dtype: to round to.
@@ -112,7 +114,8 @@ def rounding_loss(params: Any, factors: Factors, v: Float[Array, "groups u"], dt
     lost, whole = 0.0, 0.0
     weights = leaves_by_path(params)
     for path, part in factors.leaves.items():
-        W, merged = weights[path], merge_leaf(weights[path], part, v)
+        W = weights[path].astype(np.promote_types(weights[path].dtype, np.float32))
+        merged = merge_leaf(W, part, v)
         # Not jitted: there XLA may leave out a rounding that is taken back at once.
         kept = merged.astype(dtype).astype(W.dtype) - W.astype(dtype).astype(W.dtype)
         lost += float(jnp.sum((kept - (merged - W)) ** 2))

@@ -23,11 +23,13 @@ class Trained:
       base: name of the base model; None if the folder does not say.
       factors: gives the factors that v was trained with, from the base model's tree and a method for
         `truncated_svd`; refuses the tree of another model.
+      dtype: of the weights that v was trained on.
     """
 
     v: Float[Array, "groups u"]
     base: str | None
     factors: Callable[[Any, str], Factors]
+    dtype: str = "float32"
 
 
 def open_adapter(folder: Path) -> Trained:
@@ -42,8 +44,7 @@ def open_adapter(folder: Path) -> Trained:
     spec, v, description = read_adapter(folder)
 
     def factors(params: Any, svd: str) -> Factors:
-        found = factorize(params, spec, svd)
-        check_fit(folder, spec, v, description, found)
-        return found
+        return check_fit(folder, spec, v, description, factorize(params, spec, svd), params)
 
-    return Trained(v, str(description["base"]) if description.get("base") else None, factors)
+    dtype = (description["base_fingerprint"] or {}).get("dtype")
+    return Trained(v, description["base"], factors, dtype if dtype in ("bfloat16", "float16") else "float32")
