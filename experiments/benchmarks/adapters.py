@@ -9,7 +9,6 @@ PEFT on the same weights, one after the other, which needs a model from files, t
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 import tempfile
 import time
@@ -28,24 +27,26 @@ from experiments.cli import parse_flags, reporting_errors, tell, use_compilation
 from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import AdapterReader, save_adapter
+from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.rollout import Completions, Sampling, generate
 
 FLAGS = flags.FLAGS
 
 
-def write_adapters(root: Path, factors: Factors, count: int) -> tuple[list[Path], np.ndarray]:
+def write_adapters(root: Path, model: common.Model, count: int) -> tuple[list[Path], np.ndarray]:
     """Different adapters of one model, as bfloat16 files; their folders and what they hold, `[adapters, groups, u]`."""
+    factors, fingerprint = model.policy.factors, base_fingerprint(model.policy.params)
     rng = np.random.default_rng(0)
     v = rng.normal(0, 0.02, (count, factors.num_groups, factors.spec.u)).astype(jnp.bfloat16)
     folders = [root / str(place) for place in range(count)]
-    save_adapter(folders[0], factors, jnp.asarray(v[0], jnp.float32), FLAGS.model)
-    description = json.loads((folders[0] / "adapter.json").read_text())
+    save_adapter(folders[0], factors, jnp.asarray(v[0], jnp.float32), FLAGS.model, fingerprint=fingerprint)
+    text = (folders[0] / "adapter.json").read_text()
+    sha256 = lambda row: hashlib.sha256(row.tobytes()).hexdigest()
     for folder, row in zip(folders[1:], v[1:], strict=True):  # `save_adapter` would probe the same factors each time
         folder.mkdir()
         (folder / "vector.bin").write_bytes(row.tobytes())
-        description |= {"sha256": hashlib.sha256(row.tobytes()).hexdigest()}
-        (folder / "adapter.json").write_text(json.dumps(description, indent=1) + "\n")
+        (folder / "adapter.json").write_text(text.replace(sha256(v[0]), sha256(row)))
     return folders, v.astype(np.float32)
 
 
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         model = common.load()
         factors = fetch(model.policy.factors)
         tell("writing the adapters")
-        folders, v = write_adapters(Path(root), factors, FLAGS.adapters)
+        folders, v = write_adapters(Path(root), model, FLAGS.adapters)
         rows = min(FLAGS.rows, FLAGS.adapters)
         table = {
             "model": model.name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -156,11 +158,7 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     Returns:
       The triplets with canonical signs, float32 (float64 for float64 input).
     """
-    if method not in SVD_METHODS:
-        raise ValueError(f"SVD method {method!r}: expected one of {', '.join(SVD_METHODS)}")
-    if method == "auto":
-        method = "exact" if jax.default_backend() == "cpu" or isinstance(W, jax.core.Tracer) else "subspace"
-    if method == "exact":
+    if _resolved(method, isinstance(W, jax.core.Tracer)) == "exact":
         return exact_svd(W, rank)
     svd, residual = subspace_svd(W, rank)
     worst = float(jnp.max(residual))
@@ -168,3 +166,19 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
         return svd
     logging.warning("subspace iteration left a residual of %.1e on shape %s; using the full SVD", worst, W.shape)
     return exact_svd(W, rank)
+
+
+def compile_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> None:
+    """Compiles what `truncated_svd` runs for these weights and ranks, side by side: for a GPU each takes seconds."""
+    program = exact_svd if _resolved(method) == "exact" else subspace_svd
+    with ThreadPoolExecutor() as pool:
+        for compiled in [pool.submit(program.lower(W, rank).compile) for W, rank in shapes]:
+            compiled.result()
+
+
+def _resolved(method: str, traced: bool = False) -> str:
+    if method not in SVD_METHODS:
+        raise ValueError(f"SVD method {method!r}: expected one of {', '.join(SVD_METHODS)}")
+    if method != "auto":
+        return method
+    return "exact" if jax.default_backend() == "cpu" or traced else "subspace"

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
-from tinylora_jax.adapters.svd import SVD, is_undetermined, mismatch, truncated_svd
+from tinylora_jax.adapters.svd import SVD, compile_svds, is_undetermined, mismatch, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, map_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
 
@@ -245,13 +245,23 @@ def _decompose(
     """Triplets of every module, one more than `rank` if there is one: NumPy arrays, or traced in a jitted function."""
     leaves = leaves_by_path(params)
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
-    found = {}
-    for batch in batches(modules, max_batch_bytes):
+    found, parts = {}, batches(modules, max_batch_bytes)
+    num = lambda module: min(rank + 1, *module.shape)
+    if not traced and not any(_is_split(leaves[module.path]) for module in modules):
+        dtype = lambda batch: jnp.result_type(leaves[batch[0].path])
+        kinds = dict.fromkeys(((len(x), *x[0].shape[::-1]), dtype(x), num(x[0])) for x in parts)
+        compile_svds([(jax.ShapeDtypeStruct(shape, kind), rank) for shape, kind, rank in kinds], method)
+    for batch in parts:
         W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
-        svd = truncated_svd(W, min(rank + 1, *W.shape[1:]), method)
+        svd = truncated_svd(W, num(batch[0]), method)
         svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
+
+
+def _is_split(leaf: Any) -> bool:
+    """Whether a leaf lies on several devices."""
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
 
 
 def _stack(parts: Sequence[Any]) -> jax.Array:
