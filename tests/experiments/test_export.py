@@ -98,7 +98,7 @@ def nameless(adapter, place):
 
 
 REFUSED = {
-    "another base": lambda x: (x.adapter, x.place / "out", x.other, "whose factors differ"),
+    "another base": lambda x: (x.adapter, x.place / "out", x.other, "from which this base model differs"),
     "another base of PEFT's": lambda x: (x.peft, x.place / "out", x.other, "singular directions are not this model's"),
     "no adapter": lambda x: (x.place / "none", x.place / "out", x.model, "none/adapter.json is missing"),
     "a model for an adapter": lambda x: (x.model, x.place / "out", x.model, "adapter.json is missing"),

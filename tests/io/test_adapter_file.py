@@ -12,6 +12,7 @@ import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, delta, factorize, init
 from tinylora_jax.adapters.projections import standard_normals
+from tinylora_jax.io import adapter_file
 from tinylora_jax.io.adapter_file import (
     AdapterError,
     AdapterReader,
@@ -339,7 +340,7 @@ def test_a_reader_gives_each_adapter_its_vector(qwen2, factors, tmp_path):
 def test_a_reader_refuses_what_does_not_belong(qwen2, factors, saved, tmp_path):
     reader = AdapterReader(qwen2.params, factors)
     reader.read(saved)
-    save_adapter(tmp_path / "some", factorize(qwen2.params, SPECS["some"]), jnp.ones((2, 4)), "base")
+    save_adapter(tmp_path / "some", factorize(qwen2.params, SPECS["some"]), jnp.ones((5, 4)), "base")
     with pytest.raises(AdapterError, match="some was trained with TinyLoRA.rank=1"):
         reader.read(tmp_path / "some")
     flipped = {path: dataclasses.replace(leaf, U=-leaf.U) for path, leaf in factors.leaves.items()}

@@ -50,6 +50,16 @@ def exact_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     return canonical_signs(SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2)))
 
 
+def _product_with(W: jax.Array, subscripts: str, X: jax.Array) -> jax.Array:
+    """einsum(W, X) exact to float32. A bfloat16 W meets X in three bfloat16 pieces: half the bytes, matrix units."""
+    if W.dtype != jnp.bfloat16:
+        return jnp.einsum(subscripts, W, X, precision=_HIGHEST)
+    high = jax.lax.reduce_precision(X, 8, 7)  # a pair of casts would be optimized away
+    middle = jax.lax.reduce_precision(X - high, 8, 7)
+    pieces = jnp.concatenate([x.astype(W.dtype) for x in (high, middle, X - high - middle)], axis=-1)
+    return sum(jnp.split(jnp.einsum(subscripts, W, pieces, preferred_element_type=jnp.float32), 3, axis=-1))
+
+
 @partial(jax.jit, static_argnames=("rank", "max_iterations"))
 def subspace_svd(
     W: Float[Array, "batch rows columns"], rank: int, tolerance: float = 3e-6, max_iterations: int = 300
@@ -69,10 +79,12 @@ def subspace_svd(
       The triplets and each matrix's error, which the caller must check: the largest relative residual ‖W v − s u‖ / s₁,
       plus what U lacks of being orthonormal.
     """
-    W = W.astype(np.promote_types(W.dtype, np.float32))
+    W = W if W.dtype == jnp.bfloat16 else W.astype(np.promote_types(W.dtype, np.float32))
     batch, rows, columns = W.shape
-    block = min(rows, columns, max(16, 4 * rank))
+    block = min(rows, columns, max(32, 8 * rank))
     product = partial(jnp.einsum, precision=_HIGHEST)
+    onto_rows = partial(_product_with, W, "brc,bck->brk")  # W X
+    onto_columns = partial(_product_with, W, "brc,brk->bck")  # Wᵀ X
 
     def orthonormal(Y):  # Cholesky QR: shifted for a first rough pass, then exact
         for shift in (1e-6, 0.0):
@@ -83,28 +95,28 @@ def subspace_svd(
         return Y
 
     def solve(Q):
-        small = product("brk,brc->bkc", Q, W)
-        squares, Z = jnp.linalg.eigh(product("bkc,blc->bkl", small, small))
+        small = onto_columns(Q)
+        squares, Z = jnp.linalg.eigh(product("bck,bcl->bkl", small, small))
         Z = Z[..., ::-1][..., :rank]
         S = jnp.sqrt(jnp.maximum(squares[..., ::-1], 0))[..., :rank]
-        U, V = product("brk,bkl->brl", Q, Z), product("bkc,bkl->bcl", small, Z) / jnp.maximum(S[:, None], 1e-30)
-        residual = product("brc,bck->brk", W, V) - U * S[:, None]
+        U, V = product("brk,bkl->brl", Q, Z), product("bck,bkl->bcl", small, Z) / jnp.maximum(S[:, None], 1e-30)
+        residual = onto_rows(V) - U * S[:, None]
         worst = jnp.max(jnp.linalg.norm(residual, axis=1), axis=-1) / jnp.maximum(S[:, 0], 1e-30)
         skew = jnp.max(jnp.abs(product("brk,brl->bkl", U, U) - jnp.eye(rank, dtype=U.dtype)), axis=(1, 2))
         return SVD(U, S, V), worst + skew
 
     def improve(_, Q):
-        return orthonormal(product("brc,bck->brk", W, orthonormal(product("brc,brk->bck", W, Q))))
+        return orthonormal(onto_rows(orthonormal(onto_columns(Q))))
 
     def iterate(carry):
         count, Q, _ = carry
         Q = jax.lax.fori_loop(0, 4, improve, Q)
         return count + 4, Q, solve(Q)[1]
 
-    start = jax.random.normal(jax.random.key(0), (1, rows, block), W.dtype)
+    start = jax.random.normal(jax.random.key(0), (1, rows, block), np.promote_types(W.dtype, np.float32))
     Q = orthonormal(jnp.broadcast_to(start, (batch, rows, block)))
     unfinished = lambda carry: (carry[0] < max_iterations) & jnp.any(carry[2] > tolerance)
-    _, Q, _ = jax.lax.while_loop(unfinished, iterate, (0, Q, jnp.full((batch,), jnp.inf, W.dtype)))
+    _, Q, _ = jax.lax.while_loop(unfinished, iterate, (0, Q, jnp.full((batch,), jnp.inf, start.dtype)))
     svd, residual = solve(Q)
     return canonical_signs(svd), residual
 
