@@ -6,6 +6,10 @@
 `generate` compares generation with transformers; `grpo` compares a whole step with TRL's GRPOTrainer and PEFT's
 TinyLoRA (both need torch; the second also `pip install trl`). A library that is missing is named and left out. On a
 GPU both libraries share the memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 to leave torch its part.
+
+`tunix` compares generation with Tunix's sampler, and `tunix_grpo` a whole step with its GRPO, which trains LoRA of
+rank 1: it has no TinyLoRA (`pip install google-tunix==0.1.7`). It keeps every activation, so that long answers need a
+smaller --micro_batch.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import common
+from experiments.benchmarks import common, tunix_peer
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors
 from tinylora_jax.io.peft import export_tinylora
@@ -43,6 +48,8 @@ from tinylora_jax.training import (
 )
 
 FLAGS = flags.FLAGS
+TUNIX = ("tunix", "qwix", "metrax", "clu", "perfetto", "sentencepiece", "tensorboardX")
+NEEDED = {"generate": ("torch",), "grpo": ("torch", "peft", "trl"), "tunix": TUNIX, "tunix_grpo": TUNIX}
 
 
 def torch_model() -> tuple[Any, Any]:
@@ -129,8 +136,8 @@ def their_generate(rows: Sequence[Sequence[int]]) -> float:
     return timed(run)
 
 
-def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
-    """Seconds of a step: rollout, a reward, the update."""
+def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Seconds of a step: rollout, a reward, the update; and mean tokens of an answer."""
     prompts, samples, longest = padded(rows), FLAGS.samples, FLAGS.new_tokens
     sampling = Sampling(longest, stop_tokens=model.stop_tokens)
     count, width = prompts[1].shape
@@ -138,7 +145,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
     plan = Plan(model.config, GRPO(skip_without_signal=False), 1.0, longest, shapes)
     optimizer = Optimizer(1e-3).transform()
     step, state = make_grpo_step(plan, optimizer), init_state(model.v, optimizer)
-    reward = load_reward("boxed")
+    reward, lengths = load_reward("boxed"), []
 
     @jax.jit
     def program(policy, v, key):
@@ -146,6 +153,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
 
     def run(index: int) -> None:
         drawn = jax.device_get(program(model.policy, state.v, jax.random.key(index)))
+        lengths.append(drawn.lengths)
         texts = [model.tokenizer.decode(t[:n]) for t, n in zip(drawn.tokens, drawn.lengths, strict=True)]
         grades = np.array([reward(text, "7", "").strict for text in texts], np.float32)
         grades += np.arange(len(texts), dtype=np.float32) % 2  # every group has a signal, in both libraries
@@ -160,7 +168,16 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
         )
         jax.block_until_ready(step(state, model.policy, batch))
 
-    return timed(run)
+    return timed(run), float(np.mean(lengths))
+
+
+def micro_batch() -> int:
+    """Completions that the peer differentiates at once."""
+    completions = FLAGS.prompts * FLAGS.samples
+    micro = min(FLAGS.micro_batch, completions)
+    if completions % micro:
+        raise ValueError(f"--micro_batch={micro} does not divide the {completions} completions of a step")
+    return micro
 
 
 def their_step() -> tuple[float, int]:
@@ -184,15 +201,12 @@ def their_step() -> tuple[float, int]:
         def on_step_end(self, *args, **kwargs):
             stamps.append(time.perf_counter())
 
-    completions = FLAGS.prompts * FLAGS.samples
-    micro = min(FLAGS.micro_batch, completions)
-    if completions % micro:
-        raise ValueError(f"--micro_batch={micro} does not divide the {completions} completions of a step")
+    micro = micro_batch()
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=completions // micro,
+            gradient_accumulation_steps=FLAGS.prompts * FLAGS.samples // micro,
             num_generations=FLAGS.samples,
             max_completion_length=FLAGS.new_tokens,
             max_steps=1 + FLAGS.runs,
@@ -221,9 +235,29 @@ def their_step() -> tuple[float, int]:
     return statistics.median(seconds[1:]), trained
 
 
+def tunix_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tunix_peer.Steps:
+    """Tunix's steps on the same questions, the first of them to warm up."""
+    micro, rest = divmod(micro_batch(), FLAGS.samples)
+    if rest or not micro or FLAGS.prompts % micro:
+        raise ValueError(
+            f"--micro_batch={FLAGS.micro_batch}: Tunix takes whole groups of {FLAGS.samples}, equally many"
+        )
+    ids = {str(place): list(row) for place, row in enumerate(rows)}
+    tokenizer = tunix_peer.Tokenizer(ids, model.stop_tokens, model.config.vocab_size, model.tokenizer.decode)
+    theirs = tunix_peer.qwen2(model.config, model.policy.params)
+    return tunix_peer.grpo_steps(theirs, tokenizer, FLAGS.samples, FLAGS.new_tokens, micro, 1 + FLAGS.runs)
+
+
 def missing(*needed: str) -> str:
     """Which of some packages are not installed, as one text."""
     return " ".join(name for name in needed if find_spec(name) is None)
+
+
+def installed() -> bool:
+    """Whether the peer is there; says what is missing."""
+    if absent := missing(*NEEDED[FLAGS.what]):
+        tell(f"{absent} not installed: nothing to compare with")
+    return not absent
 
 
 def their_adapters(
@@ -263,6 +297,41 @@ def their_adapters(
     return result | ({"PEFT, load_adapter, ms": 1e3 * statistics.median(load)} if load else {})
 
 
+def compare_generation(model: common.Model, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Every completion drawn to its full length, beside transformers or Tunix's sampler."""
+    ours, count = our_generate(model, rows), FLAGS.prompts * FLAGS.samples * FLAGS.new_tokens
+    table: dict[str, Any] = {"ours, seconds": ours, "ours, tokens per second": count / ours}
+    if not installed():
+        return table
+    if FLAGS.what == "generate":
+        theirs, name = their_generate(rows), "transformers"
+    else:
+        name = f"Tunix {version('google-tunix')}"
+        draw = tunix_peer.sampler(
+            tunix_peer.qwen2(model.config, model.policy.params), rows, FLAGS.samples, FLAGS.new_tokens
+        )
+        drawn = []
+        theirs = timed(lambda i: drawn.append(draw(i)))
+        if set(drawn) != {count}:
+            raise ValueError(f"{name} drew {drawn} tokens, not {count}: nothing to compare")
+    return table | {f"{name}, seconds": theirs, f"{name}, tokens per second": count / theirs, "ratio": theirs / ours}
+
+
+def compare_steps(model: common.Model, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A whole step, beside TRL + PEFT's TinyLoRA or Tunix's LoRA of rank 1."""
+    ours, mean_tokens = our_step(model, rows)
+    table: dict[str, Any] = {"ours, seconds a step": ours, "ours, tokens an answer": mean_tokens}
+    if not installed():
+        return table
+    if FLAGS.what == "grpo":
+        name, (theirs, trained) = "TRL + PEFT", their_step()
+    else:
+        name, steps = f"Tunix {version('google-tunix')}", tunix_step(model, rows)
+        theirs, trained = statistics.median(steps.seconds[1:]), steps.trained
+        table[f"{name}, tokens an answer"] = steps.mean_tokens
+    return table | {f"{name}, seconds a step": theirs, f"{name}, parameters": trained, "ratio": theirs / ours}
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
@@ -271,37 +340,21 @@ def main(argv: Sequence[str]) -> None:
         model = common.load()
         if model.tokenizer is None:
             raise ValueError("--model: peers need a model with a tokenizer, not random weights")
-        rows = encoded(model.tokenizer)
-        table: dict[str, Any] = {
+        compare = compare_steps if FLAGS.what.endswith("grpo") else compare_generation
+        table = {
             "model": model.name,
             "dtype": str(common.dtype()),
             "prompts × samples, longest": f"{FLAGS.prompts} × {FLAGS.samples}, {FLAGS.new_tokens}",
+            **compare(model, encoded(model.tokenizer)),
         }
-        if FLAGS.what == "generate":
-            ours = our_generate(model, rows)
-            table["ours, seconds"] = ours
-            table["ours, tokens per second"] = FLAGS.prompts * FLAGS.samples * FLAGS.new_tokens / ours
-        else:
-            ours = our_step(model, rows)
-            table["ours, seconds a step"] = ours
-        needed = ("torch",) if FLAGS.what == "generate" else ("torch", "peft", "trl")
-        if absent := missing(*needed):
-            tell(f"{absent} not installed: nothing to compare with")
-        elif FLAGS.what == "generate":
-            theirs = their_generate(rows)
-            table["transformers, seconds"], table["ratio"] = theirs, theirs / ours
-        else:
-            theirs, trained = their_step()
-            table["TRL + PEFT, seconds a step"], table["ratio"] = theirs, theirs / ours
-            table["TRL + PEFT, parameters"] = trained
     common.report(f"peers: {FLAGS.what}", table)
 
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_enum("what", "generate", ["generate", "grpo"], "What to compare.")
+    flags.DEFINE_enum("what", "generate", list(NEEDED), "What to compare.")
     flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=2)
-    flags.DEFINE_integer("micro_batch", 64, "Completions that TRL differentiates at once.", lower_bound=1)
-    flags.DEFINE_integer("new_tokens", 64, "Longest completion; `generate` draws all of it.", lower_bound=1)
+    flags.DEFINE_integer("micro_batch", 64, "Completions that the peer differentiates at once.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 64, "Longest completion; without a step, all of it is drawn.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

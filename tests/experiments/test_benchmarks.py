@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from experiments.benchmarks.peers import NEEDED, missing
+
 COMMON = {"device", "jax", "model", "dtype"}
 CASES = {
     "rollout": (
@@ -83,3 +85,26 @@ def test_peft_answers_with_the_same_adapters(processes, model_folder, tmp_path):
     assert ran.code == 0, ran.err
     table = json.loads(result.read_text())
     assert all(table[f"PEFT, {what}"] > 0 for what in ("one after the other: tokens per second", "load_adapter, ms"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [("tunix", "--new_tokens=8"), ("tunix_grpo", "--new_tokens=8", "--micro_batch=4")],
+    ids=lambda flags: flags[0],
+)
+def test_tunix_does_the_same_job(processes, model_folder, tmp_path, flags):
+    if absent := missing(*NEEDED["tunix"]):
+        pytest.skip(f"pip install google-tunix==0.1.7: {absent} not installed")
+    result = tmp_path / "result.json"
+    what, *rest = flags
+    command = (f"--what={what}", f"--model={model_folder}", f"--json={result}", "--prompts=2", "--runs=1", *rest)
+    ran = processes.run("benchmarks.peers", *command, config=False)
+    assert ran.code == 0, ran.err
+    table = json.loads(result.read_text())
+    (theirs,) = (name for name in table if name.startswith("Tunix") and "seconds" in name)
+    assert table["ratio"] == pytest.approx(table[theirs] / table[theirs.replace(theirs.split(",")[0], "ours")])
+    if what == "tunix_grpo":
+        inputs_and_outputs = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))  # of all matrices of two layers
+        assert table["Tunix 0.1.7, parameters"] == inputs_and_outputs
+        assert 1 <= table["Tunix 0.1.7, tokens an answer"] <= 8

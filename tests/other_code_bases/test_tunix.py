@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.benchmarks import tunix_peer
 from tinylora_jax import Target, TinyLoRA, factorize, merge
-from tinylora_jax.models import ModelConfig, Rope, forward, logits
+from tinylora_jax.models import ModelConfig, Rope, forward, init_params, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flax, about Tunix's code
 
 SIZES = {"num_layers": 2, "vocab_size": 61, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+OUR_SIZES = SIZES | {"hidden_size": 24, "intermediate_size": 40, "rope": Rope(theta=1e6)}
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 7)), jnp.int32)
 POSITIONS = jnp.broadcast_to(jnp.arange(7), (2, 7))
 CAUSAL = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 7, 7))
@@ -73,27 +75,6 @@ TARGETS = (
 )
 
 
-def as_ours(model):
-    """The weights in the layout of this library's decoder."""
-    weights = nnx.to_pure_dict(nnx.state(model))
-
-    def block(layer):
-        attention = {}
-        for name in "qkvo":
-            kernel = layer["attn"][f"{name}_proj"]["w"]
-            attention[f"{name}_proj"] = {"kernel": kernel.reshape(-1, 24) if name == "o" else kernel.reshape(24, -1)}
-            if name != "o":
-                attention[f"{name}_proj"]["bias"] = layer["attn"][f"{name}_bias"]
-        norms = ("input_layernorm", "post_attention_layernorm")
-        return {"self_attn": attention, "mlp": layer["mlp"], **{name: {"scale": layer[name]["w"]} for name in norms}}
-
-    return {
-        "embed_tokens": {"embedding": weights["embedder"]["input_embedding"]},
-        "layers": {i: block(layer) for i, layer in weights["layers"].items()},
-        "norm": {"scale": weights["final_norm"]["w"]},
-    }
-
-
 def test_tunixs_qwen2(check_laws, matrix, model):
     factors = factorize(model, TinyLoRA(u=2, n_tie=4, targets=TARGETS))
     # Its einsums multiply by arrays alone, so the weights are merged inside the compiled step.
@@ -106,14 +87,27 @@ def test_tunixs_qwen2(check_laws, matrix, model):
     check_laws(model, factors, matrices, loss_of, step)
 
 
-def test_our_decoder_gives_tunixs_logits(model):
+@pytest.mark.parametrize("family", [{"qkv_bias": True, "tie_embeddings": True}, {}], ids=["qwen2", "llama"])
+def test_our_decoder_gives_tunixs_logits(qwen2, random_weights, family):
     """Two implementations of one architecture: base, and merged."""
-    config = ModelConfig(
-        **SIZES, hidden_size=24, intermediate_size=40, qkv_bias=True, tie_embeddings=True, rope=Rope(theta=1e6)
-    )
+    config = ModelConfig(**OUR_SIZES, **family)
+    params = random_weights(jax.eval_shape(lambda: init_params(config)))
     ours = jax.jit(lambda params: logits(config, params, forward(config, params, TOKENS)[0]))
-    factors = factorize(model, TinyLoRA(u=2, n_tie=4, targets=TARGETS))
+    factors = factorize(params, TinyLoRA(u=2, n_tie=4))
     for v in (0.0, 0.3):
-        adapted = merge(model, factors, jnp.full((factors.num_groups, 2), v))
-        expected = jax.jit(logits_of)(adapted)
-        np.testing.assert_allclose(ours(as_ours(adapted)), expected, atol=2e-4)
+        adapted = merge(params, factors, jnp.full((factors.num_groups, 2), v))
+        expected = jax.jit(logits_of)(tunix_peer.qwen2(config, adapted))
+        np.testing.assert_allclose(ours(adapted), expected, atol=2e-4)
+
+
+def test_what_tunixs_qwen2_lacks_is_refused():
+    config = ModelConfig(**OUR_SIZES, qk_norm=True, o_bias=True)
+    with pytest.raises(ValueError, match="no qk_norm, o_bias: choose"):
+        tunix_peer.named_as_theirs(config, {})
+
+
+def test_tunix_masks_no_token_of_a_prompt():
+    """Its padding is recognized by the token alone."""
+    tokenizer = tunix_peer.Tokenizer({"a": [9, 1], "b": [7]}, (8,), 10, str)
+    assert tokenizer.pad_id() == 6 and tokenizer.encode("a") == [9, 1]
+    assert [tokenizer.decode([1, 2]), tokenizer.lengths] == ["[1, 2]", [2]]
