@@ -28,6 +28,7 @@ setup(
         "jinja2>=3.1",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
+        "matplotlib>=3.8",  # what a run is drawn with at its end
     ],
     extras_require={
         # The demo needs nothing beyond the base; the name is kept so that the command says what it is for.
