@@ -48,10 +48,11 @@ def draw(run: Run) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
-    grid = figure.add_gridspec(2, 6)
-    panels = {_reward: grid[0, :4], _length: grid[0, 4:], _vector: grid[1, :2], _mismatch: grid[1, 2:4]}
-    panels[_seconds] = grid[1, 4:]
+    figure = Figure(figsize=(12, 6.6))
+    # Fixed places: matplotlib's own layout would draw everything twice to measure it.
+    above = figure.add_gridspec(1, 2, left=0.06, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
+    beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.32)
+    panels = {_reward: above[0], _length: above[1], _vector: beneath[0], _mismatch: beneath[1], _seconds: beneath[2]}
     for panel, place in panels.items():
         axes = figure.add_subplot(place)
         panel(axes, run)
@@ -129,7 +130,6 @@ def _length(axes: Axes, run: Run) -> None:
 def _vector(axes: Axes, run: Run) -> None:
     from_zero = lambda values: np.concatenate([np.zeros_like(values[:1]), values])
     axes.set_title("the trained vector v")
-    axes.set_ylabel("value, no unit")
     if run.vectors is not None:
         axes.set_title(f"the trained vector v, its {run.vectors.shape[1]} numbers and |v|")
         axes.plot(from_zero(run.vectors), color=_BLUE, linewidth=0.9, alpha=0.7)
@@ -153,8 +153,9 @@ def _seconds(axes: Axes, run: Run) -> None:
     below = np.zeros(run.count)
     for name, (label, color) in _PHASES.items():
         if name in run.steps:
-            axes.bar(np.arange(1, run.count + 1), run.steps[name], 1.0, below, color=color, label=label, linewidth=0)
-            below = below + run.steps[name]
+            top, edges = below + run.steps[name], np.arange(run.count + 1) + 0.5
+            axes.stairs(top, edges, baseline=below, fill=True, color=color, label=label, linewidth=0)
+            below = top
     usual = 1.35 * np.percentile(below, 90)
     axes.set_ylim(0, usual)
     if max(below) > usual:  # programs that were compiled in a step, or a machine that had other things to do
