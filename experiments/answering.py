@@ -50,6 +50,7 @@ class Answers:
       texts: decoded without special tokens.
       grades: one per completion.
       seconds: spent generating.
+      grading_seconds: spent decoding and grading.
     """
 
     arrays: PromptArrays
@@ -57,6 +58,7 @@ class Answers:
     texts: tuple[str, ...]
     grades: tuple[Grade, ...]
     seconds: float
+    grading_seconds: float
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +99,7 @@ def answer(
     arrays = pad_prompts(prompts, width)
     started = time.perf_counter()
     completions = fetch(_rollout(task.model, task.policy, v, arrays, key, sampling, samples, task.slots))
-    seconds = time.perf_counter() - started
+    generated = time.perf_counter()
     texts = tuple(
         task.tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(completions.tokens, completions.lengths, strict=True)
@@ -105,7 +107,7 @@ def answer(
     own = share(len(texts))  # grading may be slow: a process does it for its part
     grades = grade_batch(task.reward, [texts[i] for i in own], [prompts[i // samples] for i in own])
     grades = tuple(Grade(*fields) for fields in collect([dataclasses.astuple(grade) for grade in grades]))
-    return Answers(arrays, completions, texts, grades, seconds)
+    return Answers(arrays, completions, texts, grades, generated - started, time.perf_counter() - generated)
 
 
 def grades_of(answers: Answers, which: str) -> np.ndarray:

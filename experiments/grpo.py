@@ -36,6 +36,7 @@ from experiments.compilation import compile_together
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
 from experiments.meshes import active_mesh, plan_streams, use_mesh
+from experiments.plot import try_plot
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
@@ -122,7 +123,8 @@ class Trainer:
                 " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
             )
         metrics |= _rollout_metrics(answers, self.config.samples)
-        metrics |= {"rollout_s": answers.seconds, "update_s": time.perf_counter() - started}
+        metrics |= {"rollout_s": answers.seconds, "grading_s": answers.grading_seconds}
+        metrics["update_s"] = time.perf_counter() - started
         metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
         return dataclasses.replace(state, step=state.step + 1), metrics, answers
 
@@ -153,6 +155,8 @@ def _rollout_metrics(answers: Answers, samples: int) -> dict[str, float]:
     return {
         "reward": float(strict.mean()),
         "reward_lenient": float(lenient.mean()),
+        # Answers of one question are alike, so the means of the questions are what is independent.
+        "reward_se": float(groups.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else 0.0,
         "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
         "length": float(answers.completions.lengths.mean()),
         "truncated": float(1 - answers.completions.stopped.mean()),
@@ -300,6 +304,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
     if is_first():
+        try_plot(workdir)
         print(json.dumps(summary))
 
 

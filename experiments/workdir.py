@@ -14,6 +14,8 @@ from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.run_log import RunLog
 from tinylora_jax.training import TrainState
 
+_VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone
+
 
 class Workdir:
     """A run's log, results and checkpoints; every method is called by all processes together.
@@ -86,7 +88,8 @@ class Workdir:
 
         def write() -> None:
             self._log.samples(step, page)
-            self._log.metrics(step, metrics)
+            short = state.v.size <= _VECTOR_NUMBERS
+            self._log.metrics(step, {**metrics, **({"v": np.asarray(state.v).ravel().tolist()} if short else {})})
             self._checkpoints.save(step + 1, state, record)
 
         on_first(write)

@@ -10,11 +10,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib  # noqa: E402
+import io  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import matplotlib.image  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -139,6 +141,32 @@ def v(policy) -> jax.Array:
     """A vector that moves every module visibly (ΔW about a third of W's leading part)."""
     shape = (policy.factors.num_groups, policy.factors.spec.u)
     return jnp.asarray(0.3 * np.random.default_rng(5).standard_normal(shape), jnp.float32)
+
+
+# The insides of the five panels of a run's picture, as shares of it: left, right, top, bottom; without the axes.
+_PANELS = (
+    (0.065, 0.612, 0.105, 0.42),
+    (0.695, 0.922, 0.105, 0.42),
+    (0.065, 0.306, 0.575, 0.91),
+    (0.402, 0.642, 0.575, 0.91),
+    (0.738, 0.978, 0.575, 0.91),
+)
+
+
+@pytest.fixture(scope="session")
+def blank_panels() -> Callable[[bytes], list[int]]:
+    """Which panels of a run's PNG show nothing but paper and grid."""
+
+    def find(png: bytes) -> list[int]:
+        pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
+        height, width = pixels.shape[:2]
+        inside = [
+            pixels[int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+            for left, right, top, bottom in _PANELS
+        ]
+        return [place for place, panel in enumerate(inside) if np.sum(panel.min(axis=-1) < 0.85) < 10]
+
+    return find
 
 
 @pytest.fixture(scope="session")

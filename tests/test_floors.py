@@ -125,6 +125,8 @@ from jax._src import xla_bridge
 for name in {modules!r}:
     importlib.import_module(name)
     assert not xla_bridge._backends, name
+import sys
+assert "matplotlib" not in sys.modules, "only drawing needs it"
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

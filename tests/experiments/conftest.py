@@ -248,7 +248,7 @@ class Processes:
         return SimpleNamespace(code=process.returncode, out=out, err=err, killed=process.returncode == -signal.SIGKILL)
 
 
-TIMINGS = ("rollout_s", "update_s", "tokens_per_s")
+TIMINGS = ("rollout_s", "grading_s", "update_s", "tokens_per_s")
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from tinylora_jax.io.checkpoint import Checkpoints
 
 METRICS = {
     *("step", "loss", "grad_norm", "v_norm", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance"),
-    *("reward", "reward_lenient", "groups_without_signal", "length", "truncated"),
-    *("rollout_s", "update_s", "tokens_per_s", "slot_efficiency"),
+    *("reward", "reward_lenient", "reward_se", "groups_without_signal", "length", "truncated"),
+    *("v", "rollout_s", "grading_s", "update_s", "tokens_per_s", "slot_efficiency"),
 }
 
 
@@ -48,6 +48,9 @@ def test_metrics_are_complete_and_finite(finished):
     assert [row["step"] for row in found] == list(range(5))
     for row in found:
         assert set(row) == METRICS
+        vector = row.pop("v")
+        assert len(vector) == 8 and all(map(math.isfinite, vector))
+        assert math.dist(vector, [0] * 8) == pytest.approx(row["v_norm"], rel=1e-6)
         assert all(math.isfinite(value) for value in row.values()), row
     assert any(row["groups_without_signal"] < 1 for row in found)
     assert 0 < np.mean([row["reward"] for row in found]) < 1, "the run needs a signal"

@@ -95,6 +95,15 @@ def test_metrics_are_appended_and_forgotten_from_a_step_on(log):
     assert json.loads(line) == {"step": 2, "loss": 1 / 3, "kl": 0.0}
 
 
+def test_the_numbers_of_a_vector_have_names_of_their_own(log):
+    log.start(0)
+    log.metrics(0, {"v": [0.25, -0.5]})
+    log.close()
+    assert json.loads((log.workdir / "metrics.jsonl").read_text()) == {"step": 0, "v": [0.25, -0.5]}
+    (events,) = (log.workdir / "tensorboard").iterdir()
+    assert all(name in events.read_bytes() for name in (b"v/0", b"v/1"))
+
+
 @pytest.mark.parametrize(
     "tail", [b'{"step": 2, "lo', b'{"step": 2', b"{", b"\n", b"\x00" * 64, b"\xff\xfe\xfa", b"[1]\n", b"7\n", b"{}\n"]
 )

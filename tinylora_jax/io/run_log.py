@@ -7,13 +7,14 @@ samples/        a readable page a step
 checkpoints/    see `checkpoint`
 adapter/        see `adapter_file`
 summary.json    the result
+run.png         all of it, drawn at the end
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,16 @@ class RunLog:
 
             self._board = Board(self.workdir / "tensorboard", step)
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one step's metrics."""
+    def metrics(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
+        """Appends one step's metrics; TensorBoard gets the numbers of a sequence one by one, as `name/0`, …."""
         with self._writing():
             with (self.workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-            self._board.write(step, values)
+            scalars: dict[str, float] = {}
+            for name, value in values.items():
+                several = isinstance(value, Sequence)
+                scalars |= {f"{name}/{i}": x for i, x in enumerate(value)} if several else {name: value}
+            self._board.write(step, scalars)
 
     def samples(self, step: int, text: str) -> None:
         """Keeps a page of readable completions."""

@@ -1,0 +1,164 @@
+"""The picture of a run: five panels over its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FEW = 40  # more steps than these are drawn faintly, beneath the means of neighbours
+_BLUE, _ORANGE, _GRAY = "#1f5fa8", "#d9730d", "#7a7a7a"
+_PHASES = {"rollout_s": ("rollout", "#1f5fa8"), "update_s": ("update", "#d9730d"), "grading_s": ("grading", "#5a9e4b")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is to draw.
+
+    Attributes:
+      title: of the picture.
+      steps: a row per step: its metrics.
+      vectors: `[steps, numbers]`, v after each step; None if it was too long to be logged.
+      before: accuracies of the untrained model; None if they are not there yet.
+      after: of the trained one.
+    """
+
+    title: str
+    steps: dict[str, np.ndarray]
+    vectors: np.ndarray | None
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+
+    @property
+    def count(self) -> int:
+        """Steps done."""
+        return len(self.steps["reward"])
+
+
+def draw(run: Run) -> Figure:
+    """Draws a run; matplotlib's global state is left alone.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.6))
+    # Fixed places: matplotlib's own layout would draw everything twice to measure it.
+    above = figure.add_gridspec(1, 2, left=0.06, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
+    beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.32)
+    panels = {_reward: above[0], _length: above[1], _vector: beneath[0], _mismatch: beneath[1], _seconds: beneath[2]}
+    for panel, place in panels.items():
+        axes = figure.add_subplot(place)
+        panel(axes, run)
+        axes.set_title(axes.get_title(), fontsize=10, loc="left")
+        axes.set_title("")
+        axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
+    figure.suptitle(run.title)
+    return figure
+
+
+def _line(axes: Axes, values: np.ndarray, color: str, label: str, errors: np.ndarray | None = None) -> None:
+    """A metric over the steps; with its standard error if there is one."""
+    count = len(values)
+    x, few = np.arange(1, count + 1), count <= _FEW
+    if not few:
+        axes.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
+        width = count // 10
+        mean = lambda y: np.convolve(y, np.full(width, 1 / width), "valid")
+        x, values = mean(x), mean(values)
+        errors = None if errors is None else np.sqrt(mean(errors**2) / width)
+        label = f"{label}, mean of {width} steps"
+    axes.plot(x, values, color=color, linewidth=1.6, marker="o" if few else None, markersize=3.5, label=label)
+    if errors is not None:
+        axes.fill_between(x, values - errors, values + errors, color=color, alpha=0.2, linewidth=0)
+
+
+def _percent(value: float, place: int | None = None) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _reward(axes: Axes, run: Run) -> None:
+    axes.set_title("reward of the sampled answers" + (" (band: 1 standard error)" if "reward_se" in run.steps else ""))
+    shares = 0 <= min(run.steps["reward"]) and max(run.steps["reward"]) <= 1
+    text = _percent if shares else lambda x: f"{x:.3g}"
+    _line(axes, run.steps["reward_lenient"], _ORANGE, "lenient")
+    _line(axes, run.steps["reward"], _BLUE, "strict", run.steps.get("reward_se"))
+    ends = (("untrained", run.before, 0, "left"), ("trained", run.after, run.count + 1, "right"))
+    for name, accuracy, x, side in ends:
+        if accuracy is None:
+            continue
+        axes.plot(x, accuracy["strict"], "D", color=_BLUE, markersize=7, clip_on=False)
+        axes.plot(x, accuracy["lenient"], "D", color=_ORANGE, markersize=7, fillstyle="none", clip_on=False)
+        found = f"{text(accuracy['strict'])} strict, {text(accuracy['lenient'])} lenient"
+        note = f"{name}, held-out questions, greedy (◆):\n{found}"
+        place = (0.01 if side == "left" else 0.99, 1.0)
+        axes.annotate(note, place, xycoords="axes fraction", ha=side, va="top", fontsize=9)
+    seen = [*run.steps["reward"], *run.steps["reward_lenient"]]
+    seen += [x for accuracy in (run.before, run.after) if accuracy for x in accuracy.values()]
+    low, high = min(0.0, *seen), max(seen)
+    axes.set_ylim(low, (high + 0.3 * (high - low)) or 1.0)  # room for the two notes
+    axes.set_ylabel("mean reward")
+    axes.set_xlim(0, run.count + 1)
+    if shares:
+        axes.yaxis.set_major_formatter(_percent)
+    axes.legend(loc="lower right", fontsize=9, frameon=False, ncols=2)
+
+
+def _length(axes: Axes, run: Run) -> None:
+    axes.set_title("length and truncation")
+    _line(axes, run.steps["length"], _BLUE, "length")
+    axes.set_ylabel("tokens of an answer, mean", color=_BLUE)
+    axes.set_ylim(0, 1.15 * max(run.steps["length"]))
+    right = axes.twinx()
+    _line(right, run.steps["truncated"], _ORANGE, "cut off")
+    right.set_ylabel("answers cut off", color=_ORANGE)
+    right.set_ylim(0, max(1.15 * max(run.steps["truncated"]), 0.1))
+    right.yaxis.set_major_formatter(_percent)
+    right.spines["top"].set_visible(False)
+
+
+def _vector(axes: Axes, run: Run) -> None:
+    from_zero = lambda values: np.concatenate([np.zeros_like(values[:1]), values])
+    axes.set_title("the trained vector v")
+    if run.vectors is not None:
+        axes.set_title(f"the trained vector v, its {run.vectors.shape[1]} numbers and |v|")
+        axes.plot(from_zero(run.vectors), color=_BLUE, linewidth=0.9, alpha=0.7)
+        axes.axhline(0, color=_GRAY, linewidth=0.8)
+    axes.plot(from_zero(run.steps["v_norm"]), color="black", linewidth=1.8, label="|v|")
+    axes.legend(loc="upper left", fontsize=9, frameon=False)
+
+
+def _mismatch(axes: Axes, run: Run) -> None:
+    axes.set_title("a token's probability: rollout against update")
+    _line(axes, run.steps["delta_prob"], _BLUE, "difference")
+    axes.set_ylabel("mean absolute difference")
+    axes.set_ylim(0, 1.15 * max(run.steps["delta_prob"]) or 1e-3)
+    if not any(run.steps["delta_prob"]):
+        axes.annotate("0 in every step", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_GRAY)
+
+
+def _seconds(axes: Axes, run: Run) -> None:
+    axes.set_title("seconds of a step")
+    axes.set_ylabel("s")
+    below = np.zeros(run.count)
+    for name, (label, color) in _PHASES.items():
+        if name in run.steps:
+            top, edges = below + run.steps[name], np.arange(run.count + 1) + 0.5
+            axes.stairs(top, edges, baseline=below, fill=True, color=color, label=label, linewidth=0)
+            below = top
+    usual = 1.35 * np.percentile(below, 90)
+    axes.set_ylim(0, usual)
+    if max(below) > usual:  # programs that were compiled in a step, or a machine that had other things to do
+        slowest = int(np.argmax(below))
+        axes.set_title(f"seconds of a step (step {slowest + 1}: {max(below):.3g} s)")
+    axes.legend(loc="upper right", fontsize=9, ncols=3, framealpha=1, edgecolor="none", columnspacing=1.2)
