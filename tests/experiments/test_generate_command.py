@@ -233,6 +233,7 @@ def test_ctrl_c_ends_without_a_traceback(processes, model_folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stderr.readline().startswith("loading")
     process.send_signal(signal.SIGINT)
