@@ -226,14 +226,16 @@ def test_a_terminal_is_asked_line_by_line(monkeypatch):
 
 
 def test_ctrl_c_ends_without_a_traceback(processes, model_folder):
+    # Started from a shell's background job, a process ignores Ctrl-C.
+    listen = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; runpy.run_module('experiments.generate', run_name='__main__')"
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.generate", f"--model={model_folder}"],
+        [sys.executable, "-c", code, f"--model={model_folder}"],
         env=processes.env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stderr.readline().startswith("loading")
     process.send_signal(signal.SIGINT)
