@@ -154,7 +154,7 @@ def sampler(
 
 
 class Steps(NamedTuple):
-    """Seconds of each step, the first with its compilation; parameters trained; mean tokens of an answer."""
+    """Seconds of each step, the first with its compilation; parameters trained; tokens drawn for an answer."""
 
     seconds: list[float]
     trained: int
@@ -225,9 +225,7 @@ def grpo_steps(
 
     config = GRPOConfig(num_generations=samples, beta=0.0)
     GRPOLearner(cluster, config, alternating).train(batches())
+    seconds = [end - begin for begin, end in zip(stamps[:-1], stamps[1:], strict=True)]
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapter()))
-    return Steps(
-        [end - begin for begin, end in zip(stamps, stamps[1:], strict=False)],
-        trained,
-        float(np.mean(tokenizer.lengths)),
-    )
+    drawn = np.minimum(np.array(tokenizer.lengths) + 1, new_tokens)  # it cuts stop tokens off before decoding
+    return Steps(seconds, trained, float(drawn.mean()))
