@@ -310,8 +310,8 @@ def compare_generation(model: common.Model, rows: Sequence[Sequence[int]]) -> di
         draw = tunix_peer.sampler(
             tunix_peer.qwen2(model.config, model.policy.params), rows, FLAGS.samples, FLAGS.new_tokens
         )
-        drawn = []
-        theirs = timed(lambda i: drawn.append(draw(i)))
+        drawn: list[int] = []
+        theirs = timed(lambda i: drawn.append(sum(map(len, draw(i)))))
         if set(drawn) != {count}:
             raise ValueError(f"{name} drew {drawn} tokens, not {count}: nothing to compare")
     return table | {f"{name}, seconds": theirs, f"{name}, tokens per second": count / theirs, "ratio": theirs / ours}

@@ -126,7 +126,9 @@ class Tokenizer:
         return self.padding
 
 
-def sampler(model: nnx.Module, rows: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Callable[[int], int]:
+def sampler(
+    model: nnx.Module, rows: Sequence[Sequence[int]], samples: int, new_tokens: int, temperature: float = 1.0
+) -> Callable[[int], list[np.ndarray]]:
     """Tunix's sampler for some prompts.
 
     Args:
@@ -134,9 +136,10 @@ def sampler(model: nnx.Module, rows: Sequence[Sequence[int]], samples: int, new_
       rows: ids of the prompts.
       samples: answers to each.
       new_tokens: length of each.
+      temperature: more than 0.
 
     Returns:
-      A function of a seed that draws all answers at once, without their texts, and returns the tokens drawn.
+      A function of a seed that draws all answers at once, without their texts: the tokens of each, on the host.
     """
     from tunix.generate.sampler import CacheConfig, Sampler
 
@@ -147,15 +150,11 @@ def sampler(model: nnx.Module, rows: Sequence[Sequence[int]], samples: int, new_
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     limits = {"max_generation_steps": new_tokens, "max_prompt_length": longest, "eos_tokens": [NEVER]}
 
-    def run(seed: int) -> int:
-        drawn = draw(repeated, temperature=1.0, top_p=1.0, seed=seed, **limits)
-        return sum(len(tokens) for tokens in drawn.tokens)
-
-    return run
+    return lambda seed: draw(repeated, temperature=temperature, top_p=1.0, seed=seed, **limits).tokens
 
 
 class Steps(NamedTuple):
-    """Seconds of each step, the first with its compilation; parameters trained; mean tokens of an answer."""
+    """Seconds of each step, the first with its compilation; parameters trained; tokens drawn for an answer."""
 
     seconds: list[float]
     trained: int
@@ -226,9 +225,7 @@ def grpo_steps(
 
     config = GRPOConfig(num_generations=samples, beta=0.0)
     GRPOLearner(cluster, config, alternating).train(batches())
+    seconds = [end - begin for begin, end in zip(stamps[:-1], stamps[1:], strict=True)]
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapter()))
-    return Steps(
-        [end - begin for begin, end in zip(stamps, stamps[1:], strict=False)],
-        trained,
-        float(np.mean(tokenizer.lengths)),
-    )
+    drawn = np.minimum(np.array(tokenizer.lengths) + 1, new_tokens)  # it cuts stop tokens off before decoding
+    return Steps(seconds, trained, float(drawn.mean()))
