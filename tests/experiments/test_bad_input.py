@@ -225,6 +225,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
             state, metrics = step(state, policy, batch)
             return state, metrics | ({"loss": np.float32(NAN)} if len(calls) == 3 else {})
 
+        broken.lower = step.lower
         return broken
 
     monkeypatch.setattr(grpo, "make_grpo_step", make_broken)

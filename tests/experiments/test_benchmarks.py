@@ -52,7 +52,10 @@ def test_portability_is_measured_through_the_file(processes, tmp_path):
         assert 0 < table[f"saved by cpu exact, loaded by {method}: largest error of ΔW"] < 1e-3
 
 
-@pytest.mark.parametrize("name", CASES)
+_LONG = ("merging", "adapters")  # a minute each, to compile
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in _LONG else x for x in CASES])
 def test_benchmarks_measure_what_they_say(processes, tmp_path, name):
     flags, expected = CASES[name]
     result = tmp_path / "result.json"
