@@ -26,7 +26,7 @@ from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
 from tinylora_jax.adapters.svd import exact_svd, subspace_svd
-from tinylora_jax.adapters.tinylora import BATCH_BYTES, batches
+from tinylora_jax.adapters.tinylora import BATCH_BYTES, batches, num_triplets
 from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
 from tinylora_jax.rollout import Sampling
@@ -221,7 +221,7 @@ def factorizations(case: Case) -> Iterator[Program]:
         seen.add(shape)
         into, out = kernel_spec(case.mesh, modules[0].path, (num_in, num_out))
         W = jax.ShapeDtypeStruct(shape, case.dtype, sharding=NamedSharding(case.mesh, P(None, out, into)))
-        lower = partial(svd.lower, W, rank=min(case.specs.adapter.rank + 1, num_in, num_out))
+        lower = partial(svd.lower, W, rank=num_triplets(modules[0], case.specs.adapter.rank))
         yield Program(f"factorize {len(modules)} x {num_out} x {num_in}", lower, 0.0, 0)
 
 

@@ -246,17 +246,21 @@ def _decompose(
     leaves = leaves_by_path(params)
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
     found, parts = {}, batches(modules, max_batch_bytes)
-    num = lambda module: min(rank + 1, *module.shape)
     if not traced and not any(_is_split(leaves[module.path]) for module in modules):
         dtype = lambda batch: jnp.result_type(leaves[batch[0].path])
-        kinds = dict.fromkeys(((len(x), *x[0].shape[::-1]), dtype(x), num(x[0])) for x in parts)
+        kinds = dict.fromkeys(((len(x), *x[0].shape[::-1]), dtype(x), num_triplets(x[0], rank)) for x in parts)
         compile_svds([(jax.ShapeDtypeStruct(shape, kind), rank) for shape, kind, rank in kinds], method)
     for batch in parts:
         W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
-        svd = truncated_svd(W, num(batch[0]), method)
+        svd = truncated_svd(W, num_triplets(batch[0], rank), method)
         svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
+
+
+def num_triplets(module: Module, rank: int) -> int:
+    """How many triplets are computed of a module: one more than are used, to see whether those are determined."""
+    return min(rank + 1, *module.shape)
 
 
 def _is_split(leaf: Any) -> bool:
@@ -353,7 +357,7 @@ def _expand(
 def _parts(
     U: Float[Array, "layers out rank"],
     S: Float[Array, "layers rank"],
-    V: Float[Array, layers in rank],
+    V: Float[Array, "layers num_in rank"],
     P: Float[Array, "layers u rank rank"],
     groups: Int[Array, " layers"],
     v: Float[Array, "... groups u"],
