@@ -72,11 +72,13 @@ def _flat(x: jax.Array, num: int) -> jax.Array:
     return x.reshape(*x.shape[: x.ndim - num], math.prod(x.shape[x.ndim - num :]))
 
 
-def _halves(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """x as a sum of two numbers of 16 bits: twice their precision."""
-    info = jnp.finfo(dtype)
-    high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a pair of casts would be optimized away
-    return high.astype(dtype), (x - high).astype(dtype)
+def pieces(x: jax.Array, dtype: jnp.dtype, count: int) -> tuple[jax.Array, ...]:
+    """x as a sum of `count` numbers of 16 bits: so many times their precision."""
+    info, found = jnp.finfo(dtype), []
+    for _ in range(count - 1):
+        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a pair of casts would be optimized away
+        found, x = [*found, high.astype(dtype)], x - high
+    return (*found, x.astype(dtype))
 
 
 def _in_one_product(x: jax.Array, W: jax.Array) -> bool:
@@ -86,14 +88,14 @@ def _in_one_product(x: jax.Array, W: jax.Array) -> bool:
 
 def _widened(W: jax.Array, left: jax.Array) -> jax.Array:
     """The rows of W, then Uᵀ in two halves that meet those of `_columns`, up to a multiple of 64 rows."""
-    high, low = _halves(left.T, W.dtype)
+    high, low = pieces(left.T, W.dtype, 2)
     padding = jnp.zeros((-(W.shape[0] + 3 * left.shape[1]) % 64, W.shape[1]), W.dtype)
     return jnp.concatenate([W, high, high, low, padding])
 
 
 def _columns(x: jax.Array, mixed: jax.Array, size: int) -> jax.Array:
     """`[x, mixed]` such that its product with `_widened` is x·W + mixed·Uᵀ to more than 16 bits before rounding."""
-    high, low = _halves(mixed, x.dtype)
+    high, low = pieces(mixed, x.dtype, 2)
     padding = jnp.zeros((*x.shape[:-1], size - x.shape[-1] - 3 * mixed.shape[-1]), x.dtype)
     return jnp.concatenate([x, high, low, high, padding], axis=-1)
 

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters.kernel import pieces
 from tinylora_jax.fetch import fetch
 
 SVD_METHODS = ("auto", "exact", "subspace")
@@ -54,10 +55,8 @@ def _product_with(W: jax.Array, subscripts: str, X: jax.Array) -> jax.Array:
     """einsum(W, X) exact to float32. A bfloat16 W meets X in three bfloat16 pieces: half the bytes, matrix units."""
     if W.dtype != jnp.bfloat16:
         return jnp.einsum(subscripts, W, X, precision=_HIGHEST)
-    high = jax.lax.reduce_precision(X, 8, 7)  # a pair of casts would be optimized away
-    middle = jax.lax.reduce_precision(X - high, 8, 7)
-    pieces = jnp.concatenate([x.astype(W.dtype) for x in (high, middle, X - high - middle)], axis=-1)
-    return sum(jnp.split(jnp.einsum(subscripts, W, pieces, preferred_element_type=jnp.float32), 3, axis=-1))
+    side_by_side = jnp.concatenate(pieces(X, W.dtype, 3), axis=-1)
+    return sum(jnp.split(jnp.einsum(subscripts, W, side_by_side, preferred_element_type=jnp.float32), 3, axis=-1))
 
 
 @partial(jax.jit, static_argnames=("rank", "max_iterations"))
