@@ -62,7 +62,7 @@ class Module:
     @property
     def name(self) -> str:
         """Unique name, which also seeds the module's projections: the path, and `[layer]` when stacked."""
-        return self.path if self.layer is None else f"{self.path}[{self.layer}]"
+        return module_name(self.path, self.layer)
 
     @property
     def kind(self) -> str:
@@ -74,6 +74,11 @@ class Module:
         """The numbers in the path, then the stacked layer: the order of layers."""
         numbers = tuple(int(part) for part in self.path.split("/") if part.isdigit())
         return numbers if self.layer is None else (*numbers, self.layer)
+
+
+def module_name(path: str, layer: int | None) -> str:
+    """The name of a leaf that is one module, or of one layer of a stacked leaf."""
+    return path if layer is None else f"{path}[{layer}]"
 
 
 def path_string(path: Sequence[Any]) -> str:

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 
 from tinylora_jax.adapters import Factors, TinyLoRA, exchange, factorize
 from tinylora_jax.adapters.svd import SVD
-from tinylora_jax.adapters.targets import natural
+from tinylora_jax.adapters.targets import module_name, natural
 from tinylora_jax.adapters.tinylora import LeafFactors
 from tinylora_jax.io.adapter_json import (
     DTYPES,
@@ -32,6 +32,7 @@ from tinylora_jax.io.adapter_json import (
     AdapterError,
     parse_description,
     parse_text,
+    read_at_most,
     read_text,
     readable,
 )
@@ -113,7 +114,7 @@ def _modules(factors: Factors) -> Iterator[tuple[str, LeafFactors, int]]:
     """Every module's name, and where its factors are: a leaf's and which layer of it."""
     for path, leaf in factors.leaves.items():
         for layer in range(len(leaf.groups)):
-            yield (f"{path}[{layer}]" if leaf.target.axes("layer") else path), leaf, layer
+            yield module_name(path, layer if leaf.target.axes("layer") else None), leaf, layer
 
 
 def _pack_factors(factors: Factors) -> bytes:
@@ -141,9 +142,25 @@ def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Facto
       ValueError: the base model cannot be factorized.
     """
     spec, v, description = read_adapter(folder)
+    return factors_of(folder, spec, v, description, params, method), v
+
+
+def factors_of(
+    folder: Path,
+    spec: TinyLoRA,
+    v: Float[Array, "groups u"],
+    description: Mapping[str, Any],
+    params: Any,
+    method: str = "auto",
+) -> Factors:
+    """The factors for what `read_adapter` read from a folder, as `load_adapter` gives them.
+
+    Raises:
+      AdapterError: the adapter belongs to another base model; said before it is factorized, where its weights tell.
+      ValueError: the base model cannot be factorized.
+    """
     check_base(description, params)
-    factors = factorize(params, spec, method)
-    return _with_own_factors(folder, spec, v, description, factors, params), v
+    return _with_own_factors(folder, spec, v, description, factorize(params, spec, method), params)
 
 
 def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict[str, Any]]:
@@ -246,12 +263,12 @@ def _read_factors(folder: Path, kept: Mapping[str, Any], factors: Factors) -> di
     shapes = {f"{name}.{k}": getattr(places[name][0], k).shape[1:] for name in kept["modules"] for k in SVD._fields}
     path = folder / _FACTORS
     most = sum(4 * math.prod(shape) + len(name) + _MAX_HEADER for name, shape in shapes.items())
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing, but {_DESCRIPTION} says that it belongs to the adapter; copy it too")
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise AdapterError(f"{path} is larger than the factors of {len(kept['modules'])} modules; copy it again")
+    data = read_at_most(
+        path,
+        most,
+        absent=f", but {_DESCRIPTION} says that it belongs to the adapter; copy it too",
+        larger=f"the factors of {len(kept['modules'])} modules; copy it again",
+    )
     if hashlib.sha256(data).hexdigest() != kept["sha256"]:
         raise AdapterError(f"{path} was altered: its SHA-256 is not the one in {_DESCRIPTION}; copy it again")
     try:

@@ -43,19 +43,39 @@ def readable(description: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def read_at_most(path: Path, most: int, absent: str, larger: str) -> bytes:
+    """Reads a file of at most so many bytes, and no more of a larger one.
+
+    Args:
+      path: the file.
+      most: bytes.
+      absent: what follows "… is missing" in the error.
+      larger: what follows "… is larger than".
+
+    Raises:
+      AdapterError: it is absent or too large.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing{absent}")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise AdapterError(f"{path} is larger than {larger}")
+    return data
+
+
 def read_text(path: Path) -> bytes:
     """Reads an adapter.json.
 
     Raises:
       AdapterError: it is absent or too large.
     """
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing; an adapter is a folder with vector.bin and adapter.json")
-    with path.open("rb") as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise AdapterError(f"{path} is larger than {MAX_JSON_BYTES} bytes; is it an adapter's description?")
-    return text
+    return read_at_most(
+        path,
+        MAX_JSON_BYTES,
+        absent="; an adapter is a folder with vector.bin and adapter.json",
+        larger=f"{MAX_JSON_BYTES} bytes; is it an adapter's description?",
+    )
 
 
 def parse_text(path: Path, text: bytes) -> dict[str, Any]:

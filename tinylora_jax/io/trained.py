@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors, factorize
-from tinylora_jax.io.adapter_file import check_fit, read_adapter
+from tinylora_jax.adapters import Factors
+from tinylora_jax.io.adapter_file import factors_of, read_adapter
 from tinylora_jax.io.peft import is_peft, peft_factors, read_tinylora
 
 
@@ -40,11 +41,8 @@ def open_adapter(folder: Path) -> Trained:
     """
     if is_peft(folder):
         adapter = read_tinylora(folder)
-        return Trained(adapter.v, adapter.base, lambda params, svd: peft_factors(adapter, params))
+        return Trained(adapter.v, adapter.base, lambda params, method: peft_factors(adapter, params))
     spec, v, description = read_adapter(folder)
-
-    def factors(params: Any, svd: str) -> Factors:
-        return check_fit(folder, spec, v, description, factorize(params, spec, svd), params)
-
+    factors = partial(factors_of, folder, spec, v, description)
     dtype = (description["base_fingerprint"] or {}).get("dtype")
     return Trained(v, description["base"], factors, dtype if dtype in ("bfloat16", "float16") else "float32")
