@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +26,7 @@ from absl import app, flags
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.screen import Screen, TextStream
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize
-from tinylora_jax.data import TEMPLATES, PromptTemplate, get_template, render
+from tinylora_jax.data import TEMPLATES, Prompt, PromptTemplate, get_template, pad_prompts, render
 from tinylora_jax.io.adapter_file import AdapterError, AdapterReader, read_adapter
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
 from tinylora_jax.rollout import Sampling, stream
@@ -186,16 +186,14 @@ def answer(
       first: number of prompts answered before.
     """
     width = -(-max(map(len, prompts)) // _WIDTH_STEP) * _WIDTH_STEP
-    each = len(answering.names)
-    tokens = np.stack([np.pad(np.asarray(row, np.int32), (0, width - len(row))) for row in prompts]).repeat(each, 0)
-    lengths = np.array([len(row) for row in prompts], np.int32).repeat(each)
-    ids = (first + np.arange(len(prompts), dtype=np.uint32)).astype(np.uint32).repeat(each)
+    asked = [Prompt(first + place, tuple(tokens), "", "") for place, tokens in enumerate(prompts)]
+    arrays = pad_prompts([prompt for prompt in asked for _ in answering.names], width)
     labels = _labels(len(prompts), answering.names, samples)
     screen, texts = Screen(out, labels), [TextStream(answering.base.tokenizer) for _ in labels]
     drawn, stopped, started = np.zeros(len(labels), int), np.zeros(len(labels), bool), time.perf_counter()
     try:
         weights = answering.weights(len(prompts))
-        for part in stream(answering.base.config, weights, ids, tokens, lengths, key, sampling, samples, _EVERY):
+        for part in stream(answering.base.config, weights, *arrays, key, sampling, samples, _EVERY):
             drawn, stopped = drawn + part.lengths, stopped | part.stopped
             for row, count in enumerate(part.lengths):
                 if count:
@@ -248,7 +246,7 @@ def run(values: flags.FlagValues) -> None:
     sampling = Sampling(values.max_new_tokens, values.temperature)
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     answering = load(values.model, values.adapter, jnp.dtype(dtype))
-    sampling = Sampling(values.max_new_tokens, values.temperature, stop_tokens=answering.base.stop_tokens)
+    sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
     key, answered = jax.random.key(values.seed), 0
     for prompts in prompts_of(values.prompt, sys.stdin):
         encoded = encode(answering.base, template, prompts, values.max_new_tokens)

@@ -77,9 +77,8 @@ def _load(source: str) -> tuple[ModelConfig, Any, Any, tuple[int, ...]]:
 
 def random_params(config: ModelConfig) -> Any:
     """Weights of a model's shape and scale."""
-    pool = jnp.asarray(
-        np.random.default_rng(0).standard_normal(1_000_003, np.float32)
-    )  # a prime: no two rows are alike
+    size = 1_000_003  # a prime: no two rows are alike
+    pool = jnp.asarray(np.random.default_rng(0).standard_normal(size, np.float32))
 
     @partial(jax.jit, static_argnums=1)
     def matrix(pool: jax.Array, shape: tuple[int, int]) -> jax.Array:  # compiled once for all of a shape
