@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.hosts import collect, share
 from experiments.setup import Task
-from tinylora_jax.adapters import Policy
+from tinylora_jax.adapters import Adapted
+from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt, PromptArrays, pad_prompts
 from tinylora_jax.fetch import fetch
 from tinylora_jax.models import ModelConfig
@@ -25,8 +26,8 @@ from tinylora_jax.rollout import Completions, Sampling, generate
 @partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
 def _rollout(
     config: ModelConfig,
-    policy: Policy,
-    v: jax.Array,
+    policy: Adapted,
+    v: Trained,
     prompts: PromptArrays,
     key: jax.Array,
     sampling: Sampling,
@@ -67,7 +68,7 @@ class Answers:
 
 
 def lower_answer(
-    task: Task, v: jax.Array | np.ndarray, prompts: int, width: int, sampling: Sampling, samples: int = 1
+    task: Task, v: Trained, prompts: int, width: int, sampling: Sampling, samples: int = 1
 ) -> jax.stages.Lowered:
     """The program with which `answer` answers so many prompts, to be compiled before it is needed."""
     arrays = PromptArrays(
@@ -78,7 +79,7 @@ def lower_answer(
 
 def answer(
     task: Task,
-    v: jax.Array | np.ndarray,
+    v: Trained,
     prompts: Sequence[Prompt],
     key: jax.Array,
     sampling: Sampling,
@@ -89,7 +90,7 @@ def answer(
 
     Args:
       task: the model.
-      v: the trained vector.
+      v: what was trained.
       prompts: the questions.
       key: of the sampling noise.
       sampling: how completions are drawn.

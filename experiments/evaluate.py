@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compi
 from experiments.compilation import compile_together
 from experiments.meshes import use_mesh
 from experiments.setup import Task, load_task, make_prompts, parse
-from tinylora_jax.adapters import init
+from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt, load_questions, padded_width
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.io.trained import open_adapter
@@ -36,7 +35,7 @@ Row = dict[str, Any]
 
 def evaluate(
     task: Task,
-    v: jax.Array | np.ndarray,
+    v: Trained,
     prompts: Sequence[Prompt],
     *,
     batch_size: int,
@@ -48,7 +47,7 @@ def evaluate(
 
     Args:
       task: the model.
-      v: the trained vector.
+      v: what was trained.
       prompts: the questions.
       batch_size: questions answered at once.
       samples: sampled completions per question; 0 is greedy only.
@@ -86,7 +85,7 @@ def _modes(task: Task, samples: int) -> list[tuple[str, Sampling, int]]:
 
 
 def lower_evaluation(
-    task: Task, v: jax.Array | np.ndarray, prompts: Sequence[Prompt], *, batch_size: int, samples: int = 0
+    task: Task, v: Trained, prompts: Sequence[Prompt], *, batch_size: int, samples: int = 0
 ) -> Iterator[jax.stages.Lowered]:
     """The programs that `evaluate` runs with these arguments, to be compiled before they are needed."""
     for _, sampling, count in _modes(task, samples):
@@ -133,10 +132,10 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     specs = parse(config)
     questions = load_questions(specs.eval_data)
     trained = None if adapter is None else open_adapter(adapter)
-    task = load_task(config, specs, trained and trained.factors)
-    v = init(task.policy.factors) if trained is None else trained.v
+    task = load_task(config, specs, trained and trained.policy)
+    v = task.policy.init() if trained is None else trained.v
     prompts = make_prompts(config, questions, task)
-    v, how = np.asarray(v), {"batch_size": config.eval_batch_size, "samples": max(1, config.eval_samples)}
+    how = {"batch_size": config.eval_batch_size, "samples": max(1, config.eval_samples)}
     tell("compiling")
     compile_together(lower_evaluation(task, v, prompts, **how))
     result, rows = evaluate(task, v, prompts, seed=config.seed, **how)

@@ -40,7 +40,6 @@ from experiments.plot import try_plot
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
-from tinylora_jax.adapters import init
 from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
@@ -48,10 +47,10 @@ from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.training import (
     Batch,
     Plan,
+    Step,
     TrainState,
     group_advantages,
     init_state,
-    make_grpo_step,
     score,
 )
 
@@ -82,11 +81,11 @@ class Trainer:
         self.plan = Plan(task.model, specs.grpo, config.temperature, config.max_new_tokens, shapes, streams)
         updates = steps * specs.grpo.updates_per_rollout
         self.optimizer = dataclasses.replace(specs.optimizer, total_updates=updates).transform()
-        self.update = make_grpo_step(self.plan, self.optimizer)
+        self.update = Step(self.plan, self.optimizer)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return self.placed(init_state(init(self.task.policy.factors), self.optimizer))
+        return self.placed(init_state(self.task.policy.init(), self.optimizer))
 
     def placed(self, state: TrainState) -> TrainState:
         """A state of the host on every device."""
@@ -145,7 +144,7 @@ class Trainer:
         if self.grpo.updates_per_rollout > 1:
             batch = dataclasses.replace(batch, old_logprobs=scores(state.v))
         if self.grpo.kl_coef:
-            batch = dataclasses.replace(batch, ref_logprobs=scores(jnp.zeros_like(state.v)))
+            batch = dataclasses.replace(batch, ref_logprobs=scores(self.task.policy.init()))
         return batch
 
 
@@ -211,7 +210,9 @@ def train(
             totals["rollout_s"] += metrics["rollout_s"]
             totals["wall_s"] = before + time.perf_counter() - started
             page = _page(prompts, answers, config.samples, config.samples_kept)
-            folder.keep(index, state, {"data": data.get_state(), "totals": totals}, metrics, page)
+            due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
+            record = {"data": data.get_state(), "totals": totals} if due else None
+            folder.keep(index, state, record, metrics, page)
             shown = {"reward": "reward", "length": "length", "tok/s": "tokens_per_s"}
             bar.set_postfix({label: f"{metrics[name]:.3g}" for label, name in shown.items()}, refresh=False)
             bar.update()

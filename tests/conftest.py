@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tinylora_jax import AdaptedKernel, Factors, Policy, TinyLoRA, factorize  # noqa: E402
-from tinylora_jax.adapters import FusedKernel  # noqa: E402
+from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy  # noqa: E402
 from tinylora_jax.adapters.tinylora import LeafFactors  # noqa: E402
 from tinylora_jax.models import KVCache, ModelConfig, Packing, Rope, forward, init_params, logits  # noqa: E402
 from tinylora_jax.rollout import Completions  # noqa: E402
@@ -39,8 +39,10 @@ for _pytree in (
         Batch,
         Completions,
         Factors,
+        FullPolicy,
         KVCache,
         LeafFactors,
+        LoRAPolicy,
         Packing,
         Policy,
         Streams,

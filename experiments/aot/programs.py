@@ -31,9 +31,10 @@ from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.rollout.generate import decode_step, empty_state
-from tinylora_jax.training import Plan, Streams, init_state, make_grpo_step
+from tinylora_jax.training import Plan, Step, Streams, init_state
 from tinylora_jax.training.batch import Shape
-from tinylora_jax.training.grpo import empty_parts, wants_remat, zero_totals
+from tinylora_jax.training.grpo import wants_remat
+from tinylora_jax.training.step import empty_parts, zero_totals
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
@@ -290,12 +291,12 @@ def updates(case: Case) -> Iterator[Program]:
 
 
 def _update(case: Case, plan: Plan, stream: Shape, part: Streams) -> Program:
-    grpo_step = make_grpo_step(plan, case.specs.optimizer.transform())
+    grpo_step = Step(plan, case.specs.optimizer.transform())
 
     def lower() -> jax.stages.Lowered:
         v = case.vector()
         total = case.whole(jax.eval_shape(zero_totals, v))
-        return grpo_step.accumulate.lower(total, v, case.policy(), case.whole(part))
+        return grpo_step.gradient.accumulate.lower(total, v, case.policy(), case.whole(part))
 
     tokens = plan.streams * stream.tokens
     name = f"update, rows of {stream.places} ({plan.streams} x {stream.tokens} tokens)"
@@ -310,7 +311,7 @@ def optimizer(case: Case) -> Program:
         v = case.vector()
         state = case.whole(jax.eval_shape(lambda v: init_state(v, transform), v))
         total = case.whole(jax.eval_shape(zero_totals, v))
-        return make_grpo_step(case.plan(), transform).update.lower(state, total)
+        return Step(case.plan(), transform).update.lower(state, total)
 
     return Program("optimizer", lower, 0.0, 0)
 

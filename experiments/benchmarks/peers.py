@@ -41,9 +41,9 @@ from tinylora_jax.training import (
     Batch,
     Optimizer,
     Plan,
+    Step,
     group_advantages,
     init_state,
-    make_grpo_step,
     stream_shapes,
 )
 
@@ -144,7 +144,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float,
     shapes = stream_shapes(count, width, samples, longest, GRPO().stream_tokens)
     plan = Plan(model.config, GRPO(skip_without_signal=False), 1.0, longest, shapes)
     optimizer = Optimizer(1e-3).transform()
-    step, state = make_grpo_step(plan, optimizer), init_state(model.v, optimizer)
+    step, state = Step(plan, optimizer), init_state(model.v, optimizer)
     reward, lengths = load_reward("boxed"), []
 
     @jax.jit

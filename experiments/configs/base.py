@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict, config_dict
 
-from tinylora_jax.adapters import TinyLoRA
+from tinylora_jax.adapters import LoRA, TinyLoRA
 from tinylora_jax.data import DataSpec
 from tinylora_jax.models.sharding import MeshSpec
 from tinylora_jax.training import GRPO, Optimizer
@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"  # of the frozen weights; v is float32 always
     config.seed = 0  # of data order and sampling noise
 
-    config.adapter = _fields(TinyLoRA(n_tie=16), "targets")
+    config.method = "tinylora"  # what is trained: or `lora_xs`, `lora`, `full`
+    config.adapter = _fields(TinyLoRA(n_tie=16), "targets")  # of `lora_xs` the rank alone counts
+    config.lora = _fields(LoRA(), "targets")
     config.targets = config_dict.placeholder(str)  # a regular expression over paths; None: the seven linear maps
     config.svd = "auto"  # or `exact`, `subspace`: see `truncated_svd`
     config.save_dtype = "bfloat16"  # of vector.bin
@@ -56,5 +58,6 @@ def get_config() -> ConfigDict:
 
     config.eval_batch_size = 64  # questions answered at once
     config.eval_samples = 0  # sampled answers a question beside the greedy one (`evaluate`: at least 1)
+    config.checkpoint_every = 1  # steps; a full fine-tuning's state is three times the weights in float32
     config.samples_kept = 2  # prompts a step whose completions are kept as readable pages
     return config

@@ -215,7 +215,7 @@ def test_a_workdir_below_a_file(config, command_line, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, monkeypatch, traces):
-    make, calls = grpo.make_grpo_step, []
+    make, calls = grpo.Step, []
 
     def make_broken(*args):
         step = make(*args)
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
         broken.lower = step.lower
         return broken
 
-    monkeypatch.setattr(grpo, "make_grpo_step", make_broken)
+    monkeypatch.setattr(grpo, "Step", make_broken)
     result = command_line(config, tmp_path / "run")
     assert result.code == 1 and "Traceback" not in result.err
     assert "error: step 2 is not finite ({'loss': nan" in result.err and "the state before it is kept" in result.err
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.latest_step() == 2
     checkpoints.close()
-    monkeypatch.setattr(grpo, "make_grpo_step", make)
+    monkeypatch.setattr(grpo, "Step", make)
     assert command_line(config, tmp_path / "run").code == 0
     assert traces(tmp_path / "run") == traces(finished.workdir)
 

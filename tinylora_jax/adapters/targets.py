@@ -12,6 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
+LINEAR_MAPS = tuple(
+    rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
+"""The seven linear maps of a block, the paper's choice of modules."""
+
 _MOST_LISTED = 20
 
 

@@ -23,13 +23,8 @@ from jaxtyping import Array, Float, Int
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.svd import SVD, compile_svds, is_undetermined, mismatch, truncated_svd
-from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, map_by_path, select, tie_groups
+from tinylora_jax.adapters.targets import LINEAR_MAPS, Module, Target, leaves_by_path, map_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
-
-LINEAR_MAPS = tuple(
-    rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-)
-"""The seven linear maps of a block, the paper's choice of modules."""
 
 BATCH_BYTES = 2**30  # of matrices decomposed together
 _FOREIGN = 0.02  # by how much given triplets may miss: those of the weight in float32 miss it by 4e-3 in bfloat16
@@ -47,6 +42,8 @@ class TinyLoRA:
       tying: `tiled` (neighbours in depth share, whatever their type) or `structured` (the same type shares).
       targets: regular expressions over leaf paths, or `Target`s for kernels that are not `[in, out]`.
       seed: of the fixed projections P.
+      projection: `random`, the paper's, or `standard`: Pᵢ has a single one, so that the u = rank² numbers of a group
+        are the entries of its matrix R; without tying that is LoRA-XS (`lora_xs`).
 
     >>> TinyLoRA(rank=0)
     Traceback (most recent call last):
@@ -60,6 +57,7 @@ class TinyLoRA:
     tying: str = "tiled"
     targets: tuple[str | Target, ...] = LINEAR_MAPS
     seed: int = 0
+    projection: str = "random"
 
     def __post_init__(self):
         for name in ("rank", "u", "n_tie"):
@@ -72,9 +70,23 @@ class TinyLoRA:
             raise ValueError(f"TinyLoRA needs an integer seed >= 0, got {self.seed!r}")
         if self.tying not in ("tiled", "structured"):
             raise ValueError(f"TinyLoRA tying {self.tying!r}: expected 'tiled' or 'structured'")
+        if self.projection not in ("random", "standard"):
+            raise ValueError(f"TinyLoRA projection {self.projection!r}: expected 'random' or 'standard'")
+        if self.projection == "standard" and self.u != self.rank**2:
+            need = f"needs u = {self.rank**2}, got {self.u}"
+            raise ValueError(f"TinyLoRA projection='standard' at rank {self.rank} {need}")
         if not self.targets or isinstance(self.targets, str):
             raise ValueError(f"TinyLoRA targets {self.targets!r}: expected a tuple of patterns or Targets, not empty")
         object.__setattr__(self, "targets", tuple(t if isinstance(t, Target) else Target(t) for t in self.targets))
+
+
+def lora_xs(rank: int = 2, targets: tuple[str | Target, ...] = LINEAR_MAPS) -> TinyLoRA:
+    """LoRA-XS (arXiv 2405.17604): a free matrix R `[rank, rank]` for every module, ΔW = U Σ R Vᵀ.
+
+    >>> lora_xs(2).u
+    4
+    """
+    return TinyLoRA(rank, u=rank**2, n_tie=1, targets=targets, projection="standard")
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +163,6 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
             " lower the rank or narrow the targets"
         )
     _check_floats(params, modules)
-    groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
     found = _decompose(params, modules, spec.rank, method, max_batch_bytes)
     # Inside a jitted function the values are not known yet, and the check is the caller's.
     known = [module for module in modules if not isinstance(found[module].S, jax.core.Tracer)]
@@ -165,13 +176,63 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
             "%s. A saved adapter holds these factors, and so stays portable",
             *(len(undetermined), len(modules), _some(undetermined)),
         )
-    leaves = {}
+    leaves, ties = {}, _ties(modules, spec)
     for path, members in _by_path(modules).items():
         leading = [_leading(found[module], spec.rank) for module in members]
-        U, S, V = (_stack(parts) for parts in zip(*leading, strict=True))
-        P = jnp.asarray(np.stack([projection(spec.seed, m.name, spec.u, spec.rank) for m in members]))
-        leaves[path] = LeafFactors(U, S, V, P, tuple(groups[m] for m in members), members[0].target)
+        leaves[path] = LeafFactors(*(_stack(parts) for parts in zip(*leading, strict=True)), *ties[path])
     return Factors(leaves, spec, undetermined)
+
+
+def _ties(modules: Sequence[Module], spec: TinyLoRA) -> dict[str, tuple[jax.Array, tuple[int, ...], Target]]:
+    """What a spec adds to the triplets of each leaf: P, the groups, and the target."""
+    groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
+
+    def P_of(module: Module) -> np.ndarray:
+        if spec.projection == "standard":
+            return np.eye(spec.u, dtype=np.float32).reshape(spec.u, spec.rank, spec.rank)
+        return projection(spec.seed, module.name, spec.u, spec.rank)
+
+    return {
+        path: (jnp.asarray(np.stack([P_of(m) for m in members])), tuple(groups[m] for m in members), members[0].target)
+        for path, members in _by_path(modules).items()
+    }
+
+
+def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
+    """The factors of another spec of the same rank and targets, without decomposing again.
+
+    Args:
+      params: the tree that was factorized.
+      factors: its factors, whose U, Σ, V are shared.
+      spec: the other spec.
+
+    Raises:
+      ValueError: the rank or the targets differ.
+    """
+    if (spec.rank, spec.targets) != (factors.spec.rank, factors.spec.targets):
+        raise ValueError(
+            f"factors of rank {factors.spec.rank} cannot serve rank {spec.rank}, nor other targets: factorize again"
+        )
+    ties = _ties(select(params, spec.targets), spec)
+    leaves = {path: LeafFactors(leaf.U, leaf.S, leaf.V, *ties[path]) for path, leaf in factors.leaves.items()}
+    return Factors(leaves, spec, factors.undetermined)
+
+
+def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]) -> Float[Array, "... modules free"]:
+    """The vector of LoRA-XS that is the same adapter: R of every module. Linear in v.
+
+    All adapters of one rank and the same targets are points of one space, whatever they tie; a population of different
+    ones decodes in one batch by their coordinates.
+
+    Args:
+      free: factors of `lora_xs`.
+      factors: those of `v`, from `retie`.
+      v: the vector.
+    """
+    order = np.argsort(np.concatenate([leaf.groups for leaf in free.leaves.values()]))
+    R = [_expand(leaf.P, _groups(leaf), v) for leaf in (factors.leaves[path] for path in free.leaves)]
+    R = jnp.concatenate(R, axis=-3)
+    return R.reshape(*R.shape[:-2], free.spec.u)[..., order, :]
 
 
 def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Factors:

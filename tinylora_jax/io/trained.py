@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors
+from tinylora_jax.adapters import Factors, Policy
 from tinylora_jax.io.adapter_file import factors_of, read_adapter
 from tinylora_jax.io.peft import is_peft, peft_factors, read_tinylora
 
@@ -31,6 +31,10 @@ class Trained:
     base: str | None
     factors: Callable[[Any, str], Factors]
     dtype: str = "float32"
+
+    def policy(self, params: Any, method: str) -> Policy:
+        """The base model's weights with the factors of this adapter."""
+        return Policy(params, self.factors(params, method))
 
 
 def open_adapter(folder: Path) -> Trained:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
+from tinylora_jax.adapters import Adapted, AdaptedKernel, Factors, Policy
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 _ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
@@ -272,6 +272,9 @@ def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:
     return replace(factors, leaves={path: place(path, leaf) for path, leaf in factors.leaves.items()})
 
 
-def policy_shardings(mesh: Mesh, policy: Policy) -> Policy:
-    """Where a policy's weights and factors lie."""
-    return Policy(param_shardings(mesh, policy.params), factor_shardings(mesh, policy.factors))
+def policy_shardings(mesh: Mesh, policy: Adapted) -> Adapted:
+    """Where a policy's weights, and factors if it has some, lie."""
+    params = param_shardings(mesh, policy.params)
+    if isinstance(policy, Policy):
+        return Policy(params, factor_shardings(mesh, policy.factors))
+    return replace(policy, params=params)

@@ -7,10 +7,10 @@ from tinylora_jax.training.batch import stream_shapes as stream_shapes
 from tinylora_jax.training.batch import unpack as unpack
 from tinylora_jax.training.grpo import GRPO as GRPO
 from tinylora_jax.training.grpo import Plan as Plan
-from tinylora_jax.training.grpo import make_grpo_step as make_grpo_step
 from tinylora_jax.training.grpo import score as score
 from tinylora_jax.training.logprobs import stream_logprobs as stream_logprobs
 from tinylora_jax.training.losses import group_advantages as group_advantages
 from tinylora_jax.training.state import Optimizer as Optimizer
 from tinylora_jax.training.state import TrainState as TrainState
 from tinylora_jax.training.state import init_state as init_state
+from tinylora_jax.training.step import Step as Step

@@ -1,26 +1,23 @@
-"""One GRPO update: jitted programs in which only v is differentiated."""
+"""GRPO: its settings, and the loss of a part of a rollout at v."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Policy
+from tinylora_jax.adapters import Adapted
+from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.models.sharding import AXES, current_mesh, dividing, split_streams
-from tinylora_jax.training.batch import Batch, Shape, Streams, empty_part, pack, unpack
+from tinylora_jax.training.batch import Batch, Shape, Streams, pack, unpack
 from tinylora_jax.training.logprobs import stream_logprobs
-from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3, token_weights
-from tinylora_jax.training.state import TrainState
+from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3
 
 Metrics = dict[str, Float[Array, ""]]
 SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
@@ -35,7 +32,7 @@ class GRPO:
       normalize_std: divide a group's advantages by their standard deviation.
       clip_low: the ratio's lower bound is 1 − this.
       clip_high: the ratio's upper bound is 1 + this.
-      kl_coef: weight of the KL to the untrained model (v = 0).
+      kl_coef: weight of the KL to the untrained model.
       tis_cap: cap of truncated importance sampling; 0 turns it off.
       updates_per_rollout: optimizer updates on each rollout.
       stream_tokens: tokens differentiated at once; rollouts are packed into streams of this many.
@@ -119,13 +116,13 @@ def wants_remat(plan: Plan, dtype: jnp.dtype, device_bytes: float | None = None)
 
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
-def _score(config: ModelConfig, policy: Policy, v: jax.Array, part: Streams, temperature: float) -> jax.Array:
+def _score(config: ModelConfig, policy: Adapted, v: Trained, part: Streams, temperature: float) -> jax.Array:
     part = split_streams(part)
     return stream_logprobs(config, policy(v), part.tokens, part.packing, part.source >= 0, temperature)[0]
 
 
-def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch) -> np.ndarray:
-    """Log-probabilities of a batch's completions at v (the reference policy is v = 0).
+def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
+    """Log-probabilities of a batch's completions at v (the reference policy is `policy.init()`).
 
     Returns:
       float32 `[N, G, T]`, 0 outside the mask's completions.
@@ -134,13 +131,11 @@ def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch)
     return unpack(parts, [_score(plan.config, policy, v, part, plan.temperature) for part in parts], batch)
 
 
-def grpo_loss(
-    v: Float[Array, "*streams groups u"], plan: Plan, policy: Policy, part: Streams
-) -> tuple[Float[Array, ""], Metrics]:
+def grpo_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[Float[Array, ""], Metrics]:
     """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument; one for all streams, or one for each.
+      v: the only differentiated argument; one for all streams, or a leading axis with one for each.
       plan: settings.
       policy: everything frozen.
       part: of the rollout.
@@ -151,7 +146,7 @@ def grpo_loss(
     grpo, params = plan.grpo, policy(v)
     remat = wants_remat(plan, params["embed_tokens"]["embedding"].dtype)
     logprobs, entropy = stream_logprobs(
-        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, remat
+        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, remat, policy.trains_head
     )
     # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
     quiet = lambda x: jnp.where(part.mask, x, 0.0)
@@ -176,75 +171,3 @@ def grpo_loss(
     }
     sums = {name: jnp.sum(quiet(x.astype(jnp.float32))) for name, x in per_token.items()}
     return jnp.sum(part.weights * loss), sums
-
-
-def make_grpo_step(
-    plan: Plan, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Policy, Batch], tuple[TrainState, Metrics]]:
-    """Builds the update: gradient of the loss with respect to v, summed over streams, then one optimizer step.
-
-    Args:
-      plan: what to compile for.
-      optimizer: optax transformation of v.
-
-    Returns:
-      `step(state, policy, batch)` giving the next state and scalar metrics. It does not advance
-      `state.step`, which counts rollouts. `step.accumulate` and `step.update` are its two jitted programs; the first
-      is compiled for every shape of the plan when `step` is called first, so that no later call compiles. To compile
-      all of them beforehand, `step.lower(state, policy)` gives them one by one, lowered.
-    """
-
-    @partial(jax.jit, donate_argnums=0)
-    def accumulate(total: Any, v: jax.Array, policy: Policy, part: Streams) -> Any:
-        # A vector for each stream, and their sum at the end: devices exchange one gradient of the size of v.
-        part = split_streams(part)
-        own = v if plan.streams == 1 else jnp.broadcast_to(v, (plan.streams, *v.shape))
-        (loss, sums), grad = jax.value_and_grad(grpo_loss, has_aux=True)(own, plan, policy, part)
-        grad = grad.reshape(-1, *v.shape).sum(axis=0)
-        return jax.tree.map(jnp.add, total, (loss, sums, grad))
-
-    @jax.jit
-    def update(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
-        loss, sums, grad = total
-        with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to traced counts
-            updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
-        v = optax.apply_updates(state.v, updates)
-        tokens = jnp.maximum(sums["tokens"], 1)
-        metrics = {name: value / tokens for name, value in sums.items() if name != "tokens"}
-        metrics |= {"loss": loss, "grad_norm": jnp.linalg.norm(grad), "v_norm": jnp.linalg.norm(v)}
-        return TrainState(v, opt_state, state.step), metrics
-
-    def step(state: TrainState, policy: Policy, batch: Batch) -> tuple[TrainState, Metrics]:
-        grpo = plan.grpo
-        weights = np.asarray(token_weights(jnp.asarray(batch.mask), grpo.loss_type, plan.max_tokens))
-        wanted = np.asarray(batch.advantages) != 0
-        if grpo.kl_coef or not grpo.skip_without_signal or not wanted.any():
-            wanted = None
-        parts = pack(batch, weights, plan.shapes, plan.streams, wanted)
-        if not accumulate._cache_size():
-            used = {part.packing.tokens_at.shape[2] for part in parts}
-            parts += [part for part in empty_parts(plan) if part.packing.tokens_at.shape[2] not in used]
-        total = zero_totals(state.v)
-        for part in parts:
-            total = accumulate(total, state.v, policy, part)
-        return update(state, total)
-
-    def lower(state: TrainState, policy: Policy) -> Iterator[jax.stages.Lowered]:
-        total = jax.eval_shape(zero_totals, state.v)
-        for part in empty_parts(plan):
-            yield accumulate.lower(total, state.v, policy, part)
-        yield update.lower(state, total)
-
-    step.accumulate, step.update, step.lower = accumulate, update, lower
-    return step
-
-
-def zero_totals(v: jax.Array) -> tuple[jax.Array, Metrics, jax.Array]:
-    """Loss, sums of metrics and gradient before the first part."""
-    return jnp.zeros(()), {name: jnp.zeros(()) for name in SUMS}, jnp.zeros_like(v)
-
-
-def empty_parts(plan: Plan) -> list[Streams]:
-    """A part without a token for every shape of a plan."""
-    fields = {"old": plan.grpo.updates_per_rollout > 1, "ref": bool(plan.grpo.kl_coef)}
-    return [empty_part(shape, plan.streams, **fields) for shape in plan.shapes]

@@ -91,6 +91,18 @@ def _backward_rule(temperature, chunk, slope, cotangents):
 token_logprobs.defvjp(_forward_rule, _backward_rule)
 
 
+def _with_head(
+    hidden: Float[Array, "n hidden"],
+    head: Float[Array, "hidden vocab"],
+    tokens: Int[Array, " n"],
+    wanted: Bool[Array, " n"],
+    temperature: float,
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """`token_logprobs` whose gradient flows to the head too: each chunk's logits are computed again for it."""
+    scores = jax.checkpoint(lambda h, t: _scores(h, head, t, temperature, False))
+    return _chunked(scores, None, wanted, hidden, tokens)
+
+
 def stream_logprobs(
     config: ModelConfig,
     params: Any,
@@ -99,6 +111,7 @@ def stream_logprobs(
     wanted: Bool[Array, "streams tokens"],
     temperature: float,
     remat: bool = False,
+    trains_head: bool = False,
 ) -> tuple[Float[Array, "streams tokens"], Float[Array, "streams tokens"]]:
     """Scores every token of packed rows given those before it; a shared prompt runs once for its whole group.
 
@@ -110,6 +123,7 @@ def stream_logprobs(
       wanted: the tokens to score.
       temperature: of the policy.
       remat: recompute each block in the backward pass.
+      trains_head: the gradient is to reach the output head, which is frozen otherwise.
 
     Returns:
       float32 log-probabilities and entropies; meaningless where not wanted.
@@ -117,11 +131,12 @@ def stream_logprobs(
     hidden, _ = forward(config, params, tokens, packing=packing, remat=remat)
     hidden = before(hidden, packing)
     head = head_kernel(config, params)
+    scored = _with_head if trains_head else token_logprobs
     if current_mesh() is not None:  # chunks of each stream, where it lies, and the head beside it
         with streams():
             head = whole(head)
-        own = lambda *arrays: token_logprobs(arrays[0], head, *arrays[1:], temperature)
+        own = lambda *arrays: scored(arrays[0], head, *arrays[1:], temperature)
         return jax.vmap(own)(hidden, tokens, wanted)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    scores = token_logprobs(hidden, head, tokens.reshape(-1), wanted.reshape(-1), temperature)
+    scores = scored(hidden, head, tokens.reshape(-1), wanted.reshape(-1), temperature)
     return tuple(x.reshape(tokens.shape) for x in scores)

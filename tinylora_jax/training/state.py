@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+
+from tinylora_jax.adapters.policy import Trained
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +18,13 @@ class TrainState:
     """Everything that training changes: under 1 KB for 13 parameters.
 
     Attributes:
-      v: the trained vector, float32 `[groups, u]`, whatever the model's dtype (Fig 4 of the paper).
+      v: what is trained, float32 whatever the model's dtype (Fig 4 of the paper): `[groups, u]`, or for LoRA and full
+        fine-tuning a tree of arrays.
       opt_state: the optimizer's state, float32.
       step: int32, rollouts trained on so far.
     """
 
-    v: jax.Array
+    v: Trained
     opt_state: optax.OptState
     step: jax.Array
 
@@ -85,7 +87,7 @@ class Optimizer:
         return optax.chain(clip, optax.adamw(self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay))
 
 
-def init_state(v: Float[Array, "groups u"], optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(v: Trained, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    v = v.astype(jnp.float32)
+    v = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), v)
     return TrainState(v, optimizer.init(v), jnp.zeros((), jnp.int32))

@@ -1,0 +1,134 @@
+"""LoRA (arXiv 2106.09685), the baseline with two trained matrices a module, as transforms of a pytree of weights.
+
+    ΔW = (α / r) B A        B `[out, r]` starts at zero, A `[r, in]` random
+
+The two are kept as the kernels they act as, `right` = Aᵀ and `left` = B of an `AdaptedKernel`, so that an adapted
+model runs through the same `matmul` as with TinyLoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tinylora_jax.adapters.kernel import AdaptedKernel
+from tinylora_jax.adapters.targets import LINEAR_MAPS, Target, leaves_by_path, map_by_path, select
+
+Matrices = dict[str, dict[str, jax.Array]]
+"""By leaf path: `right` `[in, rank]` and `left` `[out, rank]`, float32, with a leading axis of layers if stacked."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What to train.
+
+    Attributes:
+      rank: r.
+      alpha: α; the update is scaled by α / r.
+      targets: regular expressions over leaf paths, or `Target`s laid out `layer… in… out…`.
+      seed: of A.
+
+    >>> LoRA(rank=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: LoRA needs rank >= 1, got 0
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str | Target, ...] = LINEAR_MAPS
+    seed: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"LoRA needs rank >= 1, got {self.rank!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"LoRA needs a finite alpha > 0, got {self.alpha!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"LoRA needs an integer seed >= 0, got {self.seed!r}")
+        if not self.targets or isinstance(self.targets, str):
+            raise ValueError(f"LoRA targets {self.targets!r}: expected a tuple of patterns or Targets, not empty")
+        object.__setattr__(self, "targets", tuple(t if isinstance(t, Target) else Target(t) for t in self.targets))
+
+    @property
+    def scale(self) -> float:
+        """Of the update."""
+        return self.alpha / self.rank
+
+
+def _sizes(params: Any, spec: LoRA) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """Leading axes, inputs and outputs of every adapted leaf.
+
+    Raises:
+      ValueError: a kernel is not laid out `layer… in… out…`.
+    """
+    modules, shapes = select(params, spec.targets), leaves_by_path(params)
+    found = {}
+    for module in modules:
+        words = module.target.layout.split()
+        if words != sorted(words, key=("layer", "in", "out").index):
+            raise ValueError(f"{module.path} is laid out {module.target.layout!r}; LoRA needs 'layer in out' order")
+        leading = tuple(shapes[module.path].shape[axis] for axis in module.target.axes("layer"))
+        found[module.path] = leading, *module.shape
+    return found
+
+
+def init_lora(params: Any, spec: LoRA) -> Matrices:
+    """A uniform in ±1/√in, as PEFT draws it (Kaiming, a = √5), and B zero: the base model."""
+    key, found = jax.random.key(spec.seed), {}
+    for index, (path, (leading, num_in, num_out)) in enumerate(_sizes(params, spec).items()):
+        bound = num_in**-0.5
+        shape = (*leading, num_in, spec.rank)
+        right = jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound)
+        found[path] = {"right": right, "left": jnp.zeros((*leading, num_out, spec.rank), jnp.float32)}
+    return found
+
+
+def apply_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
+    """The tree with every adapted weight replaced by an `AdaptedKernel`.
+
+    Raises:
+      ValueError: the matrices are not of this tree and rank.
+    """
+    _check(params, spec, matrices)
+    core = spec.scale * jnp.eye(spec.rank, dtype=jnp.float32)
+
+    def wrap(path: str, leaf: jax.Array) -> Any:
+        if path not in matrices:
+            return leaf
+        right, left = matrices[path]["right"], matrices[path]["left"]
+        return AdaptedKernel(leaf, right, jnp.broadcast_to(core, (*right.shape[:-2], *core.shape)), left)
+
+    return map_by_path(wrap, params)
+
+
+def merge_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
+    """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype."""
+    _check(params, spec, matrices)
+
+    def add(path: str, leaf: jax.Array) -> jax.Array:
+        if path not in matrices:
+            return leaf
+        right, left = matrices[path]["right"], matrices[path]["left"]
+        update = spec.scale * jnp.matmul(right, jnp.swapaxes(left, -1, -2), precision="highest")
+        return (leaf.astype(jnp.float32) + update.reshape(leaf.shape)).astype(leaf.dtype)
+
+    return map_by_path(add, params)
+
+
+def _check(params: Any, spec: LoRA, matrices: Matrices) -> None:
+    expected = {
+        path: {"left": (*leading, num_out, spec.rank), "right": (*leading, num_in, spec.rank)}
+        for path, (leading, num_in, num_out) in _sizes(params, spec).items()
+    }
+    shapes = {path: {name: x.shape for name, x in pair.items()} for path, pair in matrices.items()}
+    wrong = [path for path in sorted(expected | shapes) if expected.get(path) != shapes.get(path)]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} LoRA matrices do not fit this tree at rank {spec.rank}: {', '.join(wrong[:5])}, the first"
+            f" has {shapes.get(wrong[0], 'none')}, expected {expected.get(wrong[0], 'none')}"
+        )
