@@ -61,6 +61,25 @@ class Answers:
     seconds: float
     grading_seconds: float
 
+    def part(self, first: int, prompts: int, samples: int) -> Answers:
+        """The answers of `prompts` of the prompts from the first one given on; the time is the share of their tokens.
+
+        Slots belong to all of them together: what is said of their use is said of the whole.
+        """
+        rows = slice(first * samples, (first + prompts) * samples)
+        arrays = PromptArrays(*(x[first : first + prompts] for x in self.arrays))
+        own = {name: getattr(self.completions, name)[rows] for name in ("tokens", "logprobs", "lengths", "stopped")}
+        share = float(own["lengths"].sum()) / max(1, self.num_tokens)
+        steps = np.maximum(1, np.round(self.completions.slot_steps * share)).astype(np.int32)
+        return Answers(
+            arrays,
+            Completions(**own, slot_steps=steps),
+            self.texts[rows],
+            self.grades[rows],
+            self.seconds * share,
+            self.grading_seconds * share,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens generated."""
@@ -68,13 +87,20 @@ class Answers:
 
 
 def lower_answer(
-    task: Task, v: Trained, prompts: int, width: int, sampling: Sampling, samples: int = 1
+    task: Task,
+    v: Trained,
+    prompts: int,
+    width: int,
+    sampling: Sampling,
+    samples: int = 1,
+    key: jax.Array | None = None,
 ) -> jax.stages.Lowered:
     """The program with which `answer` answers so many prompts, to be compiled before it is needed."""
+    key = jax.random.key(0) if key is None else key
     arrays = PromptArrays(
         np.zeros(prompts, np.uint32), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32)
     )
-    return _rollout.lower(task.model, task.policy, v, arrays, jax.random.key(0), sampling, samples, task.slots)
+    return _rollout.lower(task.model, task.policy, v, arrays, key, sampling, samples, task.slots)
 
 
 def answer(
@@ -92,7 +118,7 @@ def answer(
       task: the model.
       v: what was trained.
       prompts: the questions.
-      key: of the sampling noise.
+      key: of the sampling noise, or one for every prompt.
       sampling: how completions are drawn.
       samples: completions per prompt.
       width: padded length of the prompts, so that every batch runs the same program.

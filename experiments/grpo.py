@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import app, flags, logging
 from grain import DatasetIterator
 from jax.sharding import NamedSharding, PartitionSpec
@@ -30,11 +29,12 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import hosts
-from experiments.answering import Answers, answer, grades_of, lower_answer, step_key
-from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.answering import Answers, answer, lower_answer, step_key
+from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.compilation import compile_together
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
+from experiments.learning import Learner, answers_page
 from experiments.meshes import active_mesh, plan_streams, use_mesh
 from experiments.plot import try_plot
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
@@ -44,22 +44,14 @@ from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_widt
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
 from tinylora_jax.io.fingerprint import base_fingerprint
-from tinylora_jax.training import (
-    Batch,
-    Plan,
-    Step,
-    TrainState,
-    group_advantages,
-    init_state,
-    score,
-)
+from tinylora_jax.training import Gradient, Plan, TrainState, init_state
 
 Totals = dict[str, float]
 
 _SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # kept in adapter.json
 
 
-class Trainer:
+class Trainer(Learner):
     """One run's fixed parts, and the step they make: rollout, grading, update.
 
     Args:
@@ -74,14 +66,9 @@ class Trainer:
     def __init__(
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
     ):
-        self.config, self.task, self.grpo, self.stop = config, task, specs.grpo, stop
-        self.width = padded_width(prompts)
-        bounds = (config.batch_size, self.width, config.samples, config.max_new_tokens)
-        shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
-        self.plan = Plan(task.model, specs.grpo, config.temperature, config.max_new_tokens, shapes, streams)
-        updates = steps * specs.grpo.updates_per_rollout
-        self.optimizer = dataclasses.replace(specs.optimizer, total_updates=updates).transform()
-        self.update = Step(self.plan, self.optimizer)
+        self.config, self.stop, self.width = config, stop, padded_width(prompts)
+        self.optimizer = optimizer_of(specs, steps)
+        super().__init__(task, Gradient(plan_of(config, specs, task, self.width)), self.optimizer, config.samples)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
@@ -97,7 +84,7 @@ class Trainer:
         yield lower_answer(
             self.task, state.v, self.config.batch_size, self.width, self.task.sampling, self.config.samples
         )
-        yield from self.update.lower(state, self.task.policy)
+        yield from super().lower(state)
 
     def step(
         self, state: TrainState, index: int, prompts: Sequence[Prompt]
@@ -110,71 +97,28 @@ class Trainer:
         key = step_key(self.config.seed, "train", index)
         answers = answer(self.task, state.v, prompts, key, self.task.sampling, self.config.samples, self.width)
         self.stop.check()
-        started = time.perf_counter()
-        batch = self._batch(answers, state)
-        for _ in range(self.grpo.updates_per_rollout):
-            state, device_metrics = self.update(state, self.task.policy, batch)
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "v_norm")):
-            shown = {name: metrics[name] for name in ("loss", "grad_norm", "v_norm")}
-            raise TrainingError(
-                f"step {index} is not finite ({shown}); the state before it is kept. Lower"
-                " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
-            )
-        metrics |= _rollout_metrics(answers, self.config.samples)
-        metrics |= {"rollout_s": answers.seconds, "grading_s": answers.grading_seconds}
-        metrics["update_s"] = time.perf_counter() - started
-        metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
-        return dataclasses.replace(state, step=state.step + 1), metrics, answers
-
-    def _batch(self, answers: Answers, state: TrainState) -> Batch:
-        shape = (len(answers.arrays.ids), self.config.samples, self.config.max_new_tokens)
-        completions = answers.completions
-        mask = np.arange(shape[2]) < completions.lengths[:, None]
-        rewards = jnp.asarray(grades_of(answers, "strict").reshape(shape[:2]))
-        batch = Batch(
-            prompts=answers.arrays.tokens,
-            lengths=answers.arrays.lengths,
-            completions=completions.tokens.reshape(shape),
-            mask=mask.reshape(shape),
-            rollout_logprobs=completions.logprobs.reshape(shape),
-            advantages=np.asarray(group_advantages(rewards, self.grpo.normalize_std)),
-        )
-        scores = lambda v: score(self.plan, self.task.policy, v, batch)
-        if self.grpo.updates_per_rollout > 1:
-            batch = dataclasses.replace(batch, old_logprobs=scores(state.v))
-        if self.grpo.kl_coef:
-            batch = dataclasses.replace(batch, ref_logprobs=scores(self.task.policy.init()))
-        return batch
+        return *self.learn(state, answers, index), answers
 
 
-def _rollout_metrics(answers: Answers, samples: int) -> dict[str, float]:
-    strict, lenient = grades_of(answers, "strict"), grades_of(answers, "lenient")
-    groups = strict.reshape(-1, samples)
-    return {
-        "reward": float(strict.mean()),
-        "reward_lenient": float(lenient.mean()),
-        # Answers of one question are alike, so the means of the questions are what is independent.
-        "reward_se": float(groups.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else 0.0,
-        "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
-        "length": float(answers.completions.lengths.mean()),
-        "truncated": float(1 - answers.completions.stopped.mean()),
-        "slot_efficiency": answers.num_tokens / int(answers.completions.slot_steps),
-    }
+def optimizer_of(specs: Specs, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many rollouts."""
+    updates = steps * specs.grpo.updates_per_rollout
+    return dataclasses.replace(specs.optimizer, total_updates=updates).transform()
 
 
-def _page(prompts: Sequence[Prompt], answers: Answers, samples: int, kept: int) -> str:
-    """A readable page: the first prompts of a step with all their completions."""
-    lines = []
-    for place, prompt in enumerate(prompts[:kept]):
-        lines.append(f"=== question {prompt.id}: {prompt.question}\n=== answer: {prompt.answer}\n")
-        for index in range(place * samples, (place + 1) * samples):
-            grade = answers.grades[index]
-            lines.append(f"--- strict {grade.strict:g}, lenient {grade.lenient:g}\n{answers.texts[index]}\n")
-    return "\n".join(lines)
+def plan_of(config: ConfigDict, specs: Specs, task: Task, width: int) -> Plan:
+    """What the update of a run is compiled for; `width` is that of its padded prompts."""
+    bounds = (config.batch_size, width, config.samples, config.max_new_tokens)
+    shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
+    return Plan(task.model, specs.grpo, config.temperature, config.max_new_tokens, shapes, streams)
 
 
-def _num_steps(config: ConfigDict, num_prompts: int) -> int:
+def num_steps(config: ConfigDict, num_prompts: int) -> int:
+    """Rollouts of a run.
+
+    Raises:
+      ConfigError: there are fewer prompts than a batch needs.
+    """
     steps = num_prompts // config.batch_size * config.epochs
     steps = min(steps, config.max_steps) if config.max_steps else steps
     if steps < 1:
@@ -209,7 +153,7 @@ def train(
             totals["tokens"] += answers.num_tokens
             totals["rollout_s"] += metrics["rollout_s"]
             totals["wall_s"] = before + time.perf_counter() - started
-            page = _page(prompts, answers, config.samples, config.samples_kept)
+            page = answers_page(prompts, answers, config.samples, config.samples_kept)
             due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
             record = {"data": data.get_state(), "totals": totals} if due else None
             folder.keep(index, state, record, metrics, page)
@@ -238,11 +182,11 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
     train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
-    _num_steps(config, len(train_questions))  # refuses too few before the slow part
+    num_steps(config, len(train_questions))  # refuses too few before the slow part
     task = load_task(config, specs)
     prompts = make_prompts(config, train_questions, task)
     questions = make_prompts(config, eval_questions, task)
-    steps = _num_steps(config, len(prompts))
+    steps = num_steps(config, len(prompts))
     trainer = Trainer(config, specs, task, prompts, steps, stop)
     folder.claim()
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}

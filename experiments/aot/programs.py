@@ -31,10 +31,10 @@ from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.rollout.generate import decode_step, empty_state
-from tinylora_jax.training import Plan, Step, Streams, init_state
+from tinylora_jax.training import Gradient, Plan, Step, Streams, init_state
 from tinylora_jax.training.batch import Shape
 from tinylora_jax.training.grpo import wants_remat
-from tinylora_jax.training.step import empty_parts, zero_totals
+from tinylora_jax.training.step import empty_parts
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
@@ -291,12 +291,12 @@ def updates(case: Case) -> Iterator[Program]:
 
 
 def _update(case: Case, plan: Plan, stream: Shape, part: Streams) -> Program:
-    grpo_step = Step(plan, case.specs.optimizer.transform())
+    gradient = Gradient(plan)
 
     def lower() -> jax.stages.Lowered:
         v = case.vector()
-        total = case.whole(jax.eval_shape(zero_totals, v))
-        return grpo_step.gradient.accumulate.lower(total, v, case.policy(), case.whole(part))
+        total = case.whole(jax.eval_shape(gradient.zeros, v))
+        return gradient.accumulate.lower(total, v, case.policy(), case.whole(part))
 
     tokens = plan.streams * stream.tokens
     name = f"update, rows of {stream.places} ({plan.streams} x {stream.tokens} tokens)"
@@ -310,8 +310,8 @@ def optimizer(case: Case) -> Program:
         transform = case.specs.optimizer.transform()
         v = case.vector()
         state = case.whole(jax.eval_shape(lambda v: init_state(v, transform), v))
-        total = case.whole(jax.eval_shape(zero_totals, v))
-        return Step(case.plan(), transform).update.lower(state, total)
+        step = Step(Gradient(case.plan()), transform)
+        return step.update.lower(state, case.whole(jax.eval_shape(step.gradient.zeros, v)))
 
     return Program("optimizer", lower, 0.0, 0)
 

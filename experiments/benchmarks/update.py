@@ -14,7 +14,7 @@ from absl import app, flags
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
 from experiments.shapes import matrix_params
-from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, Step, init_state, pack, stream_shapes
+from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, pack, stream_shapes
 from tinylora_jax.training.grpo import grpo_loss, wants_remat
 
 FLAGS = flags.FLAGS
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         grpo = GRPO(stream_tokens=FLAGS.stream_tokens, remat=FLAGS.remat)
         plan = Plan(model.config, grpo, 1.0, bounds[3], stream_shapes(*bounds, grpo.stream_tokens))
         optimizer = Optimizer(1e-3).transform()
-        step, state = Step(plan, optimizer), init_state(model.v, optimizer)
+        step, state = Step(Gradient(plan), optimizer), init_state(model.v, optimizer)
         timing = common.measure(lambda index: step(state, model.policy, batch))
         parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes)
         tokens = int(batch.mask.sum() + batch.lengths.sum())

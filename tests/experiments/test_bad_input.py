@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import grpo
+from experiments import grpo, learning
 from experiments.setup import ConfigError, load_task, make_prompts, parse
 from tinylora_jax.data import DataError, load_questions
 from tinylora_jax.io import pretrained
@@ -215,7 +215,7 @@ def test_a_workdir_below_a_file(config, command_line, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, monkeypatch, traces):
-    make, calls = grpo.Step, []
+    make, calls = learning.Step, []
 
     def make_broken(*args):
         step = make(*args)
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
         broken.lower = step.lower
         return broken
 
-    monkeypatch.setattr(grpo, "Step", make_broken)
+    monkeypatch.setattr(learning, "Step", make_broken)
     result = command_line(config, tmp_path / "run")
     assert result.code == 1 and "Traceback" not in result.err
     assert "error: step 2 is not finite ({'loss': nan" in result.err and "the state before it is kept" in result.err
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.latest_step() == 2
     checkpoints.close()
-    monkeypatch.setattr(grpo, "Step", make)
+    monkeypatch.setattr(learning, "Step", make)
     assert command_line(config, tmp_path / "run").code == 0
     assert traces(tmp_path / "run") == traces(finished.workdir)
 

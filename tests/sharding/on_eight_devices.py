@@ -26,7 +26,7 @@ from experiments.meshes import plan_streams  # noqa: E402
 from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
 from tinylora_jax.rollout import Sampling, generate  # noqa: E402
-from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, Step, init_state  # noqa: E402
+from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state  # noqa: E402
 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
 
@@ -65,7 +65,7 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
     shapes, streams = plan_streams(mesh, PROMPTS, WIDTH, SAMPLES, NEW, 64)
     plan = Plan(config, GRPO(remat="on" if mesh else "off"), 1.0, NEW, shapes, streams)
     optimizer = Optimizer(1e-2).transform()
-    step, state = Step(plan, optimizer), init_state(v, optimizer)
+    step, state = Step(Gradient(plan), optimizer), init_state(v, optimizer)
     if mesh is not None:
         state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     state, metrics = step(state, policy, batch)

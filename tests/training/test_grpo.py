@@ -15,6 +15,7 @@ from tinylora_jax.models import ModelConfig, init_params
 from tinylora_jax.training import (
     GRPO,
     Batch,
+    Gradient,
     Optimizer,
     Plan,
     Step,
@@ -169,7 +170,7 @@ SGD = optax.sgd(1.0)
 @pytest.fixture(scope="module")
 def sgd_step(qwen2):
     """An update that moves v by exactly minus its gradient."""
-    return Step(plan_of(qwen2.config, dataclasses.replace(FULL, remat="on")), SGD)
+    return Step(Gradient(plan_of(qwen2.config, dataclasses.replace(FULL, remat="on"))), SGD)
 
 
 def test_a_step_is_one_move_along_the_gradient_compiled_once(qwen2, policy, v, scored, sgd_step):
@@ -202,7 +203,7 @@ def test_a_split_batch_gives_the_same_update(qwen2, policy, v, scored, sgd_step)
     batch, _ = scored
     plan = plan_of(qwen2.config, stream_tokens=1)
     assert len(pack(batch, np.zeros((N, G, T), np.float32), plan.shapes)) > 1
-    split = Step(plan, SGD)
+    split = Step(Gradient(plan), SGD)
     (whole, metrics), (parts, split_metrics) = (f(init_state(v, SGD), policy, batch) for f in (sgd_step, split))
     np.testing.assert_allclose(parts.v, whole.v, rtol=1e-4, atol=1e-5)
     for name, value in metrics.items():
@@ -215,9 +216,8 @@ def test_groups_without_signal_are_left_out_and_change_nothing(qwen2, policy, v,
     advantages = np.array(batch.advantages)
     advantages[[0, 2]] = 0
     batch = dataclasses.replace(batch, advantages=advantages, ref_logprobs=None)
-    run = lambda skip: Step(
-        plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0, skip_without_signal=skip)), SGD
-    )(init_state(v, SGD), policy, batch)
+    plan = lambda skip: plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0, skip_without_signal=skip))
+    run = lambda skip: Step(Gradient(plan(skip)), SGD)(init_state(v, SGD), policy, batch)
     (state, metrics), (whole, whole_metrics) = run(True), run(False)
     np.testing.assert_allclose(state.v, whole.v, rtol=1e-4, atol=1e-6)
     assert metrics["loss"] == pytest.approx(float(whole_metrics["loss"]), abs=1e-5)
@@ -227,7 +227,7 @@ def test_groups_without_signal_are_left_out_and_change_nothing(qwen2, policy, v,
 def test_a_batch_without_any_signal_is_a_step_of_zero_gradient(qwen2, policy, v, scored):
     batch = dataclasses.replace(scored[0], advantages=np.zeros((N, G), np.float32), ref_logprobs=None)
     plan = plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0))
-    state, metrics = Step(plan, SGD)(init_state(v, SGD), policy, batch)
+    state, metrics = Step(Gradient(plan), SGD)(init_state(v, SGD), policy, batch)
     np.testing.assert_array_equal(state.v, v)
     assert all(np.isfinite(x) for x in metrics.values())
 
@@ -253,7 +253,7 @@ def test_training_in_bfloat16_keeps_v_and_the_optimizer_in_float32_and_learns(qw
     advantages = np.float32([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, 1.0, -0.5], [1.0, -0.5, -0.5]])
     batch = dataclasses.replace(batch, rollout_logprobs=rollout, advantages=advantages)
     optimizer = Optimizer(1e-2).transform()
-    step = Step(plan, optimizer)
+    step = Step(Gradient(plan), optimizer)
     state = init_state(zero, optimizer)
     for _ in range(5):
         with jax.numpy_dtype_promotion("standard"):  # the gradient of jax.nn.dot_product_attention mixes dtypes

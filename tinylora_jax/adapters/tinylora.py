@@ -410,8 +410,11 @@ def _groups(leaf: LeafFactors) -> Int[Array, " layers"]:
 def _expand(
     P: Float[Array, "layers u rank rank"], groups: Int[Array, " layers"], v: Float[Array, "... groups u"]
 ) -> Float[Array, "... layers rank rank"]:
-    """R = Σᵢ v[g, i] Pᵢ for every layer of a leaf."""
-    return jnp.einsum("...lu,luij->...lij", jnp.take(v, groups, axis=-2, mode="clip"), P)
+    """R = Σᵢ v[g, i] Pᵢ for every layer of a leaf.
+
+    Exact float32: by itself a TPU would round v to bfloat16 here, and with it what training added last.
+    """
+    return jnp.einsum("...lu,luij->...lij", jnp.take(v, groups, axis=-2, mode="clip"), P, precision="highest")
 
 
 @partial(jax.jit, static_argnames="stacked")
@@ -493,4 +496,5 @@ def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Arra
 
 
 def _delta(part: LeafFactors, v: Float[Array, "groups u"]) -> Float[Array, "layers out in"]:
-    return jnp.einsum("lor,lr,lrs,lis->loi", part.U, part.S, _expand(part.P, _groups(part), v), part.V)
+    R = _expand(part.P, _groups(part), v)
+    return jnp.einsum("lor,lr,lrs,lis->loi", part.U, part.S, R, part.V, precision="highest")

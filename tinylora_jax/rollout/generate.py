@@ -266,7 +266,7 @@ def generate(
     ids: UInt32[Array, " prompts"],
     tokens: Int[Array, "prompts seq"],
     lengths: Int[Array, " prompts"],
-    key: Key[Array, ""],
+    key: Key[Array, "*prompts"],
     sampling: Sampling,
     samples: int = 1,
     slots: int = 0,
@@ -283,7 +283,7 @@ def generate(
       ids: prompt ids, which key the sampling noise.
       tokens: right-padded prompts.
       lengths: their lengths, at least 1.
-      key: key of this step.
+      key: key of this step, or one for every prompt.
       sampling: how tokens are picked.
       samples: completions per prompt; they share one prefill.
       slots: completions decoded at once; 0, or more than there are, takes all.

@@ -51,18 +51,18 @@ class Sampling:
         return self.temperature or 1.0
 
 
-def completion_keys(key: Key[Array, ""], ids: UInt32[Array, " prompts"], samples: int) -> Key[Array, " rows"]:
+def completion_keys(key: Key[Array, "*prompts"], ids: UInt32[Array, " prompts"], samples: int) -> Key[Array, " rows"]:
     """One key per completion from (key, prompt id, sample index): never from its place in the batch.
 
     Args:
-      key: key of the step, itself from (seed, step).
+      key: key of the step, itself from (seed, step); or one for every prompt, where several runs draw together.
       ids: prompt ids.
       samples: completions per prompt.
 
     Returns:
       Keys in the order prompt-major: `[prompts × samples]`.
     """
-    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    of_prompt = jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, ids)
     per_sample = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(per_sample, (0, None))(of_prompt, jnp.arange(samples, dtype=jnp.uint32)).reshape(-1)
 

@@ -13,4 +13,6 @@ from tinylora_jax.training.losses import group_advantages as group_advantages
 from tinylora_jax.training.state import Optimizer as Optimizer
 from tinylora_jax.training.state import TrainState as TrainState
 from tinylora_jax.training.state import init_state as init_state
+from tinylora_jax.training.step import Gradient as Gradient
+from tinylora_jax.training.step import Objective as Objective
 from tinylora_jax.training.step import Step as Step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,33 +76,45 @@ class Gradient:
         if not self.accumulate._cache_size():
             used = {part.packing.tokens_at.shape[2] for part in parts}
             parts += [part for part in empty_parts(plan) if part.packing.tokens_at.shape[2] not in used]
-        total = zero_totals(v, self.objective.sums)
+        total = self.zeros(v)
         for part in parts:
             total = self.accumulate(total, v, policy, part)
         return total
 
+    def zeros(self, v: Trained) -> Totals:
+        """Loss, sums of metrics and gradient before the first part."""
+        zero: Callable[[], Float[Array, ""]] = lambda: jnp.zeros((), jnp.float32)
+        return zero(), {name: zero() for name in self.objective.sums}, jax.tree.map(jnp.zeros_like, v)
+
     def lower(self, v: Trained, policy: Adapted) -> Iterator[jax.stages.Lowered]:
         """The program for every shape of the plan, lowered."""
-        total = jax.eval_shape(zero_totals, v, self.objective.sums)
+        total = jax.eval_shape(self.zeros, v)
         for part in empty_parts(self.plan):
             yield self.accumulate.lower(total, v, policy, part)
 
 
-def make_update(optimizer: optax.GradientTransformation) -> Callable[[TrainState, Totals], tuple[TrainState, Metrics]]:
+def make_update(
+    optimizer: optax.GradientTransformation, point: Callable[[Trained], Trained] = lambda v: v
+) -> Callable[[TrainState, Totals], tuple[TrainState, Metrics]]:
     """The jitted step of an optimizer along accumulated totals; metrics over tokens become their means.
 
     It does not advance `state.step`, which counts rollouts.
+
+    Args:
+      optimizer: optax transformation of v.
+      point: where the gradient was taken, as a function of v.
     """
 
     @jax.jit
     def update(state: TrainState, total: Totals) -> tuple[TrainState, Metrics]:
         loss, sums, grad = total
+        (grad,) = jax.vjp(point, state.v)[1](grad)
         with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to traced counts
             updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
         v = optax.apply_updates(state.v, updates)
         tokens = jnp.maximum(sums["tokens"], 1)
         metrics = {name: value / tokens for name, value in sums.items() if name != "tokens"}
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grad), "v_norm": optax.global_norm(v)}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grad), "v_norm": optax.tree.norm(v)}
         return TrainState(v, opt_state, state.step), metrics
 
     return update
@@ -112,29 +124,29 @@ class Step:
     """The gradient of an objective with respect to v, summed over streams, then one optimizer step.
 
     Args:
-      plan: what to compile for.
+      gradient: of the objective.
       optimizer: optax transformation of v.
-      objective: what is minimized.
+      point: the policy's v as a function of what is trained. Different adapters of one rank are points of one space
+        (`coordinates`), and so share the program of one gradient.
     """
 
-    def __init__(self, plan: Plan, optimizer: optax.GradientTransformation, objective: Objective = GRPO_OBJECTIVE):
-        self.gradient, self.update = Gradient(plan, objective), make_update(optimizer)
+    def __init__(
+        self,
+        gradient: Gradient,
+        optimizer: optax.GradientTransformation,
+        point: Callable[[Trained], Trained] = lambda v: v,
+    ):
+        self.gradient, self.point, self.update = gradient, jax.jit(point), make_update(optimizer, point)
 
     def __call__(self, state: TrainState, policy: Adapted, batch: Batch) -> tuple[TrainState, Metrics]:
         """The next state and scalar metrics of a batch."""
-        return self.update(state, self.gradient(state.v, policy, batch))
+        return self.update(state, self.gradient(self.point(state.v), policy, batch))
 
     def lower(self, state: TrainState, policy: Adapted) -> Iterator[jax.stages.Lowered]:
         """All programs, lowered, to be compiled before they are needed."""
-        yield from self.gradient.lower(state.v, policy)
-        total = jax.eval_shape(zero_totals, state.v, self.gradient.objective.sums)
-        yield self.update.lower(state, total)
-
-
-def zero_totals(v: Trained, sums: Sequence[str] = SUMS) -> Totals:
-    """Loss, sums of metrics and gradient before the first part."""
-    zero: Callable[[], Float[Array, ""]] = lambda: jnp.zeros((), jnp.float32)
-    return zero(), {name: zero() for name in sums}, jax.tree.map(jnp.zeros_like, v)
+        point = jax.eval_shape(self.point, state.v)
+        yield from self.gradient.lower(point, policy)
+        yield self.update.lower(state, jax.eval_shape(self.gradient.zeros, point))
 
 
 def empty_parts(plan: Plan) -> list[Streams]:

@@ -1,0 +1,127 @@
+"""The half of a step that learns: from graded answers to an update of what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.answering import Answers, grades_of
+from experiments.cli import TrainingError
+from experiments.setup import Task
+from tinylora_jax.adapters.policy import Trained
+from tinylora_jax.data import Prompt
+from tinylora_jax.training import Batch, Gradient, Plan, Step, TrainState, group_advantages, score
+
+
+class Learner:
+    """Updates one trained thing on graded rollouts.
+
+    Args:
+      task: the model.
+      gradient: of GRPO's loss; several learners may share it.
+      optimizer: optax transformation.
+      samples: completions a prompt.
+      point: the policy's v as a function of what is trained.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        gradient: Gradient,
+        optimizer: optax.GradientTransformation,
+        samples: int,
+        point: Callable[[Trained], Trained] = lambda v: v,
+    ):
+        self.task, self.samples = task, samples
+        self.update = Step(gradient, optimizer, point)
+
+    @property
+    def plan(self) -> Plan:
+        """What the programs are compiled for."""
+        return self.update.gradient.plan
+
+    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+        """The programs of an update."""
+        yield from self.update.lower(state, self.task.policy)
+
+    def learn(self, state: TrainState, answers: Answers, index: int) -> tuple[TrainState, dict[str, float]]:
+        """The updates on one graded rollout, and the metrics of both.
+
+        Args:
+          state: before them.
+          answers: of this state's own policy.
+          index: of the step, for messages.
+
+        Raises:
+          TrainingError: the loss, the gradient or v is not finite.
+        """
+        started = time.perf_counter()
+        batch = self._batch(answers, state)
+        for _ in range(self.plan.grpo.updates_per_rollout):
+            state, device_metrics = self.update(state, self.task.policy, batch)
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "v_norm")):
+            shown = {name: metrics[name] for name in ("loss", "grad_norm", "v_norm")}
+            raise TrainingError(
+                f"step {index} is not finite ({shown}); the state before it is kept. Lower"
+                " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
+            )
+        metrics |= rollout_metrics(answers, self.samples)
+        metrics |= {"rollout_s": answers.seconds, "grading_s": answers.grading_seconds}
+        metrics["update_s"] = time.perf_counter() - started
+        metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def _batch(self, answers: Answers, state: TrainState) -> Batch:
+        grpo, completions = self.plan.grpo, answers.completions
+        shape = (len(answers.arrays.ids), self.samples, completions.tokens.shape[1])
+        mask = np.arange(shape[2]) < completions.lengths[:, None]
+        rewards = jnp.asarray(grades_of(answers, "strict").reshape(shape[:2]))
+        batch = Batch(
+            prompts=answers.arrays.tokens,
+            lengths=answers.arrays.lengths,
+            completions=completions.tokens.reshape(shape),
+            mask=mask.reshape(shape),
+            rollout_logprobs=completions.logprobs.reshape(shape),
+            advantages=np.asarray(group_advantages(rewards, grpo.normalize_std)),
+        )
+        scores = lambda v: score(self.plan, self.task.policy, v, batch)
+        if grpo.updates_per_rollout > 1:
+            batch = dataclasses.replace(batch, old_logprobs=scores(self.update.point(state.v)))
+        if grpo.kl_coef:
+            batch = dataclasses.replace(batch, ref_logprobs=scores(self.task.policy.init()))
+        return batch
+
+
+def rollout_metrics(answers: Answers, samples: int) -> dict[str, float]:
+    """What a step logs of its answers."""
+    strict, lenient = grades_of(answers, "strict"), grades_of(answers, "lenient")
+    groups = strict.reshape(-1, samples)
+    return {
+        "reward": float(strict.mean()),
+        "reward_lenient": float(lenient.mean()),
+        # Answers of one question are alike, so the means of the questions are what is independent.
+        "reward_se": float(groups.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else 0.0,
+        "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
+        "length": float(answers.completions.lengths.mean()),
+        "truncated": float(1 - answers.completions.stopped.mean()),
+        "slot_efficiency": answers.num_tokens / int(answers.completions.slot_steps),
+    }
+
+
+def answers_page(prompts: Sequence[Prompt], answers: Answers, samples: int, kept: int) -> str:
+    """A readable page: the first prompts of a step with all their completions."""
+    lines = []
+    for place, prompt in enumerate(prompts[:kept]):
+        lines.append(f"=== question {prompt.id}: {prompt.question}\n=== answer: {prompt.answer}\n")
+        for index in range(place * samples, (place + 1) * samples):
+            grade = answers.grades[index]
+            lines.append(f"--- strict {grade.strict:g}, lenient {grade.lenient:g}\n{answers.texts[index]}\n")
+    return "\n".join(lines)

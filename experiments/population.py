@@ -1,0 +1,216 @@
+"""Several runs as one program: members that share the frozen weights, and one batch of all their rollouts.
+
+A member is what its config would be alone: its own prompts in its own order, its own sampling noise, its own
+optimizer. Members may differ by whatever leaves the compiled programs as they are: seeds, the optimizer, and the
+adapter's tying, u and seed, for all adapters of one rank are points of one space (`coordinates`). The rollout decodes
+all members' prompts together, each row with its member's adapter; the updates are those of the members alone, one after
+the other, by one compiled gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.answering import Answers, answer, lower_answer, step_key
+from experiments.cli import TrainingError
+from experiments.grpo import optimizer_of, plan_of
+from experiments.learning import Learner
+from experiments.setup import ConfigError, Specs, Task, parse
+from tinylora_jax.adapters import Factors, Policy, TinyLoRA, coordinates, init, lora_xs, retie
+from tinylora_jax.adapters.policy import Trained
+from tinylora_jax.data import Prompt
+from tinylora_jax.training import Gradient, TrainState, init_state
+
+VARIED = ("seed", "optimizer.", "adapter.")
+"""What members may differ by: fields, or groups of them."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A field of the config with the values that members take.
+
+    Attributes:
+      field: such as `optimizer.learning_rate`.
+      values: at least one.
+    """
+
+    field: str
+    values: tuple[Any, ...]
+
+
+def parse_variation(text: str, config: ConfigDict) -> Variation:
+    """Reads `optimizer.learning_rate=1e-3,3e-3`.
+
+    Raises:
+      ConfigError: it is not of this form, the config has no such field, or members cannot differ by it.
+    """
+    field, equals, listed = text.partition("=")
+    field = field.strip().removeprefix("config.")
+    if not equals or not field or not listed.strip():
+        raise ConfigError(f"--vary={text}: expected field=value,value,…, such as optimizer.learning_rate=1e-3,3e-3")
+    if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection"):
+        raise ConfigError(
+            f"--vary={field}: members of one program may differ by seed, optimizer.* and adapter.* but its rank and"
+            " projection; run another sweep for each value of this one"
+        )
+    try:
+        now = config
+        for part in field.split("."):
+            now = now[part]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"--vary={field}: the config has no such field; see experiments/configs/base.py") from error
+    kind = type(now)
+    if kind not in (int, float, str):
+        raise ConfigError(f"--vary={field}: expected a single field that holds a number or a text")
+    try:
+        values = tuple(kind(value.strip()) for value in listed.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--vary={text}: the values are not of type {kind.__name__} ({error})") from error
+    if len(set(values)) < len(values):
+        raise ConfigError(f"--vary={text}: a value stands there twice")
+    return Variation(field, values)
+
+
+def member_configs(config: ConfigDict, variations: Sequence[Variation]) -> dict[str, ConfigDict]:
+    """The config of every member by its name, for all combinations of the values.
+
+    Raises:
+      ConfigError: a field varies twice, or a member's config is out of range.
+    """
+    fields = [variation.field for variation in variations]
+    if len(set(fields)) < len(fields):
+        raise ConfigError(f"--vary: a field stands there twice in {', '.join(fields)}")
+    found = {}
+    for values in itertools.product(*(variation.values for variation in variations)):
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict(dict(zip(fields, values, strict=True)))
+        parts = (f"{field.split('.')[-1]}={value}" for field, value in zip(fields, values, strict=True))
+        found[",".join(parts) or "only"] = own
+    return found
+
+
+class Member:
+    """One run of a population.
+
+    Args:
+      name: in the sweep.
+      config: as if it were alone.
+      task: the model, adapted by LoRA-XS.
+      factors: of its own spec.
+      gradient: shared by all.
+      steps: of the run.
+    """
+
+    def __init__(self, name: str, config: ConfigDict, task: Task, factors: Factors, gradient: Gradient, steps: int):
+        self.name, self.config, self.factors = name, config, factors
+        free = task.policy.factors
+        self.optimizer = optimizer_of(parse(config), steps)
+        point = partial(coordinates, _ties_of(free), _ties_of(factors))
+        self.learner = Learner(task, gradient, self.optimizer, config.samples, point)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        return init_state(init(self.factors), self.optimizer)
+
+    def point(self, v: Trained) -> jax.Array:
+        """The coordinates of v."""
+        return self.learner.update.point(v)
+
+
+def _ties_of(factors: Factors) -> Factors:
+    """The factors without singular vectors: all that coordinates need, and small enough for a program to hold."""
+    none = jnp.zeros((0,))
+    leaves = {
+        path: type(leaf)(none, none, none, leaf.P, leaf.groups, leaf.target) for path, leaf in factors.leaves.items()
+    }
+    return Factors(leaves, factors.spec)
+
+
+class Population:
+    """The members of a sweep, and the step they make together.
+
+    Args:
+      configs: of the members, by name.
+      specs: of any member.
+      task: the model adapted by LoRA-XS of the members' rank; see `free_task`.
+      width: of padded prompts.
+      steps: of every member's run.
+    """
+
+    def __init__(self, configs: Mapping[str, ConfigDict], specs: Specs, task: Task, width: int, steps: int):
+        self.task, self.width = task, width
+        self.config = next(iter(configs.values()))
+        gradient = Gradient(plan_of(self.config, specs, task, width))
+        self.members = {
+            name: Member(name, config, task, retie(task.policy.params, task.policy.factors, spec), gradient, steps)
+            for name, config in configs.items()
+            for spec in (parse(config).adapter,)
+        }
+
+    def initial_states(self) -> dict[str, TrainState]:
+        """Every member's state before the first step."""
+        return {name: member.initial_state() for name, member in self.members.items()}
+
+    def lower(self, states: Mapping[str, TrainState]) -> Iterator[jax.stages.Lowered]:
+        """The programs of a step."""
+        names = list(self.members)
+        count = len(names) * self.config.batch_size
+        v = jnp.zeros((count, *init(self.task.policy.factors).shape), jnp.float32)
+        key = jnp.broadcast_to(jax.random.key(0), (count,))
+        yield lower_answer(self.task, v, count, self.width, self.task.sampling, self.config.samples, key)
+        yield from self.members[names[0]].learner.lower(states[names[0]])
+
+    def step(
+        self, states: Mapping[str, TrainState], index: int, prompts: Mapping[str, Sequence[Prompt]]
+    ) -> dict[str, tuple[TrainState, dict[str, float], Answers] | TrainingError]:
+        """One rollout of all members given, and the updates of each on its own part.
+
+        Args:
+          states: of the members that are still trained.
+          index: of the step.
+          prompts: of each.
+
+        Returns:
+          For each its next state, metrics and answers; or the error of one that diverged.
+        """
+        names, size = list(states), self.config.batch_size
+        rows = lambda x: jnp.repeat(jnp.stack(x), size, axis=0)
+        v = rows([self.members[name].point(states[name].v) for name in names])
+        keys = rows([step_key(self.members[name].config.seed, "train", index) for name in names])
+        together = [prompt for name in names for prompt in prompts[name]]
+        answers = answer(self.task, v, together, keys, self.task.sampling, self.config.samples, self.width)
+        found = {}
+        for place, name in enumerate(names):
+            own = answers.part(place * size, size, self.config.samples)
+            try:
+                state, metrics = self.members[name].learner.learn(states[name], own, index)
+                found[name] = state, metrics, own
+            except TrainingError as error:
+                found[name] = error
+        return found
+
+
+def free_spec(config: ConfigDict, specs: Specs) -> TinyLoRA:
+    """LoRA-XS of a config's rank and targets, in whose space all members lie.
+
+    Raises:
+      ConfigError: the config trains something else than TinyLoRA or LoRA-XS.
+    """
+    if not isinstance(specs.adapter, TinyLoRA):
+        raise ConfigError(f"config.method={config.method!r}: a sweep in one program trains 'tinylora' or 'lora_xs'")
+    return lora_xs(specs.adapter.rank, specs.adapter.targets)
+
+
+def describe(configs: Mapping[str, ConfigDict]) -> str:
+    """A line about the members."""
+    return f"{len(configs)} members: {json.dumps(list(configs))}"
