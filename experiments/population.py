@@ -10,23 +10,21 @@ the other, by one compiled gradient.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.answering import Answers, answer, lower_answer, step_key
 from experiments.cli import TrainingError
-from experiments.grpo import optimizer_of, plan_of
 from experiments.learning import Learner
+from experiments.runs import optimizer_of, plan_of
 from experiments.setup import ConfigError, Specs, Task, parse
-from tinylora_jax.adapters import Factors, Policy, TinyLoRA, coordinates, init, lora_xs, retie
+from tinylora_jax.adapters import Factors, TinyLoRA, coordinates, init, lora_xs, retie
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import Gradient, TrainState, init_state
@@ -171,19 +169,24 @@ class Population:
         yield from self.members[names[0]].learner.lower(states[names[0]])
 
     def step(
-        self, states: Mapping[str, TrainState], index: int, prompts: Mapping[str, Sequence[Prompt]]
+        self,
+        states: Mapping[str, TrainState],
+        index: int,
+        prompts: Mapping[str, Sequence[Prompt]],
+        live: Collection[str],
     ) -> dict[str, tuple[TrainState, dict[str, float], Answers] | TrainingError]:
-        """One rollout of all members given, and the updates of each on its own part.
+        """One rollout of all members, and the updates of each on its own part.
 
         Args:
-          states: of the members that are still trained.
+          states: of all members.
           index: of the step.
           prompts: of each.
+          live: those that learn. The others keep their rows, so that nothing is compiled anew.
 
         Returns:
-          For each its next state, metrics and answers; or the error of one that diverged.
+          For each that learns its next state, metrics and answers; or the error of one that diverged.
         """
-        names, size = list(states), self.config.batch_size
+        names, size = list(self.members), self.config.batch_size
         rows = lambda x: jnp.repeat(jnp.stack(x), size, axis=0)
         v = rows([self.members[name].point(states[name].v) for name in names])
         keys = rows([step_key(self.members[name].config.seed, "train", index) for name in names])
@@ -191,6 +194,8 @@ class Population:
         answers = answer(self.task, v, together, keys, self.task.sampling, self.config.samples, self.width)
         found = {}
         for place, name in enumerate(names):
+            if name not in live:
+                continue
             own = answers.part(place * size, size, self.config.samples)
             try:
                 state, metrics = self.members[name].learner.learn(states[name], own, index)
@@ -209,8 +214,3 @@ def free_spec(config: ConfigDict, specs: Specs) -> TinyLoRA:
     if not isinstance(specs.adapter, TinyLoRA):
         raise ConfigError(f"config.method={config.method!r}: a sweep in one program trains 'tinylora' or 'lora_xs'")
     return lora_xs(specs.adapter.rank, specs.adapter.targets)
-
-
-def describe(configs: Mapping[str, ConfigDict]) -> str:
-    """A line about the members."""
-    return f"{len(configs)} members: {json.dumps(list(configs))}"

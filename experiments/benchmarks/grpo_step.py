@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> None:
         compile_together(trainer.lower(state))
         for index in range(1 + FLAGS.steps):
             started = time.perf_counter()
-            state, metrics, answers = trainer.step(state, index, next(data))
+            state, metrics, _, generated = trainer.step(state, index, next(data))
             steps.append(metrics | {"step_s": time.perf_counter() - started})
-            tokens.append(answers.num_tokens)
+            tokens.append(generated)
             if index == 0:
                 first = seconds_since_launch()
         median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experiments import grpo
+from experiments import grpo, runs
 from experiments.stopping import Stopped
 from tinylora_jax.adapters.targets import path_string
 from tinylora_jax.io.hf_config import parse_config
@@ -193,7 +193,7 @@ def one_host():
 @pytest.fixture
 def command_line(monkeypatch, capsys, one_host):
     """`main` of experiments.grpo in this process: `(config, workdir)` to its exit code, stdout and stderr."""
-    monkeypatch.setattr(grpo, "StopRequests", StopAfter)
+    monkeypatch.setattr(runs, "StopRequests", StopAfter)
 
     def call(config, workdir):
         values = SimpleNamespace(config=config, workdir=str(workdir), **one_host)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import grpo, learning
+from experiments import learning
 from experiments.setup import ConfigError, load_task, make_prompts, parse
 from tinylora_jax.data import DataError, load_questions
 from tinylora_jax.io import pretrained

@@ -150,7 +150,7 @@ def test_rollout_logprobs_are_the_trainers(demo_run):
         return generate(task.model, policy(v), *arrays, step_key(0, "train", 0), task.sampling, 2)
 
     drawn = jax.device_get(rollout(task.policy, v))
-    plan = Trainer(config, specs, task, prompts, 1, Never()).plan
+    plan = Trainer(config, specs, task, prompts, 1, Never()).learner.plan
     tokens, ends = drawn.tokens.reshape(2, 2, 8), drawn.lengths.reshape(2, 2, 1)
     zeros = np.zeros(tokens.shape, np.float32)
     batch = Batch(arrays.tokens, arrays.lengths, tokens, np.arange(8) < ends, zeros, zeros[:, :, 0])
@@ -167,8 +167,8 @@ def test_rollout_logprobs_are_the_trainers(demo_run):
 def test_one_grpo_step_of_the_demo(demo_run):
     config, specs, task, prompts = demo_run
     trainer = Trainer(config, specs, task, prompts, 2, Never())
-    state, _, _ = trainer.step(trainer.initial_state(), 0, prompts)
+    state, _, _, _ = trainer.step(trainer.initial_state(), 0, prompts)
     assert np.abs(state.v).max() == pytest.approx(config.optimizer.learning_rate, rel=1e-2)
-    _, metrics, _ = trainer.step(state, 1, prompts)
+    _, metrics, _, _ = trainer.step(state, 1, prompts)
     assert metrics["delta_prob"] < 1e-5 and abs(metrics["importance"] - 1) < 1e-4
     assert metrics["grad_norm"] > 0

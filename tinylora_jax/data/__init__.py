@@ -10,6 +10,7 @@ from tinylora_jax.data.pipeline import (
 )
 from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, render
 from tinylora_jax.data.questions import DataSpec, Question, load_questions
+from tinylora_jax.data.solutions import encode_solutions, solution_text
 from tinylora_jax.data.sources import DataError
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "PromptTemplate",
     "Question",
     "encode_prompts",
+    "encode_solutions",
     "get_template",
     "load_questions",
     "make_pipeline",
     "pad_prompts",
     "padded_width",
     "render",
+    "solution_text",
 ]

@@ -29,12 +29,14 @@ class Prompt:
       tokens: the rendered prompt.
       question: the question's text, for rewards and logs.
       answer: the gold answer.
+      solution: a worked solution, if there is one.
     """
 
     id: int
     tokens: tuple[int, ...]
     question: str
     answer: str
+    solution: str | None = None
 
 
 class PromptArrays(NamedTuple):
@@ -73,7 +75,10 @@ def encode_prompts(
     Raises:
       DataError: prompts are too long (with `error`), have no tokens, or none is left.
     """
-    prompts = [Prompt(q.id, tuple(render(template, q.question, tokenizer)), q.question, q.answer) for q in questions]
+    prompts = [
+        Prompt(q.id, tuple(render(template, q.question, tokenizer)), q.question, q.answer, q.solution)
+        for q in questions
+    ]
     if empty := [prompt.id for prompt in prompts if not prompt.tokens]:
         raise DataError(f"{_some(empty, len(prompts))} have no tokens; is this the model's tokenizer?")
     kept = tuple(prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_tokens)

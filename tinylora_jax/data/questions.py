@@ -37,11 +37,13 @@ class Question:
       id: row index in the source. It keys the sampling noise, so it does not depend on `start` or `limit`.
       question: as asked, without surrounding space.
       answer: the final answer alone.
+      solution: a worked solution, for SFT; None where the source has none.
     """
 
     id: int
     question: str
     answer: str
+    solution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class DataSpec:
       question_column: column of the question (files and hub).
       answer_column: column of the answer (files and hub). Where it is a worked solution that ends in
         `#### 72`, the answer is what follows the marker.
+      solution_column: column of a worked solution, for SFT (files and hub). Empty: an answer column that ends in
+        `#### 72` is one.
       start: first row.
       limit: at most this many rows; None is all (generators: exactly this many; see `sources`).
       seed: keys the generators.
@@ -65,6 +69,7 @@ class DataSpec:
     split: str = "train"
     question_column: str = "question"
     answer_column: str = "answer"
+    solution_column: str = ""
     start: int = 0
     limit: int | None = None
     seed: int = 0
@@ -97,15 +102,16 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
         question or answer (the first few are named with their row index, and how many there are).
 
     >>> load_questions(DataSpec("arithmetic", split="test", limit=1))
-    (Question(id=0, question='What is 36 + 27?', answer='63'),)
+    (Question(id=0, question='What is 36 + 27?', answer='63', solution='36 + 27 = 63\\n#### 63'),)
     """
     questions, problems = [], []
-    columns = ("question", "answer") if _is_generated(spec.source) else (spec.question_column, spec.answer_column)
+    columns = _columns(spec)
     for row_index, row in enumerate(_read(spec), start=spec.start):
         require_columns(f"{spec.source}, row {row_index},", row, columns)
         try:
-            question, answer = (_as_text(column, row[column]) for column in columns)
-            questions.append(Question(row_index, question, final_answer(answer)))
+            question, answer, *solution = (_as_text(column, row[column]) for column in columns)
+            worked = solution[0] if solution else (answer if "####" in answer else None)
+            questions.append(Question(row_index, question, final_answer(answer), worked))
         except DataError as error:
             problems.append(f"row {row_index}: {error}")
     if problems:
@@ -133,13 +139,23 @@ def final_answer(answer: str) -> str:
     return _THOUSANDS_COMMA.sub("", tail.strip())
 
 
+def _columns(spec: DataSpec) -> tuple[str, ...]:
+    """Columns of the question, the answer and, if there is one, the worked solution."""
+    if spec.source == "arithmetic":
+        return ("question", "answer", "solution")
+    if _is_generated(spec.source):
+        return ("question", "answer")
+    solution = (spec.solution_column,) if spec.solution_column else ()
+    return (spec.question_column, spec.answer_column, *solution)
+
+
 def _is_generated(source: str) -> bool:
     return source == "arithmetic" or source.startswith(_REASONING_GYM)
 
 
 def _read(spec: DataSpec) -> Iterator[Row]:
     """Opens the source; yields its rows from `start` on, at most `limit`."""
-    source, columns = spec.source, (spec.question_column, spec.answer_column)
+    source, columns = spec.source, _columns(spec)
     if source == "arithmetic":
         return generate_arithmetic(spec.split, spec.seed, spec.below, spec.start, spec.limit)
     if source.startswith(_REASONING_GYM):

@@ -74,12 +74,12 @@ def _parse_line(line: bytes, where: str) -> Row:
     return row
 
 
-def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
-    """Reads two columns of a Parquet file.
+def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    """Reads columns of a Parquet file.
 
     Args:
       path: an existing file.
-      columns: the question's and the answer's column.
+      columns: of the question, the answer and perhaps the solution.
 
     Yields:
       One row at a time.
@@ -99,13 +99,13 @@ def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
 
 
-def read_hub(source: str, split: str, columns: tuple[str, str], start: int, limit: int | None) -> Iterator[Row]:
+def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limit: int | None) -> Iterator[Row]:
     """Reads a data set of the Hugging Face hub through `datasets`, which caches it.
 
     Args:
       source: `owner/name` or `owner/name:config`.
       split: the split.
-      columns: the question's and the answer's column.
+      columns: of the question, the answer and perhaps the solution.
       start: first row.
       limit: at most this many rows.
 
@@ -177,13 +177,13 @@ def generate_arithmetic(split: str, seed: int, below: int, start: int = 0, limit
       limit: exactly this many rows; None is 1024 (or all there are) of `train`, and all of `test`.
 
     Returns:
-      Rows with `question` and `answer`.
+      Rows with `question`, `answer` and `solution`.
 
     Raises:
       DataError: unknown split, or more rows asked for than exist.
 
     >>> next(generate_arithmetic("train", seed=0, below=50))
-    {'question': 'What is 44 + 41?', 'answer': '85'}
+    {'question': 'What is 44 + 41?', 'answer': '85', 'solution': '44 + 41 = 85\\n#### 85'}
     """
     if split not in ("train", "test"):
         raise DataError(f"arithmetic has the splits train and test, not {split!r}")
@@ -201,4 +201,9 @@ def generate_arithmetic(split: str, seed: int, below: int, start: int = 0, limit
             f"arithmetic below {below} has {len(pairs)} {split} questions, {asked}; "
             "lower start or limit, or raise below"
         )
-    return ({"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs[start : start + limit])
+    row = lambda a, b, c: {
+        "question": f"What is {a} + {b}?",
+        "answer": f"{c}",
+        "solution": f"{a} + {b} = {c}\n#### {c}",
+    }
+    return (row(a, b, a + b) for a, b in pairs[start : start + limit])

@@ -1,0 +1,283 @@
+"""A run from its config to its summary, whatever it learns from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import flags, logging
+from grain import DatasetIterator
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments import hosts
+from experiments.cli import fail, reporting_errors, tell, use_compilation_cache
+from experiments.compilation import compile_together
+from experiments.evaluate import evaluate, lower_evaluation
+from experiments.hosts import is_first, on_first
+from experiments.meshes import active_mesh, plan_streams, use_mesh
+from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
+from experiments.stopping import Stopped, StopRequests
+from experiments.workdir import Workdir
+from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
+from tinylora_jax.fetch import fetch
+from tinylora_jax.io.adapter_file import read_adapter, save_adapter
+from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.training import Plan, TrainState, init_state
+
+Totals = dict[str, float]
+
+_SHOWN = ("loss", "reward", "length", "tokens_per_s")  # of the metrics, while it runs
+
+_SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # kept in adapter.json
+
+
+class Stepped(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+      state: after it.
+      metrics: to log.
+      page: readable completions.
+      tokens: how many were generated.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+    page: str = ""
+    tokens: int = 0
+
+
+class Trainer(ABC):
+    """One run's fixed parts, and the step they make.
+
+    Args:
+      config: of the run.
+      specs: the same, parsed.
+      task: the model.
+      prompts: to train on.
+      steps: length of the learning-rate schedule, in steps.
+      stop: asked between the phases of a step.
+    """
+
+    def __init__(
+        self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
+    ):
+        self.config, self.specs, self.task, self.stop = config, specs, task, stop
+        self.width, self.optimizer = padded_width(prompts), optimizer_of(specs, steps)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        return self.placed(init_state(self.task.policy.init(), self.optimizer))
+
+    def placed(self, state: TrainState) -> TrainState:
+        """A state of the host on every device."""
+        mesh = active_mesh()
+        return jax.device_put(state, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+    @abstractmethod
+    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+        """The programs of a step, to be compiled before the first."""
+
+    @abstractmethod
+    def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+        """What one batch of prompts teaches.
+
+        Raises:
+          TrainingError: the loss, the gradient or v is not finite.
+        """
+
+
+MakeTrainer = Callable[[ConfigDict, Specs, Task, Sequence[Prompt], int, StopRequests], Trainer]
+
+
+def optimizer_of(specs: Specs, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many rollouts."""
+    updates = steps * specs.grpo.updates_per_rollout
+    return dataclasses.replace(specs.optimizer, total_updates=updates).transform()
+
+
+def plan_of(
+    config: ConfigDict, specs: Specs, task: Task, width: int, samples: int | None = None, longest: int | None = None
+) -> Plan:
+    """What the update of a run is compiled for.
+
+    Args:
+      config: of the run.
+      specs: the same, parsed.
+      task: the model.
+      width: of padded prompts.
+      samples: completions a prompt; None: the config's.
+      longest: tokens of a completion; None: the config's.
+    """
+    samples, longest = samples or config.samples, longest or config.max_new_tokens
+    bounds = (config.batch_size, width, samples, longest)
+    shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
+    return Plan(task.model, specs.grpo, config.temperature, longest, shapes, streams)
+
+
+def summary_of_config(config: ConfigDict) -> dict[str, Any]:
+    """What an adapter's description keeps of its run."""
+    kept = {name: config[name] for name in _SUMMARY}
+    return kept | {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
+
+
+def num_steps(config: ConfigDict, num_prompts: int) -> int:
+    """Rollouts of a run.
+
+    Raises:
+      ConfigError: there are fewer prompts than a batch needs.
+    """
+    steps = num_prompts // config.batch_size * config.epochs
+    steps = min(steps, config.max_steps) if config.max_steps else steps
+    if steps < 1:
+        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts; lower it")
+    return steps
+
+
+def train(
+    trainer: Trainer, data: DatasetIterator, steps: int, folder: Workdir, started: float
+) -> tuple[TrainState, Totals]:
+    """Runs the steps that are still to do, each saved when it is done.
+
+    Returns:
+      The final state, and totals over the whole run, interruptions included.
+    """
+    config, state = trainer.config, trainer.initial_state()
+    totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
+    saved = folder.restore(state)
+    if saved is not None:
+        state, record = trainer.placed(saved[0]), saved[1]
+        data.set_state(record["data"])
+        totals = record["totals"]
+        tell(f"continuing after step {int(state.step)} of {steps}")
+    first, before = int(state.step), totals["wall_s"]
+    folder.start(first)
+    quiet = not is_first()
+    with closing(folder), tqdm(total=steps, initial=first, desc="training", unit="step", disable=quiet) as bar:
+        for index in range(first, steps):
+            trainer.stop.check()
+            state, metrics, page, tokens = trainer.step(state, index, next(data))
+            totals["tokens"] += tokens
+            totals["rollout_s"] += metrics.get("rollout_s", 0.0)
+            totals["wall_s"] = before + time.perf_counter() - started
+            due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
+            record = {"data": data.get_state(), "totals": totals} if due else None
+            folder.keep(index, state, record, metrics, page)
+            shown = {name: f"{metrics[name]:.3g}" for name in _SHOWN if name in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+    return state, totals
+
+
+def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer) -> dict[str, Any]:
+    """Trains one adapter, from the config to the summary; continues what the workdir holds.
+
+    Args:
+      config: see `experiments/configs/base.py`.
+      workdir: see `RunLog`.
+      stop: says when to stop early.
+      make_trainer: of what is learned from.
+
+    Returns:
+      The summary.
+    """
+    started = time.perf_counter()
+    specs = parse(config)
+    folder = Workdir(workdir, as_json(config))
+    done = folder.read("summary.json")
+    if done is not None:
+        tell(f"{workdir} is complete; choose another --workdir to train again")
+        return done
+    train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
+    num_steps(config, len(train_questions))  # refuses too few before the slow part
+    task = load_task(config, specs)
+    prompts = make_prompts(config, train_questions, task)
+    questions = make_prompts(config, eval_questions, task)
+    steps = num_steps(config, len(prompts))
+    trainer = make_trainer(config, specs, task, prompts, steps, stop)
+    folder.claim()
+    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    initial = trainer.initial_state()
+    tell("compiling")
+    compile_together(chain(trainer.lower(initial), lower_evaluation(task, initial.v, questions, **how)))
+
+    before = folder.read("eval_before.json")
+    if before is None:
+        before, _ = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
+        folder.write("eval_before.json", before)
+    tell(f"before training: {json.dumps(before)}")
+
+    data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
+    state, totals = train(trainer, data, steps, folder, started)
+    finished = time.perf_counter()
+
+    factors = fetch(task.policy.factors)
+
+    fingerprint = base_fingerprint(task.policy.params)
+    about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
+
+    def save_and_read() -> list[list[float]]:  # what is evaluated is what was saved, in its 26 bytes
+        save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, fingerprint, **about)
+        return read_adapter(workdir / "adapter")[1].tolist()
+
+    saved = np.asarray(on_first(save_and_read), np.float32)
+    after, _ = evaluate(task, saved, questions, seed=config.seed, between=stop.check, **how)
+    summary = {
+        "model": task.name,
+        "params": factors.num_params,
+        "bytes_bf16": 2 * factors.num_params,
+        "steps": steps,
+        "eval_before": before,
+        "eval_after": after,
+        "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
+    }
+    if totals["rollout_s"]:
+        summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
+    folder.write("summary.json", summary)
+    return summary
+
+
+def define_flags() -> None:
+    """Defines the flags of a command that trains."""
+    config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run: created, or continued.")
+    hosts.define_flags()
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], dict[str, Any]]) -> dict[str, Any]:
+    """Runs what the flags say, to the end or until it is asked to stop, which ends the program.
+
+    Args:
+      values: of the flags of `define_flags`.
+      run: from config, workdir and stop to the summary.
+
+    Returns:
+      The summary.
+    """
+    use_compilation_cache()
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
+    if not values.workdir:
+        fail("--workdir is empty; name a folder for the run")
+    workdir, stop = Path(values.workdir), StopRequests()
+    with reporting_errors(workdir):
+        hosts.connect(values)
+        try:
+            with use_mesh(parse(values.config).mesh):
+                return run(values.config, workdir, stop)
+        except Stopped as stopped:
+            if is_first():
+                print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
+            raise SystemExit(stopped.exit_code) from None

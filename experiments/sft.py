@@ -1,0 +1,105 @@
+"""Trains an adapter by SFT: next-token loss on worked solutions, the baseline of reinforcement learning.
+
+    python -m experiments.sft --config=experiments/configs/demo.py --workdir=/tmp/sft --config.max_steps=100
+    python -m experiments.sft --config=… --workdir=… --config.method=lora --config.train_data.solution_column=solution
+
+The config is GRPO's, so that both train, save, resume and evaluate alike: of `config.grpo` it takes the memory settings,
+of `config.samples` and the sampling nothing while it trains. A solution is the text of an answer column that ends in
+`#### 72`, or of the column named; calculator annotations are stripped, and the last line is what `config.reward` wants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from experiments import runs
+from experiments.cli import TrainingError, parse_flags
+from experiments.hosts import is_first
+from experiments.runs import Stepped, plan_of
+from experiments.setup import Specs, Task
+from experiments.stopping import StopRequests
+from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
+from tinylora_jax.training import SFT_OBJECTIVE, Gradient, Step, TrainState, solutions_batch
+
+_MULTIPLE = 16  # solutions are padded to a multiple of so many tokens
+
+
+class Trainer(runs.Trainer):
+    """Learns from worked solutions; see `runs.Trainer`.
+
+    Raises:
+      DataError: a question has no solution, or one that is too long.
+    """
+
+    def __init__(
+        self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
+    ):
+        grpo = dataclasses.replace(
+            specs.grpo, loss_type="dapo", kl_coef=0.0, updates_per_rollout=1, skip_without_signal=False
+        )
+        specs = dataclasses.replace(specs, grpo=grpo)
+        super().__init__(config, specs, task, prompts, steps, stop)
+        stop_tokens = task.sampling.stop_tokens
+        ends = task.tokenizer.eos_token_id
+        ends = ends if ends in stop_tokens else stop_tokens[0]
+        solutions = encode_solutions(prompts, task.tokenizer, config.reward, ends, config.max_new_tokens)
+        self.solutions = {prompt.id: tokens for prompt, tokens in zip(prompts, solutions, strict=True)}
+        self.longest = -(-max(map(len, solutions)) // _MULTIPLE) * _MULTIPLE
+        plan = dataclasses.replace(plan_of(config, specs, task, self.width, 1, self.longest), temperature=1.0)
+        self.update = Step(Gradient(plan, SFT_OBJECTIVE), self.optimizer)
+
+    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+        """The programs of a step, to be compiled before the first."""
+        yield from self.update.lower(state, self.task.policy)
+
+    def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+        """One update on the solutions of a batch of prompts.
+
+        Raises:
+          TrainingError: the loss, the gradient or v is not finite.
+        """
+        started = time.perf_counter()
+        arrays, solutions = pad_prompts(prompts, self.width), [self.solutions[prompt.id] for prompt in prompts]
+        batch = solutions_batch(arrays.tokens, arrays.lengths, solutions, self.longest)
+        state, device_metrics = self.update(state, self.task.policy, batch)
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        if not all(map(math.isfinite, metrics.values())):
+            raise TrainingError(
+                f"step {index} is not finite ({metrics}); the state before it is kept. Lower"
+                " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
+            )
+        metrics |= {"length": sum(map(len, solutions)) / len(solutions), "update_s": time.perf_counter() - started}
+        page = "\n".join(
+            f"=== question {prompt.id}: {prompt.question}\n--- learned\n{self.task.tokenizer.decode(tokens)}\n"
+            for prompt, tokens in list(zip(prompts, solutions, strict=True))[: self.config.samples_kept]
+        )
+        return Stepped(dataclasses.replace(state, step=state.step + 1), metrics, page)
+
+
+def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:
+    """`runs.run` by SFT."""
+    return runs.run(config, workdir, stop, Trainer)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    summary = runs.command_line(FLAGS, run)
+    if is_first():
+        print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    runs.define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,233 @@
+"""Trains a population of adapters at once: one run for every combination of the values given.
+
+    python -m experiments.sweep --config=experiments/configs/demo.py --workdir=/tmp/sweep \\
+        --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
+    python -m experiments.sweep --config=… --workdir=… --vary=adapter.n_tie=1,4,13,168 --vary=optimizer.learning_rate=…
+
+Every member is the run it would have been alone (its prompts, its noise, its optimizer), and all decode in one batch
+over the same frozen weights. Members may differ by seed, optimizer.* and adapter.* but the rank. One that diverges is
+dropped. The sweep is saved after every step, and the same command continues it. Each member has a folder in
+`members`, with what a run's workdir holds; `summary.json` compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.compilation import compile_together
+from experiments.evaluate import evaluate, lower_evaluation
+from experiments.learning import answers_page
+from experiments.population import Population, free_spec, member_configs, parse_variation
+from experiments.runs import num_steps, summary_of_config
+from experiments.setup import ConfigError, as_json, load_task, make_prompts, parse
+from experiments.stopping import Stopped, StopRequests
+from tinylora_jax.adapters import adapt
+from tinylora_jax.data import load_questions, make_pipeline, padded_width
+from tinylora_jax.fetch import fetch
+from tinylora_jax.io.adapter_file import read_adapter, save_adapter
+from tinylora_jax.io.checkpoint import Checkpoints
+from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.io.run_log import RunLog
+from tinylora_jax.training import TrainState
+
+FLAGS = flags.FLAGS
+_VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone
+
+
+class Folder:
+    """A sweep's workdir: its own log and checkpoints, and a log for every member.
+
+    Args:
+      path: of the sweep.
+      config: of the sweep.
+      configs: of the members, by name.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], configs: Mapping[str, ConfigDict]):
+        self.path = path
+        self.log = RunLog(path, config, claim=False)
+        self._configs = configs
+
+    def claim(self) -> None:
+        """Makes the folder this sweep's own."""
+        self.log.claim()
+        self.members = {name: RunLog(self.member(name), as_json(config)) for name, config in self._configs.items()}
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    def member(self, name: str) -> Path:
+        """A member's folder."""
+        return self.path / "members" / name
+
+    def keep(self, name: str, index: int, state: TrainState, metrics: Mapping[str, float], page: str) -> None:
+        """Logs a finished step of a member."""
+        self.members[name].samples(index, page)
+        vector = {"v": np.asarray(state.v).ravel().tolist()} if state.v.size <= _VECTOR_NUMBERS else {}
+        self.members[name].metrics(index, {**metrics, **vector})
+
+    def close(self) -> None:
+        """Closes the files."""
+        for log in self.members.values():
+            log.close()
+        self.checkpoints.close()
+
+
+def train(
+    population: Population, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
+) -> tuple[dict[str, TrainState], dict[str, str]]:
+    """Runs the steps that are still to do, each saved when it is done.
+
+    Returns:
+      The final state of every member, and why some were dropped.
+    """
+    states, dropped, first = population.initial_states(), {}, 0
+    if folder.checkpoints.latest_step() is not None:
+        states, record = folder.checkpoints.restore(states)
+        states, dropped, first = jax.device_put(states), record["dropped"], record["step"]
+        for name, iterator in data.items():
+            iterator.set_state(record["data"][name])
+        tell(f"continuing after step {first} of {steps}")
+    for log in folder.members.values():
+        log.start(first)
+    config = population.config
+    with tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
+        for index in range(first, steps):
+            stop.check()
+            live = [name for name in population.members if name not in dropped]
+            if not live:
+                raise TrainingError(f"all members diverged: {json.dumps(dropped)}")
+            prompts = {name: next(iterator) for name, iterator in data.items()}
+            for name, result in population.step(states, index, prompts, live).items():
+                if isinstance(result, TrainingError):
+                    dropped[name] = str(result).split(";")[0]
+                    tell(f"dropped {name}: {dropped[name]}")
+                    continue
+                states[name], metrics, answers = result
+                page = answers_page(prompts[name], answers, config.samples, config.samples_kept)
+                folder.keep(name, index, states[name], metrics, page)
+            record = {"step": index + 1, "dropped": dropped}
+            record["data"] = {name: iterator.get_state() for name, iterator in data.items()}
+            folder.checkpoints.save(index + 1, states, record)
+            bar.update()
+    return states, dropped
+
+
+def run(config: ConfigDict, vary: Sequence[str], workdir: Path, stop: StopRequests) -> dict[str, Any]:
+    """Trains and evaluates the members, and compares them; continues what the workdir holds.
+
+    Args:
+      config: what the members have in common.
+      vary: texts `field=value,value,…`.
+      workdir: of the sweep.
+      stop: says when to stop early.
+
+    Returns:
+      The summary.
+    """
+    specs, started = parse(config), time.perf_counter()
+    free = free_spec(config, specs)
+    variations = [parse_variation(text, config) for text in vary]
+    configs = member_configs(config, variations)
+    for name, own in configs.items():
+        try:
+            parse(own)
+        except ConfigError as error:
+            raise ConfigError(f"member {name}: {error}") from error
+    varied = {variation.field: list(variation.values) for variation in variations}
+    folder = Folder(workdir, {**as_json(config), "vary": varied}, configs)
+    done = folder.log.read_json("summary.json")
+    if done is not None:
+        tell(f"{workdir} is complete; choose another --workdir to train again")
+        return done
+    train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
+    num_steps(config, len(train_questions))
+    task = load_task(config, specs, lambda params, svd: adapt(params, free, svd))
+    prompts = make_prompts(config, train_questions, task)
+    questions = make_prompts(config, eval_questions, task)
+    steps = num_steps(config, len(prompts))
+    population = Population(configs, specs, task, padded_width(prompts), steps)
+    folder.claim()
+    with ExitStack() as stack:
+        stack.enter_context(closing(folder))
+        how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+        base = task.policy.init()
+        tell(f"compiling for {len(configs)} members")
+        lowered = population.lower(population.initial_states())
+        compile_together(chain(lowered, lower_evaluation(task, base, questions, **how)))
+        before = folder.log.read_json("eval_before.json")
+        if before is None:
+            before, _ = evaluate(task, base, questions, seed=config.seed, between=stop.check, **how)
+            folder.log.write_json("eval_before.json", before)
+        tell(f"before training: {json.dumps(before)}")
+        data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
+        states, dropped = train(population, data, steps, folder, stop)
+        trained = time.perf_counter()
+        fingerprint = base_fingerprint(task.policy.params)
+        rows = []
+        for name, member in population.members.items():
+            row = {"member": name, "params": member.factors.num_params, "dropped": dropped.get(name)}
+            if name not in dropped:
+                about = {"steps": steps, "eval_before": before, "config": summary_of_config(member.config)}
+                saved = folder.member(name) / "adapter"
+                factors = fetch(member.factors)
+                save_adapter(saved, factors, states[name].v, task.name, config.save_dtype, fingerprint, **about)
+                v = member.point(np.asarray(read_adapter(saved)[1], np.float32))
+                after, _ = evaluate(task, v, questions, seed=member.config.seed, between=stop.check, **how)
+                own = {"model": task.name, "steps": steps, "eval_before": before, "eval_after": after}
+                folder.members[name].write_json("summary.json", row | own)
+                row["eval_after"] = after
+            rows.append(row)
+    rows.sort(key=lambda row: -row.get("eval_after", {}).get("strict", -1.0))
+    summary = {"model": task.name, "steps": steps, "eval_before": before, "members": rows}
+    summary |= {"train_s": round(trained - started, 1), "wall_s": round(time.perf_counter() - started, 1)}
+    folder.log.write_json("summary.json", summary)
+    return summary
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The members, the best first, below the untrained model."""
+    percent = lambda result: f"{result['strict']:>8.1%} {result['lenient']:>8.1%}"
+    lines = [f"{'':40} {'params':>7} {'strict':>8} {'lenient':>8}"]
+    lines.append(f"{'untrained':40} {0:>7} {percent(summary['eval_before'])}")
+    for row in summary["members"]:
+        result = percent(row["eval_after"]) if row.get("eval_after") else f"  dropped: {row['dropped']}"
+        lines.append(f"{row['member']:40} {row['params']:>7} {result}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    use_compilation_cache()
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
+    if not FLAGS.workdir:
+        fail("--workdir is empty; name a folder for the sweep")
+    workdir, stop = Path(FLAGS.workdir), StopRequests()
+    with reporting_errors(workdir):
+        try:
+            summary = run(FLAGS.config, FLAGS.vary, workdir, stop)
+        except Stopped as stopped:
+            print(f"stopped by {stopped}; the same command continues the sweep in {workdir}", flush=True)
+            raise SystemExit(stopped.exit_code) from None
+    print(table(summary))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "What the members have in common.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the sweep: created, or continued.")
+    flags.DEFINE_multi_string("vary", None, "field=value,value,…; may be repeated: all combinations are trained.")
+    flags.mark_flags_as_required(["config", "workdir", "vary"])
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,152 @@
+"""A population's members are the runs they would be alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import grpo, learning, sweep
+from experiments.population import member_configs, parse_variation
+from experiments.setup import ConfigError
+
+VARY = ["optimizer.learning_rate=0.05,0.01", "seed=0,3"]
+TYINGS = ["adapter.n_tie=14,1", "adapter.u=1,2"]
+
+
+class Never:
+    """No signal comes."""
+
+    def check(self):
+        pass
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def swept(make_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep") / "run"
+    return folder, sweep.run(make_config(), VARY, folder, Never())
+
+
+@pytest.mark.parametrize("rate, seed", [(0.05, 0), (0.01, 3)])
+def test_a_member_is_the_run_it_would_be_alone(swept, make_config, tmp_path, rate, seed):
+    folder, _ = swept
+    config = make_config()
+    config.optimizer.learning_rate, config.seed = rate, seed
+    grpo.run(config, tmp_path / "alone", Never())
+    member = folder / "members" / f"learning_rate={rate},seed={seed}"
+    alone, together = rows_of(tmp_path / "alone"), rows_of(member)
+    assert len(alone) == len(together) == 5
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_allclose(a["v"], b["v"], atol=1e-4)
+        assert a["reward"] == b["reward"] and a["length"] == b["length"]
+    assert np.abs(alone[-1]["v"]).max() > 1e-2
+    for step in range(5):
+        page = f"samples/{step:06d}.txt"
+        assert (tmp_path / "alone" / page).read_text() == (member / page).read_text()
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (tmp_path / "alone", member)]
+    assert summaries[0]["eval_after"] == summaries[1]["eval_after"]
+
+
+def test_members_differ_and_are_compared(swept):
+    folder, summary = swept
+    assert len(summary["members"]) == 4 and summary["eval_before"]["questions"] == 6
+    last = {row["member"]: rows_of(folder / "members" / row["member"])[-1]["v"] for row in summary["members"]}
+    assert len({tuple(v) for v in last.values()}) == 4
+    strict = [row["eval_after"]["strict"] for row in summary["members"]]
+    assert strict == sorted(strict, reverse=True)
+    assert "untrained" in sweep.table(summary)
+
+
+def test_different_adapters_share_one_program(make_config, tmp_path):
+    config = make_config()
+    config.max_steps = 3
+    summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never())
+    assert {row["params"] for row in summary["members"]} == {1, 2, 14, 28}
+    config.adapter.n_tie, config.adapter.u = 1, 2
+    grpo.run(config, tmp_path / "alone", Never())
+    together = rows_of(tmp_path / "sweep" / "members" / "n_tie=1,u=2")
+    for a, b in zip(rows_of(tmp_path / "alone"), together, strict=True):
+        np.testing.assert_allclose(a["v"], b["v"], atol=1e-4)
+
+
+def test_one_that_diverges_disturbs_no_other(swept, make_config, tmp_path, monkeypatch):
+    whole, _ = swept
+    learn, broken = learning.Learner.learn, "learning_rate=0.05,seed=3"
+    population = {}
+
+    def spy(self, state, answers, index):
+        population.setdefault(id(self), len(population))
+        state, metrics = learn(self, state, answers, index)
+        if population[id(self)] == 1 and index == 2:
+            raise learning.TrainingError("step 2 is not finite; the state before it is kept")
+        return state, metrics
+
+    monkeypatch.setattr(learning.Learner, "learn", spy)
+    summary = sweep.run(make_config(), VARY, tmp_path / "sweep", Never())
+    dropped = [row for row in summary["members"] if row["dropped"]]
+    assert [row["member"] for row in dropped] == [broken] and "step 2 is not finite" in dropped[0]["dropped"]
+    assert len(rows_of(tmp_path / "sweep" / "members" / broken)) == 2
+    for name in ("learning_rate=0.05,seed=0", "learning_rate=0.01,seed=3"):
+        theirs, ours = (rows_of(folder / "members" / name)[-1]["v"] for folder in (whole, tmp_path / "sweep"))
+        np.testing.assert_allclose(theirs, ours, atol=1e-6)
+
+
+def test_an_interrupted_sweep_continues_to_the_same_bits(swept, make_config, tmp_path):
+    whole, expected = swept
+
+    class After:
+        calls = 0
+
+        def check(self):
+            self.calls += 1
+            if self.calls == 6:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(make_config(), VARY, tmp_path / "sweep", After())
+    jax.clear_caches()
+    summary = sweep.run(make_config(), VARY, tmp_path / "sweep", Never())
+    assert summary["members"] == expected["members"]
+    for row in expected["members"]:
+        theirs, ours = (rows_of(folder / "members" / row["member"]) for folder in (whole, tmp_path / "sweep"))
+        assert [r["v"] for r in theirs] == [r["v"] for r in ours]
+    assert sweep.run(make_config(), VARY, tmp_path / "sweep", Never()) == summary
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("samples=2,4", "may differ by seed, optimizer"),
+        ("adapter.rank=1,2", "may differ by seed, optimizer"),
+        ("optimizer.rate=1", "has no such field"),
+        ("seed", "expected field=value"),
+        ("seed=", "expected field=value"),
+        ("seed=1,a", "not of type int"),
+        ("seed=1,1", "stands there twice"),
+    ],
+)
+def test_a_variation_that_means_nothing(make_config, text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_variation(text, make_config())
+
+
+def test_a_member_out_of_range(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"member u=0: .*adapter: .*u >= 1"):
+        sweep.run(make_config(), ["adapter.u=1,0"], tmp_path / "sweep", Never())
+    assert not (tmp_path / "sweep" / "members").exists()
+
+
+def test_all_combinations(make_config):
+    variations = [parse_variation(text, make_config()) for text in VARY]
+    configs = member_configs(make_config(), variations)
+    assert {(c.optimizer.learning_rate, c.seed) for c in configs.values()} == {
+        (0.05, 0),
+        (0.05, 3),
+        (0.01, 0),
+        (0.01, 3),
+    }
+    assert list(configs)[1] == "learning_rate=0.05,seed=3"

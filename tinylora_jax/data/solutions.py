@@ -1,0 +1,68 @@
+r"""Worked solutions as completions to learn from by SFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tinylora_jax.data.pipeline import Prompt
+from tinylora_jax.data.prompts import Tokenizer
+from tinylora_jax.data.sources import DataError
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_ENDINGS = {"hash": ("####", "#### {}"), "boxed": (r"\boxed", r"\boxed{{{}}}"), "math": (r"\boxed", r"\boxed{{{}}}")}
+MAX_REPORTED = 5
+
+
+def solution_text(solution: str, answer: str, reward: str) -> str:
+    r"""A worked solution as the reward wants an answer to be: GSM8K's calculator annotations go, the answer ends it.
+
+    Args:
+      solution: as the source holds it.
+      answer: the final answer.
+      reward: name of the reward, whose format the last line takes where the solution does not have it; a reward
+        that is not built in leaves the solution as it is.
+
+    >>> solution_text("48/2 = <<48/2=24>>24 clips", "24", "hash")
+    '48/2 = 24 clips\n#### 24'
+    """
+    text = _CALCULATOR.sub("", solution).strip()
+    marker, ending = _ENDINGS.get(reward, ("", ""))
+    return text if marker in text else f"{text}\n{ending.format(answer)}"
+
+
+def encode_solutions(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, reward: str, stop_token: int, max_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    """The completion of every prompt: its worked solution, then the stop token.
+
+    Args:
+      prompts: whose solutions to encode.
+      tokenizer: from transformers.
+      reward: see `solution_text`.
+      stop_token: ends every completion.
+      max_tokens: longest completion allowed, the stop token included.
+
+    Raises:
+      DataError: prompts have no solution, or solutions are too long (the first few are named).
+    """
+    without = [prompt.id for prompt in prompts if not prompt.solution]
+    if without:
+        raise DataError(
+            f"{_some(without, prompts)} have no worked solution to learn from; name their column with"
+            " config.train_data.solution_column"
+        )
+    texts = (solution_text(prompt.solution or "", prompt.answer, reward) for prompt in prompts)
+    found = tuple((*map(int, tokenizer.encode(text, add_special_tokens=False)), stop_token) for text in texts)
+    long = {prompt.id: len(tokens) for prompt, tokens in zip(prompts, found, strict=True) if len(tokens) > max_tokens}
+    if long:
+        raise DataError(
+            f"solutions of {_some(list(long), prompts)} are longer than max_new_tokens={max_tokens} (longest:"
+            f" {max(long.values())} tokens); raise config.max_new_tokens, or leave those questions out"
+        )
+    return found
+
+
+def _some(ids: Sequence[int], prompts: Sequence[Prompt]) -> str:
+    shown = ", ".join(map(str, ids[:MAX_REPORTED])) + (", ..." if len(ids) > MAX_REPORTED else "")
+    return f"{len(ids)} of {len(prompts)} questions (ids {shown})"

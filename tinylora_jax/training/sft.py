@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: next-token loss on worked solutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters import Adapted
+from tinylora_jax.adapters.policy import Trained
+from tinylora_jax.training.batch import Batch, Streams
+from tinylora_jax.training.grpo import Metrics, Plan, wants_remat
+from tinylora_jax.training.logprobs import stream_logprobs
+from tinylora_jax.training.step import Objective
+
+
+def sft_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[Float[Array, ""], Metrics]:
+    """−Σ weight · ln π(token), and sums of metrics over tokens.
+
+    Args:
+      v: the only differentiated argument; one for all streams, or a leading axis with one for each.
+      plan: settings; a temperature of 1 gives the usual loss.
+      policy: everything frozen.
+      part: of a batch of `solutions_batch`.
+    """
+    params = policy(v)
+    remat = wants_remat(plan, params["embed_tokens"]["embedding"].dtype)
+    logprobs, entropy = stream_logprobs(
+        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, remat, policy.trains_head
+    )
+    quiet = lambda x: jnp.where(part.mask, x, 0.0)
+    sums = {"tokens": jnp.sum(quiet(jnp.ones_like(logprobs))), "entropy": jnp.sum(quiet(entropy))}
+    return -jnp.sum(part.weights * quiet(logprobs)), sums
+
+
+SFT_OBJECTIVE = Objective(sft_loss, ("tokens", "entropy"))
+
+
+def solutions_batch(prompts: np.ndarray, lengths: np.ndarray, solutions: Sequence[Sequence[int]], width: int) -> Batch:
+    """Prompts with one given completion each, all of it to be learned.
+
+    Args:
+      prompts: int32 `[N, P]`, right-padded.
+      lengths: int32 `[N]`.
+      solutions: tokens of the completions, N of them.
+      width: to which these are padded.
+    """
+    completions = np.zeros((len(solutions), 1, width), np.int32)
+    for row, tokens in zip(completions[:, 0], solutions, strict=True):
+        row[: len(tokens)] = tokens
+    counts = np.array([len(tokens) for tokens in solutions])
+    mask = (np.arange(width) < counts[:, None])[:, None]
+    return Batch(
+        prompts=prompts,
+        lengths=lengths,
+        completions=completions,
+        mask=mask,
+        rollout_logprobs=np.zeros(mask.shape, np.float32),
+        advantages=np.ones(mask.shape[:2], np.float32),
+    )
