@@ -3,9 +3,9 @@
     python -m experiments.sft --config=experiments/configs/demo.py --workdir=/tmp/sft --config.max_steps=100
     python -m experiments.sft --config=… --workdir=… --config.method=lora --config.train_data.solution_column=solution
 
-The config is GRPO's, so that both train, save, resume and evaluate alike: of `config.grpo` it takes the memory settings,
-of `config.samples` and the sampling nothing while it trains. A solution is the text of an answer column that ends in
-`#### 72`, or of the column named; calculator annotations are stripped, and the last line is what `config.reward` wants.
+The config is GRPO's, so that both train, save, resume and evaluate alike; what it says of samples and rewards counts in
+evaluation alone. A solution is the text of an answer column that ends in `#### 72`, or of the column named; calculator
+annotations are stripped, and the last line is what `config.reward` wants.
 """
 
 from __future__ import annotations

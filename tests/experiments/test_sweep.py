@@ -135,7 +135,7 @@ def test_a_variation_that_means_nothing(make_config, text, message):
 
 
 def test_a_member_out_of_range(make_config, tmp_path):
-    with pytest.raises(ConfigError, match=r"member u=0: .*adapter: .*u >= 1"):
+    with pytest.raises(ConfigError, match=r"(?s)member u=0: .*adapter: .*u >= 1"):
         sweep.run(make_config(), ["adapter.u=1,0"], tmp_path / "sweep", Never())
     assert not (tmp_path / "sweep" / "members").exists()
 

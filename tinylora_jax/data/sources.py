@@ -201,9 +201,9 @@ def generate_arithmetic(split: str, seed: int, below: int, start: int = 0, limit
             f"arithmetic below {below} has {len(pairs)} {split} questions, {asked}; "
             "lower start or limit, or raise below"
         )
-    row = lambda a, b, c: {
-        "question": f"What is {a} + {b}?",
-        "answer": f"{c}",
-        "solution": f"{a} + {b} = {c}\n#### {c}",
-    }
-    return (row(a, b, a + b) for a, b in pairs[start : start + limit])
+    return (_sum(a, b) for a, b in pairs[start : start + limit])
+
+
+def _sum(a: int, b: int) -> Row:
+    question, answer = f"What is {a} + {b}?", str(a + b)
+    return {"question": question, "answer": answer, "solution": f"{a} + {b} = {answer}\n#### {answer}"}

@@ -1,0 +1,86 @@
+"""Pictures of results: a landscape of rewards, and accuracy against the number of trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLORS = ("#1f5fa8", "#d9730d", "#5a9e4b", "#7a7a7a")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # without pyplot, which would keep global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
+    """Draws what `experiments.landscape` measured: a line with its standard error, or a map.
+
+    Args:
+      result: as `experiments.landscape` writes it.
+      path: of the PNG.
+    """
+    rows = result["points"]
+    t = np.array([row["t"] for row in rows])
+    strict, lenient, error = (np.array([row[name] for row in rows]) for name in ("strict", "lenient", "se"))
+    about = f"{result['params']} numbers, {result['questions']} questions × {result['samples']} samples"
+    if result["axes"] == 1:
+        figure, axes = _figure(6.4, 4.0)
+        axes.plot(t[:, 0], strict, color=_COLORS[0], marker="o", markersize=3, label="strict")
+        axes.fill_between(t[:, 0], strict - error, strict + error, color=_COLORS[0], alpha=0.2, linewidth=0)
+        axes.plot(t[:, 0], lenient, color=_COLORS[1], linewidth=1, label="lenient")
+        for place, name in ((0.0, "untrained"), (1.0, "trained")):
+            axes.axvline(place, color="0.7", linewidth=0.8)
+            axes.annotate(name, (place, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
+        axes.set_ylabel("mean reward")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        figure, axes = _figure(5.6, 4.6)
+        side = round(len(rows) ** 0.5)
+        ticks = t[::side, 0]
+        image = axes.pcolormesh(ticks, ticks, strict.reshape(side, side).T, cmap="viridis", shading="nearest")
+        figure.colorbar(image, ax=axes, label="mean reward (strict)")
+        axes.plot(0, 0, "wo", markersize=6)
+        axes.plot(1, 0, "w*", markersize=10)
+        axes.set_ylabel("times the second direction")
+    axes.set_xlabel("times the trained vector")
+    axes.set_title(f"{result['model']}\n{about}", fontsize=9, pad=16 if result["axes"] == 1 else 6)
+    figure.savefig(path, dpi=150)
+
+
+def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path) -> None:
+    """Accuracy against the number of trained parameters, on a logarithmic axis.
+
+    Args:
+      series: by name (such as `RL`), points with `params`, `accuracy`, `low` and `high`, all accuracies in [0, 1].
+      base: `accuracy`, `low` and `high` of the untrained model.
+      path: of the PNG.
+    """
+    figure, axes = _figure(6.8, 4.2)
+    axes.axhspan(base["low"], base["high"], color="0.9", linewidth=0)
+    axes.axhline(base["accuracy"], color="0.5", linewidth=1, label="untrained")
+    for (name, points), color in zip(series.items(), _COLORS, strict=False):
+        points = sorted(points, key=lambda point: point["params"])
+        x, y = [np.array([p[key] for p in points], float) for key in ("params", "accuracy")]
+        spread = np.array([[p["accuracy"] - p["low"], p["high"] - p["accuracy"]] for p in points]).T
+        axes.errorbar(x, y, yerr=spread, color=color, marker="o", markersize=4, capsize=2, linewidth=1.4, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("accuracy (strict)")
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    axes.grid(axis="y", color="0.92")
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,178 @@
+"""The reward along a line in v, or over a plane: what a handful of parameters allows one to look at.
+
+    python -m experiments.landscape --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter \\
+        --output=/tmp/landscape.json
+    python -m experiments.landscape … --adapter=A --adapter=B --points=15
+
+The line leads from the untrained model through a trained vector and beyond, at t times the vector for t from --low to
+--high. A second adapter of the same factors makes it a plane; with --random=SEED the other axis is a random direction,
+orthogonal to the vector and as long. All points answer the same questions with the same sampling noise, as one batch of
+adapters. Writes the JSON and, beside it, a PNG.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments.answering import answer, grades_of, lower_answer, step_key
+from experiments.charts import draw_landscape
+from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.compilation import compile_together
+from experiments.setup import ConfigError, Task, load_task, make_prompts, parse
+from tinylora_jax.data import Prompt, load_questions, padded_width
+from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.io.trained import open_adapter
+
+FLAGS = flags.FLAGS
+_ROWS = 2048  # completions decoded together, about
+
+
+def grid(first: np.ndarray, second: np.ndarray | None, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a line or a plane.
+
+    Args:
+      first: vector `[groups, u]`, the direction of the line.
+      second: that of the other axis; None for a line.
+      ts: coordinates on each axis.
+
+    Returns:
+      The coordinates `[points, axes]` and the vectors `[points, groups, u]`.
+    """
+    axes = [first] if second is None else [first, second]
+    places = np.stack([x.ravel() for x in np.meshgrid(*[ts] * len(axes), indexing="ij")], axis=1)
+    return places, np.einsum("pa,agu->pgu", places, np.stack(axes)).astype(np.float32)
+
+
+def orthogonal(v: np.ndarray, seed: int) -> np.ndarray:
+    """A random direction orthogonal to v and of its length.
+
+    Raises:
+      ConfigError: v has but one number, or is zero.
+    """
+    if v.size < 2 or not np.any(v):
+        raise ConfigError("--random: a vector of one number, or of zeros, has no orthogonal direction")
+    noise = np.random.default_rng(seed).standard_normal(v.shape)
+    noise -= v * np.sum(v * noise) / np.sum(v * v)
+    return noise * np.linalg.norm(v) / np.linalg.norm(noise)
+
+
+def rewards(
+    task: Task, vectors: np.ndarray, prompts: Sequence[Prompt], samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Grades of every point on the same questions with the same noise.
+
+    Args:
+      task: the model.
+      vectors: `[points, groups, u]`.
+      prompts: the questions.
+      samples: completions a question.
+      seed: of the noise.
+
+    Returns:
+      Strict and lenient grades, each `[points, questions]`: means over the samples.
+    """
+    width, points = padded_width(prompts), len(vectors)
+    chunk = max(1, min(len(prompts), _ROWS // (points * samples)))
+    v = jnp.repeat(jnp.asarray(vectors), chunk, axis=0)
+    tell("compiling")
+    compile_together([lower_answer(task, v, points * chunk, width, task.sampling, samples)])
+    found = {"strict": [], "lenient": []}
+    for start in tqdm(range(0, len(prompts), chunk), desc="answering", unit="batch"):
+        batch = list(prompts[start : start + chunk])
+        filled = batch + [batch[0]] * (chunk - len(batch))  # the last batch runs the same program
+        answers = answer(task, v, filled * points, step_key(seed, "eval", 0), task.sampling, samples, width)
+        for which, columns in found.items():
+            means = grades_of(answers, which).reshape(points, chunk, samples).mean(axis=2)
+            columns.append(means[:, : len(batch)])
+    return np.concatenate(found["strict"], axis=1), np.concatenate(found["lenient"], axis=1)
+
+
+def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: int | None) -> dict[str, Any]:
+    """Measures the landscape.
+
+    Args:
+      config: model, questions (`eval_data`), samples and sampling.
+      adapters: one, or two of the same factors.
+      ts: coordinates on each axis.
+      random: seed of a random second axis; None for none.
+
+    Returns:
+      What is written.
+
+    Raises:
+      ConfigError: the adapters cannot span a plane.
+    """
+    specs, opened = parse(config), [open_adapter(path) for path in adapters]
+    questions = load_questions(specs.eval_data)
+    task = load_task(config, specs, opened[0].policy)
+    vectors = [np.asarray(adapter.v, np.float32) for adapter in opened]
+    if len(vectors) == 2:
+        other = opened[1].factors(task.policy.params, config.svd)
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), task.policy.factors, other)
+        if vectors[0].shape != vectors[1].shape or not all(jax.tree.leaves(same)):
+            raise ConfigError(f"{adapters[0]} and {adapters[1]} are of different specs: a plane needs the same factors")
+    second = vectors[1] if len(vectors) == 2 else (None if random is None else orthogonal(vectors[0], random))
+    places, points = grid(vectors[0], second, ts)
+    prompts = make_prompts(config, questions, task)
+    tell(f"{len(points)} points, {len(prompts)} questions, {config.samples} samples of each")
+    strict, lenient = rewards(task, points, prompts, config.samples, config.seed)
+    error = strict.std(axis=1, ddof=1) / len(prompts) ** 0.5 if len(prompts) > 1 else np.zeros(len(points))
+    rows = [
+        {"t": place.tolist(), "strict": round(float(s), 6), "lenient": round(float(x), 6), "se": round(float(e), 6)}
+        for place, s, x, e in zip(places, strict.mean(axis=1), lenient.mean(axis=1), error, strict=True)
+    ]
+    return {
+        "model": task.name,
+        "adapters": [str(path) for path in adapters],
+        "params": int(vectors[0].size),
+        "axes": places.shape[1],
+        "random": random,
+        "questions": len(prompts),
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "points": rows,
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    use_compilation_cache()
+    output = Path(FLAGS.output)
+    if output.suffix != ".json":
+        fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
+    if len(FLAGS.adapter) > 2 or (len(FLAGS.adapter) == 2 and FLAGS.random is not None):
+        fail("a landscape has one --adapter, or two, or one and --random")
+    if not FLAGS.low < FLAGS.high:
+        fail(f"--low={FLAGS.low} must be below --high={FLAGS.high}")
+    with reporting_errors():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        ts = np.linspace(FLAGS.low, FLAGS.high, FLAGS.points)
+        result = run(FLAGS.config, [Path(path) for path in FLAGS.adapter], ts, FLAGS.random)
+        write_atomically(output, json.dumps(result, indent=1) + "\n")
+        draw_landscape(result, output.with_suffix(".png"))
+    print(json.dumps({"output": str(output), "best": max(result["points"], key=lambda row: row["strict"])}))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "Model, questions, samples; as for experiments.grpo.", lock_config=True
+    )
+    flags.DEFINE_multi_string("adapter", None, "Folder of a trained adapter; a second one spans a plane.")
+    flags.DEFINE_string("output", None, "The .json to write; the .png lies beside it.")
+    flags.DEFINE_integer("points", 21, "Points on each axis.", lower_bound=2)
+    flags.DEFINE_float("low", -1.0, "First coordinate: multiples of the vector.")
+    flags.DEFINE_float("high", 3.0, "Last coordinate.")
+    flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
+    flags.mark_flags_as_required(["config", "adapter", "output"])
+    app.run(main, flags_parser=parse_flags)

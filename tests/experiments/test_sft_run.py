@@ -1,0 +1,82 @@
+"""SFT: the same run as GRPO's, learning from worked solutions."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import sft
+from experiments.evaluate import run as evaluate_run
+from experiments.stopping import Stopped
+from tinylora_jax.data import DataError, Prompt, encode_solutions, solution_text
+
+
+@pytest.fixture
+def sft_config(config):
+    config.max_new_tokens = 24
+    config.reward = "hash"
+    return config
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_its_solutions(sft_config, stop, tmp_path):
+    summary = sft.run(sft_config, tmp_path / "run", stop)
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 5 and rows[-1]["loss"] < rows[0]["loss"] and np.abs(rows[-1]["v"]).max() > 1e-2
+    assert summary["params"] == 8 and "generated_tokens_per_s" not in summary
+    page = (tmp_path / "run" / "samples" / "000000.txt").read_text()
+    assert "#### " in page and "<|im_end|>" in page
+    result, _ = evaluate_run(sft_config, tmp_path / "run" / "adapter")
+    assert {name: result[name] for name in ("strict", "lenient")} == {
+        name: summary["eval_after"][name] for name in ("strict", "lenient")
+    }
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(sft_config, stop, tmp_path):
+    class After:
+        checks = 4
+
+        def check(self):
+            self.checks -= 1
+            if self.checks < 0:
+                raise Stopped(15)
+
+    whole = sft.run(sft_config, tmp_path / "whole", stop)
+    with pytest.raises(Stopped):
+        sft.run(sft_config, tmp_path / "parts", After())
+    assert sft.run(sft_config, tmp_path / "parts", stop)["eval_after"] == whole["eval_after"]
+    assert [row["v"] for row in rows_of(tmp_path / "parts")] == [row["v"] for row in rows_of(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize(
+    "solution, answer, reward, expected",
+    [
+        ("a <<1+1=2>>2 b", "2", "hash", "a 2 b\n#### 2"),
+        ("a = 2\n#### 2", "2", "hash", "a = 2\n#### 2"),
+        ("so \\boxed{2}.", "2", "boxed", "so \\boxed{2}."),
+        ("so 2.", "2", "boxed", "so 2.\n\\boxed{2}"),
+        (" so 2. ", "2", "my_rewards:f", "so 2."),
+    ],
+)
+def test_a_solution_in_the_format_of_the_reward(solution, answer, reward, expected):
+    assert solution_text(solution, answer, reward) == expected
+
+
+class Letters:
+    """One token a character."""
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(c) for c in text]
+
+
+def test_solutions_end_with_the_stop_token():
+    prompts = [Prompt(3, (1,), "q", "2", "ab")]
+    assert encode_solutions(prompts, Letters(), "plain", 7, 3) == ((97, 98, 7),)
+    with pytest.raises(DataError, match=r"1 of 1 questions \(ids 3\) are longer than max_new_tokens=2 \(longest: 3"):
+        encode_solutions(prompts, Letters(), "plain", 7, 2)
+    with pytest.raises(DataError, match=r"1 of 1 questions \(ids 3\) have no worked solution"):
+        encode_solutions([Prompt(3, (1,), "q", "2")], Letters(), "plain", 7, 3)
