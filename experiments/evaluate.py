@@ -27,7 +27,7 @@ from experiments.setup import Task, load_task, make_prompts, parse
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt, load_questions, padded_width
 from tinylora_jax.io.run_log import write_atomically
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io.saving import open_trained
 from tinylora_jax.rollout import Sampling
 
 Row = dict[str, Any]
@@ -131,7 +131,7 @@ def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[
     """
     specs = parse(config)
     questions = load_questions(specs.eval_data)
-    trained = None if adapter is None else open_adapter(adapter)
+    trained = None if adapter is None else open_trained(adapter)
     task = load_task(config, specs, trained and trained.policy)
     v = task.policy.init() if trained is None else trained.v
     prompts = make_prompts(config, questions, task)

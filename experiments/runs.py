@@ -30,10 +30,12 @@ from experiments.meshes import active_mesh, plan_streams, use_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
+from tinylora_jax.adapters import Policy
+from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import read_adapter, save_adapter
 from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.io.saving import save_trained
 from tinylora_jax.training import Plan, TrainState, init_state
 
 Totals = dict[str, float]
@@ -223,21 +225,13 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
     state, totals = train(trainer, data, steps, folder, started)
     finished = time.perf_counter()
 
-    factors = fetch(task.policy.factors)
-
-    fingerprint = base_fingerprint(task.policy.params)
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
-
-    def save_and_read() -> list[list[float]]:  # what is evaluated is what was saved, in its 26 bytes
-        save_adapter(workdir / "adapter", factors, state.v, task.name, config.save_dtype, fingerprint, **about)
-        return read_adapter(workdir / "adapter")[1].tolist()
-
-    saved = np.asarray(on_first(save_and_read), np.float32)
+    saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
     after, _ = evaluate(task, saved, questions, seed=config.seed, between=stop.check, **how)
     summary = {
         "model": task.name,
-        "params": factors.num_params,
-        "bytes_bf16": 2 * factors.num_params,
+        "params": task.policy.num_params,
+        "bytes_bf16": 2 * task.policy.num_params,
         "steps": steps,
         "eval_before": before,
         "eval_after": after,
@@ -247,6 +241,20 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
         summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
     folder.write("summary.json", summary)
     return summary
+
+
+def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
+    """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
+    policy, v, fingerprint = task.policy, fetch(v), base_fingerprint(task.policy.params)
+    if isinstance(policy, Policy):
+        policy = dataclasses.replace(policy, factors=fetch(policy.factors))
+
+    def write() -> list[list[float]] | None:
+        saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)
+        return np.asarray(saved).tolist() if isinstance(policy, Policy) else None
+
+    found = on_first(write)
+    return v if found is None else np.asarray(found, np.float32)  # the others are float32 in their files
 
 
 def define_flags() -> None:

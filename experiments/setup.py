@@ -19,7 +19,7 @@ from tinylora_jax.adapters import Adapted, Full, LoRA, Target, TinyLoRA, adapt, 
 from tinylora_jax.adapters.policy import Spec
 from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
-from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io.pretrained import Pretrained, load_pretrained
 from tinylora_jax.models import ModelConfig, head_kernel
 from tinylora_jax.models.sharding import MeshSpec, param_shardings, policy_shardings
 from tinylora_jax.rewards import Reward, load_reward
@@ -51,15 +51,28 @@ class Specs:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with its adapter's factors, and how it is asked and graded; `slots` completions are decoded at once."""
+    """A model with what adapts it, and how it is asked and graded; `slots` completions are decoded at once."""
 
-    name: str
-    model: ModelConfig
+    pretrained: Pretrained
     policy: Adapted
-    tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     reward: Reward
     slots: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the base model."""
+        return self.pretrained.name
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        return self.pretrained.config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model."""
+        return self.pretrained.tokenizer
 
 
 def parse(config: ConfigDict) -> Specs:
@@ -145,10 +158,8 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
         policy = jax.device_put(policy, policy_shardings(mesh, policy))
     jax.eval_shape(lambda: head_kernel(model.config, policy(policy.init())))  # refuses an adapter on the head
     return Task(
-        name=model.name,
-        model=model.config,
+        pretrained=model,
         policy=policy,
-        tokenizer=model.tokenizer,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,
         slots=config.slots or (_CPU_SLOTS if jax.default_backend() == "cpu" else 0),

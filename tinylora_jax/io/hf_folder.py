@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -77,10 +78,7 @@ def _describe_rope(rope: Rope) -> dict[str, Any] | None:
 def export_merged(
     folder: Path, model: Pretrained, factors: Factors, v: Float[Array, "groups u"], dtype: DTypeLike = jnp.float32
 ) -> None:
-    """Writes W + ΔW, config, tokenizer and stop tokens; one weight at a time is made and leaves the device.
-
-    `generation_config.json` names the tokens that end an answer and nothing else, so transformers' `generate` with
-    `do_sample=False` is the greedy decoding that the adapter was evaluated by.
+    """Writes W + ΔW, see `write_model`; one weight at a time is made and leaves the device.
 
     Args:
       folder: exists and is empty.
@@ -91,7 +89,27 @@ def export_merged(
     """
     wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))
     merged = lambda path, leaf: merge_leaf(wide(leaf), factors.leaves[path], v) if path in factors.leaves else leaf
-    _write_shards(folder, name_tensors(model.config, model.params, merged), dtype)
+    write_model(folder, model, merged, dtype)
+
+
+def write_model(
+    folder: Path,
+    model: Pretrained,
+    change: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf,
+    dtype: DTypeLike = jnp.float32,
+) -> None:
+    """Writes weights, config, tokenizer and stop tokens: a folder that transformers and `load_pretrained` load.
+
+    `generation_config.json` names the tokens that end an answer and nothing else, so transformers' `generate` with
+    `do_sample=False` is the greedy decoding that the adapter was evaluated by.
+
+    Args:
+      folder: exists and is empty.
+      model: the base model.
+      change: applied to every weight, with its path such as `layers/3/mlp/up_proj/kernel`, when it is written.
+      dtype: of the file.
+    """
+    _write_shards(folder, name_tensors(model.config, model.params, change), dtype)
     tokens = _special_tokens(model)
     given = {k: x for k, x in (model.hf_config or describe_config(model.config)).items() if k != "dtype"}
     _write_json(folder / "config.json", tokens | given | {"torch_dtype": jnp.dtype(dtype).name})
