@@ -7,6 +7,9 @@ from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
 from tinylora_jax.adapters.kernel import matmul as matmul
 from tinylora_jax.adapters.kernel import select_rows as select_rows
 from tinylora_jax.adapters.policy import Policy as Policy
+from tinylora_jax.adapters.rebase import CombinationError as CombinationError
+from tinylora_jax.adapters.rebase import combine as combine
+from tinylora_jax.adapters.rebase import own_triplets as own_triplets
 from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
 from tinylora_jax.adapters.targets import Module as Module
 from tinylora_jax.adapters.targets import Target as Target
