@@ -32,7 +32,7 @@ from absl import app, flags
 from experiments.benchmarks import common, tunix_peer
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors
-from tinylora_jax.io.peft import export_tinylora
+from tinylora_jax.io.peft_export import export_tinylora
 from tinylora_jax.io.pretrained import resolve_gguf
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling, generate

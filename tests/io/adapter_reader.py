@@ -60,7 +60,7 @@ def triplets(W, rank):
 def updates(folder, weights):
     """ΔW `[out, in]` by module name, for the base model's kernels by path; and each module's group."""
     description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    assert description["format"] == "tinylora" and description["format_version"] == 2
+    assert description["format"] == "tinylora" and description["format_version"] in (2, 3)
     spec, v = description["spec"], read_vector(folder, description)
     kept = {} if description["factors"] is None else read_tensors(folder / "factors.safetensors")
     rank, u, found, groups = spec["rank"], spec["u"], {}, {}
@@ -71,6 +71,7 @@ def updates(folder, weights):
             U, S, V = (kept[f"{name}.{k}"] for k in "USV") if f"{name}.U" in kept else triplets(W, rank)
             label = f"{spec['seed']}:{name}"
             P = (normals(label, u * rank**2) / math.sqrt(rank)).astype(np.float32).reshape(u, rank, rank)
+            P = kept.get(f"{name}.P", P)
             groups[name] = leaf["groups"][layer]
             found[name] = U @ np.diag(S) @ sum(v[groups[name], i] * P[i] for i in range(u)) @ V.T
             probes(leaf["probes"][layer], U, S, V, P)

@@ -181,10 +181,10 @@ def test_a_description_that_is_none(saved, text):
         read_adapter(saved)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, 2.0, True, "2", None, [], 10**300, KeyError])
+@pytest.mark.parametrize("version", [0, 1, 4, 2.0, True, "2", None, [], 10**300, KeyError])
 def test_wrong_format_version(saved, version):
     edit(saved, format_version=version)
-    with pytest.raises(AdapterError, match="has format version .* this library reads 2"):
+    with pytest.raises(AdapterError, match="has format version .* this library reads 2 and 3"):
         read_adapter(saved)
 
 
@@ -236,6 +236,13 @@ MALFORMED = {
     **{f"factors-{x}": {"factors": x} for x in (3, [], {}, {"modules": []}, {"modules": ["a"], "sha256": None})},
     "factors-twice": {"factors": {"modules": ["a", "a"], "sha256": ""}},
     "factors-nested": {"factors": {"modules": [["a"]], "sha256": ""}},
+    "factors-of-version-3": {"factors": {"modules": [], "projections": ["a"], "sha256": ""}},
+    **{
+        f"projections-{x}": {"format_version": 3, "factors": {"modules": [], "projections": x, "sha256": ""}}
+        for x in (None, [], {}, "a", [3], [["a"]], ["a", "a"])
+    },
+    "version-3-without": {"format_version": 3},
+    "version-3-of-modules": {"format_version": 3, "factors": {"modules": ["a"], "sha256": ""}},
     **{f"fingerprint-{x}": {"base_fingerprint": x} for x in (3, [], {}, {"dtype": "float32", "weights": []})},
     "fingerprint-row": {"base_fingerprint": {"dtype": "float32", "weights": {"a": [1.0]}}},
     "fingerprint-text": {"base_fingerprint": {"dtype": "float32", "weights": {"a": ["1"] * 5}}},
@@ -334,7 +341,13 @@ def test_a_reader_gives_each_adapter_its_vector(qwen2, factors, tmp_path):
         patch.setattr(adapter_file, "check_fit", lambda *args: compared.append(1) or original(*args))
         for place in (0, 1, 2, 0):
             np.testing.assert_array_equal(reader.read(tmp_path / str(place)), vectors[place])
-    assert len(compared) == 1, "the same tables are compared once"
+        assert len(compared) == 1, "the same tables are compared once"
+        for place in (3, 4):  # the same weights, as another machine would have rounded their numbers
+            other = json.loads(json.dumps(base), parse_float=lambda x, by=place: float(x) * (1 + by * 1e-7))
+            save_adapter(tmp_path / str(place), factors, vectors[0], f"base {place}", "float32", other)
+        for place in (3, 0, 4, 3, 4, 1):
+            reader.read(tmp_path / str(place))
+    assert len(compared) == 3, "and of several tables each once, in whatever order they come"
 
 
 def test_a_reader_refuses_what_does_not_belong(qwen2, factors, saved, tmp_path):

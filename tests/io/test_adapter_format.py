@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, delta, factorize, init
+from tinylora_jax.adapters.rebase import places_of, with_projections
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.io import adapter_file
 from tinylora_jax.io.adapter_file import save_adapter
@@ -31,18 +32,24 @@ def stacked_tree():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("drawn", ["by the seed", "otherwise"])
 @pytest.mark.parametrize("name", ["tiled", "structured", "stacked"])
-def test_a_reader_written_from_the_page_gets_the_same_update(name, dtype, qwen2, tmp_path):
+def test_a_reader_written_from_the_page_gets_the_same_update(name, drawn, dtype, qwen2, tmp_path):
     params, spec = {
         "tiled": (qwen2.params, TinyLoRA(n_tie=5)),
         "structured": (qwen2.params, TinyLoRA(rank=3, u=2, n_tie=2, tying="structured", seed=7)),
         "stacked": (stacked_tree(), STACKED),
     }[name]
     factors = factorize(params, spec)
-    v = jnp.asarray(np.random.default_rng(1).standard_normal(init(factors).shape), jnp.float32)
+    rng = np.random.default_rng(1)
+    if drawn == "otherwise":
+        some, shape = list(places_of(factors))[::2], (spec.u, spec.rank, spec.rank)
+        factors = with_projections(factors, {name: rng.standard_normal(shape).astype(np.float32) for name in some})
+    v = jnp.asarray(rng.standard_normal(init(factors).shape), jnp.float32)
     v = v.astype(dtype).astype(jnp.float32)
     save_adapter(tmp_path, factors, v, "base", dtype)
-    assert (tmp_path / "factors.safetensors").exists() == bool(factors.undetermined)
+    kept = bool(factors.undetermined) or drawn == "otherwise"
+    assert (tmp_path / "factors.safetensors").exists() == kept
     found = adapter_reader.updates(tmp_path, {p: np.asarray(x) for p, x in leaves_by_path(params).items()})
     count = 0
     for path, update in delta(factors, v).items():

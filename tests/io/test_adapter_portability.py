@@ -12,9 +12,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tinylora_jax.adapters import Target, TinyLoRA, delta, exchange, factorize, init
+from tinylora_jax.adapters.rebase import with_projections
 from tinylora_jax.adapters.svd import SVD
-from tinylora_jax.io.adapter_file import AdapterError, check_fit, load_adapter, read_adapter, save_adapter
+from tinylora_jax.io.adapter_file import (
+    AdapterError,
+    AdapterReader,
+    check_fit,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.io.trained import open_adapter, read_together
 
 ROWS, COLUMNS = 24, 16
 SURE = np.array([5.0, 4.0, 3.0, *np.linspace(2, 1, COLUMNS - 3)])
@@ -177,6 +186,137 @@ def test_factors_of_a_module_that_is_not_adapted(saved, name):
     (folder / "adapter.json").write_text(text)
     with pytest.raises(AdapterError, match="which is not adapted"):
         load_adapter(folder, params)
+
+
+@pytest.fixture
+def with_P(tmp_path):
+    """An adapter whose P no seed gives, of a weight that determines its factors and of one that does not."""
+    params = tree(DEGENERATE["pair"])
+    factors = factorize(params, SPEC)
+    rng = np.random.default_rng(5)
+    drawn = {f"{x}/kernel": rng.standard_normal((2, 2, 2)).astype(np.float32) for x in "ab"}
+    factors = with_projections(factors, drawn)
+    save_adapter(tmp_path / "p", factors, ones(factors), "tiny/base", "float32", base_fingerprint(params))
+    return tmp_path / "p", params, factors
+
+
+def test_projections_travel_with_the_adapter(with_P, saved):
+    folder, params, factors = with_P
+    description = json.loads((folder / "adapter.json").read_text())
+    assert description["format_version"] == 3
+    assert description["factors"]["modules"] == ["b/kernel"]
+    assert description["factors"]["projections"] == ["a/kernel", "b/kernel"]
+    loaded, v = load_adapter(folder, params)
+    assert max(far(delta(factors, v), delta(loaded, v)).values()) == 0
+    assert far(delta(factorize(params, SPEC), v), delta(loaded, v))["a/kernel"] > 0.5
+    assert json.loads((saved[0] / "adapter.json").read_text())["format_version"] == 2, "older readers take it"
+
+
+P = "a/kernel.P"
+FORGED_P = {
+    "other dtype": (
+        lambda t: t | {P: t[P].astype(np.float16)},
+        r"P is \(2, 2, 2\) float16, expected .* float32",
+    ),
+    "integers": (lambda t: t | {P: t[P].astype(np.int32)}, "int32, expected"),
+    "other shape": (lambda t: t | {P: t[P][:1]}, r"\(1, 2, 2\) float32, expected \(2, 2, 2\)"),
+    "flat": (lambda t: t | {P: t[P].reshape(-1)}, r"is \(8,\) float32, expected \(2, 2, 2\)"),
+    "empty": (lambda t: t | {P: np.zeros((0, 2, 2), np.float32)}, r"is \(0, 2, 2\)"),
+    "oversize": (lambda t: t | {P: np.zeros((2, 100, 100), np.float32)}, "larger than the 5 tensors"),
+    "missing": (lambda t: {k: x for k, x in t.items() if k != P}, "a/kernel.P is none, expected"),
+    "another name": (lambda t: {k.replace(P, "../../P"): x for k, x in t.items()}, "a/kernel.P is none"),
+    "one more": (lambda t: t | {"c/kernel.P": t[P]}, "holds 'c/kernel.P', which adapter.json does not name"),
+    "U that is not named": (lambda t: t | {"a/kernel.U": t["b/kernel.U"]}, "holds 'a/kernel.U', which"),
+    "not a number": (lambda t: t | {P: t[P] * np.float32(np.nan)}, "a/kernel.P holds numbers that are not finite"),
+    "infinite": (lambda t: t | {P: t[P] * np.float32(np.inf)}, "not finite"),
+    "other numbers": (lambda t: t | {P: t[P][:, ::-1].copy()}, "whose factors differ from this model's in 1 of 2"),
+    "one sign": (lambda t: t | {P: -t[P]}, "whose factors differ"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_P)
+def test_forged_projections_are_refused(with_P, case):
+    folder, params, _ = with_P
+    change, reason = FORGED_P[case]
+    put_factors(folder, change)
+    with pytest.raises(AdapterError, match=reason):
+        load_adapter(folder, params)
+
+
+def lie(shape, offsets):
+    """A header that says other things of P than the file holds."""
+
+    def damage(raw):
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        header[P] |= {"shape": shape or header[P]["shape"], "data_offsets": offsets or header[P]["data_offsets"]}
+        new = json.dumps(header).encode()
+        return len(new).to_bytes(8, "little") + new + raw[end:]
+
+    return damage
+
+
+DAMAGED = {
+    "cut": lambda raw: raw[:-5],
+    "empty": lambda raw: b"",
+    "a header beyond the file": lambda raw: (2**62).to_bytes(8, "little") + raw[8:],
+    "a shape beyond all memory": lie([2**31, 2**31, 2], None),
+    "a shape that wraps": lie([2**63, 2, 2], None),
+    "offsets beyond the file": lie(None, [0, 2**40]),
+    "tensors that overlap": lie(None, [32, 64]),
+    "not a header": lambda raw: raw[:8] + b"[" * (len(raw) - 8),
+}
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_projections_are_refused(with_P, damage, agrees):
+    folder, params, _ = with_P
+    path = folder / "factors.safetensors"
+    digest = lambda: hashlib.sha256(path.read_bytes()).hexdigest()
+    before = digest()
+    path.write_bytes(damage(path.read_bytes()))
+    if agrees:
+        (folder / "adapter.json").write_text((folder / "adapter.json").read_text().replace(before, digest()))
+    with pytest.raises(AdapterError, match=f"factors.safetensors {'is damaged' if agrees else 'was altered'}"):
+        load_adapter(folder, params)
+
+
+def test_an_enormous_file_of_projections_is_not_read(with_P):
+    folder, params, _ = with_P
+    with (folder / "factors.safetensors").open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(AdapterError, match="factors.safetensors is larger than the 5 tensors"):
+        load_adapter(folder, params)
+    (folder / "factors.safetensors").unlink()
+    with pytest.raises(AdapterError, match="factors.safetensors is missing"):
+        load_adapter(folder, params)
+
+
+@pytest.mark.parametrize("name", ["c/kernel", "../../etc/passwd"])
+def test_projections_of_a_module_that_is_not_adapted(with_P, name):
+    folder, params, _ = with_P
+    text = (folder / "adapter.json").read_text()
+    (folder / "adapter.json").write_text(text.replace('["a/kernel", "b/kernel"]', json.dumps(["a/kernel", name])))
+    with pytest.raises(AdapterError, match=f"adapter.json: factors of '{name}', which is not adapted"):
+        load_adapter(folder, params)
+
+
+def test_a_batch_does_not_mix_projections(with_P, tmp_path):
+    folder, params, factors = with_P
+    plain = factorize(params, SPEC)
+    save_adapter(tmp_path / "plain", plain, ones(plain), "tiny/base", "float32", base_fingerprint(params))
+    for first, second in ((folder, tmp_path / "plain"), (tmp_path / "plain", folder)):
+        reader = AdapterReader(params, plain)
+        reader.read(first)
+        used = reader.factors
+        with pytest.raises(AdapterError, match=f"of {second} and {first} one holds factors of its own"):
+            reader.read(second)
+        reader.read(first)
+        assert reader.factors is used
+    together, vectors = read_together(params, [open_adapter(tmp_path / "plain"), open_adapter(folder)])
+    for its, v in zip((plain, factors), vectors, strict=True):
+        assert max(far(delta(its, ones(its)), delta(together, jnp.asarray(v))).values()) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from tinylora_jax.adapters import TinyLoRA, apply, delta, factorize, init, merge
+from tinylora_jax.io.adapter_file import load_adapter, save_adapter
+from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.peft import PeftError, export_lora, export_tinylora, import_tinylora
+from tinylora_jax.io.peft import PeftError, import_tinylora
+from tinylora_jax.io.peft_export import export_lora, export_tinylora
+from tinylora_jax.io.trained import open_adapter
 from tinylora_jax.io.weights import LazyTensor, build_tree
 from tinylora_jax.models import forward, logits
 
@@ -113,6 +117,44 @@ def test_peft_folders_are_read(base, tmp_path, weight_tying, save_projection):
     np.testing.assert_allclose(base.ours(apply(base.params, factors, v)), expected, atol=1e-4)
     np.testing.assert_allclose(base.ours(merge(base.params, factors, v)), expected, atol=1e-4)
     assert v.shape == (max(1, round(77 * (1 - weight_tying))), 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("weight_tying", [0.0, 0.6])
+def test_peft_folders_become_ours(base, tmp_path, weight_tying, save_projection, dtype):
+    expected = trained(base, tmp_path / "peft", weight_tying=weight_tying, save_projection=save_projection)
+    params = jax.tree.map(lambda x: x.astype(dtype), base.params)  # of which PEFT's directions are not quite
+    factors, v = open_adapter(tmp_path / "peft").own(params)
+    save_adapter(tmp_path / "ours", factors, v, "base", "float32", base_fingerprint(params))
+    loaded = load_adapter(tmp_path / "ours", params)
+    np.testing.assert_allclose(base.ours(apply(base.params, *loaded)), expected, atol=1e-4)
+    assert np.abs(expected - base.ours(base.params)).max() > 0.05
+    groups = max(1, round(77 * (1 - weight_tying)))
+    assert v.shape == (-(-77 // (77 // groups)), 3), "PEFT's last group, if it is longer, is several of ours"
+    description = json.loads((tmp_path / "ours" / "adapter.json").read_text())
+    assert description["format_version"] == 3 and len(description["factors"]["projections"]) == 77
+    assert len(description["factors"]["modules"]) < 8 or dtype == jnp.bfloat16, "P alone travels"
+
+
+def test_our_own_adapter_comes_back_without_its_p(base, tmp_path):
+    factors, v = adapter(base, u=2)
+    export_tinylora(tmp_path / "peft", factors, v, "base")
+    save_adapter(tmp_path / "ours", *open_adapter(tmp_path / "peft").own(base.params), "base", "float32")
+    again, same = load_adapter(tmp_path / "ours", base.params)
+    np.testing.assert_array_equal(same, v)
+    assert json.loads((tmp_path / "ours" / "adapter.json").read_text())["format_version"] == 2
+    for path, leaf in factors.leaves.items():
+        np.testing.assert_array_equal(again.leaves[path].P, leaf.P)
+
+
+def test_directions_that_are_not_the_weight_s_do_not_become_ours(qwen2, folder):
+    mixed = lambda x: x + 0.2 * x.abs().max() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    set_tensor(folder, UP + "A", mixed)  # near enough to be read, and used as they are
+    adapter = open_adapter(folder)
+    adapter.factors(qwen2.params, "auto")
+    with pytest.raises(PeftError, match="peft is not put in terms of .*layers/3/mlp/up_proj/kernel: the given factors"):
+        adapter.own(qwen2.params)
 
 
 def test_an_adapter_comes_back(base, tmp_path):
@@ -329,6 +371,9 @@ def test_files_that_0_19_wrote(base, tmp_path):
     factors, v = import_tinylora(tmp_path / "peft", base.params)
     expected = torch.load(tmp_path / "tokens").numpy()
     np.testing.assert_allclose(base.ours(apply(base.params, factors, v)), expected, atol=1e-4)
+    save_adapter(tmp_path / "ours", *open_adapter(tmp_path / "peft").own(base.params), "base", "float32")
+    loaded = load_adapter(tmp_path / "ours", base.params)
+    np.testing.assert_allclose(base.ours(apply(base.params, *loaded)), expected, atol=1e-4)
     assert np.abs(expected - base.ours(base.params)).max() > 0.05
 
 

@@ -16,6 +16,9 @@ from tinylora_jax.adapters.policy import FullPolicy as FullPolicy
 from tinylora_jax.adapters.policy import LoRAPolicy as LoRAPolicy
 from tinylora_jax.adapters.policy import Policy as Policy
 from tinylora_jax.adapters.policy import adapt as adapt
+from tinylora_jax.adapters.rebase import CombinationError as CombinationError
+from tinylora_jax.adapters.rebase import combine as combine
+from tinylora_jax.adapters.rebase import own_triplets as own_triplets
 from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
 from tinylora_jax.adapters.targets import Module as Module
 from tinylora_jax.adapters.targets import Target as Target

@@ -218,6 +218,23 @@ def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
     return Factors(leaves, spec, factors.undetermined)
 
 
+def free(factors: Factors) -> Factors:
+    """Factors of LoRA-XS in the same singular directions: every module's R is its own.
+
+    >>> import jax
+    >>> free(factorize({"a": {"up_proj": {"kernel": jax.numpy.eye(4, 3)}}}, TinyLoRA(targets=(".*kernel",)))).num_params
+    4
+    """
+    leaves, first = {}, 0
+    rank, spec = factors.spec.rank, lora_xs(factors.spec.rank, factors.spec.targets)
+    for path, leaf in factors.leaves.items():
+        layers = len(leaf.groups)
+        P = jnp.broadcast_to(jnp.eye(rank**2).reshape(rank**2, rank, rank), (layers, rank**2, rank, rank))
+        leaves[path] = LeafFactors(leaf.U, leaf.S, leaf.V, P, tuple(range(first, first + layers)), leaf.target)
+        first += layers
+    return Factors(leaves, spec, factors.undetermined)
+
+
 def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]) -> Float[Array, "... modules free"]:
     """The vector of LoRA-XS that is the same adapter: R of every module. Linear in v.
 

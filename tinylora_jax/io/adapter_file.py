@@ -2,14 +2,15 @@
 
 `vector.bin` holds the vector alone. `adapter.json` holds the spec, the adapted weights and their tie groups, and
 numbers by which a load is refused when the base model or its factors are not those that the vector was trained with.
-Where a weight does not determine its factors, `factors.safetensors` holds them. ADAPTER_FORMAT.md describes all three.
+Where a weight does not determine its factors, or another generator drew P, `factors.safetensors` holds them.
+ADAPTER_FORMAT.md describes all three.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from tinylora_jax.adapters import Factors, TinyLoRA, exchange, factorize
-from tinylora_jax.adapters.svd import SVD
-from tinylora_jax.adapters.targets import module_name, natural
-from tinylora_jax.adapters.tinylora import LeafFactors
+from tinylora_jax.adapters import Factors, TinyLoRA, factorize
+from tinylora_jax.adapters.targets import natural
 from tinylora_jax.io.adapter_json import (
     DTYPES,
-    FORMAT_VERSION,
     MAX_JSON_BYTES,
     SPEC_FIELDS,
     AdapterError,
     parse_description,
     parse_text,
-    read_at_most,
     read_text,
     readable,
+    version_of,
 )
 from tinylora_jax.io.fingerprint import base_fingerprint, differences, probes
+from tinylora_jax.io.own_factors import FACTORS, pack_factors, unpack_factors
 
-_VECTOR, _DESCRIPTION, _FACTORS = "vector.bin", "adapter.json", "factors.safetensors"
+_VECTOR, _DESCRIPTION = "vector.bin", "adapter.json"
 _TABLES = b'\n "leaves":'
-_MAX_HEADER = 1000  # of a safetensors file, for each of its tensors
 # Of a module's size. After a flipped sign, one probe in six differs by less, hardly ever all six.
 _PROBE_TOLERANCE = 0.1
 
@@ -54,7 +50,7 @@ def save_adapter(
     fingerprint: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
-    """Writes `vector.bin`, `adapter.json` and, if some factors are undetermined, `factors.safetensors`.
+    """Writes `vector.bin`, `adapter.json` and, if some factors cannot be computed again, `factors.safetensors`.
 
     Args:
       folder: created if absent.
@@ -69,16 +65,16 @@ def save_adapter(
       AdapterError: the description would be larger than a reader accepts.
     """
     data = np.asarray(v, np.float32).astype(DTYPES[dtype]).tobytes()
-    kept = _pack_factors(factors) if factors.undetermined else None
+    kept, packed = pack_factors(factors)
     description = {
         "format": "tinylora",
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(kept),
         "base": base,
         "dtype": dtype,
         "shape": list(v.shape),
         "sha256": hashlib.sha256(data).hexdigest(),
         "spec": {name: getattr(factors.spec, name) for name in SPEC_FIELDS},
-        "factors": kept and {"modules": list(factors.undetermined), "sha256": hashlib.sha256(kept).hexdigest()},
+        "factors": kept,
         "about": about,
         "leaves": _describe_leaves(factors),
         "base_fingerprint": fingerprint,
@@ -89,9 +85,9 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _VECTOR).write_bytes(data)
     if kept is None:
-        (folder / _FACTORS).unlink(missing_ok=True)
+        (folder / FACTORS).unlink(missing_ok=True)
     else:
-        (folder / _FACTORS).write_bytes(kept)
+        (folder / FACTORS).write_bytes(packed)
     (folder / _DESCRIPTION).write_bytes(text)
 
 
@@ -108,22 +104,6 @@ def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
         }
         for path, leaf in sorted(factors.leaves.items(), key=lambda pair: (order[pair[1].target], natural(pair[0])))
     ]
-
-
-def _modules(factors: Factors) -> Iterator[tuple[str, LeafFactors, int]]:
-    """Every module's name, and where its factors are: a leaf's and which layer of it."""
-    for path, leaf in factors.leaves.items():
-        for layer in range(len(leaf.groups)):
-            yield module_name(path, layer if leaf.target.axes("layer") else None), leaf, layer
-
-
-def _pack_factors(factors: Factors) -> bytes:
-    places = {name: (leaf, layer) for name, leaf, layer in _modules(factors)}
-    tensors = {}
-    for name in factors.undetermined:
-        leaf, layer = places[name]
-        tensors |= {f"{name}.{k}": np.ascontiguousarray(getattr(leaf, k)[layer], np.float32) for k in SVD._fields}
-    return save(tensors)
 
 
 def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Factors, Float[Array, "groups u"]]:
@@ -241,44 +221,11 @@ def _with_own_factors(
     params: Any,
 ) -> Factors:
     if description["factors"] is not None:
-        if params is None:
-            raise AdapterError(f"{folder} holds factors of its own, which only its base model can check; pass params")
-        try:
-            factors = exchange(params, factors, _read_factors(folder, description["factors"], factors))
-        except AdapterError:
-            raise
-        except ValueError as error:
-            raise AdapterError(f"{folder / _FACTORS} does not fit the base model: {error}") from error
+        factors = unpack_factors(folder, description["factors"], factors, params)
     check_factors(description, factors)
     if v.shape != (factors.num_groups, factors.spec.u):
         raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
     return factors
-
-
-def _read_factors(folder: Path, kept: Mapping[str, Any], factors: Factors) -> dict[str, SVD]:
-    places = {name: (leaf, layer) for name, leaf, layer in _modules(factors)}
-    strange = [name for name in kept["modules"] if name not in places]
-    if strange:
-        raise AdapterError(f"{folder / _DESCRIPTION}: factors of {strange[0][:100]!r}, which is not adapted")
-    shapes = {f"{name}.{k}": getattr(places[name][0], k).shape[1:] for name in kept["modules"] for k in SVD._fields}
-    path = folder / _FACTORS
-    most = sum(4 * math.prod(shape) + len(name) + _MAX_HEADER for name, shape in shapes.items())
-    data = read_at_most(
-        path,
-        most,
-        absent=f", but {_DESCRIPTION} says that it belongs to the adapter; copy it too",
-        larger=f"the factors of {len(kept['modules'])} modules; copy it again",
-    )
-    if hashlib.sha256(data).hexdigest() != kept["sha256"]:
-        raise AdapterError(f"{path} was altered: its SHA-256 is not the one in {_DESCRIPTION}; copy it again")
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged ({error}); copy it again") from error
-    wrong = {n for n in shapes if n not in tensors or tensors[n].shape != shapes[n] or tensors[n].dtype != np.float32}
-    if wrong or len(tensors) != len(shapes):
-        raise AdapterError(f"{path} does not hold U, S and V of the modules that {_DESCRIPTION} names; copy it again")
-    return {name: SVD(*(tensors[f"{name}.{k}"] for k in SVD._fields)) for name in kept["modules"]}
 
 
 def check_base(description: Mapping[str, Any], params: Any) -> None:
@@ -336,22 +283,24 @@ class AdapterReader:
     """Reads many adapters of one base model, which share its factors.
 
     Nearly all of an `adapter.json` are its tables of leaves and weights, the same bytes for adapters trained alike:
-    when they are the last ones that fitted, they are neither parsed nor compared again.
+    tables that fitted before are neither parsed nor compared again.
 
     Args:
       params: the base model's tree.
       factors: of it, by the adapters' spec.
 
     Attributes:
-      factors: to use with the vectors: those given, with the adapters' own where the weights do not determine them.
+      factors: to use with the vectors: those given, with the adapters' own where neither the weights nor the seed
+        determine them.
     """
 
     _SHARED = ("spec", "shape", "dtype", "factors")  # what must be alike beside the tables
+    _MOST_TABLES = 16  # kept, of some 50 KB each
 
     def __init__(self, params: Any, factors: Factors):
         self.factors, self._params = factors, params
-        self._own: Any = None  # of the first adapter that holds factors
-        self._fitting: tuple[bytes, dict[str, Any]] = b"", {}
+        self._first: tuple[Path, Any] | None = None  # the first adapter, and what it says of factors of its own
+        self._fitting: dict[bytes, dict[str, Any]] = {}
 
     def read(self, folder: Path) -> Float[np.ndarray, "groups u"]:
         """The vector of an adapter, float32; stacked, `[rows, groups, u]`, they give each row its own.
@@ -362,27 +311,34 @@ class AdapterReader:
         path = folder / _DESCRIPTION
         text = read_text(path)
         head, key, tables = text.partition(_TABLES)
-        known, last = self._fitting
-        if key and tables == known:
+        known = self._fitting.get(tables) if key else None
+        if known:
             try:
                 short = parse_text(path, head + b' "end": 0}')
             except AdapterError:  # the tables stand elsewhere than at its end
                 short = {}
-            if last == {name: short.get(name) for name in self._SHARED}:
+            if known == {name: short.get(name) for name in self._SHARED}:
                 return _read_vector(folder, DTYPES[short["dtype"]], tuple(short["shape"]), short.get("sha256", ""))
         spec, v, description = read_adapter(folder)
         shared = {name: description[name] for name in self._SHARED}
-        if shared["spec"] != {name: getattr(self.factors.spec, name) for name in SPEC_FIELDS}:
-            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self.factors.spec}")
-        if self._own is not None and shared["factors"] not in (None, self._own):
-            raise AdapterError(
-                f"{folder} holds factors of its own, and they are not those of the adapters before; it needs a batch of"
-                " its own"
-            )
+        self._check_alike(folder, spec, shared)
         try:
             self.factors = check_fit(folder, spec, v, description, self.factors, self._params)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
-        self._own = self._own or shared["factors"]
-        self._fitting = (tables, shared) if key else (b"", {})
+        self._first = self._first or (folder, shared["factors"])
+        if key:
+            self._fitting[tables] = shared
+            if len(self._fitting) > self._MOST_TABLES:
+                del self._fitting[next(iter(self._fitting))]
         return np.asarray(v)
+
+    def _check_alike(self, folder: Path, spec: TinyLoRA, shared: Mapping[str, Any]) -> None:
+        """Refuses an adapter that cannot have the factors of those before."""
+        if shared["spec"] != {name: getattr(self.factors.spec, name) for name in SPEC_FIELDS}:
+            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self.factors.spec}")
+        if self._first and self._first[1] != shared["factors"]:
+            raise AdapterError(
+                f"of {folder} and {self._first[0]} one holds factors of its own that the other has not; each needs a"
+                " reader of its own, and `combine` of tinylora_jax.adapters puts them in one batch"
+            )

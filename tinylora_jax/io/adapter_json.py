@@ -15,7 +15,8 @@ import numpy as np
 from tinylora_jax.adapters import Target, TinyLoRA
 from tinylora_jax.io.fingerprint import NUM_PROBES, NUM_SIGNED
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_PROJECTIONS = 2  # what version 3 adds; a file that has none of it is one of version 2
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
 SPEC_FIELDS = ("rank", "u", "n_tie", "tying", "seed")  # targets are the leaves
 MAX_JSON_BYTES = 2**22  # as Python objects it takes some thirty times as much
@@ -41,6 +42,11 @@ def readable(description: Mapping[str, Any]) -> str:
             text = dump(value)
         lines.append(f" {dump(name)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def version_of(kept: Mapping[str, Any] | None) -> int:
+    """The lowest format version that can say so of factors of an adapter's own: older readers take what they can."""
+    return FORMAT_VERSION if "projections" in (kept or {}) else _WITHOUT_PROJECTIONS
 
 
 def read_at_most(path: Path, most: int, absent: str, larger: str) -> bytes:
@@ -91,8 +97,9 @@ def parse_text(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != "tinylora":
         raise AdapterError(f"{path} does not describe a TinyLoRA adapter")
     found = description.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
-        raise AdapterError(f"{path} has format version {str(found)[:50]}; this library reads {FORMAT_VERSION}")
+    if type(found) is not int or found not in (_WITHOUT_PROJECTIONS, FORMAT_VERSION):
+        known = f"{_WITHOUT_PROJECTIONS} and {FORMAT_VERSION}"
+        raise AdapterError(f"{path} has format version {str(found)[:50]}; this library reads {known}")
     return description
 
 
@@ -139,9 +146,13 @@ def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtyp
     expected = [1 + max(group for leaf in leaves for group in leaf["groups"]), spec.u]
     _require(_is_list(shape, int) and shape == expected, "shape", f"[groups, u] = {expected}")
     kept, base = description["factors"], description["base_fingerprint"]
+    _require(
+        (kept is None or isinstance(kept, dict)) and version_of(kept) == description["format_version"],
+        *("factors", f"null or an object, which has projections in version {FORMAT_VERSION} and in no other"),
+    )
     if kept is not None:
-        names = kept["modules"]
-        _require(_is_list(names, str) and 1 <= len(set(names)) == len(names), "factors", "modules, none twice")
+        for names, least in ((kept["modules"], "projections" not in kept), (kept.get("projections", ["-"]), 1)):
+            _require(_is_list(names, str) and least <= len(set(names)) == len(names), "factors", "modules, none twice")
         _require(isinstance(kept["sha256"], str), "factors", "a SHA-256")
     if base is not None:
         _require(isinstance(base["dtype"], str) and isinstance(base["weights"], dict), "base_fingerprint", "an object")

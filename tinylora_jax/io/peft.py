@@ -1,13 +1,11 @@
-"""PEFT folders: TinyLoRA both ways, and plain LoRA of rank r, which vLLM and SGLang load.
+"""TinyLoRA folders of PEFT's, read; `peft_export` writes them.
 
-PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A with A `[r, in]` and B `[out, r]` in the file. So the paper's form fits as it is, with
-A = Vᵀ, B = U Σ and our own P. Its tie groups are runs of equally many modules, which ours need not be: exported, every
-module has its own copy of its group's v.
+PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A with A `[r, in]` and B `[out, r]` in the file, the singular vectors of the weight times
+√Σ each. Its tie groups are runs of equally many modules, the last with the remainder.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,15 +23,14 @@ from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.adapters.tinylora import LeafFactors
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.huggingface import read_json
-from tinylora_jax.io.safetensors_file import open_safetensors, write_safetensors
+from tinylora_jax.io.safetensors_file import open_safetensors
 from tinylora_jax.io.torch_random import normals
 from tinylora_jax.io.weights import LazyTensor
 
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, in torch's order
-_KNOWN = re.compile(rf"model\.layers\.(0|[1-9]\d{{0,5}})\.(self_attn|mlp)\.({'|'.join(_MODULES)})")
-_PREFIX = "base_model.model."
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OUR_SEED = 42  # PEFT's own default; never used, since P is in the file
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, in torch's order
+_KNOWN = re.compile(rf"model\.layers\.(0|[1-9]\d{{0,5}})\.(self_attn|mlp)\.({'|'.join(MODULES)})")
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DEFAULTS = {
     "weight_tying": 0.0,
     "projection_seed": 42,
@@ -50,93 +47,13 @@ class PeftError(ValueError):
     """A PEFT folder cannot be written for these factors, or cannot be read faithfully."""
 
 
-def _torch_name(path: str) -> str:
-    """`layers/3/mlp/up_proj/kernel` as transformers calls the module: `model.layers.3.mlp.up_proj`."""
-    parts = path.split("/")
-    if parts[0] != "layers" or len(parts) != 5 or parts[-1] != "kernel" or parts[3] not in _MODULES:
-        raise PeftError(f"{path} is not one of the linear maps of a block; PEFT files of others are not written")
-    return ".".join(["model", *parts[:-1]])
-
-
 def _path(name: str) -> str:
     return name.removeprefix("model.").replace(".", "/") + "/kernel"
 
 
-def _in_order(names: Sequence[str]) -> list[str]:
+def in_order(names: Sequence[str]) -> list[str]:
     """Module names as `named_modules()` of transformers gives them."""
-    return sorted(names, key=lambda name: (int(name.split(".")[2]), _MODULES.index(name.split(".")[-1])))
-
-
-def _by_module(factors: Factors) -> dict[str, LeafFactors]:
-    """The factors of each module, as arrays of the host, in PEFT's order."""
-    leaves = {_torch_name(path): fetch(leaf) for path, leaf in factors.leaves.items()}
-    return {name: leaves[name] for name in _in_order(list(leaves))}
-
-
-def _write(
-    folder: Path, base: str, modules: Sequence[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
-    common = {
-        "base_model_name_or_path": base,
-        "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": list(modules),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / _WEIGHTS, {n: LazyTensor(x.shape, lambda x=x: x) for n, x in tensors.items()}, "float32")
-    (folder / _CONFIG).write_text(json.dumps({**config, **common}, indent=1) + "\n", encoding="utf-8")
-
-
-def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:
-    """Writes a folder that `PeftModel.from_pretrained` loads as TinyLoRA (PEFT 0.19 or newer).
-
-    Args:
-      folder: created if absent.
-      factors: that v was trained with.
-      v: the vector.
-      base: name of the base model for PEFT's config.
-
-    Raises:
-      PeftError: an adapted weight is not a linear map of a block.
-    """
-    modules, v, tensors = _by_module(factors), np.asarray(v, np.float32), {}
-    for index, (name, leaf) in enumerate(modules.items()):
-        tensors[f"{_PREFIX}{name}.tinylora_A"] = leaf.V[0].T
-        tensors[f"{_PREFIX}{name}.tinylora_B"] = leaf.U[0] * leaf.S[0]
-        tensors[f"{_PREFIX}{name}.tinylora_P"] = leaf.P[0]
-        tensors[f"base_model.tinylora_v.{index}"] = v[leaf.groups[0]]
-    config = {
-        "peft_type": "TINYLORA",
-        "r": factors.spec.rank,
-        "u": factors.spec.u,
-        "weight_tying": 0.0,
-        "projection_seed": _OUR_SEED,
-        "save_projection": True,
-    }
-    _write(folder, base, list(modules), config, tensors)
-
-
-def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:
-    """Writes a plain LoRA folder of the factors' rank: the same ΔW, without what made it small.
-
-    Args:
-      folder: created if absent.
-      factors: that v was trained with.
-      v: the vector.
-      base: name of the base model for PEFT's config.
-
-    Raises:
-      PeftError: an adapted weight is not a linear map of a block.
-    """
-    modules, v, tensors = _by_module(factors), np.asarray(v, np.float64), {}
-    for name, leaf in modules.items():
-        R = np.einsum("u,uij->ij", v[leaf.groups[0]], leaf.P[0].astype(np.float64))
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = leaf.V[0].T
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = leaf.U[0].astype(np.float64) * leaf.S[0] @ R
-    config = {"peft_type": "LORA", "r": factors.spec.rank, "lora_alpha": factors.spec.rank, "lora_dropout": 0.0}
-    _write(folder, base, list(modules), config, tensors)
+    return sorted(names, key=lambda name: (int(name.split(".")[2]), MODULES.index(name.split(".")[-1])))
 
 
 @dataclass(frozen=True)
@@ -160,6 +77,12 @@ class PeftTinyLoRA:
     v: Float[Array, "groups u"]
 
     @property
+    def spec(self) -> TinyLoRA:
+        """What was read. To factorize by it gives other factors; its last tie groups are one of PEFT's together."""
+        targets = tuple(Target(re.escape(_path(name))) for name in self.modules)
+        return TinyLoRA(self.config["r"], self.config["u"], self.groups.count(0), targets=targets)
+
+    @property
     def base(self) -> str | None:
         """The name of the base model, if the folder gives one."""
         return self.config["base_model_name_or_path"]
@@ -167,7 +90,7 @@ class PeftTinyLoRA:
 
 def is_peft(folder: Path) -> bool:
     """Whether a folder is laid out as PEFT's are."""
-    return (folder / _CONFIG).is_file()
+    return (folder / CONFIG).is_file()
 
 
 def import_tinylora(folder: Path, params: Any) -> tuple[Factors, Float[Array, "groups u"]]:
@@ -198,7 +121,7 @@ def read_tinylora(folder: Path) -> PeftTinyLoRA:
     """
     config = _read_config(folder)
     with _open(folder) as tensors:
-        names = _in_order(_module_names(tensors, folder))
+        names = in_order(_module_names(tensors, folder))
         groups = _groups(len(names), config["weight_tying"])
         vectors = [f"base_model.tinylora_v.{group}" for group in range(max(groups) + 1)]
         stored = {name for name in tensors if ".tinylora_v." in name}
@@ -208,7 +131,7 @@ def read_tinylora(folder: Path) -> PeftTinyLoRA:
                 f" 0 to {max(groups)}, the file has {len(stored)}; some modules may be missing from it"
             )
         has_P = _check_projections(folder, config, tensors, names)
-        known = {*vectors, *(f"{_PREFIX}{name}.tinylora_{which}" for name in names for which in "ABP")}
+        known = {*vectors, *(f"{PREFIX}{name}.tinylora_{which}" for name in names for which in "ABP")}
         if strange := sorted(set(tensors) - known):
             raise PeftError(f"{folder} holds {', '.join(strange[:3])}, which a ΔW of linear maps does not have")
         if wrong := [name for name in vectors if tensors[name].shape != (config["u"],)]:
@@ -235,7 +158,7 @@ def peft_factors(adapter: PeftTinyLoRA, params: Any) -> Factors:
     with _open(folder) as tensors:
         _check_shapes(adapter, tensors, {path: weight.shape for path, weight in weights.items()})
         for index, (name, group) in enumerate(zip(adapter.modules, adapter.groups, strict=True)):
-            read = lambda which, key=f"{_PREFIX}{name}.tinylora_": _finite(folder, key + which, tensors[key + which])
+            read = lambda which, key=f"{PREFIX}{name}.tinylora_": _finite(folder, key + which, tensors[key + which])
             A, B, path = read("A"), read("B"), _path(name)
             if not _alignment(weights[path], A, B) >= _LEAST_ALIGNMENT:
                 foreign.append(name)
@@ -248,15 +171,14 @@ def peft_factors(adapter: PeftTinyLoRA, params: Any) -> Factors:
             f"{folder} was trained on {adapter.base!r}, whose singular directions are not this model's in"
             f" {len(foreign)} of {len(leaves)} weights ({', '.join(foreign[:3])}, …); load it with its own base model"
         )
-    tie = adapter.groups.count(0)
-    return Factors(leaves, TinyLoRA(rank, u, tie, targets=tuple(leaf.target for leaf in leaves.values())))
+    return Factors(leaves, adapter.spec)
 
 
 @contextmanager
 def _open(folder: Path) -> Iterator[dict[str, LazyTensor]]:
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     if not path.is_file():
-        raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {_CONFIG} and {_WEIGHTS}")
+        raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
     with open_safetensors(path) as tensors:
         yield tensors
 
@@ -278,7 +200,7 @@ def _check_shapes(
         if fan_in is None:
             raise PeftError(f"{adapter.folder} adapts {name}, which the base model has not; load it with its own")
         for which, expected in (("A", (rank, fan_in)), ("B", (fan_out, rank))):
-            tensor = tensors.get(f"{_PREFIX}{name}.tinylora_{which}")
+            tensor = tensors.get(f"{PREFIX}{name}.tinylora_{which}")
             found = "none" if tensor is None else tensor.shape
             if found != expected:
                 raise PeftError(
@@ -301,9 +223,9 @@ def _image(W: Float[Array, "in out"], rows: Float[Array, "in r"]) -> Float[Array
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if not path.is_file():
-        raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {_CONFIG} and {_WEIGHTS}")
+        raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
     config = _DEFAULTS | read_json(path, _MAX_CONFIG_BYTES)
     if config.get("peft_type") != "TINYLORA":
         raise PeftError(f"{path}: peft_type {config.get('peft_type')!r:.60}, expected 'TINYLORA'")
@@ -327,7 +249,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _module_names(tensors: Mapping[str, Any], folder: Path) -> list[str]:
-    names = [name[len(_PREFIX) : -len(".tinylora_A")] for name in tensors if name.endswith(".tinylora_A")]
+    names = [name[len(PREFIX) : -len(".tinylora_A")] for name in tensors if name.endswith(".tinylora_A")]
     strange = [name for name in names if not _KNOWN.fullmatch(name)]
     if strange or not names:
         raise PeftError(f"{folder}: expected linear maps of blocks, got {', '.join(strange[:3])[:200] or 'no module'}")
@@ -346,7 +268,7 @@ def _check_projections(
 ) -> bool:
     """Whether P is in the file. It is whole there, or can be drawn again, or is refused."""
     shape = (config["u"], config["r"], config["r"])
-    stored = [tensors.get(f"{_PREFIX}{name}.tinylora_P") for name in names]
+    stored = [tensors.get(f"{PREFIX}{name}.tinylora_P") for name in names]
     if any(P is not None for P in stored):
         if any(P is None or P.shape != shape for P in stored):
             raise PeftError(f"{folder}: some tinylora_P are missing or not of shape {shape}")

@@ -1,0 +1,200 @@
+"""Factors of another make in terms of a weight's own singular triplets, and several adapters in terms of the same.
+
+An update B (Σᵢ vᵢ Pᵢ) A whose B and A span the weight's leading singular directions is one of ours with other P:
+
+    B Pᵢ A = U Σ Pᵢ' Vᵀ        Pᵢ' = Σ⁺ Uᵀ B Pᵢ A V
+
+So what travels with an adapter that another library trained are u · r² numbers a module, not the directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters.svd import SVD
+from tinylora_jax.adapters.targets import module_name
+from tinylora_jax.adapters.tinylora import Factors, LeafFactors, coordinates, exchange, factorize, free
+from tinylora_jax.fetch import fetch
+
+_SAME = 1e-4  # what two decompositions of a weight in float32 may differ by, as a share of the update
+_PORTABLE = 1e-3  # what an adapter file promises of an update
+_ZERO = 1e-6  # of the largest singular value
+
+
+class CombinationError(ValueError):
+    """Adapters cannot share their factors."""
+
+
+def places_of(factors: Factors) -> dict[str, tuple[str, int]]:
+    """Where the factors of every module are, by its name: the path of a leaf and which layer of it."""
+    return {
+        module_name(path, layer if leaf.target.axes("layer") else None): (path, layer)
+        for path, leaf in factors.leaves.items()
+        for layer in range(len(leaf.groups))
+    }
+
+
+def with_projections(factors: Factors, projections: Mapping[str, np.ndarray]) -> Factors:
+    """The factors, with given projections P for some modules.
+
+    Args:
+      factors: of a model.
+      projections: by module name, float32 `[u, rank, rank]`.
+
+    Raises:
+      ValueError: names a module that is not adapted, or whose P has another shape.
+    """
+    places, changed = places_of(factors), {}
+    for name, P in projections.items():
+        if name not in places:
+            raise ValueError(f"{name}: no such module is adapted")
+        path, layer = places[name]
+        expected = factors.leaves[path].P.shape[1:]
+        if P.shape != expected:
+            raise ValueError(f"{name}: P of shape {P.shape}, expected {expected}")
+        changed.setdefault(path, np.array(fetch(factors.leaves[path].P)))[layer] = P
+    new = {path: replace(factors.leaves[path], P=jnp.asarray(P)) for path, P in changed.items()}
+    return replace(factors, leaves=factors.leaves | new)
+
+
+def rebase(factors: Factors, onto: Factors) -> tuple[Factors, dict[str, float]]:
+    """The same updates with the U, Σ and V of other factors of the same weights.
+
+    Args:
+      factors: of any make: U Σ and V need not be orthonormal.
+      onto: factors whose U and V are orthonormal, of the same leaves and rank.
+
+    Returns:
+      The factors, with the tie groups that they had, and by module what they miss, as a share of the update.
+
+    Raises:
+      CombinationError: the two adapt other leaves, or have other ranks.
+    """
+    _check_alike(factors, onto)
+    leaves, missed = {}, {}
+    for path, leaf in factors.leaves.items():
+        ours, theirs, P = _wide(onto.leaves[path]), _wide(leaf), np.asarray(fetch(leaf.P), np.float64)
+        moved = [_moved(SVD(*(x[i] for x in ours)), SVD(*(x[i] for x in theirs)), P[i]) for i in range(len(P))]
+        names = [module_name(path, i if leaf.target.axes("layer") else None) for i in range(len(P))]
+        missed |= dict(zip(names, (share for _, share in moved), strict=True))
+        leaves[path] = replace(
+            onto.leaves[path], P=jnp.asarray(np.stack([P for P, _ in moved]), jnp.float32), groups=leaf.groups
+        )
+    return Factors(leaves, factors.spec, onto.undetermined), missed
+
+
+def _check_alike(factors: Factors, onto: Factors) -> None:
+    apart = sorted(set(factors.leaves) ^ set(onto.leaves))
+    if apart:
+        raise CombinationError(f"two adapt other weights; they differ in {', '.join(apart[:3])}, …")
+    shapes = lambda leaf: (leaf.U.shape, leaf.V.shape)
+    wrong = [path for path, leaf in factors.leaves.items() if shapes(leaf) != shapes(onto.leaves[path])]
+    if wrong:
+        found = " and ".join(str(shapes(x.leaves[wrong[0]])) for x in (factors, onto))
+        raise CombinationError(f"two have factors of other shapes: U and V of {wrong[0]} have {found}")
+
+
+def _wide(leaf: LeafFactors) -> SVD:
+    return SVD(*(np.asarray(x, np.float64) for x in fetch((leaf.U, leaf.S, leaf.V))))
+
+
+def _moved(onto: SVD, svd: SVD, P: np.ndarray) -> tuple[np.ndarray, float]:
+    """P' of one module, and the share of the update that it misses."""
+    kept = onto.S > _ZERO * onto.S.max()
+    left, right = svd.U * svd.S, svd.V
+    inside, across = (onto.U.T @ left) * kept[:, None], onto.V.T @ right
+    moved = np.einsum("ab,ubc,dc->uad", inside, P, across) / np.where(kept, onto.S, 1)[:, None]
+    # L P Rᵀ - L' P R'ᵀ = (L - L') P Rᵀ + L' P (R - R')ᵀ: nothing cancels but in the first differences.
+    size = _size(left, P, right)
+    lost = _size(left - onto.U @ inside, P, right) + _size(onto.U @ inside, P, right - onto.V @ across)
+    return moved, lost / size if size else 0.0
+
+
+def _size(left: np.ndarray, P: np.ndarray, right: np.ndarray) -> float:
+    """The Frobenius norm of L Pᵢ Rᵀ over all i."""
+    return float(np.sqrt(max(0.0, np.einsum("ab,ubc,cd,uad->", left.T @ left, P, right.T @ right, P))))
+
+
+def own_triplets(
+    params: Any, factors: Factors, v: Float[Array, "groups u"], method: str = "auto"
+) -> tuple[Factors, Float[Array, "own_groups u"]]:
+    """An adapter of another make as one of ours: the same updates by what `factorize` gives, and other P.
+
+    Args:
+      params: the base model's tree.
+      factors: of any make. Their tie groups may join several of those that their spec gives.
+      v: the vector.
+      method: see `truncated_svd`.
+
+    Returns:
+      Factors whose tie groups are those of their spec, and the vector, which repeats a row where one group became
+      several. Where the weight's triplets are not the directions of the given factors (they are not determined, or
+      were rounded), the given ones are kept, and the module counts as undetermined.
+
+    Raises:
+      ValueError: the given directions are not singular ones of the weights, or the spec ties modules that had
+        vectors of their own.
+    """
+    own = factorize(params, factors.spec, method)
+    moved, missed = rebase(factors, own)
+    far = [name for name, share in missed.items() if share > _SAME]
+    if far:
+        places = places_of(factors)
+        own = exchange(params, own, {name: _triplets(factors, *places[name]) for name in far})
+        moved, _ = rebase(factors, own)
+    rows: dict[int, int] = {}
+    for path, leaf in own.leaves.items():
+        for ours, theirs in zip(leaf.groups, factors.leaves[path].groups, strict=True):
+            if rows.setdefault(ours, theirs) != theirs:
+                raise ValueError(f"{path}: {factors.spec} ties modules whose vectors differ")
+    leaves = {path: replace(leaf, groups=own.leaves[path].groups) for path, leaf in moved.leaves.items()}
+    return replace(moved, leaves=leaves), v[jnp.asarray([rows[group] for group in range(own.num_groups)])]
+
+
+def _triplets(factors: Factors, path: str, layer: int) -> SVD:
+    """The singular triplets of U Σ Vᵀ, where U and V are any matrices."""
+    U, S, V = (x[layer] for x in _wide(factors.leaves[path]))
+    (left, R), (right, T) = np.linalg.qr(U * S), np.linalg.qr(V)
+    u, s, vt = np.linalg.svd(R @ T.T)
+    return SVD(*(x.astype(np.float32) for x in (left @ u, s, right @ vt.T)))
+
+
+def combine(
+    adapters: Sequence[tuple[Factors, Float[Array, "_ _"] | np.ndarray]],
+) -> tuple[Factors, list[np.ndarray]]:
+    """Adapters of one base model, with P or tie groups of their own, as vectors of common factors.
+
+    All updates of one rank in the same singular directions are points of one space: the common factors are LoRA-XS's,
+    and a vector is R of every module (`coordinates`).
+
+    Args:
+      adapters: factors and vector of each, `factorize`d or from `own_triplets`; some may share their factors.
+
+    Returns:
+      Factors, and the vectors as NumPy arrays, float32 `[groups, u]`: stacked, they give each row its own adapter.
+      Where all have the same factors, these are they.
+
+    Raises:
+      CombinationError: they adapt other leaves, have other ranks, or use other singular directions of a weight.
+    """
+    distinct = list({id(factors): factors for factors, _ in adapters}.values())
+    first = distinct[0]
+    if len(distinct) == 1:
+        return first, [np.asarray(v, np.float32) for _, v in adapters]
+    moved = {id(first): first}
+    for factors in distinct[1:]:
+        new, missed = rebase(factors, first)
+        if far := [name for name, share in missed.items() if share > _PORTABLE]:
+            raise CombinationError(
+                f"they use other singular directions of {len(far)} of {len(missed)} weights ({', '.join(far[:3])}, …)"
+            )
+        moved[id(factors)] = new
+    common = free(first)
+    points = [coordinates(common, moved[id(factors)], jnp.asarray(v, jnp.float32)) for factors, v in adapters]
+    return common, [np.asarray(point) for point in points]
