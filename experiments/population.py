@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,36 +28,48 @@ from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import Gradient, TrainState, init_state
 
-VARIED = ("seed", "optimizer.", "adapter.")
+VARIED = ("seed", "method", "optimizer.", "adapter.")
 """What members may differ by: fields, or groups of them."""
 
-
-@dataclass(frozen=True)
-class Variation:
-    """A field of the config with the values that members take.
-
-    Attributes:
-      field: such as `optimizer.learning_rate`.
-      values: at least one.
-    """
-
-    field: str
-    values: tuple[Any, ...]
+Changes = dict[str, Any]
+"""Fields of the config with the values of one member."""
 
 
-def parse_variation(text: str, config: ConfigDict) -> Variation:
-    """Reads `optimizer.learning_rate=1e-3,3e-3`.
+def parse_variation(text: str, config: ConfigDict) -> tuple[str, tuple[Any, ...]]:
+    """Reads `optimizer.learning_rate=1e-3,3e-3`: a field and the values that members take.
 
     Raises:
       ConfigError: it is not of this form, the config has no such field, or members cannot differ by it.
     """
-    field, equals, listed = text.partition("=")
-    field = field.strip().removeprefix("config.")
-    if not equals or not field or not listed.strip():
+    field, _, listed = text.partition("=")
+    if not field.strip() or not listed.strip():
         raise ConfigError(f"--vary={text}: expected field=value,value,…, such as optimizer.learning_rate=1e-3,3e-3")
+    field, values = field.strip(), tuple(_parsed(field.strip(), value, config) for value in listed.split(","))
+    if len(set(values)) < len(values):
+        raise ConfigError(f"--vary={text}: a value stands there twice")
+    return field, values
+
+
+def parse_member(text: str, config: ConfigDict) -> Changes:
+    """Reads `adapter.n_tie=13,optimizer.learning_rate=3e-3`: what one member changes.
+
+    Raises:
+      ConfigError: as `parse_variation`.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(field.strip() and value.strip() for field, _, value in pairs):
+        raise ConfigError(f"--member={text}: expected field=value,field=value,…")
+    fields = [field.strip() for field, _, _ in pairs]
+    if len(set(fields)) < len(fields):
+        raise ConfigError(f"--member={text}: a field stands there twice")
+    return {field: _parsed(field, value, config) for field, (_, _, value) in zip(fields, pairs, strict=True)}
+
+
+def _parsed(field: str, text: str, config: ConfigDict) -> Any:
+    """A value of a field as the type that the field holds."""
     if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection"):
         raise ConfigError(
-            f"--vary={field}: members of one program may differ by seed, optimizer.* and adapter.* but its rank and"
+            f"{field}: members of one program may differ by seed, method, optimizer.* and adapter.* but its rank and"
             " projection; run another sweep for each value of this one"
         )
     try:
@@ -66,34 +77,49 @@ def parse_variation(text: str, config: ConfigDict) -> Variation:
         for part in field.split("."):
             now = now[part]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"--vary={field}: the config has no such field; see experiments/configs/base.py") from error
+        raise ConfigError(f"{field}: the config has no such field; see experiments/configs/base.py") from error
     kind = type(now)
     if kind not in (int, float, str):
-        raise ConfigError(f"--vary={field}: expected a single field that holds a number or a text")
+        raise ConfigError(f"{field}: expected a single field that holds a number or a text")
     try:
-        values = tuple(kind(value.strip()) for value in listed.split(","))
+        return kind(text.strip())
     except ValueError as error:
-        raise ConfigError(f"--vary={text}: the values are not of type {kind.__name__} ({error})") from error
-    if len(set(values)) < len(values):
-        raise ConfigError(f"--vary={text}: a value stands there twice")
-    return Variation(field, values)
+        raise ConfigError(f"{field}={text.strip()}: expected a value of type {kind.__name__} ({error})") from error
 
 
-def member_configs(config: ConfigDict, variations: Sequence[Variation]) -> dict[str, ConfigDict]:
-    """The config of every member by its name, for all combinations of the values.
+def combinations(variations: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Changes]:
+    """What every member changes, for all combinations of the values.
 
     Raises:
-      ConfigError: a field varies twice, or a member's config is out of range.
+      ConfigError: a field varies twice.
     """
-    fields = [variation.field for variation in variations]
+    fields = [field for field, _ in variations]
     if len(set(fields)) < len(fields):
         raise ConfigError(f"--vary: a field stands there twice in {', '.join(fields)}")
-    found = {}
-    for values in itertools.product(*(variation.values for variation in variations)):
+    products = itertools.product(*(values for _, values in variations)) if variations else ()
+    return [dict(zip(fields, values, strict=True)) for values in products]
+
+
+def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, ConfigDict]:
+    """The config of every member, by a name that says what it changes.
+
+    Raises:
+      ConfigError: there is no member, two are alike, or a config is out of range (the member is named).
+    """
+    found: dict[str, ConfigDict] = {}
+    for changes in members:
+        name = ",".join(f"{field.split('.')[-1]}={value}" for field, value in changes.items())
+        if name in found:
+            raise ConfigError(f"member {name} is there twice")
         own = config.copy_and_resolve_references()
-        own.update_from_flattened_dict(dict(zip(fields, values, strict=True)))
-        parts = (f"{field.split('.')[-1]}={value}" for field, value in zip(fields, values, strict=True))
-        found[",".join(parts) or "only"] = own
+        own.update_from_flattened_dict(changes)
+        try:
+            free_spec(own, parse(own))
+        except ConfigError as error:
+            raise ConfigError(f"member {name}: {error}") from error
+        found[name] = own
+    if not found:
+        raise ConfigError("a sweep needs members: give --vary or --member")
     return found
 
 

@@ -4,10 +4,11 @@
         --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
     python -m experiments.sweep --config=… --workdir=… --vary=adapter.n_tie=1,4,13,168 --vary=optimizer.learning_rate=…
 
-Every member is the run it would have been alone (its prompts, its noise, its optimizer), and all decode in one batch
-over the same frozen weights. Members may differ by seed, optimizer.* and adapter.* but the rank. One that diverges is
-dropped. The sweep is saved after every step, and the same command continues it. Each member has a folder in
-`members`, with what a run's workdir holds; `summary.json` compares them.
+The first trains all combinations of the values given; --member=field=value,field=value adds one member by itself. Every
+member is the run it would have been alone (its prompts, its noise, its optimizer), and all decode in one batch over
+the same frozen weights. Members may differ by seed, optimizer.*, adapter.* but the rank, and method (`tinylora`,
+`lora_xs`). One that diverges is dropped. The sweep is saved after every step, and the same command continues it. Each
+member has a folder in `members`, with what a run's workdir holds; `summary.json` compares them.
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, 
 from experiments.compilation import compile_together
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.learning import answers_page
-from experiments.population import Population, free_spec, member_configs, parse_variation
+from experiments.population import (
+    Population,
+    combinations,
+    free_spec,
+    member_configs,
+    parse_member,
+    parse_variation,
+)
 from experiments.runs import num_steps, summary_of_config
-from experiments.setup import ConfigError, as_json, load_task, make_prompts, parse
+from experiments.setup import as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import adapt
 from tinylora_jax.data import load_questions, make_pipeline, padded_width
@@ -124,7 +132,9 @@ def train(
     return states, dropped
 
 
-def run(config: ConfigDict, vary: Sequence[str], workdir: Path, stop: StopRequests) -> dict[str, Any]:
+def run(
+    config: ConfigDict, vary: Sequence[str], workdir: Path, stop: StopRequests, member: Sequence[str] = ()
+) -> dict[str, Any]:
     """Trains and evaluates the members, and compares them; continues what the workdir holds.
 
     Args:
@@ -132,21 +142,16 @@ def run(config: ConfigDict, vary: Sequence[str], workdir: Path, stop: StopReques
       vary: texts `field=value,value,…`.
       workdir: of the sweep.
       stop: says when to stop early.
+      member: texts `field=value,field=value,…`, of further members.
 
     Returns:
       The summary.
     """
     specs, started = parse(config), time.perf_counter()
     free = free_spec(config, specs)
-    variations = [parse_variation(text, config) for text in vary]
-    configs = member_configs(config, variations)
-    for name, own in configs.items():
-        try:
-            parse(own)
-        except ConfigError as error:
-            raise ConfigError(f"member {name}: {error}") from error
-    varied = {variation.field: list(variation.values) for variation in variations}
-    folder = Folder(workdir, {**as_json(config), "vary": varied}, configs)
+    changes = combinations([parse_variation(text, config) for text in vary])
+    configs = member_configs(config, [*changes, *(parse_member(text, config) for text in member)])
+    folder = Folder(workdir, {**as_json(config), "members": list(configs)}, configs)
     done = folder.log.read_json("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
@@ -217,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
     workdir, stop = Path(FLAGS.workdir), StopRequests()
     with reporting_errors(workdir):
         try:
-            summary = run(FLAGS.config, FLAGS.vary, workdir, stop)
+            summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member)
         except Stopped as stopped:
             print(f"stopped by {stopped}; the same command continues the sweep in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
@@ -228,6 +233,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "What the members have in common.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the sweep: created, or continued.")
-    flags.DEFINE_multi_string("vary", None, "field=value,value,…; may be repeated: all combinations are trained.")
-    flags.mark_flags_as_required(["config", "workdir", "vary"])
+    flags.DEFINE_multi_string("vary", [], "field=value,value,…; may be repeated: all combinations are trained.")
+    flags.DEFINE_multi_string("member", [], "field=value,field=value,…: one more member; may be repeated.")
+    flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import grpo, learning, sweep
-from experiments.population import member_configs, parse_variation
+from experiments.population import combinations, member_configs, parse_member, parse_variation
 from experiments.setup import ConfigError
 
 VARY = ["optimizer.learning_rate=0.05,0.01", "seed=0,3"]
@@ -64,8 +64,9 @@ def test_members_differ_and_are_compared(swept):
 def test_different_adapters_share_one_program(make_config, tmp_path):
     config = make_config()
     config.max_steps = 3
-    summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never())
-    assert {row["params"] for row in summary["members"]} == {1, 2, 14, 28}
+    free = ["method=lora_xs,optimizer.learning_rate=0.01"]
+    summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never(), free)
+    assert sorted(row["params"] for row in summary["members"]) == [1, 2, 14, 28, 56]
     config.adapter.n_tie, config.adapter.u = 1, 2
     grpo.run(config, tmp_path / "alone", Never())
     together = rows_of(tmp_path / "sweep" / "members" / "n_tie=1,u=2")
@@ -120,9 +121,10 @@ def test_an_interrupted_sweep_continues_to_the_same_bits(swept, make_config, tmp
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("samples=2,4", "may differ by seed, optimizer"),
-        ("adapter.rank=1,2", "may differ by seed, optimizer"),
+        ("samples=2,4", "may differ by seed, method, optimizer"),
+        ("adapter.rank=1,2", "may differ by seed, method, optimizer"),
         ("optimizer.rate=1", "has no such field"),
+        ("lora.rank=1,2", "may differ by seed, method, optimizer"),
         ("seed", "expected field=value"),
         ("seed=", "expected field=value"),
         ("seed=1,a", "not of type int"),
@@ -140,9 +142,31 @@ def test_a_member_out_of_range(make_config, tmp_path):
     assert not (tmp_path / "sweep" / "members").exists()
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed=1,seed=2", "stands there twice"),
+        ("seed=1,", "expected field=value"),
+        ("method=lora,samples=3", "may differ by"),
+    ],
+)
+def test_a_member_that_means_nothing(make_config, text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_member(text, make_config())
+
+
+def test_members_must_be_there_and_differ(make_config, tmp_path):
+    with pytest.raises(ConfigError, match="needs members"):
+        sweep.run(make_config(), [], tmp_path / "sweep", Never())
+    with pytest.raises(ConfigError, match="member seed=1 is there twice"):
+        member_configs(make_config(), [{"seed": 1}, {"seed": 1}])
+    with pytest.raises(ConfigError, match="trains 'tinylora' or 'lora_xs'"):
+        sweep.run(make_config(), [], tmp_path / "sweep", Never(), ["method=lora"])
+
+
 def test_all_combinations(make_config):
     variations = [parse_variation(text, make_config()) for text in VARY]
-    configs = member_configs(make_config(), variations)
+    configs = member_configs(make_config(), combinations(variations))
     assert {(c.optimizer.learning_rate, c.seed) for c in configs.values()} == {
         (0.05, 0),
         (0.05, 3),

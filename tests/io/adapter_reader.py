@@ -71,6 +71,7 @@ def updates(folder, weights):
             U, S, V = (kept[f"{name}.{k}"] for k in "USV") if f"{name}.U" in kept else triplets(W, rank)
             label = f"{spec['seed']}:{name}"
             P = (normals(label, u * rank**2) / math.sqrt(rank)).astype(np.float32).reshape(u, rank, rank)
+            P = np.eye(u).reshape(u, rank, rank) if spec.get("projection") == "standard" else P
             P = kept.get(f"{name}.P", P)
             groups[name] = leaf["groups"][layer]
             found[name] = U @ np.diag(S) @ sum(v[groups[name], i] * P[i] for i in range(u)) @ V.T

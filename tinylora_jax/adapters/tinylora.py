@@ -79,6 +79,12 @@ class TinyLoRA:
             raise ValueError(f"TinyLoRA targets {self.targets!r}: expected a tuple of patterns or Targets, not empty")
         object.__setattr__(self, "targets", tuple(t if isinstance(t, Target) else Target(t) for t in self.targets))
 
+    def P(self, module_name: str) -> np.ndarray:
+        """The fixed projections of a module, float32 `[u, rank, rank]`."""
+        if self.projection == "standard":
+            return np.eye(self.u, dtype=np.float32).reshape(self.u, self.rank, self.rank)
+        return projection(self.seed, module_name, self.u, self.rank)
+
 
 def lora_xs(rank: int = 2, targets: tuple[str | Target, ...] = LINEAR_MAPS) -> TinyLoRA:
     """LoRA-XS (arXiv 2405.17604): a free matrix R `[rank, rank]` for every module, ΔW = U Σ R Vᵀ.
@@ -186,14 +192,9 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
 def _ties(modules: Sequence[Module], spec: TinyLoRA) -> dict[str, tuple[jax.Array, tuple[int, ...], Target]]:
     """What a spec adds to the triplets of each leaf: P, the groups, and the target."""
     groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
-
-    def P_of(module: Module) -> np.ndarray:
-        if spec.projection == "standard":
-            return np.eye(spec.u, dtype=np.float32).reshape(spec.u, spec.rank, spec.rank)
-        return projection(spec.seed, module.name, spec.u, spec.rank)
-
+    P = lambda members: jnp.asarray(np.stack([spec.P(module.name) for module in members]))
     return {
-        path: (jnp.asarray(np.stack([P_of(m) for m in members])), tuple(groups[m] for m in members), members[0].target)
+        path: (P(members), tuple(groups[module] for module in members), members[0].target)
         for path, members in _by_path(modules).items()
     }
 

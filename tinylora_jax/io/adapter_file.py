@@ -24,8 +24,8 @@ from tinylora_jax.adapters.targets import natural
 from tinylora_jax.io.adapter_json import (
     DTYPES,
     MAX_JSON_BYTES,
-    SPEC_FIELDS,
     AdapterError,
+    describe_spec,
     parse_description,
     parse_text,
     read_text,
@@ -73,7 +73,7 @@ def save_adapter(
         "dtype": dtype,
         "shape": list(v.shape),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "spec": {name: getattr(factors.spec, name) for name in SPEC_FIELDS},
+        "spec": describe_spec(factors.spec),
         "factors": kept,
         "about": about,
         "leaves": _describe_leaves(factors),
@@ -335,7 +335,7 @@ class AdapterReader:
 
     def _check_alike(self, folder: Path, spec: TinyLoRA, shared: Mapping[str, Any]) -> None:
         """Refuses an adapter that cannot have the factors of those before."""
-        if shared["spec"] != {name: getattr(self.factors.spec, name) for name in SPEC_FIELDS}:
+        if shared["spec"] != describe_spec(self.factors.spec):
             raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self.factors.spec}")
         if self._first and self._first[1] != shared["factors"]:
             raise AdapterError(

@@ -18,7 +18,7 @@ from tinylora_jax.io.fingerprint import NUM_PROBES, NUM_SIGNED
 FORMAT_VERSION = 3
 _WITHOUT_PROJECTIONS = 2  # what version 3 adds; a file that has none of it is one of version 2
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
-SPEC_FIELDS = ("rank", "u", "n_tie", "tying", "seed")  # targets are the leaves
+_SPEC_FIELDS = ("rank", "u", "n_tie", "tying", "seed")  # targets are the leaves
 MAX_JSON_BYTES = 2**22  # as Python objects it takes some thirty times as much
 _MAX_LEAVES = 10_000
 _MAX_NAME = 1000
@@ -116,6 +116,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def describe_spec(spec: TinyLoRA) -> dict[str, Any]:
+    """The description's field `spec`."""
+    fields = {name: getattr(spec, name) for name in _SPEC_FIELDS}
+    return fields if spec.projection == "random" else fields | {"projection": spec.projection}
+
+
 def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtype, tuple[int, int]]:
     """Checks every field that is used.
 
@@ -130,7 +136,9 @@ def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtyp
     _require(isinstance(description["sha256"], str), "sha256", "a text")
     fields, leaves = description["spec"], description["leaves"]
     _require(
-        isinstance(fields, dict) and set(fields) == set(SPEC_FIELDS), "spec", f"an object of {', '.join(SPEC_FIELDS)}"
+        isinstance(fields, dict) and set(fields) - {"projection"} == set(_SPEC_FIELDS),
+        "spec",
+        f"an object of {', '.join(_SPEC_FIELDS)} and perhaps projection",
     )
     _require(type(fields["seed"]) is int, "seed", "an integer")
     _require(isinstance(leaves, list) and 1 <= len(leaves) <= _MAX_LEAVES, "leaves", f"1 to {_MAX_LEAVES} objects")

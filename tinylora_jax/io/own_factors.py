@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from tinylora_jax.adapters import Factors, exchange
-from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.rebase import places_of, with_projections
 from tinylora_jax.adapters.svd import SVD
 from tinylora_jax.fetch import fetch
@@ -35,10 +34,9 @@ def pack_factors(factors: Factors) -> tuple[dict[str, Any] | None, bytes]:
     for name in factors.undetermined:
         path, layer = places[name]
         tensors |= {f"{name}.{k}": np.ascontiguousarray(getattr(host[path], k)[layer], np.float32) for k in SVD._fields}
-    spec = factors.spec
     for name, (path, layer) in places.items():
         P = np.ascontiguousarray(host[path].P[layer], np.float32)
-        if not np.allclose(P, projection(spec.seed, name, spec.u, spec.rank), rtol=_SAME_P, atol=_SAME_P):
+        if not np.allclose(P, factors.spec.P(name), rtol=_SAME_P, atol=_SAME_P):
             drawn_otherwise.append(name)
             tensors[f"{name}.P"] = P
     if not tensors:

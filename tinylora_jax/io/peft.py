@@ -47,8 +47,14 @@ class PeftError(ValueError):
     """A PEFT folder cannot be written for these factors, or cannot be read faithfully."""
 
 
-def _path(name: str) -> str:
+def tree_path(name: str) -> str:
+    """The leaf's path of a module: `model.layers.3.mlp.up_proj` is `layers/3/mlp/up_proj/kernel`."""
     return name.removeprefix("model.").replace(".", "/") + "/kernel"
+
+
+def is_module(name: str) -> bool:
+    """Whether a name is that of one of the linear maps of a block."""
+    return _KNOWN.fullmatch(name) is not None
 
 
 def in_order(names: Sequence[str]) -> list[str]:
@@ -79,7 +85,7 @@ class PeftTinyLoRA:
     @property
     def spec(self) -> TinyLoRA:
         """What was read. To factorize by it gives other factors; its last tie groups are one of PEFT's together."""
-        targets = tuple(Target(re.escape(_path(name))) for name in self.modules)
+        targets = tuple(Target(re.escape(tree_path(name))) for name in self.modules)
         return TinyLoRA(self.config["r"], self.config["u"], self.groups.count(0), targets=targets)
 
     @property
@@ -159,7 +165,7 @@ def peft_factors(adapter: PeftTinyLoRA, params: Any) -> Factors:
         _check_shapes(adapter, tensors, {path: weight.shape for path, weight in weights.items()})
         for index, (name, group) in enumerate(zip(adapter.modules, adapter.groups, strict=True)):
             read = lambda which, key=f"{PREFIX}{name}.tinylora_": _finite(folder, key + which, tensors[key + which])
-            A, B, path = read("A"), read("B"), _path(name)
+            A, B, path = read("A"), read("B"), tree_path(name)
             if not _alignment(weights[path], A, B) >= _LEAST_ALIGNMENT:
                 foreign.append(name)
             seed = adapter.config["projection_seed"] + index
@@ -196,7 +202,7 @@ def _check_shapes(
     """Refuses A and B that do not fit the base model, before any of them is read."""
     rank = adapter.config["r"]
     for name in adapter.modules:
-        fan_in, fan_out = weights.get(_path(name), (None, None))
+        fan_in, fan_out = weights.get(tree_path(name), (None, None))
         if fan_in is None:
             raise PeftError(f"{adapter.folder} adapts {name}, which the base model has not; load it with its own")
         for which, expected in (("A", (rank, fan_in)), ("B", (fan_out, rank))):

@@ -24,7 +24,7 @@ from tinylora_jax.io.weights import LazyTensor
 _OUR_SEED = 42  # PEFT's own default; never used, since P is in the file
 
 
-def _torch_name(path: str) -> str:
+def torch_name(path: str) -> str:
     """`layers/3/mlp/up_proj/kernel` as transformers calls the module: `model.layers.3.mlp.up_proj`."""
     parts = path.split("/")
     if parts[0] != "layers" or len(parts) != 5 or parts[-1] != "kernel" or parts[3] not in MODULES:
@@ -34,13 +34,14 @@ def _torch_name(path: str) -> str:
 
 def _by_module(factors: Factors) -> dict[str, LeafFactors]:
     """The factors of each module, as arrays of the host, in PEFT's order."""
-    leaves = {_torch_name(path): fetch(leaf) for path, leaf in factors.leaves.items()}
+    leaves = {torch_name(path): fetch(leaf) for path, leaf in factors.leaves.items()}
     return {name: leaves[name] for name in in_order(list(leaves))}
 
 
-def _write(
+def write_folder(
     folder: Path, base: str, modules: Sequence[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
+    """Writes what is common to PEFT's folders, and the given config and tensors."""
     common = {
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM",
@@ -80,7 +81,7 @@ def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"],
         "projection_seed": _OUR_SEED,
         "save_projection": True,
     }
-    _write(folder, base, list(modules), config, tensors)
+    write_folder(folder, base, list(modules), config, tensors)
 
 
 def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:
@@ -101,4 +102,4 @@ def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], bas
         tensors[f"{PREFIX}{name}.lora_A.weight"] = leaf.V[0].T
         tensors[f"{PREFIX}{name}.lora_B.weight"] = leaf.U[0].astype(np.float64) * leaf.S[0] @ R
     config = {"peft_type": "LORA", "r": factors.spec.rank, "lora_alpha": factors.spec.rank, "lora_dropout": 0.0}
-    _write(folder, base, list(modules), config, tensors)
+    write_folder(folder, base, list(modules), config, tensors)
