@@ -217,7 +217,8 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
 
     before = folder.read("eval_before.json")
     if before is None:
-        before, _ = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
+        before, answers = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
+        folder.write_rows("answers_before.jsonl", answers)
         folder.write("eval_before.json", before)
     tell(f"before training: {json.dumps(before)}")
 
@@ -227,7 +228,8 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
 
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
-    after, _ = evaluate(task, saved, questions, seed=config.seed, between=stop.check, **how)
+    after, answers = evaluate(task, saved, questions, seed=config.seed, between=stop.check, **how)
+    folder.write_rows("answers_after.jsonl", answers)
     summary = {
         "model": task.name,
         "params": task.policy.num_params,

@@ -173,7 +173,8 @@ def run(
         compile_together(chain(lowered, lower_evaluation(task, base, questions, **how)))
         before = folder.log.read_json("eval_before.json")
         if before is None:
-            before, _ = evaluate(task, base, questions, seed=config.seed, between=stop.check, **how)
+            before, answers = evaluate(task, base, questions, seed=config.seed, between=stop.check, **how)
+            folder.log.write_rows("answers_before.jsonl", answers)
             folder.log.write_json("eval_before.json", before)
         tell(f"before training: {json.dumps(before)}")
         data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
@@ -189,7 +190,8 @@ def run(
                 factors = fetch(member.factors)
                 save_adapter(saved, factors, states[name].v, task.name, config.save_dtype, fingerprint, **about)
                 v = member.point(np.asarray(read_adapter(saved)[1], np.float32))
-                after, _ = evaluate(task, v, questions, seed=member.config.seed, between=stop.check, **how)
+                after, answers = evaluate(task, v, questions, seed=member.config.seed, between=stop.check, **how)
+                folder.members[name].write_rows("answers_after.jsonl", answers)
                 own = {"model": task.name, "steps": steps, "eval_before": before, "eval_after": after}
                 folder.members[name].write_json("summary.json", row | own)
                 row["eval_after"] = after

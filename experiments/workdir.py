@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class Workdir:
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a result, all or nothing."""
         on_first(lambda: self._log.write_json(name, value))
+
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes JSON lines, all or nothing."""
+        on_first(lambda: self._log.write_rows(name, rows))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint's state, as arrays of the host, and its record; None before the first.

@@ -68,6 +68,11 @@ def test_a_solution_in_the_format_of_the_reward(solution, answer, reward, expect
 class Letters:
     """One token a character."""
 
+    chat_template = None
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        raise AssertionError("a solution is no conversation")
+
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
         return [ord(c) for c in text]

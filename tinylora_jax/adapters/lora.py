@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.targets import LINEAR_MAPS, Target, leaves_by_path, map_by_path, select
 
-Matrices = dict[str, dict[str, jax.Array]]
+Matrices = dict[str, dict[str, Any]]
 """By leaf path: `right` `[in, rank]` and `left` `[out, rank]`, float32, with a leading axis of layers if stacked."""
 
 

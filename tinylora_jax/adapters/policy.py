@@ -138,7 +138,7 @@ class FullPolicy:
     rows_apart = False
     trains_head = True
 
-    def __call__(self, v: dict[str, jax.Array]) -> Any:
+    def __call__(self, v: dict[str, Any]) -> Any:
         """The weights at v in the base's dtypes."""
         return map_by_path(lambda path, leaf: v[path].astype(leaf.dtype), self.params)
 
@@ -146,7 +146,7 @@ class FullPolicy:
         """The base weights."""
         return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves_by_path(self.params).items()}
 
-    def merged(self, v: dict[str, jax.Array]) -> Any:
+    def merged(self, v: dict[str, Any]) -> Any:
         """The weights at v."""
         return self(v)
 

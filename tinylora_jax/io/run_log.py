@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,11 @@ class RunLog:
         """Writes a result, all or nothing."""
         with self._writing():
             write_atomically(self.workdir / name, json.dumps(value, indent=1) + "\n")
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes JSON lines, all or nothing."""
+        with self._writing():
+            write_atomically(self.workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a result; None if it was not written yet."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +64,7 @@ def save_trained(
     """
     match policy:
         case Policy():
-            save_adapter(folder, fetch(policy.factors), v, model.name, dtype, fingerprint, **about)
+            save_adapter(folder, fetch(policy.factors), jnp.asarray(v), model.name, dtype, fingerprint, **about)
         case LoRAPolicy():
             save_lora(folder, policy.spec, v, model.name, fingerprint, **about)
         case _:
@@ -73,7 +72,7 @@ def save_trained(
     return open_trained(folder).v
 
 
-def _save_model(folder: Path, model: Pretrained, v: Mapping[str, jax.Array]) -> None:
+def _save_model(folder: Path, model: Pretrained, v: Mapping[str, Any]) -> None:
     fresh = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed here
     fresh.mkdir(parents=True)
@@ -96,7 +95,7 @@ def open_trained(folder: Path) -> Opened:
         v = leaves_by_path(tree)
         return Opened(v, None, lambda params, method: _full_policy(folder, params, v))
     adapter = open_adapter(folder)
-    return Opened(adapter.v, adapter.base, lambda params, method: Policy(params, adapter.factors(params, method)))
+    return Opened(adapter.v, adapter.base, adapter.policy)
 
 
 def _full_policy(folder: Path, params: Any, v: Mapping[str, jax.Array]) -> FullPolicy:

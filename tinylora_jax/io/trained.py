@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors, TinyLoRA, combine, factorize, own_triplets
+from tinylora_jax.adapters import Factors, Policy, TinyLoRA, combine, factorize, own_triplets
 from tinylora_jax.io.adapter_file import AdapterReader, factors_of, read_adapter
 from tinylora_jax.io.peft import PeftError, is_peft, peft_factors, read_tinylora
 

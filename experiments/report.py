@@ -1,0 +1,212 @@
+"""Accuracy against the number of trained parameters: many runs as one table, JSON and picture.
+
+    python -m experiments.report --runs=RL:/tmp/sweep --runs=RL:/tmp/lora --runs=SFT:/tmp/sft --output=/tmp/report.json
+    python -m experiments.report --redraw=experiments/results/gsm8k_0_5b_parameters.json --output=/tmp/again.json
+
+A run is the workdir of experiments.grpo, sft or sweep, all of one base model and the same questions. Of several
+learning rates of one series and size, the one with the best training (reward, or loss, of the last quarter of the
+steps) is drawn, so that no test question chooses it; all stand in the table. Each trained accuracy stands beside the
+untrained one, with a paired test of their difference. The picture lies beside the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments.charts import draw_accuracy
+from experiments.cli import fail, parse_flags, reporting_errors
+from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.metrics import compare_right_or_wrong, estimate
+
+FLAGS = flags.FLAGS
+
+
+class ReportError(ValueError):
+    """A folder holds no finished run, or runs do not belong together."""
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReportError(f"{path} is missing; expected the --workdir of a finished run or sweep") from error
+    except ValueError as error:
+        raise ReportError(f"{path} is damaged ({error})") from error
+
+
+def _greedy(path: Path) -> dict[int, bool]:
+    """Whether each question was answered right, greedily and strictly."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {row["id"]: row["strict"] == 1 for row in rows if row["mode"] == "greedy"}
+    except FileNotFoundError as error:
+        raise ReportError(f"{path} is missing; the run did not end") from error
+    except (ValueError, KeyError) as error:
+        raise ReportError(f"{path} is damaged ({error})") from error
+
+
+def _training(path: Path) -> float:
+    """How well the last quarter of the steps went: mean reward, or the negative loss where there is none."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    last = rows[-max(1, len(rows) // 4) :]
+    return float(np.mean([row["reward"] if "reward" in row else -row["loss"] for row in last]))
+
+
+def read_runs(series: str, workdir: Path) -> list[dict[str, Any]]:
+    """The trained things of a run or a sweep.
+
+    Args:
+      series: a name such as RL.
+      workdir: of the run or sweep.
+
+    Returns:
+      For each its folder, config, answers before and after, and how training went.
+
+    Raises:
+      ReportError: the folder holds no finished run.
+    """
+    summary, found = _read(workdir / "summary.json"), []
+    rows = summary.get("members", [None])
+    for row in rows:
+        folder = workdir if row is None else workdir / "members" / row["member"]
+        if row is not None and row["dropped"]:
+            continue
+        own = _read(folder / "summary.json")
+        found.append(
+            {
+                "series": series,
+                "model": own["model"],
+                "params": own["params"],
+                "steps": own["steps"],
+                "config": _read(folder / "config.json"),
+                "training": _training(folder / "metrics.jsonl"),
+                "before": _greedy(workdir / "answers_before.jsonl"),
+                "after": _greedy(folder / "answers_after.jsonl"),
+                "eval_before": own["eval_before"],
+                "eval_after": own["eval_after"],
+            }
+        )
+    return found
+
+
+def _row(run: dict[str, Any]) -> dict[str, Any]:
+    config, ids = run["config"], sorted(run["before"])
+    if set(run["after"]) != set(run["before"]):
+        raise ReportError(f"a run of {run['params']} parameters answered other questions after training than before")
+    before, after = ([float(run[which][i]) for i in ids] for which in ("before", "after"))
+    found, difference = estimate(after), compare_right_or_wrong(before, after)
+    name = {"tinylora": "TinyLoRA", "lora_xs": "LoRA-XS", "lora": "LoRA", "full": "all weights"}[config["method"]]
+    rank = {"lora": config["lora"]["rank"], "full": None}.get(config["method"], config["adapter"]["rank"])
+    keep = ("strict", "lenient", "mean_tokens", "truncated", "sampled")
+    return {
+        "series": run["series"],
+        "method": name,
+        "rank": rank,
+        "params": run["params"],
+        "tying": config["adapter"]["tying"] if config["method"] == "tinylora" else None,
+        "u": config["adapter"]["u"] if config["method"] == "tinylora" else None,
+        "learning_rate": config["optimizer"]["learning_rate"],
+        "seed": config["seed"],
+        "steps": run["steps"],
+        "training": round(run["training"], 6),
+        "accuracy": round(found.value, 6),
+        "low": round(found.low, 6),
+        "high": round(found.high, 6),
+        "difference": round(difference.value, 6),
+        "p": float(f"{difference.p:.3g}"),
+        "eval": {name: run["eval_after"][name] for name in keep if name in run["eval_after"]},
+    }
+
+
+def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All runs as one table.
+
+    Args:
+      runs: of `read_runs`.
+
+    Raises:
+      ReportError: they are of several models, or answered several sets of questions.
+    """
+    models, sets = {run["model"] for run in runs}, {tuple(sorted(run["before"])) for run in runs}
+    if len(models) > 1 or len(sets) > 1:
+        raise ReportError(
+            f"the runs are of {len(models)} models and {len(sets)} sets of questions; expected one of each"
+        )
+    first = runs[0]
+    base = estimate([float(x) for x in first["before"].values()])
+    rows = sorted((_row(run) for run in runs), key=lambda row: (row["series"], row["params"], row["learning_rate"]))
+    return {
+        "model": first["model"],
+        "questions": len(first["before"]),
+        "untrained": {
+            "accuracy": round(base.value, 6),
+            "low": round(base.low, 6),
+            "high": round(base.high, 6),
+            "eval": first["eval_before"],
+        },
+        "runs": rows,
+    }
+
+
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By series, the best-trained run of every size."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        sizes = found.setdefault(row["series"], {})
+        if row["params"] not in sizes or row["training"] > sizes[row["params"]]["training"]:
+            sizes[row["params"]] = row
+    return {series: list(sizes.values()) for series, sizes in found.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The runs, one a line; those that are drawn have a star."""
+    drawn = {id(row) for rows in best(result["runs"]).values() for row in rows}
+    base = result["untrained"]
+    lines = [f"{'':32}{'params':>12} {'rate':>8} {'training':>9} {'accuracy':>9} {'95 %':>15} {'gain':>7} {'p':>8}"]
+    lines.append(
+        f"{'untrained':32}{0:>12} {'':>8} {'':>9} {base['accuracy']:>9.1%} {base['low']:>7.1%}…{base['high']:.1%}"
+    )
+    for row in result["runs"]:
+        name = f"{'*' if id(row) in drawn else ' '}{row['series']} {row['method']}"
+        name += f" r={row['rank']}" if row["rank"] else ""
+        lines.append(
+            f"{name:32}{row['params']:>12} {row['learning_rate']:>8.0e} {row['training']:>9.3f} {row['accuracy']:>9.1%}"
+            f" {row['low']:>7.1%}…{row['high']:<7.1%} {row['difference']:>+7.1%} {row['p']:>8.2g}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    output = Path(FLAGS.output)
+    if output.suffix != ".json":
+        fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
+    if bool(FLAGS.runs) == bool(FLAGS.redraw):
+        fail("give --runs, once or more, or --redraw")
+    with reporting_errors():
+        if FLAGS.redraw:
+            result = _read(Path(FLAGS.redraw))
+        else:
+            pairs = [text.partition(":") for text in FLAGS.runs]
+            if wrong := [text for text, (name, _, path) in zip(FLAGS.runs, pairs, strict=True) if not (name and path)]:
+                raise ReportError(f"--runs={wrong[0]}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
+            result = report([run for name, _, path in pairs for run in read_runs(name, Path(path))])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, json.dumps(result, indent=1) + "\n")
+        draw_accuracy(best(result["runs"]), result["untrained"], output.with_suffix(".png"))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
+    flags.DEFINE_string("redraw", None, "Draw the picture of this JSON again.")
+    flags.DEFINE_string("output", None, "The .json to write; the .png lies beside it.")
+    flags.mark_flag_as_required("output")
+    app.run(main, flags_parser=parse_flags)
