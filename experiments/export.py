@@ -3,11 +3,12 @@
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=merged --output=/tmp/merged
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=peft-tinylora --output=/tmp/peft
     python -m experiments.export --adapter=/tmp/peft --to=peft-lora --output=/tmp/lora
+    python -m experiments.export --adapter=/tmp/peft --to=tinylora --output=/tmp/adapter
 
 `merged` is a model folder with W + ΔW, config and tokenizer, which transformers, vLLM and SGLang load. `peft-tinylora`
 is what `PeftModel.from_pretrained` loads as TinyLoRA, `peft-lora` plain LoRA of the same rank, which PEFT, vLLM and
-SGLang load. All hold the same ΔW. The adapter may be a run's or PEFT's own TinyLoRA. The base model is loaded by the
-name in the adapter unless --model gives another.
+SGLang load; `tinylora` is our own folder, from one of PEFT's. All hold the same ΔW. The adapter may be a run's or
+PEFT's own TinyLoRA. The base model is loaded by the name in the adapter unless --model gives another.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.io.adapter_file import save_adapter
+from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.hf_folder import export_merged, rounding_loss
 from tinylora_jax.io.new_folder import new_folder
-from tinylora_jax.io.peft import export_lora, export_tinylora
-from tinylora_jax.io.pretrained import load_pretrained
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io.peft_export import export_lora, export_tinylora
+from tinylora_jax.io.pretrained import Pretrained, load_pretrained
+from tinylora_jax.io.trained import Trained, open_adapter
 
 FLAGS = flags.FLAGS
 _PEFT = {"peft-tinylora": export_tinylora, "peft-lora": export_lora}
@@ -31,14 +35,14 @@ _LOSS_TOLD = 0.01
 
 
 def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32") -> None:
-    """Writes an adapter as a PEFT folder, or a model merged with it.
+    """Writes an adapter as a PEFT folder, as one of ours, or a model merged with it.
 
     Args:
       adapter: folder with `vector.bin` and `adapter.json`, or PEFT's with `adapter_config.json`.
-      to: `merged`, `peft-tinylora` or `peft-lora`.
+      to: `merged`, `peft-tinylora`, `peft-lora` or `tinylora`.
       output: folder to make; refused if there is something in it. After an error nothing is left there.
       model: the base model, as `load_pretrained` takes it; None takes the adapter's own name for it.
-      dtype: of merged weights.
+      dtype: of merged weights, or of the vector in our own folder.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
@@ -54,6 +58,8 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype
         tell(f"loading {base}")
         pretrained = load_pretrained(base, jnp.dtype(trained.dtype))
         tell("reading or computing the factors")
+        if to == "tinylora":
+            return _save(folder, trained, pretrained, base, dtype)
         factors = trained.factors(pretrained.params, "auto")
         tell(f"writing {to}")
         if to != "merged":
@@ -67,6 +73,16 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype
         export_merged(folder, pretrained, factors, trained.v, dtype)
 
 
+def _save(folder: Path, trained: Trained, pretrained: Pretrained, base: str, dtype: str) -> None:
+    """Our own folder: P, and only what else cannot be computed again, travel with the vector."""
+    factors, v = trained.own(pretrained.params)
+    v = np.asarray(v)
+    loss = np.linalg.norm(v - v.astype(jnp.dtype(dtype)).astype(v.dtype)) / max(np.linalg.norm(v), 1e-30)
+    if loss:
+        tell(f"rounding to {dtype} moves the vector by {loss:.2%} of its length; --dtype=float32 keeps it")
+    save_adapter(folder, factors, jnp.asarray(v), base, dtype, base_fingerprint(pretrained.params), **trained.about)
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
@@ -78,9 +94,9 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("adapter", None, "Folder of a trained adapter, ours or PEFT's TinyLoRA.")
-    flags.DEFINE_enum("to", None, ["merged", *_PEFT], "Form to write.")
+    flags.DEFINE_enum("to", None, ["merged", "tinylora", *_PEFT], "Form to write.")
     flags.DEFINE_string("output", None, "Folder to make.")
     flags.DEFINE_string("model", None, "The base model, if not by the name in the adapter: `config.model` of its run.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of merged weights.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of merged weights, or of our vector.")
     flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

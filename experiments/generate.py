@@ -1,11 +1,12 @@
 """Answers prompts with a model, one adapter of it or several in one batch, and prints while it generates.
 
-    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --template=arithmetic --prompt='What is 2 + 3?'
+    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --prompt='What is 2 + 3?'
     python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'
 
-Every prompt meets every adapter; `base` is the model without one. A single answer is printed token by token, of
-several each line when it is complete, behind the number of its prompt and the name of its adapter. Without --prompt
-the lines of standard input are the prompts: one after the other from a terminal, else all in one batch.
+Every prompt meets every adapter, ours or PEFT's TinyLoRA, in the template that it was trained with; `base` is the
+model without one. A single answer is printed token by token, of several each line when it is complete, behind the
+number of its prompt and the name of its adapter. Without --prompt the lines of standard input are the prompts: one
+after the other from a terminal, else all in one batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,10 +26,10 @@ from absl import app, flags
 
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.screen import Screen, TextStream
-from tinylora_jax.adapters import Policy, TinyLoRA, factorize
-from tinylora_jax.data import TEMPLATES, Prompt, PromptTemplate, get_template, pad_prompts, render
-from tinylora_jax.io.adapter_file import AdapterError, AdapterReader, read_adapter
+from tinylora_jax.adapters import CombinationError, Policy
+from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
+from tinylora_jax.io.trained import Trained, open_adapter, read_together
 from tinylora_jax.rollout import Sampling, stream
 
 FLAGS = flags.FLAGS
@@ -49,12 +50,14 @@ class Answering:
     Attributes:
       base: the model.
       names: of the adapters, as they are shown.
+      templates: names of the prompt templates that they answer in.
       policy: the model with factors; None if no adapter is among them.
       vectors: `[adapters, groups, u]`, zeros for the base model.
     """
 
     base: Pretrained
     names: tuple[str, ...]
+    templates: tuple[str, ...]
     policy: Policy | None
     vectors: np.ndarray | None
 
@@ -82,27 +85,31 @@ def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
     return tuple(shown.get(name) or name for name in adapters)
 
 
-def load(model: str | None, adapters: Sequence[str], dtype: Any) -> Answering:
+def load(model: str | None, adapters: Sequence[str], dtype: Any, template: str | None = None) -> Answering:
     """Loads the model and reads its adapters.
 
     Args:
       model: as `load_pretrained` takes it; None is the base that the adapters name.
       adapters: folders, or `base`; none is the base model alone.
       dtype: of the weights.
+      template: name of the prompt template; None is each adapter's own.
 
     Raises:
-      AdapterError: an adapter is damaged, was trained on another model, or with another spec than the first.
-      InputError: there is no model, or an adapter is given twice.
+      AdapterError, PeftError: an adapter is damaged or was trained on another model.
+      InputError: there is no model, an adapter is given twice, or two cannot share a batch.
     """
     adapters = list(adapters) or [BASE]
     if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
         raise InputError(f"--adapter={twice[0]} is given twice; for several answers of one there is --samples")
     folders = [name for name in adapters if name != BASE]
-    spec, named = _common(folders, model)
+    trained = {name: open_adapter(Path(name)) for name in folders}
+    shown = short_names(adapters)
+    templates = _templates(shown, [trained.get(name) for name in adapters], template)
+    _check_alike(trained, model)
+    named = next((each.base for each in trained.values() if each.base is not None), None)
     if model is None and named is None:
-        raise InputError(
-            "--model is missing: without an adapter nothing says which; a hub id, a folder or a .gguf file"
-        )
+        where = "the adapter does not name its base model" if trained else "without an adapter nothing says which"
+        raise InputError(f"--model is missing: {where}; a hub id, a folder or a .gguf file")
     tell(f"loading {model or named}")
     try:
         base = load_pretrained(model or named, dtype)
@@ -110,44 +117,64 @@ def load(model: str | None, adapters: Sequence[str], dtype: Any) -> Answering:
         if model is None:
             raise InputError(f"{error} (the adapter calls its base {named!r}; --model says where it is)") from error
         raise
-    if spec is None:
-        return Answering(base, (BASE,), None, None)
-    tell("factorizing its weights")
-    reader = AdapterReader(base.params, factorize(base.params, spec))
-    read = {name: reader.read(Path(name)) for name in folders}
-    factors = reader.factors
-    zeros = np.zeros((factors.num_groups, spec.u), np.float32)
-    vectors = np.stack([read.get(name, zeros) for name in adapters])
-    return Answering(base, short_names(adapters), Policy(base.params, factors), vectors)
+    if not trained:
+        return Answering(base, (BASE,), templates, None, None)
+    tell("reading or computing the factors")
+    try:
+        factors, read = read_together(base.params, list(trained.values()))
+    except CombinationError as error:
+        raise InputError(f"the adapters cannot share a batch: {error}; give them a command each") from error
+    by_name = dict(zip(trained, read, strict=True)) | {BASE: np.zeros((factors.num_groups, factors.spec.u), np.float32)}
+    vectors = np.stack([by_name[name] for name in adapters])
+    return Answering(base, shown, templates, Policy(base.params, factors), vectors)
 
 
-def _common(folders: Sequence[str], model: str | None) -> tuple[TinyLoRA | None, str | None]:
-    """The spec of all adapters and the base that they name; says which one differs before anything is loaded."""
-    found = [(name, *read_adapter(Path(name))) for name in folders]
-    if not found:
-        return None, None
-    first, spec, _, description = found[0]
-    for name, other, _, its in found[1:]:
-        if other != spec:
-            raise AdapterError(
-                f"{name} was trained with {other}, {first} with {spec}: one batch shares its factors, so these two"
-                " need a command each"
+def _check_alike(adapters: Mapping[str, Trained], model: str | None) -> None:
+    """Says which adapters cannot share a batch before anything is loaded."""
+    for first, one in list(adapters.items())[:1]:
+        for name, other in adapters.items():
+            if other.spec.rank != one.spec.rank or set(other.spec.targets) != set(one.spec.targets):
+                shape = lambda spec: f"rank {spec.rank} and {len(spec.targets)} weights"
+                raise InputError(
+                    f"{name} adapts {shape(other.spec)}, {first} {shape(one.spec)}: adapters of one batch need the same"
+                    " of both, so these two need a command each"
+                )
+            if model is None and None not in (one.base, other.base) and other.base != one.base:
+                raise InputError(
+                    f"{name} was trained on {other.base!r}, {first} on {one.base!r}; give them a command each, or name"
+                    " the model of both with --model"
+                )
+
+
+def _templates(names: Sequence[str], adapters: Sequence[Trained | None], given: str | None) -> tuple[str, ...]:
+    """The template of each adapter: the one given, or its own; for one that names none the first that is named."""
+    if given is not None:
+        get_template(given)
+        return (given,) * len(adapters)
+    own = [adapter.template if adapter else None for adapter in adapters]
+    for name, template in zip(names, own, strict=True):
+        if template is not None and template not in TEMPLATES:
+            raise InputError(
+                f"{name} was trained in the template {template!r:.60}, which is not known here; choose one of"
+                f" {', '.join(TEMPLATES)} with --template"
             )
-        if model is None and its["base"] != description["base"]:
-            raise AdapterError(
-                f"{name} was trained on {its['base']!r}, {first} on {description['base']!r}; give them a command each,"
-                " or name the model of both with --model"
-            )
-    return spec, str(description["base"])
+    first = next(filter(None, own), None)
+    found = tuple(template or first or "plain" for template in own)
+    if first:
+        users = lambda template: ", ".join(name for name, its in zip(names, found, strict=True) if its == template)
+        said = "; ".join(f"{template} ({users(template)})" for template in dict.fromkeys(found))
+        tell(f"in the template that adapters were trained in: {said}. --template chooses one for all")
+    return found
 
 
-def encode(base: Pretrained, template: PromptTemplate, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """Prompts as tokens.
+def encode(answering: Answering, prompts: Sequence[str], max_new_tokens: int) -> list[list[list[int]]]:
+    """Prompts as tokens: of every prompt one list for each adapter, in its template.
 
     Raises:
       InputError: one is empty, is not text, or leaves no room for an answer.
     """
-    room, encoded = base.config.max_positions - max_new_tokens, []
+    base, encoded = answering.base, []
+    room = base.config.max_positions - max_new_tokens
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError(f"prompt {number} is empty")
@@ -155,19 +182,20 @@ def encode(base: Pretrained, template: PromptTemplate, prompts: Sequence[str], m
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"prompt {number} is not UTF-8 text at character {error.start + 1}") from error
-        tokens = render(template, prompt, base.tokenizer)
-        if len(tokens) > room:
+        rendered = {name: render(get_template(name), prompt, base.tokenizer) for name in answering.templates}
+        longest = max(map(len, rendered.values()))
+        if longest > room:
             raise InputError(
-                f"prompt {number} has {len(tokens)} tokens; with --max_new_tokens={max_new_tokens} the"
+                f"prompt {number} has {longest} tokens; with --max_new_tokens={max_new_tokens} the"
                 f" {base.config.max_positions} positions of {base.name} leave {room}. Shorten one of them"
             )
-        encoded.append(tokens)
+        encoded.append([rendered[name] for name in answering.templates])
     return encoded
 
 
 def answer(
     answering: Answering,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[Sequence[int]]],
     sampling: Sampling,
     key: jax.Array,
     out: TextIO,
@@ -178,16 +206,16 @@ def answer(
 
     Args:
       answering: the model and its adapters.
-      prompts: token ids.
+      prompts: token ids of every prompt for each adapter.
       sampling: how completions are drawn.
       key: of the sampling noise; one prompt meets the same noise with every adapter.
       out: where the answers go.
       samples: answers per prompt and adapter.
       first: number of prompts answered before.
     """
-    width = -(-max(map(len, prompts)) // _WIDTH_STEP) * _WIDTH_STEP
-    asked = [Prompt(first + place, tuple(tokens), "", "") for place, tokens in enumerate(prompts)]
-    arrays = pad_prompts([prompt for prompt in asked for _ in answering.names], width)
+    asked = [Prompt(first + place, tuple(tokens), "", "") for place, row in enumerate(prompts) for tokens in row]
+    width = -(-max(len(prompt.tokens) for prompt in asked) // _WIDTH_STEP) * _WIDTH_STEP
+    arrays = pad_prompts(asked, width)
     labels = _labels(len(prompts), answering.names, samples)
     screen, texts = Screen(out, labels), [TextStream(answering.base.tokenizer) for _ in labels]
     drawn, stopped, started = np.zeros(len(labels), int), np.zeros(len(labels), bool), time.perf_counter()
@@ -242,14 +270,13 @@ def run(values: flags.FlagValues) -> None:
     """What the command line says."""
     if values.samples > 1 and values.temperature == 0:
         raise InputError(f"--samples={values.samples} are all alike at --temperature=0; raise it")
-    template = get_template(values.template)
     sampling = Sampling(values.max_new_tokens, values.temperature)
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    answering = load(values.model, values.adapter, jnp.dtype(dtype))
+    answering = load(values.model, values.adapter, jnp.dtype(dtype), values.template)
     sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
     key, answered = jax.random.key(values.seed), 0
     for prompts in prompts_of(values.prompt, sys.stdin):
-        encoded = encode(answering.base, template, prompts, values.max_new_tokens)
+        encoded = encode(answering, prompts, values.max_new_tokens)
         answer(answering, encoded, sampling, key, sys.stdout, values.samples, answered)
         answered += len(prompts)
 
@@ -273,7 +300,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "What `config.model` takes; absent: the base that the first adapter names.")
     flags.DEFINE_multi_string("adapter", [], f"Folder of a trained adapter, or {BASE}; again for more of them.")
     flags.DEFINE_multi_string("prompt", [], "A question; again for more. Absent: lines of standard input.")
-    flags.DEFINE_string("template", "plain", f"The messages around a question: {', '.join(TEMPLATES)}.")
+    _about = f"The messages around a question: {', '.join(TEMPLATES)}. Absent: each adapter's own, else plain."
+    flags.DEFINE_string("template", None, _about)
     flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", lower_bound=0)
     flags.DEFINE_integer("samples", 1, "Answers per prompt and adapter.", lower_bound=1)

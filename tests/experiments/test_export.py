@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import TinyLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import evaluate, export
@@ -84,6 +86,52 @@ def test_a_peft_folder_goes_out_in_any_form(peft, model_folder, tmp_path):
     assert config["peft_type"] == "LORA" and config["r"] == 2
 
 
+@pytest.fixture(scope="module")
+def theirs(model_folder, tmp_path_factory):
+    """A TinyLoRA folder that PEFT itself saved, with P of its own."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, TinyLoraConfig(r=2, u=3, weight_tying=0.6, target_modules=targets))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "tinylora_v" in name:
+            parameter.data.normal_()
+    folder = tmp_path_factory.mktemp("saved") / "theirs"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_a_peft_folder_becomes_one_of_ours(theirs, adapter, config, model_folder, processes, tmp_path):
+    ours = tmp_path / "ours"
+    result = processes.run("export", f"--adapter={theirs}", "--to=tinylora", f"--output={ours}", config=False)
+    assert result.code == 0, result.err
+    assert {path.name for path in ours.iterdir()} == {"adapter.json", "vector.bin", "factors.safetensors"}
+    assert (ours / "factors.safetensors").stat().st_size < 14 * (3 * 4 * 4 + 150), "P alone"
+    answers = [[row["completion"] for row in evaluate.run(config, folder)[1]] for folder in (theirs, ours, None)]
+    assert answers[0] == answers[1] != answers[2]
+    tensors = {}
+    for source in (theirs, ours):
+        export.export(source, "merged", tmp_path / f"merged-{source.name}")
+        tensors[source] = load_pretrained(str(tmp_path / f"merged-{source.name}"), jnp.float32).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *tensors.values())
+    for to in ("tinylora", "peft-tinylora", "peft-lora"):
+        export.export(ours, to, tmp_path / to)
+    for name in ("vector.bin", "factors.safetensors"):
+        assert (tmp_path / "tinylora" / name).read_bytes() == (ours / name).read_bytes()
+
+
+def test_our_own_folder_is_written_anew(adapter, model_folder, tmp_path, capsys):
+    export.export(adapter, "tinylora", tmp_path / "same", str(model_folder))
+    assert (tmp_path / "same" / "vector.bin").read_bytes() == (adapter / "vector.bin").read_bytes()
+    about = lambda folder: json.loads((folder / "adapter.json").read_text())["about"]
+    assert about(tmp_path / "same") == about(adapter) and about(adapter)["config"]["template"] == "arithmetic"
+    assert open_adapter(adapter).template == "arithmetic"
+    export.export(adapter, "tinylora", tmp_path / "short", str(model_folder), "bfloat16")
+    assert (tmp_path / "short" / "vector.bin").stat().st_size * 2 == (adapter / "vector.bin").stat().st_size
+    assert "rounding to bfloat16 moves the vector by" in capsys.readouterr().err
+
+
 def test_what_bfloat16_loses_is_told(adapter, model_folder, tmp_path, capsys):
     export.export(adapter, "merged", tmp_path / "merged", str(model_folder), "bfloat16")
     assert "warning: rounding to bfloat16 is off by" in capsys.readouterr().err
@@ -122,7 +170,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("to", ["merged", "peft-lora"])
+@pytest.mark.parametrize("to", ["merged", "peft-lora", "tinylora"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_exported_is_one_error(case, to, adapter, peft, model_folder, other_model_folder, tmp_path):
     (tmp_path / "link").symlink_to("/dev/null")

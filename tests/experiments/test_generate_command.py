@@ -1,24 +1,30 @@
 """The command that answers: what it prints is what `generate` draws, and bad input is one message."""
 
 import io
+import json
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import TinyLoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experiments import generate as command
 from experiments.screen import Screen, TextStream
-from tinylora_jax.adapters import TinyLoRA, factorize, init
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
 from tinylora_jax.data import Prompt, get_template, pad_prompts, render
-from tinylora_jax.io.adapter_file import AdapterError, save_adapter
+from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
+from tinylora_jax.io.peft import import_tinylora
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.rollout import Sampling, generate
 
@@ -28,10 +34,33 @@ NEW = 12
 OPTIONS = ["--temperature=0.9", "--samples=2"]
 
 
-def write_adapter(folder, model_folder, scale, spec=SPEC):
+# PEFT uses a name that transformers deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def write_peft(
+    folder, model_folder, modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+):
+    """A folder that PEFT itself saved."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = get_peft_model(model, TinyLoraConfig(r=2, u=3, weight_tying=0.6, target_modules=list(modules)))
+    for name, parameter in model.named_parameters():
+        if "tinylora_v" in name:
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def peft(model_folder, tmp_path_factory):
+    return write_peft(tmp_path_factory.mktemp("theirs") / "peft", model_folder)
+
+
+def write_adapter(folder, model_folder, scale, spec=SPEC, **about):
     factors = factorize(load_pretrained(str(model_folder), jnp.float32).params, spec)
     v = scale * jnp.asarray(np.random.default_rng(0).standard_normal(init(factors).shape), jnp.float32)
-    save_adapter(folder, factors, v, str(model_folder), "float32")
+    save_adapter(folder, factors, v, str(model_folder), "float32", **about)
     return str(folder)
 
 
@@ -47,7 +76,7 @@ def answering(adapters):
 
 
 def flags(**changes):
-    values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": "plain", "max_new_tokens": NEW}
+    values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": None, "max_new_tokens": NEW}
     values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32"}
     return SimpleNamespace(**values | changes)
 
@@ -117,7 +146,7 @@ def base(model_folder):
 
 
 def test_one_answer_streams_and_an_interruption_ends_its_line(base):
-    encoded = command.encode(base.base, get_template("plain"), PROMPTS[:1], NEW)
+    encoded = command.encode(base, PROMPTS[:1], NEW)
     arguments = (base, encoded, Sampling(NEW, 1.0), jax.random.key(0))
     out = Writes()
     command.answer(*arguments, out)
@@ -179,10 +208,77 @@ def other_spec(model_folder, tmp_path_factory):
     return write_adapter(tmp_path_factory.mktemp("other") / "spec", model_folder, 1, TinyLoRA(u=1, n_tie=7))
 
 
-def test_what_is_wrong_with_the_input_is_said(adapters, other_spec, model_folder, other_model_folder, tmp_path):
+def alone(answering, policy, v, template="plain"):
+    """The greedy answers of one adapter to all prompts, on factors of its own."""
+    base = answering.base
+    rows = [render(get_template(template), prompt, base.tokenizer) for prompt in PROMPTS]
+    arrays = pad_prompts([Prompt(place, tuple(row), "", "") for place, row in enumerate(rows)])
+    sampling = Sampling(NEW, 0.0, stop_tokens=base.stop_tokens)
+    drawn = generate(base.config, policy(jnp.asarray(v)), *map(jnp.asarray, arrays), jax.random.key(0), sampling, 1)
+    return [
+        base.tokenizer.decode(np.asarray(row)[:length], skip_special_tokens=True)
+        for row, length in zip(drawn.tokens, drawn.lengths, strict=True)
+    ]
+
+
+def test_a_peft_folder_answers_alone_and_beside_ours(adapters, other_spec, peft, answering, capsys):
+    params = answering.base.params
+    factors, v = import_tinylora(Path(peft), params)
+    theirs = alone(answering, Policy(params, factors), v)
+    single = command.load(None, [peft], jnp.float32)
+    assert single.policy.factors.num_params == v.size, "its own factors, as they are in the file"
+    assert alone(answering, single.policy, single.vectors[0]) == theirs
+    capsys.readouterr()
+    command.run(flags(adapter=[command.BASE, adapters[0], peft, other_spec]))
+    found = answers(capsys.readouterr().out)
+    spec, own, _ = read_adapter(Path(other_spec))
+    expected = {
+        "base": alone(answering, answering.policy, answering.vectors[0]),
+        adapters[0]: alone(answering, answering.policy, answering.vectors[1]),
+        peft: theirs,
+        other_spec: alone(answering, Policy(params, factorize(params, spec)), own),
+    }
+    shown = command.short_names(expected)
+    assert found == {
+        f"{number + 1} {name}": texts[number]
+        for name, texts in zip(shown, expected.values(), strict=True)
+        for number in range(2)
+    }
+    assert len({texts[0] for texts in expected.values()}) == 4, "the adapters must answer differently"
+
+
+def test_each_answers_in_the_template_that_it_was_trained_in(model_folder, adapters, peft, tmp_path, capsys):
+    named = lambda name, template: write_adapter(tmp_path / name, model_folder, 1, config={"template": template})
+    sums, boxes, unknown = named("sums", "arithmetic"), named("boxes", "boxed"), named("new", "of the future")
+    load = lambda *names, template=None: command.load(None, list(names), jnp.float32, template)
+    assert load(adapters[0], peft).templates == ("plain", "plain")
+    assert "template" not in capsys.readouterr().err
+    assert load(sums).templates == ("arithmetic",)
+    assert "trained in: arithmetic (sums). --template chooses" in capsys.readouterr().err
+    mixed = load(command.BASE, boxes, peft, sums)
+    assert mixed.templates == ("boxed", "boxed", "boxed", "arithmetic")
+    assert re.search(r"trained in: boxed \(base, .*boxes, .*peft\); arithmetic \(.*sums\)\.", capsys.readouterr().err)
+    encoded = command.encode(mixed, PROMPTS, NEW)
+    for prompt, row in zip(PROMPTS, encoded, strict=True):
+        assert row == [render(get_template(name), prompt, mixed.base.tokenizer) for name in mixed.templates]
+    command.answer(mixed, encoded, Sampling(NEW, stop_tokens=mixed.base.stop_tokens), jax.random.key(0), io.StringIO())
+    assert load(boxes, sums, unknown, template="gsm8k").templates == ("gsm8k",) * 3
+    with pytest.raises(command.InputError, match="new was trained in the template 'of the future', .*choose one of"):
+        load(sums, unknown)
+    for odd in ({"config": 3}, {"config": {"template": ["plain"]}}, {"config": None}):
+        assert load(write_adapter(tmp_path / "odd", model_folder, 1, **odd)).templates == ("plain",)
+
+
+def test_what_is_wrong_with_the_input_is_said(adapters, model_folder, other_model_folder, tmp_path):
     model, other = str(model_folder), str(other_model_folder)
     foreign = write_adapter(tmp_path / "foreign", other_model_folder, 1)
     renamed = write_adapter(tmp_path / "renamed", model_folder, 1)
+    rank = write_adapter(tmp_path / "rank", model_folder, 1, TinyLoRA(rank=3))
+    few = write_peft(tmp_path / "few", model_folder, ["q_proj", "v_proj"])
+    nameless = write_peft(tmp_path / "nameless", model_folder)
+    config = tmp_path / "nameless" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    theirs = write_peft(tmp_path / "theirs", other_model_folder)
     (tmp_path / "renamed" / "adapter.json").write_text(
         (tmp_path / "renamed" / "adapter.json").read_text().replace(model, "moved-away")
     )
@@ -192,7 +288,11 @@ def test_what_is_wrong_with_the_input_is_said(adapters, other_spec, model_folder
         (flags(model=str(tmp_path / "no")), "no' is not a model"),
         (flags(adapter=[renamed]), "moved-away.*--model says where it is"),
         (flags(adapter=[adapters[0]] * 2), "is given twice"),
-        (flags(adapter=[adapters[0], other_spec]), "other.*spec was trained with .*n_tie=7.*one/adapter with"),
+        (flags(adapter=[adapters[0], rank]), "rank adapts rank 3 and 14 weights, .*one/adapter rank 2 and 14 .*each"),
+        (flags(adapter=[adapters[0], few]), "few adapts rank 2 and 4 weights, .*one/adapter rank 2 and 14"),
+        (flags(adapter=[nameless]), "--model is missing: the adapter does not name its base model"),
+        (flags(adapter=[adapters[0], theirs]), "theirs was trained on .*name the model of both"),
+        (flags(adapter=[adapters[0], theirs], model=model), "theirs was trained on .* singular directions are not"),
         (flags(adapter=[adapters[0], foreign]), "foreign was trained on .*name the model of both"),
         (flags(adapter=[adapters[0], foreign], model=model), "foreign: .* whose factors differ"),
         (flags(adapter=adapters, model=other), "one/adapter: .* whose factors differ"),
