@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         {
             "model": task.name,
             "dtype": config.dtype,
-            "parameters": task.policy.factors.num_params,
+            "parameters": task.policy.num_params,
             "prompts × samples, longest": f"{config.batch_size} × {config.samples}, {config.max_new_tokens}",
             "steps": FLAGS.steps,
             "mean length": median["length"],

@@ -81,6 +81,16 @@ def test_a_whole_step_is_timed_in_its_phases(processes, tmp_path):
     assert table["seconds from launch to the first trained step"] > table["seconds"]
 
 
+def test_several_runs_are_timed_against_one(processes, tmp_path):
+    result = tmp_path / "result.json"
+    ran = processes.run("benchmarks.population", "--members=2", "--steps=1", f"--json={result}")
+    assert ran.code == 0, ran.err
+    table = json.loads(result.read_text())
+    one, two = (table[f"members: {count}, seconds a step"] for count in (1, 2))
+    assert table["ratio"] == pytest.approx(two / one) and one > 0
+    assert table["members: 2, tokens generated in the last"] > table["members: 1, tokens generated in the last"] > 0
+
+
 def test_what_cannot_be_measured_is_refused(processes):
     ran = processes.run("benchmarks.rollout", "--model=random:huge", config=False)
     assert ran.code == 1 and "'huge'" in ran.err and "qwen2.5-0.5b" in ran.err

@@ -105,6 +105,7 @@ def lora_folder(model_folder, tmp_path_factory):
     return folder, model, policy, v
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT uses a name that is deprecated
 def test_peft_loads_it_with_equal_logits(lora_folder, model_folder):
     import torch
     from peft import PeftModel

@@ -1,0 +1,108 @@
+"""Many runs as one table: who is drawn, what is compared, what does not belong together."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments import report
+from experiments.report import ReportError, best, read_runs, table
+
+CONFIG = {
+    "method": "tinylora",
+    "lora": {"rank": 8},
+    "adapter": {"rank": 2, "tying": "tiled", "u": 1},
+    "optimizer": {"learning_rate": 1e-3},
+    "seed": 0,
+}
+SCORES = {"strict": 0.5, "lenient": 0.5, "mean_tokens": 3.0, "truncated": 0.0}
+BEFORE = [True] * 4 + [False] * 6
+
+
+def write_answers(path, right):
+    rows = [{"mode": "greedy", "id": i, "strict": float(x)} for i, x in enumerate(right)]
+    rows.append({"mode": "sampled", "id": 0, "strict": 0.0})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_run(folder, params, rewards, right, before=BEFORE, model="tiny", **config):
+    folder.mkdir(parents=True)
+    summary = {"model": model, "params": params, "steps": len(rewards), "eval_before": SCORES, "eval_after": SCORES}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rewards))
+    write_answers(folder / "answers_after.jsonl", right)
+    if before is not None:
+        write_answers(folder / "answers_before.jsonl", before)
+    return folder
+
+
+def reward(*values):
+    return [{"step": i, "reward": value} for i, value in enumerate(values)]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    sweep = tmp_path / "sweep"
+    members = {"a": (13, reward(0, 0, 0, 0.3), 5e-3), "b": (13, reward(0, 0, 0, 0.4), 1e-3)}
+    for name, (params, steps, rate) in members.items():
+        folder = sweep / "members" / name
+        write_run(folder, params, steps, [True] * 8 + [False] * 2, None, optimizer={"learning_rate": rate})
+    rows = [{"member": name, "dropped": None} for name in members] + [{"member": "c", "dropped": "step 3"}]
+    (sweep / "summary.json").write_text(json.dumps({"members": rows}))
+    write_answers(sweep / "answers_before.jsonl", BEFORE)
+    loss = [{"step": i, "loss": x} for i, x in enumerate((3.0, 2.0))]
+    sft = write_run(tmp_path / "sft", 500, loss, [False] * 10, method="full")
+    return read_runs("RL", sweep) + read_runs("SFT", sft)
+
+
+def test_every_run_stands_beside_the_untrained_model(runs):
+    result = report.report(runs)
+    assert result["untrained"]["accuracy"] == 0.4 and result["questions"] == 10
+    rl, _, sft = result["runs"]
+    assert (rl["params"], rl["accuracy"], rl["difference"], rl["method"]) == (13, 0.8, 0.4, "TinyLoRA")
+    assert rl["p"] == 0.125, "four questions better, none worse: 2 · 2⁻⁴"
+    assert (sft["series"], sft["method"], sft["rank"], sft["training"]) == ("SFT", "all weights", None, -2.0)
+    assert rl["low"] < 0.8 < rl["high"]
+
+
+def test_training_alone_chooses_the_learning_rate(runs):
+    result = report.report(runs)
+    chosen = best(result["runs"])
+    assert [row["learning_rate"] for row in chosen["RL"]] == [1e-3]
+    lines = table(result).splitlines()
+    assert sum(line.startswith("*") for line in lines) == 2 and len(lines) == 5
+
+
+def test_the_command_writes_json_and_picture(runs, tmp_path, monkeypatch):
+    values = {"runs": [f"RL:{tmp_path / 'sweep'}", f"SFT:{tmp_path / 'sft'}"], "redraw": None}
+    for name, output in (("first", tmp_path / "one.json"), ("again", tmp_path / "two.json")):
+        values["output"] = str(output)
+        monkeypatch.setattr(report, "FLAGS", type("Flags", (), values))
+        report.main([])
+        values |= {"runs": [], "redraw": str(tmp_path / "one.json")}
+        pixels = matplotlib.image.imread(output.with_suffix(".png"))[..., :3]
+        assert np.mean(pixels.min(axis=-1) < 0.85) > 0.005, name
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+
+
+def test_what_does_not_belong_together(runs, tmp_path):
+    other = read_runs("RL", write_run(tmp_path / "other", 1, reward(0.1), BEFORE, model="another"))
+    with pytest.raises(ReportError, match="2 models"):
+        report.report(runs + other)
+    fewer = read_runs("RL", write_run(tmp_path / "fewer", 1, reward(0.1), BEFORE[:5], BEFORE[:5]))
+    with pytest.raises(ReportError, match="2 sets of questions"):
+        report.report(runs + fewer)
+    mixed = read_runs("RL", write_run(tmp_path / "mixed", 1, reward(0.1), BEFORE[:5]))
+    with pytest.raises(ReportError, match="answered other questions after training"):
+        report.report(mixed)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ReportError, match="summary.json is missing"):
+        read_runs("RL", tmp_path)
+    folder = write_run(tmp_path / "run", 1, reward(0.1), BEFORE)
+    (folder / "answers_after.jsonl").write_text("{")
+    with pytest.raises(ReportError, match="answers_after.jsonl is damaged"):
+        read_runs("RL", folder)
