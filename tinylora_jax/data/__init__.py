@@ -11,11 +11,14 @@ from tinylora_jax.data.pipeline import (
 from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, render
 from tinylora_jax.data.questions import DataSpec, Question, load_questions
 from tinylora_jax.data.sources import DataError
+from tinylora_jax.data.suites import EVAL_SETS, EvalSet, parse_suite
 
 __all__ = [
+    "EVAL_SETS",
     "TEMPLATES",
     "DataError",
     "DataSpec",
+    "EvalSet",
     "Prompt",
     "PromptArrays",
     "PromptTemplate",
@@ -26,5 +29,6 @@ __all__ = [
     "make_pipeline",
     "pad_prompts",
     "padded_width",
+    "parse_suite",
     "render",
 ]

@@ -74,12 +74,12 @@ def _parse_line(line: bytes, where: str) -> Row:
     return row
 
 
-def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
-    """Reads two columns of a Parquet file.
+def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    """Reads columns of a Parquet file.
 
     Args:
       path: an existing file.
-      columns: the question's and the answer's column.
+      columns: their names.
 
     Yields:
       One row at a time.
@@ -99,13 +99,13 @@ def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
 
 
-def read_hub(source: str, split: str, columns: tuple[str, str], start: int, limit: int | None) -> Iterator[Row]:
+def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limit: int | None) -> Iterator[Row]:
     """Reads a data set of the Hugging Face hub through `datasets`, which caches it.
 
     Args:
       source: `owner/name` or `owner/name:config`.
       split: the split.
-      columns: the question's and the answer's column.
+      columns: their names.
       start: first row.
       limit: at most this many rows.
 
