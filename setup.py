@@ -28,12 +28,15 @@ setup(
         "jinja2>=3.1",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
+        "scipy>=1.13",
         "matplotlib>=3.8",  # what a run is drawn with at its end
     ],
     extras_require={
         # The demo needs nothing beyond the base; the name is kept so that the command says what it is for.
         "demo": [],
         "tpu": ["jax[tpu]>=0.10"],
+        # The rewards `math` and `minerva`. Not in the base: its ANTLR runtime is one that hydra and omegaconf exclude.
+        "eval": ["math-verify>=0.9"],
         "reasoning-gym": ["reasoning-gym>=0.1.19"],
         # Oracles of the tests: transformers' own models run on torch. The pin keeps pip from
         # replacing a CPU build with the newest CUDA one.
@@ -45,6 +48,7 @@ setup(
             "peft>=0.19",
             "equinox>=0.13",
             "reasoning-gym>=0.1.19",
+            "math-verify>=0.9",
             # XLA's compiler for TPUs, which needs none of them; it exists for Linux alone.
             "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

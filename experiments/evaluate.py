@@ -1,15 +1,21 @@
 """Accuracy of a model, with or without a trained adapter: greedy and sampled, strict and lenient.
 
     python -m experiments.evaluate --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter
+    python -m experiments.evaluate --config=experiments/configs/math_qwen2_5_7b.py --suite=gsm8k,math500,aime24@16
 
-The config says which model, questions, prompt, grader and lengths; without --adapter the base model is
-evaluated. Prints one JSON object; with --output, also writes it there and every answer beside it as JSON lines.
+The config says which model, questions, prompt, grader and lengths; without --adapter the base model is evaluated. A
+suite, sets by name (`tinylora_jax/data/suites.py`), files or hub ids, stands in for the config's questions and grader;
+`@16` asks for so many sampled answers, `--config.eval_data.limit` for so many questions of each set. Prints a table
+and, last, one JSON object; with --output, also writes it there and every answer beside it as JSON lines, which
+`experiments.compare` compares with another run's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +29,14 @@ from experiments.answering import Answers, answer, lower_answer, step_key
 from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.compilation import compile_together
 from experiments.meshes import use_mesh
-from experiments.setup import Task, load_task, make_prompts, parse
+from experiments.scoring import Row, sampled_summary, summary, table
+from experiments.setup import ConfigError, Task, load_task, make_prompts, parse
 from tinylora_jax.adapters.policy import Trained
-from tinylora_jax.data import Prompt, load_questions, padded_width
+from tinylora_jax.data import EvalSet, Prompt, get_template, load_questions, padded_width, parse_suite
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.io.saving import open_trained
+from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling
-
-Row = dict[str, Any]
 
 
 def evaluate(
@@ -72,9 +78,9 @@ def evaluate(
             filler = [batch[0]] * (batch_size - len(batch))  # the last batch runs the same program
             answers = answer(task, v, batch + filler, step_key(seed, "eval", 0), sampling, count, width)
             rows += _rows(mode, batch, answers, count)
-    result = {"questions": len(prompts), **_summary([row for row in rows if row["mode"] == "greedy"])}
+    result = {"questions": len(prompts), **summary([row for row in rows if row["mode"] == "greedy"])}
     if samples:
-        sampled = _summary([row for row in rows if row["mode"] == "sampled"])
+        sampled = sampled_summary([row for row in rows if row["mode"] == "sampled"], samples)
         result["sampled"] = {"samples": samples, "temperature": task.sampling.temperature, **sampled}
     return result, rows
 
@@ -113,33 +119,54 @@ def _rows(mode: str, prompts: Sequence[Prompt], answers: Answers, samples: int) 
     ]
 
 
-def _summary(rows: Sequence[Row]) -> dict[str, float]:
-    mean = lambda values: round(sum(values) / len(rows), 6)
-    return {
-        "strict": mean(row["strict"] for row in rows),
-        "lenient": mean(row["lenient"] for row in rows),
-        "mean_tokens": mean(row["tokens"] for row in rows),
-        "truncated": mean(not row["stopped"] for row in rows),
-    }
+def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...]:
+    """The sets of a suite, each with at most as many questions as the config allows."""
+    if suite and "\\boxed" not in get_template(config.template).user:
+        raise ConfigError(
+            f"config.template={config.template!r} does not ask for an answer in \\boxed{{}}, by which a suite is"
+            " graded; add --config.template=boxed"
+        )
+    limit = config.eval_data.limit
+    return tuple(dataclasses.replace(each, data=dataclasses.replace(each.data, limit=limit)) for each in suite)
 
 
-def run(config: ConfigDict, adapter: Path | None) -> tuple[dict[str, Any], list[Row]]:
+def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ()) -> tuple[dict[str, Any], list[Row]]:
     """Evaluates the base model of a config, or an adapter trained on it.
+
+    Args:
+      config: of the run.
+      adapter: its folder; None is the base model.
+      suite: sets that stand in for the config's questions and grader.
+
+    Returns:
+      The accuracies, of a suite under `sets` by name, and one row per completion.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged or belongs to another base model.
+      ConfigError: the config's prompt does not ask for what a suite's graders read.
     """
     specs = parse(config)
-    questions = load_questions(specs.eval_data)
+    sets = _limited(config, suite) or (EvalSet(specs.eval_data.source, specs.eval_data, config.reward),)
+    questions = [load_questions(each.data) for each in sets]
+    rewards = [load_reward(each.reward) for each in sets]
     trained = None if adapter is None else open_trained(adapter)
     task = load_task(config, specs, trained and trained.policy)
     v = task.policy.init() if trained is None else trained.v
-    prompts = make_prompts(config, questions, task)
-    how = {"batch_size": config.eval_batch_size, "samples": max(1, config.eval_samples)}
+    prompts = [make_prompts(config, each, task) for each in questions]
+    hows = [
+        {"batch_size": config.eval_batch_size, "samples": each.samples or max(1, config.eval_samples)} for each in sets
+    ]
     tell("compiling")
-    compile_together(lower_evaluation(task, v, prompts, **how))
-    result, rows = evaluate(task, v, prompts, seed=config.seed, **how)
-    return {"model": task.name, "adapter": str(adapter) if adapter else None, **result}, rows
+    compile_together(chain(*(lower_evaluation(task, v, p, **how) for p, how in zip(prompts, hows, strict=True))))
+    results, rows = {}, []
+    for each, reward, asked, how in zip(sets, rewards, prompts, hows, strict=True):
+        tell(f"evaluating {each.name}: {len(asked)} questions")
+        result, answered = evaluate(dataclasses.replace(task, reward=reward), v, asked, seed=config.seed, **how)
+        results[each.name] = {"data": each.data.source, "reward": each.reward, **result}
+        rows += [{"set": each.name, **row} for row in answered]
+    about = {"model": task.name, "adapter": str(adapter) if adapter else None, "template": config.template}
+    about |= {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    return {**about, **({"sets": results} if suite else results[sets[0].name])}, rows
 
 
 def main(argv: Sequence[str]) -> None:
@@ -156,11 +183,16 @@ def main(argv: Sequence[str]) -> None:
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
         hosts.connect(FLAGS)
+        if FLAGS.suite_folder is not None and FLAGS.suite is None:
+            fail("--suite_folder without --suite; name the sets, such as --suite=gsm8k,math500")
+        folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
+        suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
         with use_mesh(parse(FLAGS.config).mesh):
-            result, rows = run(FLAGS.config, adapter)
+            result, rows = run(FLAGS.config, adapter, suite)
         if output is not None and hosts.is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    tell(table(result.get("sets") or {result["data"]: result}))
     if hosts.is_first():
         print(json.dumps(result))
 
@@ -170,6 +202,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Which model, questions and grader.", lock_config=True)
     flags.DEFINE_string("adapter", None, "Folder of a trained adapter; absent: the base model.")
     flags.DEFINE_string("output", None, "Write the result to this .json, and every answer to the .jsonl beside it.")
+    flags.DEFINE_string("suite", None, "Sets to evaluate on, separated by commas: names, files or hub ids.")
+    flags.DEFINE_string("suite_folder", None, "Has the named sets as files; absent, they come from the hub.")
     hosts.define_flags()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

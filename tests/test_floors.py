@@ -14,6 +14,7 @@ LIBRARY = "tinylora_jax"
 BELOW = {
     "adapters": set(),
     "rewards": set(),
+    "metrics": set(),
     "data": set(),
     "models": {"adapters"},
     "io": {"adapters", "models"},
@@ -25,6 +26,7 @@ GROUND = "fetch"  # one module of a few lines, which needs JAX alone
 WITHOUT = {
     "adapters": {"flax", "optax", "transformers", "datasets"},
     "rewards": {"jax", "jaxlib", "flax", "optax", "transformers", "datasets"},
+    "metrics": {"jax", "jaxlib", "flax", "optax", "transformers", "datasets"},
     "data": {"jax", "jaxlib", "flax", "optax"},
     "models": {"transformers", "datasets", "optax"},
     "rollout": {"transformers", "datasets", "optax"},

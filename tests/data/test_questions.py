@@ -125,7 +125,8 @@ def test_plain_values_become_text(tmp_path, answer, expected):
         ({"question": "q", "answer": "  "}, "row 2: column 'answer' is empty"),
         ({"question": "q", "answer": "so\n####"}, "row 2: nothing follows '####'"),
         ({"question": "q", "answer": None}, "row 2: column 'answer' is null"),
-        ({"question": "q", "answer": ["1"]}, "row 2: column 'answer' is of type list"),
+        ({"question": "q", "answer": [1]}, "row 2: column 'answer' is of type list"),
+        ({"question": "q", "answer": []}, "row 2: column 'answer' is of type list"),
         ({"question": "q", "answer": True}, "row 2: column 'answer' is of type bool"),
         ({"question": "q", "answer": float("nan")}, "row 2: column 'answer' is of type float"),
         (
@@ -217,3 +218,31 @@ def test_shared_data_loads(file, rows):
     if not path.exists():
         pytest.skip("needs ../shared/data")
     assert len(load_questions(DataSpec(str(path)))) == rows
+
+
+def test_a_list_is_several_answers_and_a_tolerance_stands_behind_them(tmp_path):
+    rows = [
+        {"question": "a", "final_answer": ["$2$"], "error": None},
+        {"question": "b", "final_answer": ["1", "-1"], "error": ""},
+        {"question": "c", "final_answer": ["4.2"], "error": "1e-1"},
+    ]
+    spec = DataSpec(write_jsonl(tmp_path / "a.jsonl", rows), answer_column="final_answer", tolerance_column="error")
+    assert [q.answer for q in load_questions(spec)] == ["$2$", "1, -1", "4.2 (tolerance 0.1)"]
+    for bad in ("much", -1, float("inf")):
+        write_jsonl(tmp_path / "a.jsonl", [rows[0] | {"error": bad}])
+        with pytest.raises(DataError, match="row 0: column 'error' is .*, expected a number of at least 0"):
+            load_questions(spec)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_rows_are_kept_by_a_column(tmp_path, write):
+    rows = [{"question": f"{i}?", "answer": str(i), "level": i % 4, "error": None} for i in range(8)]
+    source = write(tmp_path / f"a.{'jsonl' if write is write_jsonl else 'parquet'}", rows)
+    assert [q.id for q in load_questions(DataSpec(source, keep="level=1, 3", tolerance_column="error"))] == [1, 3, 5, 7]
+    with pytest.raises(DataError, match="has no rows with level=9"):
+        load_questions(DataSpec(source, keep="level=9"))
+    with pytest.raises(DataError, match="lacks column 'difficulty'"):
+        load_questions(DataSpec(source, keep="difficulty=1"))
+    for bad in ("level", "=3", "level=", "a,b=1"):
+        with pytest.raises(DataError, match="keep like 'level=3,4,5'"):
+            DataSpec(source, keep=bad)

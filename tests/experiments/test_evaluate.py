@@ -19,6 +19,8 @@ from tinylora_jax.data import load_questions
 from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
 from tinylora_jax.rollout import Sampling
 
+NO_SUITE = {"suite": None, "suite_folder": None}
+
 
 @pytest.fixture(scope="module")
 def task(make_config):
@@ -94,7 +96,8 @@ def test_without_an_adapter_it_is_the_base_model(finished, config):
 
 def test_command_line_writes_json_and_every_answer(finished, config, monkeypatch, capsys, tmp_path, one_host):
     output = tmp_path / "new" / "result.json"
-    values = SimpleNamespace(config=config, adapter=str(finished.workdir / "adapter"), output=str(output), **one_host)
+    files = {"adapter": str(finished.workdir / "adapter"), "output": str(output)}
+    values = SimpleNamespace(config=config, **files, **NO_SUITE, **one_host)
     monkeypatch.setattr(cli, "FLAGS", values, raising=False)
     cli.main([])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -126,7 +129,7 @@ def test_an_adapter_of_another_base_is_refused(adapter, config, other_model_fold
     config.model = str(other_model_folder)
     with pytest.raises(AdapterError, match="trained on 'tiny', from which this base model differs in 16 of 27 weights"):
         cli.run(config, adapter)
-    values = SimpleNamespace(config=config, adapter=str(adapter), output=None, **one_host)
+    values = SimpleNamespace(config=config, adapter=str(adapter), output=None, **NO_SUITE, **one_host)
     monkeypatch.setattr(cli, "FLAGS", values, raising=False)
     with pytest.raises(SystemExit) as stopped:
         cli.main([])

@@ -12,11 +12,14 @@ from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, r
 from tinylora_jax.data.questions import DataSpec, Question, load_questions
 from tinylora_jax.data.solutions import encode_solutions, solution_text
 from tinylora_jax.data.sources import DataError
+from tinylora_jax.data.suites import EVAL_SETS, EvalSet, parse_suite
 
 __all__ = [
+    "EVAL_SETS",
     "TEMPLATES",
     "DataError",
     "DataSpec",
+    "EvalSet",
     "Prompt",
     "PromptArrays",
     "PromptTemplate",
@@ -28,6 +31,7 @@ __all__ = [
     "make_pipeline",
     "pad_prompts",
     "padded_width",
+    "parse_suite",
     "render",
     "solution_text",
 ]

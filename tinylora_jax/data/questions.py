@@ -23,9 +23,12 @@ from tinylora_jax.data.sources import (
 DEFAULT_GENERATED = 1024
 MAX_REPORTED = 5
 
-_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+"""What names of files of questions end in."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[^\s:/]+)?")
 _REASONING_GYM = "reasoning-gym:"
+_KEEP = re.compile(r"[^=,]*[^=,\s][^=,]*=[^=]+")
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
@@ -56,13 +59,15 @@ class DataSpec:
       split: the split; ignored for files, which are one split each.
       question_column: column of the question (files and hub).
       answer_column: column of the answer (files and hub). Where it is a worked solution that ends in
-        `#### 72`, the answer is what follows the marker.
+        `#### 72`, the answer is what follows the marker. A list of texts is several answers.
       solution_column: column of a worked solution, for SFT (files and hub). Empty: an answer column that ends in
         `#### 72` is one.
       start: first row.
       limit: at most this many rows; None is all (generators: exactly this many; see `sources`).
       seed: keys the generators.
       below: arithmetic only; numbers are below this.
+      tolerance_column: column of the absolute tolerance of a row's numbers, which rows may leave empty; "" is none.
+      keep: `level=3,4,5` keeps only rows with one of these in that column (files and hub); "" keeps all.
     """
 
     source: str
@@ -74,6 +79,8 @@ class DataSpec:
     limit: int | None = None
     seed: int = 0
     below: int = 50
+    tolerance_column: str = ""
+    keep: str = ""
 
     def __post_init__(self):
         empty = [f for f in ("source", "split", "question_column", "answer_column") if not getattr(self, f)]
@@ -86,6 +93,14 @@ class DataSpec:
             )
         if not 2 <= self.below <= 1000:
             raise DataError(f"data spec needs below in 2 … 1000, got {self.below}")
+        if self.keep and not _KEEP.fullmatch(self.keep):
+            raise DataError(f"data spec needs keep like 'level=3,4,5', got {self.keep!r}")
+
+    @property
+    def kept(self) -> tuple[str, frozenset[str]]:
+        """The column of `keep` and its values."""
+        column, _, values = self.keep.partition("=")
+        return column.strip(), frozenset(value.strip() for value in values.split(","))
 
 
 def load_questions(spec: DataSpec) -> tuple[Question, ...]:
@@ -105,20 +120,25 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
     (Question(id=0, question='What is 36 + 27?', answer='63', solution='36 + 27 = 63\\n#### 63'),)
     """
     questions, problems = [], []
-    columns = _columns(spec)
+    asked, answered, *solved = _columns(spec)
     for row_index, row in enumerate(_read(spec), start=spec.start):
-        require_columns(f"{spec.source}, row {row_index},", row, columns)
+        kept, values = spec.kept
+        require_columns(f"{spec.source}, row {row_index},", row, (asked, answered, *solved, *([kept] if kept else [])))
+        if kept and str(row[kept]) not in values:
+            continue
         try:
-            question, answer, *solution = (_as_text(column, row[column]) for column in columns)
-            worked = solution[0] if solution else (answer if "####" in answer else None)
-            questions.append(Question(row_index, question, final_answer(answer), worked))
+            given = _as_text(answered, _joined(row[answered]))
+            answer = final_answer(given) + _tolerance(spec.tolerance_column, row)
+            worked = [_as_text(column, row[column]) for column in solved] or ([given] if "####" in given else [None])
+            questions.append(Question(row_index, _as_text(asked, row[asked]), answer, worked[0]))
         except DataError as error:
             problems.append(f"row {row_index}: {error}")
     if problems:
         shown = "; ".join(problems[:MAX_REPORTED]) + ("; ..." if len(problems) > MAX_REPORTED else "")
         raise DataError(f"{spec.source} has {len(problems)} unusable rows: {shown}. Mend or remove them")
     if not questions:
-        raise DataError(f"{spec.source} (split {spec.split!r}) has no rows from row {spec.start} on")
+        which = f" with {spec.keep}" if spec.keep else ""
+        raise DataError(f"{spec.source} (split {spec.split!r}) has no rows{which} from row {spec.start} on")
     return tuple(questions)
 
 
@@ -149,20 +169,41 @@ def _columns(spec: DataSpec) -> tuple[str, ...]:
     return (spec.question_column, spec.answer_column, *solution)
 
 
+def _joined(answer: object) -> object:
+    """The answers of a list as one text; a list of anything else, as of none, is for `_as_text` to refuse."""
+    is_list = isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer)
+    return ", ".join(answer) if is_list else answer
+
+
+def _tolerance(column: str, row: Row) -> str:
+    """A row's tolerance as graders read it behind the answer."""
+    value = row.get(column) if column else None
+    if value is None or value == "":
+        return ""
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = -1.0
+    if not (math.isfinite(number) and number >= 0):
+        raise DataError(f"column {column!r} is {str(value)[:40]!r}, expected a number of at least 0, or nothing")
+    return f" (tolerance {number})" if number else ""
+
+
 def _is_generated(source: str) -> bool:
     return source == "arithmetic" or source.startswith(_REASONING_GYM)
 
 
 def _read(spec: DataSpec) -> Iterator[Row]:
     """Opens the source; yields its rows from `start` on, at most `limit`."""
-    source, columns = spec.source, _columns(spec)
+    source = spec.source
+    columns = _columns(spec) + tuple(filter(None, (spec.tolerance_column, spec.kept[0])))
     if source == "arithmetic":
         return generate_arithmetic(spec.split, spec.seed, spec.below, spec.start, spec.limit)
     if source.startswith(_REASONING_GYM):
         task, count = source.removeprefix(_REASONING_GYM), spec.limit or DEFAULT_GENERATED
         return generate_reasoning_gym(task, spec.split, spec.seed, spec.start, count)
     path = Path(source).expanduser()
-    if source.endswith(_FILE_SUFFIXES):
+    if source.endswith(FILE_SUFFIXES):
         if not path.is_file():
             raise DataError(f"{source}: no such file (in {Path.cwd()})")
         rows = read_parquet(path, columns) if source.endswith(".parquet") else read_jsonl(path)
@@ -172,7 +213,7 @@ def _read(spec: DataSpec) -> Iterator[Row]:
     if path.exists() or not _HUB_ID.fullmatch(source):
         raise DataError(
             f"cannot tell what {source!r} is; expected arithmetic, reasoning-gym:<task>, a file ending in "
-            f"{', '.join(_FILE_SUFFIXES)}, or a hub id such as openai/gsm8k:main"
+            f"{', '.join(FILE_SUFFIXES)}, or a hub id such as openai/gsm8k:main"
         )
     return read_hub(source, spec.split, columns, spec.start, spec.limit)
 

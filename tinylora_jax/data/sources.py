@@ -79,7 +79,7 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
 
     Args:
       path: an existing file.
-      columns: of the question, the answer and perhaps the solution.
+      columns: their names.
 
     Yields:
       One row at a time.
@@ -105,7 +105,7 @@ def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limi
     Args:
       source: `owner/name` or `owner/name:config`.
       split: the split.
-      columns: of the question, the answer and perhaps the solution.
+      columns: their names.
       start: first row.
       limit: at most this many rows.
 

@@ -1,4 +1,4 @@
-"""Extraction of answers from completions and exact-match grading; plain Python, no JAX."""
+"""Extraction of answers from completions and their grading, exact or by algebra; plain Python, no JAX."""
 
 from tinylora_jax.rewards.answers import (
     extract_boxed,
@@ -7,10 +7,9 @@ from tinylora_jax.rewards.answers import (
     is_equal,
     normalize,
 )
+from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError
+from tinylora_jax.rewards.math_reward import MathReward
 from tinylora_jax.rewards.reward import (
-    Grade,
-    Reward,
-    RewardError,
     grade_batch,
     grade_boxed,
     grade_hash,
@@ -18,7 +17,9 @@ from tinylora_jax.rewards.reward import (
 )
 
 __all__ = [
+    "BatchReward",
     "Grade",
+    "MathReward",
     "Reward",
     "RewardError",
     "extract_boxed",

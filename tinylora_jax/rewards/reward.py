@@ -9,42 +9,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from tinylora_jax.rewards.answers import extract_boxed, extract_hash, extract_last_number, is_equal
-
-
-class RewardError(ValueError):
-    """A reward that cannot be loaded, or that failed or returned no finite number on a completion."""
-
-
-@dataclass(frozen=True)
-class Grade:
-    """The grade of one completion.
-
-    Attributes:
-      strict: the reward trained on: right answer in the required format.
-      lenient: right answer in any format; at least as generous as `strict` for the built-in graders.
-      answer: the answer found, as written: the formatted one if there is one, else the last number.
-    """
-
-    strict: float
-    lenient: float
-    answer: str | None = None
-
-    def __post_init__(self):
-        if not (_is_finite(self.strict) and _is_finite(self.lenient)):
-            got = f"strict={_shown(self.strict)}, lenient={_shown(self.lenient)}"
-            raise RewardError(f"a grade needs finite numbers of at most 1e6 in size, got {got}")
-
-
-Reward: TypeAlias = Callable[[str, str, str], Grade]
-"""Takes (completion, answer, question)."""
+from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError, is_finite, shown
+from tinylora_jax.rewards.math_reward import MathReward
 
 
 @runtime_checkable
@@ -108,13 +81,14 @@ class UserReward:
             raise RewardError(f"reward {self.name} {problem} on question {asked!r}; {advice}") from error
         if isinstance(value, Grade):
             return value
-        if not _is_finite(value):
+        if not is_finite(value):
             advice = "return a finite float of at most 1e6 in size, or a tinylora_jax.rewards.Grade"
-            raise RewardError(f"reward {self.name} returned {_shown(value)} on question {asked!r}; {advice}")
+            raise RewardError(f"reward {self.name} returned {shown(value)} on question {asked!r}; {advice}")
         return Grade(float(value), float(value))
 
 
 _BUILT_IN: dict[str, Reward] = {"hash": grade_hash, "boxed": grade_boxed}
+_BY_ALGEBRA = {"math": MathReward(), "minerva": MathReward(relative=0.01)}
 _MODULE_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -122,9 +96,10 @@ def load_reward(name: str) -> Reward:
     """Finds a reward by name.
 
     Args:
-      name: `hash` (`#### n`), `boxed`, or `module:function`, imported from the Python path. The function gets
-        (completion, answer, question) as positional texts and returns a number or a `Grade`; it is called one
-        completion at a time and must be quick and deterministic.
+      name: `hash` (`#### n`); `boxed`, compared as text and number; `math`, boxed and compared by algebra, and
+        `minerva`, the same with numbers within 1 % (see `MathReward`); or `module:function`, imported from the
+        Python path. The function gets (completion, answer, question) as positional texts and returns a number or
+        a `Grade`; it is called one completion at a time and must be quick and deterministic.
 
     Returns:
       The reward.
@@ -134,10 +109,17 @@ def load_reward(name: str) -> Reward:
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]
+    if name in _BY_ALGEBRA:
+        if importlib.util.find_spec("math_verify") is None:
+            raise RewardError(
+                f"reward {name!r} needs a package: pip install 'math-verify>=0.9' (or tinylora_jax's extra `eval`)"
+            )
+        return _BY_ALGEBRA[name]
     if not _MODULE_FUNCTION.fullmatch(name):
-        close = difflib.get_close_matches(name, _BUILT_IN, n=1)
+        known = [*_BUILT_IN, *_BY_ALGEBRA]
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        expected = f"{', '.join(_BUILT_IN)} or module:function"
+        expected = f"{', '.join(known)} or module:function"
         raise RewardError(f"unknown reward {name!r}{hint}; expected {expected}")
     module_name, function_name = name.split(":")
     try:
@@ -173,6 +155,8 @@ def grade_batch(reward: Reward, completions: Sequence[str], prompts: Sequence[Gr
     if len(completions) != len(prompts):
         counts = f"{len(completions)} completions for {len(prompts)} prompts"
         raise ValueError(f"{counts}; repeat each prompt once per sample")
+    if isinstance(reward, BatchReward):
+        return reward.grade_all(completions, [prompt.answer for prompt in prompts])
     grades = []
     for index, (completion, prompt) in enumerate(zip(completions, prompts, strict=True)):
         try:
@@ -187,18 +171,3 @@ def _grade(formatted: str | None, completion: str, gold: str) -> Grade:
         return Grade(1.0, 1.0, formatted)
     last = extract_last_number(completion)
     return Grade(0.0, float(is_equal(last, gold)), last if formatted is None else formatted)
-
-
-_LARGEST = 1e6  # squares of rewards must stay finite in float32
-
-
-def _is_finite(value: object) -> bool:
-    try:
-        return isinstance(value, Real) and math.isfinite(value) and abs(value) <= _LARGEST
-    except OverflowError:  # an integer or a fraction beyond the largest float
-        return False
-
-
-def _shown(value: object) -> str:
-    # The repr of any other object may be long, or fail (that of an integer of over 4300 digits does).
-    return f"{value!r:.80}" if isinstance(value, float | str | None) else f"an object of type {type(value).__name__}"

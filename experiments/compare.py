@@ -1,0 +1,172 @@
+"""Compares two evaluations of the same questions by a paired test.
+
+    python -m experiments.compare /tmp/base.json /tmp/trained.json
+
+Takes what `experiments.evaluate --output` wrote (either file of the two; both are needed). Greedy answers are compared
+by McNemar's exact test, sampled ones by a permutation test of the questions' means. Prints a table of the second less
+the first and, last, one JSON object. Runs of different questions, prompts or graders are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import app
+
+from experiments.cli import fail, reporting_errors, tell
+from experiments.scoring import GRADES
+from tinylora_jax.data.sources import DataError, read_jsonl
+from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
+
+Key = tuple[str, int]  # set and question
+
+
+class CompareError(ValueError):
+    """Two files that cannot be compared, with the reason."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was evaluated how, and each question's answers.
+
+    Attributes:
+      path: of the result.
+      how: `template` and, for each set, `reward`: what must be the same.
+      decoding: what may differ, and is told: token limit, temperature and samples of each set.
+      asked: question and gold answer by set and id.
+      grades: by (set, mode): by id: the grades of its answers, strict and lenient.
+    """
+
+    path: Path
+    how: dict[str, Any]
+    decoding: dict[str, Any]
+    asked: dict[Key, tuple[str, str]]
+    grades: dict[tuple[str, str], dict[int, list[tuple[float, float]]]]
+
+
+def read(path: Path) -> Evaluation:
+    """Reads an evaluation.
+
+    Args:
+      path: of its .json or its .jsonl.
+
+    Raises:
+      CompareError, DataError: a file is missing, damaged or no evaluation.
+    """
+    path, answers = path.with_suffix(".json"), path.with_suffix(".jsonl")
+    for each in (path, answers):
+        if not each.is_file():
+            raise CompareError(f"{each}: no such file; experiments.evaluate --output={path} writes both")
+    try:
+        result = json.loads(path.read_bytes())
+        sets = result.get("sets") or {result["data"]: result}
+        how = {"template": result["template"], **{f"reward of {name}": each["reward"] for name, each in sets.items()}}
+        decoding = {"max_new_tokens": result["max_new_tokens"]}
+        for name, each in sets.items():
+            decoding |= {
+                f"{field} of {name}": each.get("sampled", {}).get(field) for field in ("temperature", "samples")
+            }
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CompareError(f"{path} is no result of experiments.evaluate ({what:.200}); evaluate again") from error
+    evaluation = Evaluation(path, how, decoding, {}, {})
+    for number, row in enumerate(read_jsonl(answers), start=1):
+        _add(evaluation, f"{answers}, row {number}", row)
+    return evaluation
+
+
+def _add(evaluation: Evaluation, where: str, row: Mapping[str, Any]) -> None:
+    try:
+        key, mode, asked = (row["set"], row["id"]), row["mode"], (row["question"], row["answer"])
+        grades = tuple(row[name] for name in GRADES)
+    except KeyError as error:
+        raise DataError(f"{where}: it has no {error}; evaluate again") from error
+    if not (isinstance(key[1], int) and all(isinstance(text, str) for text in (key[0], mode, *asked))):
+        raise DataError(f"{where}: id, set, mode, question or answer is of a wrong type; evaluate again")
+    if not all(isinstance(grade, int | float) and math.isfinite(grade) for grade in grades):
+        raise DataError(f"{where}: expected finite grades, got {str(grades):.80}")
+    if evaluation.asked.setdefault(key, asked) != asked:
+        raise DataError(f"{where}: id {key[1]} stands for two questions")
+    evaluation.grades.setdefault((key[0], mode), {}).setdefault(key[1], []).append(grades)
+
+
+def compare(first: Evaluation, second: Evaluation) -> dict[str, dict[str, dict[str, Difference]]]:
+    """How much better the second evaluation is: by set, mode (`greedy`, `sampled`) and grade (`strict`, `lenient`).
+
+    Raises:
+      CompareError: they are of different questions, prompts or graders.
+    """
+    for name in sorted(first.how.keys() | second.how.keys()):
+        ours, theirs = first.how.get(name), second.how.get(name)
+        if ours != theirs:
+            differ = f"{name} is {ours!r} in {first.path} and {theirs!r} in {second.path}"
+            raise CompareError(f"{differ}; evaluate both under the same prompt and grader, on the same sets")
+    if first.asked != second.asked:
+        odd = sorted(
+            key for key in first.asked.keys() | second.asked.keys() if first.asked.get(key) != second.asked.get(key)
+        )
+        raise CompareError(
+            f"{first.path} and {second.path} are of different questions: {len(odd)} differ or are in one alone"
+            f" (the first: id {odd[0][1]} of {odd[0][0]}); evaluate both on the same ones"
+        )
+    found: dict[str, dict[str, dict[str, Difference]]] = {}
+    for (name, mode), ours in first.grades.items():
+        theirs = second.grades.get((name, mode))
+        if theirs is not None and ours.keys() == theirs.keys():
+            found.setdefault(name, {})[mode] = {
+                grade: _difference(*([_mean(run[i], place) for i in sorted(ours)] for run in (ours, theirs)), mode)
+                for place, grade in enumerate(GRADES)
+            }
+    return found
+
+
+def _mean(grades: Sequence[tuple[float, float]], place: int) -> float:
+    return math.fsum(pair[place] for pair in grades) / len(grades)
+
+
+def _difference(first: list[float], second: list[float], mode: str) -> Difference:
+    one_answer = mode == "greedy" and {*first, *second} <= {0, 1}
+    return compare_right_or_wrong(first, second) if one_answer or len(first) == 1 else compare_means(first, second)
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
+    """Differences in points."""
+    lines = [f"{'set':<16}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
+    for name, modes in found.items():
+        for mode, grades in modes.items():
+            for grade, each in grades.items():
+                interval = f"[{100 * each.low:+.1f}, {100 * each.high:+.1f}]"
+                numbers = f"{100 * each.value:>+8.1f}{interval:>18}{each.p:>9.4f}{each.better:>8}{each.worse:>7}"
+                lines.append(f"{name:<16}{mode:<9}{grade:<9}{numbers}  {each.test}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    if len(argv) != 3:
+        fail("expected two results of experiments.evaluate: python -m experiments.compare first.json second.json")
+    with reporting_errors():
+        first, second = (read(Path(name)) for name in argv[1:])
+        found = compare(first, second)
+    for name in sorted(first.decoding.keys() | second.decoding.keys()):
+        ours, theirs = first.decoding.get(name), second.decoding.get(name)
+        if ours != theirs:
+            tell(f"note: {name} is {ours} in the first and {theirs} in the second")
+    tell(table(found))
+    as_json = {
+        name: {
+            mode: {grade: dataclasses.asdict(each) for grade, each in grades.items()} for mode, grades in modes.items()
+        }
+        for name, modes in found.items()
+    }
+    print(json.dumps({"first": str(first.path), "second": str(second.path), "sets": as_json}))
+
+
+if __name__ == "__main__":
+    app.run(main)

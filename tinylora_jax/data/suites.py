@@ -1,0 +1,105 @@
+"""The evaluation sets by name: where the hub has them, what they are called as files, and how they are graded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from tinylora_jax.data.questions import FILE_SUFFIXES, DataSpec
+from tinylora_jax.data.sources import DataError
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One set of a suite.
+
+    Attributes:
+      name: what results call it.
+      data: its questions.
+      reward: its grader.
+      samples: sampled answers a question; None leaves it to the config.
+      files: names, without suffix, under which a folder may have it.
+    """
+
+    name: str
+    data: DataSpec
+    reward: str = "math"
+    samples: int | None = None
+    files: tuple[str, ...] = ()
+
+
+EVAL_SETS: Mapping[str, EvalSet] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            EvalSet("gsm8k", DataSpec("openai/gsm8k:main", "test"), files=("gsm8k_test",)),
+            EvalSet("math500", DataSpec("HuggingFaceH4/MATH-500", "test", "problem")),
+            EvalSet("aime24", DataSpec("HuggingFaceH4/aime_2024", "train", "problem")),
+            EvalSet("amc23", DataSpec("math-ai/amc23", "test")),
+            # Measured quantities, to two or three digits, without a tolerance of the set's own.
+            EvalSet("minerva", DataSpec("math-ai/minervamath", "test"), reward="minerva", files=("minerva_math",)),
+            EvalSet(
+                "olympiadbench",
+                DataSpec("math-ai/olympiadbench", "test", answer_column="final_answer", tolerance_column="error"),
+            ),
+        )
+    }
+)
+_ENTRY = re.compile(r"(?P<source>.+?)(?:@(?P<samples>[1-9][0-9]{0,3}))?")
+
+
+def parse_suite(text: str, folder: Path | None = None) -> tuple[EvalSet, ...]:
+    """Reads a list of sets.
+
+    Args:
+      text: names of `EVAL_SETS`, files and hub ids, separated by commas; `aime24@16` asks for 16 sampled answers.
+      folder: has the named sets as files, `<name>.jsonl`, `.jsonl.gz` or `.parquet` with columns `question` and
+        `answer`; absent, they come from the hub.
+
+    Returns:
+      The sets, in order.
+
+    Raises:
+      DataError: an unknown name, one that stands twice, or a set that the folder lacks; names them all.
+
+    >>> [(each.name, each.samples) for each in parse_suite("gsm8k,aime24@16,my/questions.jsonl")]
+    [('gsm8k', None), ('aime24', 16), ('my/questions.jsonl', None)]
+    """
+    sets, problems = [], []
+    for entry in filter(None, map(str.strip, text.split(","))):
+        match = _ENTRY.fullmatch(entry)
+        assert match is not None
+        try:
+            each = _find(match["source"], folder)
+            sets.append(dataclasses.replace(each, samples=int(match["samples"]) if match["samples"] else None))
+        except DataError as error:
+            problems.append(str(error))
+    names = [each.name for each in sets]
+    problems += [f"{name} stands in it more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+    if not sets and not problems:
+        problems = [f"it is empty; expected some of {', '.join(EVAL_SETS)}, files or hub ids"]
+    if problems:
+        raise DataError(f"the suite {text!r} has problems: {'; '.join(problems)}")
+    return tuple(sets)
+
+
+def _find(source: str, folder: Path | None) -> EvalSet:
+    if source not in EVAL_SETS:
+        if "/" in source or source.endswith(FILE_SUFFIXES):
+            return EvalSet(source, DataSpec(source, "test"))
+        near = difflib.get_close_matches(source, EVAL_SETS, n=1) or list(EVAL_SETS)
+        raise DataError(f"unknown set {source!r}; did you mean {', '.join(near)}, a file or a hub id?")
+    found = EVAL_SETS[source]
+    if folder is None:
+        return found
+    names = [stem + suffix for stem in (source, *found.files) for suffix in FILE_SUFFIXES]
+    for name in names:
+        if (folder / name).is_file():
+            data = DataSpec(str(folder / name), "test", tolerance_column=found.data.tolerance_column)
+            return dataclasses.replace(found, data=data)
+    raise DataError(f"{folder} has none of {', '.join(names)}")
