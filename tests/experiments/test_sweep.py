@@ -127,7 +127,7 @@ def test_an_interrupted_sweep_continues_to_the_same_bits(swept, make_config, tmp
         ("lora.rank=1,2", "may differ by seed, method, optimizer"),
         ("seed", "expected field=value"),
         ("seed=", "expected field=value"),
-        ("seed=1,a", "not of type int"),
+        ("seed=1,a", "expected a value of type int"),
         ("seed=1,1", "stands there twice"),
     ],
 )

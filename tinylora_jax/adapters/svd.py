@@ -47,16 +47,19 @@ def canonical_signs(svd: SVD) -> SVD:
 def exact_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better.
 
-    A GPU's decomposition mixes neighbours by 2.5e-5 over their gap; solved once more within the span of its leading
-    vectors, they are as exact as a product in float32.
+    A GPU's decomposition mixes neighbours by 2.5e-5 over their gap. So its leading vectors are only where to look: the
+    triplets are those of the small matrix QᵀW = Rᵀ Q₂ᵀ, whose rounding is that of a product.
     """
     wide = W.astype(np.promote_types(W.dtype, np.float32))
-    U = jnp.linalg.svd(wide, full_matrices=False)[0]
-    return canonical_signs(_within(wide, U[..., : _block(W, rank)], rank)[0])
+    Q = jnp.linalg.svd(wide, full_matrices=False)[0][..., : _block(W, rank)]
+    Q2, R = jnp.linalg.qr(jnp.einsum("brc,brk->bck", wide, Q, precision=_HIGHEST))
+    A, S, Bt = jnp.linalg.svd(R)
+    onto = lambda basis, x: jnp.einsum("bnk,bkr->bnr", basis, x[..., :rank], precision=_HIGHEST)
+    return canonical_signs(SVD(onto(Q, Bt.swapaxes(-1, -2)), S[..., :rank], onto(Q2, A)))
 
 
 def _block(W: jax.Array, rank: int) -> int:
-    """How many directions to look for the leading ones in."""
+    """In how many directions the leading ones are looked for."""
     return min(*W.shape[1:], max(32, 8 * rank))
 
 
@@ -66,25 +69,6 @@ def _product_with(W: jax.Array, subscripts: str, X: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, W, X, precision=_HIGHEST)
     side_by_side = jnp.concatenate(pieces(X, W.dtype, 3), axis=-1)
     return sum(jnp.split(jnp.einsum(subscripts, W, side_by_side, preferred_element_type=jnp.float32), 3, axis=-1))
-
-
-def _within(
-    W: Float[Array, "batch rows columns"], Q: Float[Array, "batch rows block"], rank: int
-) -> tuple[SVD, Float[Array, " batch"]]:
-    """The leading triplets of QᵀW for orthonormal Q, as triplets of W, and each matrix's error as such.
-
-    The error is the largest relative residual ‖W v − s u‖ / s₁, plus what U lacks of being orthonormal.
-    """
-    product = partial(jnp.einsum, precision=_HIGHEST)
-    small = _product_with(W, "brc,brk->bck", Q)
-    squares, Z = jnp.linalg.eigh(product("bck,bcl->bkl", small, small))
-    Z = Z[..., ::-1][..., :rank]
-    S = jnp.sqrt(jnp.maximum(squares[..., ::-1], 0))[..., :rank]
-    U, V = product("brk,bkl->brl", Q, Z), product("bck,bkl->bcl", small, Z) / jnp.maximum(S[:, None], 1e-30)
-    residual = _product_with(W, "brc,bck->brk", V) - U * S[:, None]
-    worst = jnp.max(jnp.linalg.norm(residual, axis=1), axis=-1) / jnp.maximum(S[:, 0], 1e-30)
-    skew = jnp.max(jnp.abs(product("brk,brl->bkl", U, U) - jnp.eye(rank, dtype=U.dtype)), axis=(1, 2))
-    return SVD(U, S, V), worst + skew
 
 
 @partial(jax.jit, static_argnames=("rank", "max_iterations"))
@@ -121,19 +105,30 @@ def subspace_svd(
             Y = jax.lax.linalg.triangular_solve(L, Y, lower=True, transpose_a=True)
         return Y
 
+    def solve(Q):
+        small = onto_columns(Q)
+        squares, Z = jnp.linalg.eigh(product("bck,bcl->bkl", small, small))
+        Z = Z[..., ::-1][..., :rank]
+        S = jnp.sqrt(jnp.maximum(squares[..., ::-1], 0))[..., :rank]
+        U, V = product("brk,bkl->brl", Q, Z), product("bck,bkl->bcl", small, Z) / jnp.maximum(S[:, None], 1e-30)
+        residual = onto_rows(V) - U * S[:, None]
+        worst = jnp.max(jnp.linalg.norm(residual, axis=1), axis=-1) / jnp.maximum(S[:, 0], 1e-30)
+        skew = jnp.max(jnp.abs(product("brk,brl->bkl", U, U) - jnp.eye(rank, dtype=U.dtype)), axis=(1, 2))
+        return SVD(U, S, V), worst + skew
+
     def improve(_, Q):
         return orthonormal(onto_rows(orthonormal(onto_columns(Q))))
 
     def iterate(carry):
         count, Q, _ = carry
         Q = jax.lax.fori_loop(0, 4, improve, Q)
-        return count + 4, Q, _within(W, Q, rank)[1]
+        return count + 4, Q, solve(Q)[1]
 
     start = jax.random.normal(jax.random.key(0), (1, rows, block), np.promote_types(W.dtype, np.float32))
     Q = orthonormal(jnp.broadcast_to(start, (batch, rows, block)))
     unfinished = lambda carry: (carry[0] < max_iterations) & jnp.any(carry[2] > tolerance)
     _, Q, _ = jax.lax.while_loop(unfinished, iterate, (0, Q, jnp.full((batch,), jnp.inf, start.dtype)))
-    svd, residual = _within(W, Q, rank)
+    svd, residual = solve(Q)
     return canonical_signs(svd), residual
 
 
