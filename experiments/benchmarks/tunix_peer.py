@@ -212,11 +212,11 @@ def grpo_steps(
     adapter = lambda: nnx.state(cluster.actor_trainer.model, nnx.LoRAParam)
     stamps: list[float] = []
 
-    def batches() -> Iterator[dict[str, list[str]]]:
+    def batches() -> Iterator[dict[str, np.ndarray]]:
         """The same prompts for every step; the last step ends as a further batch is asked for."""
         for _ in range(steps):
             stamps.append(time.perf_counter())
-            yield {"prompts": prompts}
+            yield {"prompts": np.array(prompts)}  # Tunix repeats the entries of a list one by one
             jax.block_until_ready(adapter())
         stamps.append(time.perf_counter())
 
