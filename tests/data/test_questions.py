@@ -58,7 +58,7 @@ def test_start_and_limit_keep_ids(start, tmp_path):
     assert [q.id for q in part] == list(range(start, start + 7))
     assert all(whole[q.id] == q for q in part)
     part = load_questions(DataSpec(write_jsonl(tmp_path / "a.jsonl"), start=start, limit=2))
-    assert part == tuple(Question(i, f"What is {i}?", str(i)) for i in (start, start + 1))
+    assert part == tuple(Question(i, f"What is {i}?", str(i), f"It is {i}.\n#### {i}") for i in (start, start + 1))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_impossible_specs_are_refused(fields, said):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_files_hold_the_same_questions(tmp_path, name):
     write = write_parquet if name.endswith("parquet") else write_jsonl
-    expected = tuple(Question(i, f"What is {i}?", str(i)) for i in range(5))
+    expected = tuple(Question(i, f"What is {i}?", str(i), f"It is {i}.\n#### {i}") for i in range(5))
     assert load_questions(DataSpec(write(tmp_path / name))) == expected
     renamed = [{"problem": row["question"], "gold": row["answer"]} for row in ROWS]
     source = write(tmp_path / f"renamed_{name}", renamed)
@@ -95,6 +95,16 @@ def test_files_hold_the_same_questions(tmp_path, name):
     assert load_questions(spec) == expected
     with pytest.raises(DataError, match="lacks column 'answer'; it has 'problem', 'gold'"):
         load_questions(replace(spec, answer_column="answer"))
+
+
+def test_solutions_have_a_column_of_their_own(tmp_path):
+    rows = [{"question": f"q{i}", "answer": str(i), "solution": f"so {i}"} for i in range(3)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [q.solution for q in load_questions(DataSpec(source))] == [None] * 3
+    found = load_questions(DataSpec(source, solution_column="solution", start=1))
+    assert found == (Question(1, "q1", "1", "so 1"), Question(2, "q2", "2", "so 2"))
+    with pytest.raises(DataError, match="lacks column 'worked'"):
+        load_questions(DataSpec(source, solution_column="worked"))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def hub(monkeypatch):
 
 def test_hub_data_set(hub):
     questions = load_questions(DataSpec("openai/gsm8k:main", split="test"))
-    assert questions == (Question(0, "a?", "1000"), Question(1, "b?", "2"), Question(2, "c?", "3"))
+    rows = (("a?", "1000", "#### 1,000"), ("b?", "2", "#### 2"), ("c?", "3", "#### 3"))
+    assert questions == tuple(Question(i, *row) for i, row in enumerate(rows))
     assert load_questions(DataSpec("openai/gsm8k", start=1, limit=1)) == questions[1:2]
     assert load_questions(DataSpec("openai/gsm8k", start=1, limit=9)) == questions[1:]
     assert hub.calls[:2] == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", None, "train")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,7 +106,7 @@ def make_update(
       point: where the gradient was taken, as a function of v.
     """
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=1)  # of all weights the gradient alone is gigabytes
     def update(state: TrainState, total: Totals) -> tuple[TrainState, Metrics]:
         loss, sums, grad = total
         (grad,) = jax.vjp(point, state.v)[1](grad)
