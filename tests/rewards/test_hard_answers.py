@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from tinylora_jax.rewards import load_reward
+from tinylora_jax.data import Question
+from tinylora_jax.rewards import MathReward, grade_batch, load_reward
 from tinylora_jax.rewards.equivalence import compare, open_pairs, read, read_gold
 
 RIGHT = [
@@ -242,6 +243,18 @@ def test_one_by_one_is_as_all_at_once(name):
     reward = load_reward(name)
     pairs = [(r"\boxed{2\sqrt{2}}", r"\sqrt{8}"), (r"\boxed{7}", "7"), ("no answer", "x+1")]
     assert reward.grade_all(*zip(*pairs, strict=True)) == tuple(reward(*pair) for pair in pairs)
+
+
+def test_a_batch_of_training_is_asked_for_at_once(monkeypatch):
+    calls = []
+    ask = MathReward._ask
+    monkeypatch.setattr(MathReward, "_ask", lambda self, requests, cases: calls.append(1) or ask(self, requests, cases))
+    prompts = [Question(i, f"{i}?", gold) for i, gold in enumerate([r"\sqrt{8}", "7", "x+1", r"\sqrt{8}"])]
+    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{7}", r"\boxed{1+x}", r"\boxed{3\sqrt{2}}"]
+    grades = grade_batch(load_reward("math"), texts, prompts)
+    assert [grade.strict for grade in grades] == [1, 1, 1, 0] and len(calls) == 2  # for the boxes, for the rest
+    with pytest.raises(ValueError, match="2 completions for 4 prompts"):
+        grade_batch(load_reward("math"), texts[:2], prompts)
 
 
 HOSTILE = (

@@ -64,8 +64,9 @@ def test_a_gold_answer_spelled_otherwise_is_right(answers):
 
 def changed(gold, rng):
     """Another answer: one of its numbers is another one, beyond any tolerance, or it has one thing more."""
+    value = re.split(r"(?<=[0-9} ])\\(?:mbox|text)\{", gold)[0]  # without its unit, which does not count
     numbers = [
-        match for match in re.finditer(r"[0-9]+", gold) if "e" not in gold[max(0, match.start() - 2) : match.start()]
+        each for each in re.finditer(r"[0-9]+", value) if "e" not in value[max(0, each.start() - 2) : each.start()]
     ]
     if not numbers:
         return gold + " + 1"
