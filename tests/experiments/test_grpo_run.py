@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo
+from experiments import grpo, runs
 from experiments.answering import answer, step_key
 from experiments.setup import load_task, make_prompts, parse
 from tinylora_jax.data import load_questions, padded_width
@@ -81,7 +81,7 @@ def test_bfloat16_vector_takes_two_bytes_a_number(config, stop, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(finished, config, stop, monkeypatch):
-    monkeypatch.setattr(grpo, "load_task", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(runs, "load_task", lambda *_: pytest.fail("the model was loaded"))
     assert grpo.run(config, finished.workdir, stop) == finished.summary
 
 
