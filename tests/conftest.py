@@ -22,7 +22,7 @@ import pytest  # noqa: E402
 
 from tinylora_jax import AdaptedKernel, Factors, Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy  # noqa: E402
-from tinylora_jax.adapters.tinylora import LeafFactors  # noqa: E402
+from tinylora_jax.adapters.factors import LeafFactors  # noqa: E402
 from tinylora_jax.models import KVCache, ModelConfig, Packing, Rope, forward, init_params, logits  # noqa: E402
 from tinylora_jax.rollout import Completions  # noqa: E402
 from tinylora_jax.training import Batch, Streams, TrainState  # noqa: E402

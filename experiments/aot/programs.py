@@ -25,8 +25,8 @@ from experiments.meshes import plan_streams
 from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
+from tinylora_jax.adapters.factors import BATCH_BYTES, batches, num_triplets
 from tinylora_jax.adapters.svd import exact_svd, subspace_svd
-from tinylora_jax.adapters.tinylora import BATCH_BYTES, batches, num_triplets
 from tinylora_jax.models import KVCache, ModelConfig, init_params
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
 from tinylora_jax.rollout import Sampling

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, select, tie_groups
-from tinylora_jax.adapters.tinylora import LINEAR_MAPS
+from tinylora_jax.adapters.targets import LINEAR_MAPS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 BLOCK_ORDER = ATTENTION + MLP

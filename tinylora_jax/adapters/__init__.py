@@ -1,5 +1,9 @@
 """Pure transforms of any pytree of weights: no model and no Flax inside."""
 
+from tinylora_jax.adapters.factors import Factors as Factors
+from tinylora_jax.adapters.factors import exchange as exchange
+from tinylora_jax.adapters.factors import factorize as factorize
+from tinylora_jax.adapters.factors import retie as retie
 from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
 from tinylora_jax.adapters.kernel import fuse as fuse
@@ -19,19 +23,16 @@ from tinylora_jax.adapters.policy import adapt as adapt
 from tinylora_jax.adapters.rebase import CombinationError as CombinationError
 from tinylora_jax.adapters.rebase import combine as combine
 from tinylora_jax.adapters.rebase import own_triplets as own_triplets
+from tinylora_jax.adapters.spec import TinyLoRA as TinyLoRA
+from tinylora_jax.adapters.spec import lora_xs as lora_xs
 from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
 from tinylora_jax.adapters.targets import Module as Module
 from tinylora_jax.adapters.targets import Target as Target
 from tinylora_jax.adapters.targets import select as select
 from tinylora_jax.adapters.targets import tie_groups as tie_groups
-from tinylora_jax.adapters.tinylora import Factors as Factors
-from tinylora_jax.adapters.tinylora import TinyLoRA as TinyLoRA
 from tinylora_jax.adapters.tinylora import apply as apply
 from tinylora_jax.adapters.tinylora import coordinates as coordinates
 from tinylora_jax.adapters.tinylora import delta as delta
-from tinylora_jax.adapters.tinylora import exchange as exchange
-from tinylora_jax.adapters.tinylora import factorize as factorize
+from tinylora_jax.adapters.tinylora import free as free
 from tinylora_jax.adapters.tinylora import init as init
-from tinylora_jax.adapters.tinylora import lora_xs as lora_xs
 from tinylora_jax.adapters.tinylora import merge as merge
-from tinylora_jax.adapters.tinylora import retie as retie

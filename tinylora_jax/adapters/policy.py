@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters.factors import Factors, factorize
 from tinylora_jax.adapters.lora import LoRA, Matrices, apply_lora, init_lora, merge_lora
+from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.targets import leaves_by_path, map_by_path
-from tinylora_jax.adapters.tinylora import Factors, TinyLoRA, apply, factorize, init, merge
+from tinylora_jax.adapters.tinylora import apply, init, merge
 
 Trained: TypeAlias = Any
 """A pytree of float32 arrays: what is trained."""

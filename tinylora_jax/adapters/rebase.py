@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters.factors import Factors, LeafFactors, exchange, factorize
 from tinylora_jax.adapters.svd import SVD
 from tinylora_jax.adapters.targets import module_name
-from tinylora_jax.adapters.tinylora import Factors, LeafFactors, coordinates, exchange, factorize, free
+from tinylora_jax.adapters.tinylora import coordinates, free
 from tinylora_jax.fetch import fetch
 
 _SAME = 1e-4  # what two decompositions of a weight in float32 may differ by, as a share of the update

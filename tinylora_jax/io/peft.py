@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors, Target, TinyLoRA
+from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.adapters.tinylora import LeafFactors
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.huggingface import read_json
 from tinylora_jax.io.safetensors_file import open_safetensors

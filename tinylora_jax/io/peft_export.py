@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors
-from tinylora_jax.adapters.tinylora import LeafFactors
+from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.peft import CONFIG, MODULES, PREFIX, WEIGHTS, PeftError, in_order
 from tinylora_jax.io.safetensors_file import write_safetensors
