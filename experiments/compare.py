@@ -141,7 +141,8 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
     for name, modes in found.items():
         for mode, grades in modes.items():
             for grade, each in grades.items():
-                interval = f"[{100 * each.low:+.1f}, {100 * each.high:+.1f}]"
+                ends = [f"{100 * end:+.1f}" for end in (each.low, each.high) if end is not None]
+                interval = f"[{', '.join(ends)}]" if ends else ""
                 numbers = f"{100 * each.value:>+8.1f}{interval:>18}{each.p:>9.4f}{each.better:>8}{each.worse:>7}"
                 lines.append(f"{name:<16}{mode:<9}{grade:<9}{numbers}  {each.test}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ class Difference:
 
     Attributes:
       value: mean of the second less that of the first.
-      low: lower end of the interval of 95 %.
+      low: lower end of the interval of 95 %; None where all questions differ alike, which tells of no other.
       high: upper end.
       p: how often equally good ones would differ at least as much (two-sided).
       test: by which test.
@@ -27,8 +27,8 @@ class Difference:
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     test: str
     better: int
@@ -90,8 +90,7 @@ def compare_means(first: Sequence[float], second: Sequence[float], seed: int = 0
         raise ValueError("a permutation test needs at least 2 questions")
     differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     value, changed = float(differences.mean()), differences[differences != 0]  # zeros have no sign
-    low = high = value
-    p = 1.0
+    low, high, p = None, None, 1.0
     if changed.size:
         drawn = {"n_resamples": RESAMPLES, "batch": 256, "vectorized": True}
         total = lambda x, axis: np.sum(x, axis=axis)
