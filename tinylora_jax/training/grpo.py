@@ -127,6 +127,12 @@ def _score(config: ModelConfig, policy: Policy, v: jax.Array, part: Streams, tem
 def score(plan: Plan, policy: Policy, v: Float[Array, "groups u"], batch: Batch) -> np.ndarray:
     """Log-probabilities of a batch's completions at v (the reference policy is v = 0).
 
+    Args:
+      plan: of the run.
+      policy: everything frozen.
+      v: the vector.
+      batch: the rollout; its rewards and advantages do not matter.
+
     Returns:
       float32 `[N, G, T]`, 0 outside the mask's completions.
     """

@@ -86,6 +86,14 @@ class Optimizer:
 
 
 def init_state(v: Float[Array, "groups u"], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+      v: where training starts: `init(factors)`, or an adapter's vector.
+      optimizer: that of `make_grpo_step`, such as `Optimizer(1e-4).transform()`.
+
+    Returns:
+      The state: v in float32, the optimizer's own, step 0.
+    """
     v = v.astype(jnp.float32)
     return TrainState(v, optimizer.init(v), jnp.zeros((), jnp.int32))

@@ -12,7 +12,7 @@ def test_add_a_file(config, tmp_path):
     path = tmp_path / "squares.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in SQUARES))
     with config.unlocked():
-        data = config.train_data  # --config.train_data.source=squares.jsonl --config.train_data.question_column=problem …
+        data = config.train_data  # --config.train_data.source=squares.jsonl, and so on
         data.source, data.question_column, data.answer_column = str(path), "problem", "solution"
     questions = load_questions(parse(config).train_data)
     assert questions == tuple(Question(n, f"What is {n} · {n}?", str(n * n)) for n in range(8))
