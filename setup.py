@@ -49,6 +49,9 @@ setup(
             "equinox>=0.13",
             "reasoning-gym>=0.1.19",
             "math-verify>=0.9",
+            # A Jupyter kernel, which the notebooks of colab/ are run with.
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             # XLA's compiler for TPUs, which needs none of them; it exists for Linux alone.
             "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
             state, metrics = step(state, policy, batch)
             return state, metrics | ({"loss": np.float32(NAN)} if len(calls) == 3 else {})
 
-        broken.lower = step.lower
+        broken.lower, broken.gradient, broken.point = step.lower, step.gradient, step.point
         return broken
 
     monkeypatch.setattr(learning, "Step", make_broken)

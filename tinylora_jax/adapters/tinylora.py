@@ -24,7 +24,14 @@ from tinylora_jax.adapters.targets import Target, leaves_by_path, map_by_path
 
 
 def init(factors: Factors) -> Float[Array, "groups u"]:
-    """The vector at the start of training: zeros, under which every adapted weight is the base weight."""
+    """The vector at the start of training: zeros, under which every adapted weight is the base weight.
+
+    Args:
+      factors: of `factorize`; say how many groups there are.
+
+    Returns:
+      float32 `[groups, u]`, whatever the dtype of the weights.
+    """
     return jnp.zeros((factors.num_groups, factors.spec.u), jnp.float32)
 
 
@@ -149,7 +156,21 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
 
 
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
-    """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype."""
+    """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype.
+
+    In bfloat16 a small ΔW is mostly rounded away; `apply` keeps it. Any layout is merged, stacked or not.
+
+    Args:
+      params: the tree that was factorized.
+      factors: its factors.
+      v: the vector, `[groups, u]`.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes, that any code takes.
+
+    Raises:
+      ValueError: the tree is not the one that was factorized, or the shape of `v` does not fit.
+    """
     _check_vector(factors, v, (2,))
     _check_tree(params, factors)
 
@@ -168,7 +189,15 @@ def merge_leaf(leaf: jax.Array, part: LeafFactors, v: Float[Array, "groups u"]) 
 
 
 def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Array, "layers out in"]]:
-    """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, by path, in the paper's orientation `[out, in]`."""
+    """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, to look at.
+
+    Args:
+      factors: of `factorize`.
+      v: the vector, `[groups, u]`.
+
+    Returns:
+      By leaf path, float32 `[layers, out, in]` in the paper's orientation; one layer for a leaf that is not stacked.
+    """
     _check_vector(factors, v, (2,))
     return {path: _delta(part, v) for path, part in factors.leaves.items()}
 

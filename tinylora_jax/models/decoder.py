@@ -201,7 +201,16 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Random weights as nested dicts, the form in which every function of this library takes them."""
+    """Random weights as nested dicts, the form in which every function of this library takes them.
+
+    Args:
+      config: architecture.
+      seed: of the numbers.
+      dtype: of every leaf.
+
+    Returns:
+      The tree of `tinylora_jax.io.weights.parameter_names`, kernels `[in, out]`.
+    """
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(seed)))[1]))
     return make()
 
@@ -301,5 +310,14 @@ def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"
 
 
 def logits(config: ModelConfig, params: Any, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
-    """Next-token scores in float32."""
+    """Next-token scores.
+
+    Args:
+      config: architecture.
+      params: the weights that `forward` took.
+      hidden: what it gave, or some of its positions: all of them at once are `[rows, seq, vocab]` in float32.
+
+    Returns:
+      Scores before softmax, float32.
+    """
     return jnp.matmul(hidden, head_kernel(config, params), preferred_element_type=jnp.float32)

@@ -124,6 +124,12 @@ def _score(config: ModelConfig, policy: Adapted, v: Trained, part: Streams, temp
 def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
     """Log-probabilities of a batch's completions at v (the reference policy is `policy.init()`).
 
+    Args:
+      plan: of the run.
+      policy: everything frozen.
+      v: the vector.
+      batch: the rollout; its rewards and advantages do not matter.
+
     Returns:
       float32 `[N, G, T]`, 0 outside the mask's completions.
     """

@@ -21,6 +21,14 @@ def group_advantages(
 
     The standard deviation has Bessel's correction, as in TRL and verl.
 
+    Args:
+      rewards: a row per prompt; at least 2 samples.
+      normalize_std: divide by the standard deviation.
+      epsilon: ε.
+
+    Returns:
+      Advantages, one a completion; zero where all of a prompt's rewards are equal.
+
     >>> import jax.numpy as jnp
     >>> group_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]]), normalize_std=False).tolist()
     [[0.5, -0.5, -0.5, 0.5]]

@@ -88,6 +88,14 @@ class Optimizer:
 
 
 def init_state(v: Trained, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+      v: where training starts: `policy.init()`, or an adapter's vector.
+      optimizer: that of `Step`, such as `Optimizer(1e-4).transform()`.
+
+    Returns:
+      The state: v in float32, the optimizer's own, step 0.
+    """
     v = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), v)
     return TrainState(v, optimizer.init(v), jnp.zeros((), jnp.int32))
