@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from experiments.compilation import compile_together
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.learning import answers_page
 from experiments.population import (
+    Member,
     Population,
     combinations,
     free_spec,
@@ -40,6 +42,7 @@ from experiments.population import (
     parse_variation,
 )
 from experiments.runs import num_steps, summary_of_config
+from experiments.scoring import Row
 from experiments.setup import as_json, load_task, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import adapt
@@ -163,44 +166,66 @@ def run(
     questions = make_prompts(config, eval_questions, task)
     steps = num_steps(config, len(prompts))
     population = Population(configs, specs, task, padded_width(prompts), steps)
+    judge = partial(
+        evaluate,
+        task,
+        prompts=questions,
+        batch_size=config.eval_batch_size,
+        samples=config.eval_samples,
+        between=stop.check,
+    )
     folder.claim()
-    with ExitStack() as stack:
-        stack.enter_context(closing(folder))
-        how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    with closing(folder):
         base = task.policy.init()
         tell(f"compiling for {len(configs)} members")
-        lowered = population.lower(population.initial_states())
-        compile_together(chain(lowered, lower_evaluation(task, base, questions, **how)))
+        evaluation = lower_evaluation(
+            task, base, questions, batch_size=config.eval_batch_size, samples=config.eval_samples
+        )
+        compile_together(chain(population.lower(population.initial_states()), evaluation))
         before = folder.log.read_json("eval_before.json")
         if before is None:
-            before, answers = evaluate(task, base, questions, seed=config.seed, between=stop.check, **how)
+            before, answers = judge(v=base, seed=config.seed)
             folder.log.write_rows("answers_before.jsonl", answers)
             folder.log.write_json("eval_before.json", before)
         tell(f"before training: {json.dumps(before)}")
         data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
         states, dropped = train(population, data, steps, folder, stop)
         trained = time.perf_counter()
+        about = {"steps": steps, "eval_before": before}
         fingerprint = base_fingerprint(task.policy.params)
-        rows = []
+        rows = [{"member": name, "dropped": reason} for name, reason in dropped.items()]
         for name, member in population.members.items():
-            row = {"member": name, "params": member.factors.num_params, "dropped": dropped.get(name)}
             if name not in dropped:
-                about = {"steps": steps, "eval_before": before, "config": summary_of_config(member.config)}
-                saved = folder.member(name) / "adapter"
-                factors = fetch(member.factors)
-                save_adapter(saved, factors, states[name].v, task.name, config.save_dtype, fingerprint, **about)
-                v = member.point(np.asarray(read_adapter(saved)[1], np.float32))
-                after, answers = evaluate(task, v, questions, seed=member.config.seed, between=stop.check, **how)
-                folder.members[name].write_rows("answers_after.jsonl", answers)
-                own = {"model": task.name, "steps": steps, "eval_before": before, "eval_after": after}
-                folder.members[name].write_json("summary.json", row | own)
-                row["eval_after"] = after
-            rows.append(row)
+                rows.append(_finish(member, states[name].v, folder, fingerprint, about, judge))
     rows.sort(key=lambda row: -row.get("eval_after", {}).get("strict", -1.0))
-    summary = {"model": task.name, "steps": steps, "eval_before": before, "members": rows}
+    summary = {"model": task.name, **about, "members": rows}
     summary |= {"train_s": round(trained - started, 1), "wall_s": round(time.perf_counter() - started, 1)}
     folder.log.write_json("summary.json", summary)
     return summary
+
+
+def _finish(
+    member: Member,
+    v: jax.Array,
+    folder: Folder,
+    fingerprint: Mapping[str, Any],
+    about: Mapping[str, Any],
+    judge: Callable[..., tuple[dict[str, Any], list[Row]]],
+) -> dict[str, Any]:
+    """Saves a member and evaluates it as it was saved, if that was not done yet; gives its row of the summary."""
+    log, task = folder.members[member.name], member.learner.task
+    done = log.read_json("summary.json")
+    if done is None:
+        saved, factors = folder.member(member.name) / "adapter", fetch(member.factors)
+        told = {**about, "config": summary_of_config(member.config)}
+        save_adapter(saved, factors, v, task.name, member.config.save_dtype, fingerprint, **told)
+        point = member.point(np.asarray(read_adapter(saved)[1], np.float32))
+        after, answers = judge(v=point, seed=member.config.seed)
+        log.write_rows("answers_after.jsonl", answers)
+        done = {"model": task.name, "params": factors.num_params, **about, "eval_after": after}
+        log.write_json("summary.json", done)
+    kept = {"params": done["params"], "eval_after": done["eval_after"]}
+    return {"member": member.name, **kept, "dropped": None}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -209,8 +234,8 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = [f"{'':40} {'params':>7} {'strict':>8} {'lenient':>8}"]
     lines.append(f"{'untrained':40} {0:>7} {percent(summary['eval_before'])}")
     for row in summary["members"]:
-        result = percent(row["eval_after"]) if row.get("eval_after") else f"  dropped: {row['dropped']}"
-        lines.append(f"{row['member']:40} {row['params']:>7} {result}")
+        result = f"  dropped: {row['dropped']}" if row["dropped"] else percent(row["eval_after"])
+        lines.append(f"{row['member']:40} {row.get('params', ''):>7} {result}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import tinylora_jax
 from tinylora_jax import data, models, rewards, rollout, training
-from tinylora_jax.io import adapter_file, peft, pretrained
+from tinylora_jax.io import adapter_file, peft, peft_export, pretrained
 
 FRONT_DOORS = [
     *(getattr(tinylora_jax, name) for name in tinylora_jax.__all__),
@@ -18,7 +18,7 @@ FRONT_DOORS = [
     *(training.Step, training.Gradient, training.score, training.group_advantages, training.init_state),
     *(training.GRPO, training.Optimizer, training.Plan, training.Batch),
     *(adapter_file.save_adapter, adapter_file.load_adapter, adapter_file.read_adapter),
-    *(peft.export_tinylora, peft.export_lora, peft.import_tinylora, pretrained.load_pretrained),
+    *(peft_export.export_tinylora, peft_export.export_lora, peft.import_tinylora, pretrained.load_pretrained),
 ]
 
 
