@@ -1,7 +1,7 @@
 """Accuracy against the number of trained parameters: many runs as one table, JSON and picture.
 
     python -m experiments.report --runs=RL:/tmp/sweep --runs=RL:/tmp/lora --runs=SFT:/tmp/sft --output=/tmp/report.json
-    python -m experiments.report --redraw=experiments/results/gsm8k_0_5b_parameters.json --output=/tmp/again.json
+    python -m experiments.report --redraw=experiments/results/gsm8k_0_5b_methods_h100.json --output=/tmp/again.json
 
 A run is the workdir of experiments.grpo, sft or sweep, all of one base model and the same questions. Of several
 learning rates of one series and size, the one with the best training (reward, or loss, of the last quarter of the

@@ -23,6 +23,20 @@ def steps(log):
     return [json.loads(line)["step"] for line in (log.workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from tinylora_jax.io.run_log import RunLog\n"
+        "log = RunLog(Path(sys.argv[1]), {'seed': 0}); print('mine', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(WorkdirError, match="another process works in .*wait until it ends, or choose another"):
+            RunLog(tmp_path, {"seed": 0})
+        other.kill()
+    RunLog(tmp_path, {"seed": 0}).close()
+
+
 def test_write_replaces_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_atomically(path, "old")

@@ -7,13 +7,17 @@ samples/        a readable page a step
 checkpoints/    see `checkpoint`
 adapter/        see `adapter_file`
 summary.json    the result
+lock            held by the process that writes here
 run.png         all of it, drawn at the end
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,13 +52,15 @@ class RunLog:
         `claim` later, so that a corrected config finds the folder free.
 
     Raises:
-      WorkdirError: the folder was made by another config (the fields are named), or cannot be written.
+      WorkdirError: the folder was made by another config (the fields are named), another process has it, or it cannot
+        be written.
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any], claim: bool = True):
         self.workdir, self._config = workdir, json.loads(json.dumps(config))
         try:
-            (workdir / "samples").mkdir(parents=True, exist_ok=True)
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if (workdir / "config.json").exists():
                 self._compare()
             elif claim:
@@ -67,6 +73,17 @@ class RunLog:
         """Makes the folder this config's own."""
         with self._writing():
             write_atomically(self.workdir / "config.json", json.dumps(self._config, indent=1) + "\n")
+
+    def _lock(self) -> None:
+        file = os.open(self.workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, file)  # which gives the folder up, as the end of the process does
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+                raise WorkdirError(
+                    f"another process works in {self.workdir}; wait until it ends, or choose another --workdir"
+                ) from error
 
     def _compare(self) -> None:
         path = self.workdir / "config.json"
@@ -130,6 +147,7 @@ class RunLog:
     def samples(self, step: int, text: str) -> None:
         """Keeps a page of readable completions."""
         with self._writing():
+            (self.workdir / "samples").mkdir(exist_ok=True)
             (self.workdir / "samples" / f"{step:06d}.txt").write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
