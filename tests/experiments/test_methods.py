@@ -51,16 +51,8 @@ def test_what_is_saved_is_what_was_trained(trained):
 def test_an_interrupted_run_continues_to_the_same_bits(trained, stop, tmp_path):
     _, config, workdir, whole = trained
 
-    class After:
-        checks = 4
-
-        def check(self):
-            self.checks -= 1
-            if self.checks < 0:
-                raise Stopped(15)
-
     with pytest.raises(Stopped):
-        grpo.run(config, tmp_path / "parts", After())
+        grpo.run(config, tmp_path / "parts", type(stop)(4))
     again = grpo.run(config, tmp_path / "parts", stop)
     assert again["eval_after"] == whole["eval_after"]
     ours, theirs = (open_trained(path / "adapter").v for path in (tmp_path / "parts", workdir))

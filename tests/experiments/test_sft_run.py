@@ -36,17 +36,9 @@ def test_a_run_learns_its_solutions(sft_config, stop, tmp_path):
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(sft_config, stop, tmp_path):
-    class After:
-        checks = 4
-
-        def check(self):
-            self.checks -= 1
-            if self.checks < 0:
-                raise Stopped(15)
-
     whole = sft.run(sft_config, tmp_path / "whole", stop)
     with pytest.raises(Stopped):
-        sft.run(sft_config, tmp_path / "parts", After())
+        sft.run(sft_config, tmp_path / "parts", type(stop)(4))
     assert sft.run(sft_config, tmp_path / "parts", stop)["eval_after"] == whole["eval_after"]
     assert [row["v"] for row in rows_of(tmp_path / "parts")] == [row["v"] for row in rows_of(tmp_path / "whole")]
 
