@@ -81,10 +81,11 @@ class Command:
             yield line
 
     def _read(self, found: queue.Queue[str | None]) -> None:
-        for raw in self._process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip("\n").split("\r")[-1]  # of a progress bar its last state
-            if line.strip():
-                found.put(line)
+        with self._process.stdout as written:
+            for raw in written:
+                line = raw.decode("utf-8", "replace").rstrip("\n").split("\r")[-1]  # of a progress bar its last state
+                if line.strip():
+                    found.put(line)
         found.put(None)
 
     def stop(self) -> None:

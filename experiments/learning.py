@@ -28,7 +28,7 @@ class Learner:
       gradient: of GRPO's loss; several learners may share it.
       optimizer: optax transformation.
       samples: completions a prompt.
-      point: the policy's v as a function of what is trained.
+      point: the policy's v as a function of what is trained; None: itself.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Learner:
         gradient: Gradient,
         optimizer: optax.GradientTransformation,
         samples: int,
-        point: Callable[[Trained], Trained] = lambda v: v,
+        point: Callable[[Trained], Trained] | None = None,
     ):
         self.task, self.samples = task, samples
         self.update = Step(gradient, optimizer, point)

@@ -30,7 +30,7 @@ def problem(module, *arguments):
     return None
 
 
-def only_parse(main, flags_parser):
+def only_parse(main, flags_parser=flags.FLAGS):
     """Stands where `app.run` does."""
     flags_parser(sys.argv)
     if "config" in flags.FLAGS:

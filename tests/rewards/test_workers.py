@@ -87,7 +87,9 @@ def test_a_worker_that_falls_silent_is_replaced(pool, monkeypatch):
     monkeypatch.setattr(workers, "_GRACE_S", -3.5)  # of the 4 seconds of its own limit
     for worker in pool._workers:
         os.kill(worker.process.pid, signal.SIGSTOP)
-    assert outcomes(pool.run(pairs(("1", "1+0"), ("1", "1+0")))) == ["worker", "worker"]
+    # The second may have waited, and gone to a worker that replaced one.
+    first, second = outcomes(pool.run(pairs(("1", "1+0"), ("1", "1+0"))))
+    assert first == "worker" and second in ("worker", [True])
     monkeypatch.undo()
     assert outcomes(pool.run(pairs(("1", "1+0")))) == [[True]]
 

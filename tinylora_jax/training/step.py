@@ -95,7 +95,7 @@ class Gradient:
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, point: Callable[[Trained], Trained] = lambda v: v
+    optimizer: optax.GradientTransformation, point: Callable[[Trained], Trained] | None = None
 ) -> Callable[[TrainState, Totals], tuple[TrainState, Metrics]]:
     """The jitted step of an optimizer along accumulated totals; metrics over tokens become their means.
 
@@ -103,13 +103,15 @@ def make_update(
 
     Args:
       optimizer: optax transformation of v.
-      point: where the gradient was taken, as a function of v.
+      point: where the gradient was taken, as a function of v; None: at v.
     """
 
-    @partial(jax.jit, donate_argnums=1)  # of all weights the gradient alone is gigabytes
+    # Of all weights the gradient alone is gigabytes; one taken at another point has no room for v.
+    @partial(jax.jit, donate_argnums=() if point else 1)
     def update(state: TrainState, total: Totals) -> tuple[TrainState, Metrics]:
         loss, sums, grad = total
-        (grad,) = jax.vjp(point, state.v)[1](grad)
+        if point:
+            (grad,) = jax.vjp(point, state.v)[1](grad)
         with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to traced counts
             updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
         v = optax.apply_updates(state.v, updates)
@@ -127,17 +129,18 @@ class Step:
     Args:
       gradient: of the objective.
       optimizer: optax transformation of v.
-      point: the policy's v as a function of what is trained. Different adapters of one rank are points of one space
-        (`coordinates`), and so share the program of one gradient.
+      point: the policy's v as a function of what is trained; None: itself. Different adapters of one rank are points
+        of one space (`coordinates`), and so share the program of one gradient.
     """
 
     def __init__(
         self,
         gradient: Gradient,
         optimizer: optax.GradientTransformation,
-        point: Callable[[Trained], Trained] = lambda v: v,
+        point: Callable[[Trained], Trained] | None = None,
     ):
-        self.gradient, self.point, self.update = gradient, jax.jit(point), make_update(optimizer, point)
+        self.gradient, self.update = gradient, make_update(optimizer, point)
+        self.point = jax.jit(point) if point else lambda v: v
 
     def __call__(self, state: TrainState, policy: Adapted, batch: Batch) -> tuple[TrainState, Metrics]:
         """The next state and scalar metrics of a batch."""

@@ -15,7 +15,8 @@ def test_add_a_file(config, tmp_path):
         data = config.train_data  # --config.train_data.source=squares.jsonl, and so on
         data.source, data.question_column, data.answer_column = str(path), "problem", "solution"
     questions = load_questions(parse(config).train_data)
-    assert questions == tuple(Question(n, f"What is {n} · {n}?", str(n * n)) for n in range(8))
+    worked = lambda n: f"{n} · {n} = {n * n}\n#### {n * n}"
+    assert questions == tuple(Question(n, f"What is {n} · {n}?", str(n * n), worked(n)) for n in range(8))
 
 
 class Words:
