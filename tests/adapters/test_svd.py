@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinylora_jax.adapters import truncated_svd
-from tinylora_jax.adapters.svd import SVD, canonical_signs, exact_svd, subspace_svd
+from tinylora_jax.adapters.svd import SVD, _refined, canonical_signs, exact_svd, subspace_svd
 
 
 def with_spectrum(rows, columns, spectrum, batch=1, seed=0):
@@ -98,3 +98,13 @@ def test_bfloat16_weights_are_decomposed_in_float32(method):
 def test_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'randomized'.*auto, exact, subspace"):
         truncated_svd(jnp.ones((1, 3, 3)), 1, "randomized")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 24), (24, 40), (80, 90)])
+def test_the_refinement_of_other_back_ends_gives_the_same(rows, columns):
+    """What a GPU runs after its decomposition, here on one that needs it not."""
+    W = with_spectrum(rows, columns, decaying(min(rows, columns)), batch=1)
+    found = canonical_signs(_refined(W, 2))
+    check_triplets(W, found, 2, rtol=1e-5)
+    for ours, theirs in zip(found, exact_svd(W, 2), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)

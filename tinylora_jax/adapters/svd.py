@@ -45,17 +45,28 @@ def canonical_signs(svd: SVD) -> SVD:
 
 @partial(jax.jit, static_argnames="rank")
 def exact_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better.
-
-    A GPU's decomposition mixes neighbours by 2.5e-5 over their gap. So its leading vectors are only where to look: the
-    triplets are those of the small matrix QᵀW = Rᵀ Q₂ᵀ, whose rounding is that of a product.
-    """
+    """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better."""
     wide = W.astype(np.promote_types(W.dtype, np.float32))
-    Q = jnp.linalg.svd(wide, full_matrices=False)[0][..., : _block(W, rank)]
-    Q2, R = jnp.linalg.qr(jnp.einsum("brc,brk->bck", wide, Q, precision=_HIGHEST))
+    found = partial(_decomposed, rank=rank), partial(_refined, rank=rank)
+    return canonical_signs(jax.lax.platform_dependent(wide, cpu=found[0], default=found[1]))
+
+
+def _decomposed(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
+    U, S, Vt = jnp.linalg.svd(W, full_matrices=False)
+    return SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2))
+
+
+def _refined(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
+    """A GPU's decomposition mixes neighbours by 2.5e-5 over their gap: its leading vectors are only where to look.
+
+    The triplets are those of the small matrix QᵀW = Rᵀ Q₂ᵀ, whose rounding is that of a product. Not on a CPU, which
+    needs it not: there XLA runs two independent factorizations at once, and on two cores each waits for the other.
+    """
+    Q = jnp.linalg.svd(W, full_matrices=False)[0][..., : _block(W, rank)]
+    Q2, R = jnp.linalg.qr(jnp.einsum("brc,brk->bck", W, Q, precision=_HIGHEST))
     A, S, Bt = jnp.linalg.svd(R)
     onto = lambda basis, x: jnp.einsum("bnk,bkr->bnr", basis, x[..., :rank], precision=_HIGHEST)
-    return canonical_signs(SVD(onto(Q, Bt.swapaxes(-1, -2)), S[..., :rank], onto(Q2, A)))
+    return SVD(onto(Q, Bt.swapaxes(-1, -2)), S[..., :rank], onto(Q2, A))
 
 
 def _block(W: jax.Array, rank: int) -> int:
