@@ -234,7 +234,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
     config = _DEFAULTS | read_json(path, _MAX_CONFIG_BYTES)
     if config.get("peft_type") != "TINYLORA":
-        raise PeftError(f"{path}: peft_type {config.get('peft_type')!r:.60}, expected 'TINYLORA'")
+        hint = "; a LoRA adapter can be evaluated, and PEFT merges it" if config.get("peft_type") == "LORA" else ""
+        raise PeftError(f"{path}: peft_type {config.get('peft_type')!r:.60}, expected 'TINYLORA'{hint}")
     integer = lambda name: type(config.get(name)) is int
     wrong = [name for name in ("r", "u") if not (integer(name) and 1 <= config[name] <= _MAX_PROJECTION)]
     wrong += [] if wrong or config["u"] * config["r"] ** 2 <= _MAX_PROJECTION else ["u"]
