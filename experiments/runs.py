@@ -221,6 +221,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
         folder.write_rows("answers_before.jsonl", answers)
         folder.write("eval_before.json", before)
     tell(f"before training: {json.dumps(before)}")
+    del initial  # of all weights it is gigabytes
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
     state, totals = train(trainer, data, steps, folder, started)
