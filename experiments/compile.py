@@ -83,7 +83,8 @@ def run(
 
 
 def suggest(config: ConfigDict, names: Sequence[str], model: str | None) -> list[dict[str, Any]]:
-    """Tries meshes, slots and lengths of streams, and prints the cheapest that fits, with its command.
+    """Tries meshes, slots and lengths of streams, and prints the cheapest that fits, with its command: the fewest
+    devices, and of equally many the topology named first.
 
     Raises:
       TopologyError: a name means nothing, or the compiler is absent.
@@ -96,7 +97,7 @@ def suggest(config: ConfigDict, names: Sequence[str], model: str | None) -> list
         return make_case(changed, model, target, spec)
 
     prove = lambda case, target: summary(case, target, compile_all(case))
-    targets = sorted((topology(name) for name in names), key=lambda t: len(t.devices))
+    targets = [topology(name) for name in names]
     result = search(targets, make, config.batch_size * config.samples, config.grpo.stream_tokens, prove)
     print_table(result)
     chosen = result["suggestion"]
@@ -134,6 +135,6 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("json", None, "Also write the result to this file.")
     flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile these programs alone.")
-    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit.")
+    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; name the cheaper --topology first.")
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.aot import estimate
@@ -60,9 +60,11 @@ def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream
                 slots //= 2
 
 
-def ranked(found: Sequence[Candidate]) -> list[Candidate]:
-    """The fewest devices first, then the fastest."""
-    return sorted(found, key=lambda c: (len(c.topology.devices), -c.tokens_per_s))
+def ranked(topologies: Sequence[Topology], found: Iterable[Candidate]) -> list[Candidate]:
+    """The fewest devices first; of equally many the topology named first, since prices are the user's to know; then
+    the fastest."""
+    named = [topology.name for topology in topologies]
+    return sorted(found, key=lambda c: (len(c.topology.devices), named.index(c.topology.name), -c.tokens_per_s))
 
 
 def search(
@@ -75,7 +77,7 @@ def search(
     """The cheapest candidate that compiles and fits.
 
     Args:
-      topologies: to choose from.
+      topologies: to choose from; of those with equally many devices, the one that costs less before the others.
       make: the case of a topology, a mesh, slots and stream tokens.
       rows: completions of a rollout.
       stream_tokens: of the config.
@@ -84,7 +86,7 @@ def search(
     Raises:
       ValueError: nothing fits.
     """
-    found = ranked(list(candidates(topologies, make, rows, stream_tokens)))
+    found = ranked(topologies, candidates(topologies, make, rows, stream_tokens))
     for candidate in found[:_MOST_COMPILED]:
         for tokens in (candidate.stream_tokens, candidate.stream_tokens // 2):
             tell(

@@ -1,4 +1,4 @@
-"""What is suggested: the fewest devices that fit, then the fastest mesh, with as many slots as there is room for."""
+"""What is suggested: the fewest devices that fit, of equally many those named first, then the fastest mesh."""
 
 import pytest
 
@@ -17,7 +17,8 @@ def make(target, spec, slots, stream_tokens):
 
 
 def found(*names):
-    return ranked(list(candidates([topology(name) for name in names], make, 256, 8192)))
+    targets = [topology(name) for name in names]
+    return ranked(targets, candidates(targets, make, 256, 8192))
 
 
 def test_eight_chips_of_v5e_hold_all_completions_and_four_hold_a_half():
@@ -28,6 +29,12 @@ def test_eight_chips_of_v5e_hold_all_completions_and_four_hold_a_half():
         assert candidate.predicted_bytes < 16e9
     how = lambda several: [(c.topology.name, c.mesh, c.slots) for c in several]
     assert how(found("v5e:2x4", "v5e:2x2")) == how([*four, *eight]), "fewer devices are cheaper"
+
+
+def test_of_equally_many_devices_the_topology_named_first_is_tried_first():
+    for names in (("v5e:2x4", "v6e:2x4"), ("v6e:2x4", "v5e:2x4")):
+        tried = list(dict.fromkeys(candidate.topology.name for candidate in found(*names)))
+        assert tried == list(names)
 
 
 def test_the_first_that_compiles_is_taken_with_shorter_streams_if_the_update_alone_is_too_large():
