@@ -31,28 +31,12 @@ from experiments.aot.programs import Case, compile_all  # noqa: E402
 from experiments.aot.report import print_table, summary  # noqa: E402
 from experiments.aot.suggest import search  # noqa: E402
 from experiments.cli import parse_flags, reporting_errors  # noqa: E402
-from experiments.setup import ConfigError, parse  # noqa: E402
+from experiments.meshes import parse_mesh  # noqa: E402
+from experiments.setup import parse  # noqa: E402
 from experiments.shapes import architecture  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
 
 PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
-
-
-def mesh_spec(text: str | None, config: ConfigDict) -> MeshSpec:
-    """`data,fsdp,tensor`, or the config's mesh if no text is given.
-
-    Raises:
-      ConfigError: the text is not three integers.
-    """
-    if text is None:
-        return MeshSpec(**config.mesh)
-    try:
-        data, fsdp, tensor = (int(part) for part in text.split(","))
-        return MeshSpec(data, fsdp, tensor)
-    except ValueError as error:
-        raise ConfigError(
-            f"--mesh={text}: expected data,fsdp,tensor as three integers, such as 1,1,8 ({error})"
-        ) from error
 
 
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
@@ -70,7 +54,7 @@ def run(
       TopologyError: a name means nothing, or the compiler is absent.
       ValueError: the mesh or a size does not fit, or the architecture is not known.
     """
-    spec = mesh_spec(mesh, config)
+    spec = MeshSpec(**config.mesh) if mesh is None else parse_mesh(mesh)
     targets = [topology(name) for name in names]
     results = []
     for target in targets:

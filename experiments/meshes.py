@@ -15,6 +15,21 @@ from tinylora_jax.training.batch import Shape
 _ROOM = 2  # places in a row for each token: a TPU computes all of them, where a GPU skips those of no token
 
 
+def parse_mesh(text: str) -> MeshSpec:
+    """`data,fsdp,tensor`, such as 1,1,8.
+
+    Raises:
+      ValueError: the text is not three integers.
+    """
+    try:
+        data, fsdp, tensor = (int(part) for part in text.split(","))
+        return MeshSpec(data, fsdp, tensor)
+    except ValueError as error:
+        raise ValueError(
+            f"--mesh={text}: expected data,fsdp,tensor as three integers, such as 1,1,8 ({error})"
+        ) from error
+
+
 def use_mesh(spec: MeshSpec) -> AbstractContextManager:
     """The mesh of all devices, around everything that a run computes; nothing at all for a single device."""
     devices = jax.devices()

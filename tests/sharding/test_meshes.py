@@ -10,12 +10,15 @@ import pytest
 
 from tinylora_jax.models.sharding import MeshSpec
 
-PROGRAM = Path(__file__).with_name("on_eight_devices.py")
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]  # the tiny models' 2 kv heads do not divide 4 or 8
 
 
 def run(family, modes, mesh):
-    command = [sys.executable, str(PROGRAM), family, ",".join(modes), *map(str, mesh)]
+    return start("on_eight_devices.py", family, ",".join(modes), *mesh)
+
+
+def start(program, *arguments):
+    command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -55,6 +58,14 @@ def test_a_mesh_changes_nothing(alone, mesh):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_every_mesh_changes_nothing(alone, family, mesh):
     check(alone, family, ("greedy", "sampled"), mesh)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 4), (2, 1, 4)], ids=str)
+def test_of_a_file_each_device_gets_its_shards_and_no_more_is_read(mesh, tmp_path):
+    found = start("load_on_eight_devices.py", str(tmp_path / "weights.safetensors"), "qwen2", *mesh)
+    assert all(leaf["equal"] and leaf["read"] == leaf["shard"] for leaf in found.values()), found
+    gate = found["model.layers.0.mlp.gate_proj.weight"]
+    assert gate["shard"] <= gate["whole"] // 4
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,16 @@ def _tensor(file: Any, name: str, path: Path) -> LazyTensor:
             f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
             "quantized checkpoints are not read"
         )
-    return LazyTensor(tuple(view.get_shape()), lambda: _read(file, name, path))
+    return LazyTensor(
+        tuple(view.get_shape()),
+        lambda: _read(lambda: file.get_tensor(name), name, path),
+        lambda index: _read(lambda: view[index], name, path),
+    )
 
 
-def _read(file: Any, name: str, path: Path) -> np.ndarray:
+def _read(read: Callable[[], np.ndarray], name: str, path: Path) -> np.ndarray:
     try:
-        return file.get_tensor(name)
+        return read()
     except SafetensorError as error:
         raise ValueError(f"{path}: cannot read {name} ({error}); fetch the file again") from error
 

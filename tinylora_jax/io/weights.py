@@ -31,10 +31,12 @@ class LazyTensor:
     Attributes:
       shape: as stored, in torch's convention (a linear layer is [out, in]).
       read: returns the numbers as a floating-point NumPy array of that shape.
+      read_part: the same of a part, by a slice for each dimension; None where only the whole can be read.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
 
 def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -78,7 +80,8 @@ def build_tree(
 ) -> dict[str, Any]:
     """Reads a parameter tree, a few tensors at a time, after all names and shapes have been checked.
 
-    Host memory holds the tensors being read, and of the result what lies there: never a second copy of the model.
+    Host memory holds the tensors being read (of those that can be read in parts, the shards being read), and of the
+    result what lies there: never a second copy of the model.
 
     Args:
       config: the architecture that the tensors must match.
@@ -201,15 +204,23 @@ def _check_tied_head(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> 
 def _leaf(
     name: str, tensor: LazyTensor, path: Path, shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None
 ) -> jax.Array:
-    values = tensor.read()
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read")
-    if path[-1] == "kernel":
-        values = values.astype(jnp.dtype(dtype), copy=False).T  # rounded and transposed at once, it is slow
-    # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
-    values = np.array(values, dtype=jnp.dtype(dtype), order="C")
-    if values.shape != shape:
-        raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
-    if sharding is None:
-        return jnp.asarray(values)
-    return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
+    transposed = path[-1] == "kernel"
+
+    def leaf(values: np.ndarray) -> np.ndarray:
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise ValueError(
+                f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read"
+            )
+        if transposed:
+            values = values.astype(jnp.dtype(dtype), copy=False).T  # rounded and transposed at once, it is slow
+        # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
+        return np.array(values, dtype=jnp.dtype(dtype), order="C")
+
+    if sharding is None or tensor.read_part is None:
+        values = leaf(tensor.read())
+        if values.shape != shape:
+            raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
+        place = jax.make_array_from_callback
+        return jnp.asarray(values) if sharding is None else place(shape, sharding, values.__getitem__)
+    stored = lambda index: index[::-1] if transposed else index
+    return jax.make_array_from_callback(shape, sharding, lambda index: leaf(tensor.read_part(stored(index))))

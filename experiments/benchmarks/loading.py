@@ -1,0 +1,100 @@
+"""Host memory and seconds to load a model's weights to the devices of a mesh, each process its own shards.
+
+python -m experiments.benchmarks.loading --model=/data/qwen2.5-7b --mesh=1,1,8
+
+On several hosts the flags of `experiments.hosts` are added. On a CPU the shards are host memory too: what is in use at
+most is compared with shards and largest tensor together. Linux: memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from absl import app, flags
+
+from experiments import hosts
+from experiments.benchmarks import common
+from experiments.cli import parse_flags, reporting_errors
+from experiments.meshes import active_mesh, describe, parse_mesh, use_mesh
+from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.models.sharding import MeshSpec, param_shardings
+
+FLAGS = flags.FLAGS
+T = TypeVar("T")
+_EVERY_S = 0.005  # between two looks at the memory
+
+
+def memory_in_use() -> int:
+    """Bytes of this process that no file backs: a mapped file's pages are the kernel's to drop."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+
+def peak_of(work: Callable[[], T]) -> tuple[T, int]:
+    """What `work` returns, and the most bytes beyond those of its beginning that were in use meanwhile."""
+    before, most, done = memory_in_use(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(_EVERY_S):
+            most = max(most, memory_in_use())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = work()
+        most = max(most, memory_in_use())
+    finally:
+        done.set()
+        watcher.join()
+    return result, max(most - before, 0)
+
+
+def bytes_here(params: Any) -> int:
+    """Of a tree's shards on this process's devices."""
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    del argv
+    with reporting_errors():
+        hosts.connect(FLAGS)
+        with use_mesh(parse_mesh(FLAGS.mesh) if FLAGS.mesh else MeshSpec(1, 1, jax.device_count())):
+            mesh = active_mesh()
+            place = mesh and partial(param_shardings, mesh)
+            started = time.perf_counter()
+            model, peak = peak_of(
+                lambda: jax.block_until_ready(load_pretrained(FLAGS.model, common.dtype(), place).params)
+            )
+            seconds = time.perf_counter() - started
+            leaves = jax.tree.leaves(model)
+            here, largest = bytes_here(model), max(leaf.nbytes for leaf in leaves)
+            rows = {
+                "model": FLAGS.model,
+                "dtype": common.dtype().name,
+                "mesh: data, fsdp, tensor": list(describe(mesh)),
+                "process": f"{jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices",
+                "seconds": seconds,
+                "all weights, MB": sum(leaf.nbytes for leaf in leaves) / 1e6,
+                "this process's shards, MB": here / 1e6,
+                "largest tensor, MB": largest / 1e6,
+                "memory in use at most, MB": peak / 1e6,
+                "over shards and largest tensor": peak / (here + largest),
+            }
+    if hosts.is_first():
+        common.report("loading", rows)
+
+
+if __name__ == "__main__":
+    common.define_flags()
+    hosts.define_flags()
+    flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: all devices share the weights.")
+    app.run(main, flags_parser=parse_flags)
