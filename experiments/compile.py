@@ -59,7 +59,7 @@ def run(
     results = []
     for target in targets:
         case = make_case(config, model, target, spec)
-        results.append(summary(case, target, compile_all(case, only)))
+        results.append(summary(case, target, compile_all(case, only, target.chip.at_once)))
         print_table(results[-1])
         if not results[-1]["fits"]:
             print(f"does not fit {target.name}; larger ones: {', '.join(larger(target.name)[:3])}, or --suggest")
@@ -80,7 +80,7 @@ def suggest(config: ConfigDict, names: Sequence[str], model: str | None) -> list
         changed.slots, changed.grpo.stream_tokens = slots, stream_tokens
         return make_case(changed, model, target, spec)
 
-    prove = lambda case, target: summary(case, target, compile_all(case))
+    prove = lambda case, target: summary(case, target, compile_all(case, (), target.chip.at_once))
     targets = [topology(name) for name in names]
     result = search(targets, make, config.batch_size * config.samples, config.grpo.stream_tokens, prove)
     print_table(result)

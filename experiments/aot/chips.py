@@ -23,6 +23,7 @@ class Chip:
       clock: Hz, by which XLA's cycles become seconds.
       ici: bytes per second around a ring of neighbours, in both directions together.
       topologies: slices that are sold, the smallest first.
+      at_once: programs that the compiler takes side by side; None for as many as there are cores.
     """
 
     kind: str
@@ -32,20 +33,22 @@ class Chip:
     clock: float
     ici: float
     topologies: tuple[str, ...]
+    at_once: int | None = None
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 # cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. tpu7x has two devices a chip. Clocks: the matrix units' sizes and the
 # peak rates give those of v5e, v5p and v6e; that of tpu7x is not published, and is the one at which XLA's estimate of
-# a large copy reaches the same share of the bandwidth as on v5e.
+# a large copy reaches the same share of the bandwidth as on v5e. libtpu of jax 0.10.2 dies of a segmentation fault when
+# it compiles several decompositions for tpu7x at once, and compiles each of them by itself.
 CHIPS = {
     chip.kind: chip
     for chip in (
         Chip("v5e", 16e9, 819e9, 197e12, 1.5e9, 100e9, _FLAT),
         Chip("v6e", 32e9, 1640e9, 918e12, 1.75e9, 224e9, _FLAT),
         Chip("v5p", 95e9, 2765e9, 459e12, 1.75e9, 200e9, _CUBE),
-        Chip("tpu7x", 96e9, 7370e9 / 2, 2307e12 / 2, 2.36e9, 200e9, _CUBE),
+        Chip("tpu7x", 96e9, 7370e9 / 2, 2307e12 / 2, 2.36e9, 200e9, _CUBE, at_once=1),
     )
 }
 

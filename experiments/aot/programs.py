@@ -195,8 +195,8 @@ class Build(NamedTuple):
     cpu_s: float
 
 
-def compile_all(case: Case, only: Sequence[str] = ()) -> Build:
-    """Compiles the programs of a run whose names begin with one of `only` (none: all)."""
+def compile_all(case: Case, only: Sequence[str] = (), at_once: int | None = None) -> Build:
+    """Compiles the programs of a run whose names begin with one of `only` (none: all), so many side by side."""
     started, cpu = time.perf_counter(), time.process_time()
     wanted = [p for p in all_programs(case) if not only or p.name.startswith(tuple(only))]
 
@@ -204,7 +204,7 @@ def compile_all(case: Case, only: Sequence[str] = ()) -> Build:
         tell(f"compiling {program.name}")
         return compile_program(program, case.mesh)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles one program on about one core
+    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:  # XLA compiles one program on about one core
         programs = list(pool.map(build, wanted))
     return Build(programs, time.perf_counter() - started, time.process_time() - cpu)
 
