@@ -19,6 +19,7 @@ from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt, PromptArrays, pad_prompts
 from tinylora_jax.fetch import fetch
 from tinylora_jax.models import ModelConfig
+from tinylora_jax.models.sharding import outline_everywhere
 from tinylora_jax.rewards import Grade, grade_batch
 from tinylora_jax.rollout import Completions, Sampling, generate
 
@@ -93,10 +94,10 @@ def lower_answer(
     width: int,
     sampling: Sampling,
     samples: int = 1,
-    key: jax.Array | None = None,
+    key: jax.Array | jax.ShapeDtypeStruct | None = None,
 ) -> jax.stages.Lowered:
     """The program with which `answer` answers so many prompts, to be compiled before it is needed."""
-    key = jax.random.key(0) if key is None else key
+    key = outline_everywhere(jax.eval_shape(lambda: jax.random.key(0))) if key is None else key
     arrays = PromptArrays(
         np.zeros(prompts, np.uint32), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32)
     )

@@ -40,14 +40,14 @@ class Trainer(runs.Trainer):
     ):
         super().__init__(config, specs, task, prompts, steps, stop)
         gradient = Gradient(plan_of(config, specs, task, self.width))
-        self.learner = Learner(task, gradient, self.optimizer, config.samples)
+        self.learner = Learner(gradient, self.optimizer, config.samples)
 
     def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """The programs of a step, to be compiled before the first."""
         yield lower_answer(
             self.task, state.v, self.config.batch_size, self.width, self.task.sampling, self.config.samples
         )
-        yield from self.learner.lower(state)
+        yield from self.learner.update.lower(state, self.task.policy)
 
     def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
         """One rollout of a batch of prompts and the updates on it.
@@ -58,7 +58,7 @@ class Trainer(runs.Trainer):
         key = step_key(self.config.seed, "train", index)
         answers = answer(self.task, state.v, prompts, key, self.task.sampling, self.config.samples, self.width)
         self.stop.check()
-        state, metrics = self.learner.learn(state, answers, index)
+        state, metrics = self.learner.learn(self.task.policy, state, answers, index)
         page = answers_page(prompts, answers, self.config.samples, self.config.samples_kept)
         return Stepped(state, metrics, page, answers.num_tokens)
 

@@ -118,7 +118,9 @@ def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: in
     vectors = [np.asarray(adapter.v, np.float32) for adapter in opened]
     if len(vectors) == 2:
         other = opened[1].factors(task.policy.params, config.svd)
-        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), task.policy.factors, other)
+        same = jax.tree.map(
+            lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), task.policy.factors.leaves, other.leaves
+        )
         if vectors[0].shape != vectors[1].shape or not all(jax.tree.leaves(same)):
             raise ConfigError(f"{adapters[0]} and {adapters[1]} are of different specs: a plane needs the same factors")
     second = vectors[1] if len(vectors) == 2 else (None if random is None else orthogonal(vectors[0], random))

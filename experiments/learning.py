@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 
 from experiments.answering import Answers, grades_of
 from experiments.cli import TrainingError
-from experiments.setup import Task
+from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import Batch, Gradient, Plan, Step, TrainState, group_advantages, score
@@ -24,7 +24,6 @@ class Learner:
     """Updates one trained thing on graded rollouts.
 
     Args:
-      task: the model.
       gradient: of GRPO's loss; several learners may share it.
       optimizer: optax transformation.
       samples: completions a prompt.
@@ -33,13 +32,12 @@ class Learner:
 
     def __init__(
         self,
-        task: Task,
         gradient: Gradient,
         optimizer: optax.GradientTransformation,
         samples: int,
         point: Callable[[Trained], Trained] | None = None,
     ):
-        self.task, self.samples = task, samples
+        self.samples = samples
         self.update = Step(gradient, optimizer, point)
 
     @property
@@ -47,14 +45,13 @@ class Learner:
         """What the programs are compiled for."""
         return self.update.gradient.plan
 
-    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
-        """The programs of an update."""
-        yield from self.update.lower(state, self.task.policy)
-
-    def learn(self, state: TrainState, answers: Answers, index: int) -> tuple[TrainState, dict[str, float]]:
+    def learn(
+        self, policy: Adapted, state: TrainState, answers: Answers, index: int
+    ) -> tuple[TrainState, dict[str, float]]:
         """The updates on one graded rollout, and the metrics of both.
 
         Args:
+          policy: everything frozen.
           state: before them.
           answers: of this state's own policy.
           index: of the step, for messages.
@@ -63,9 +60,9 @@ class Learner:
           TrainingError: the loss, the gradient or v is not finite.
         """
         started = time.perf_counter()
-        batch = self._batch(answers, state)
+        batch = self._batch(policy, state, answers)
         for _ in range(self.plan.grpo.updates_per_rollout):
-            state, device_metrics = self.update(state, self.task.policy, batch)
+            state, device_metrics = self.update(state, policy, batch)
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "v_norm")):
             shown = {name: metrics[name] for name in ("loss", "grad_norm", "v_norm")}
@@ -79,7 +76,7 @@ class Learner:
         metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    def _batch(self, answers: Answers, state: TrainState) -> Batch:
+    def _batch(self, policy: Adapted, state: TrainState, answers: Answers) -> Batch:
         grpo, completions = self.plan.grpo, answers.completions
         shape = (len(answers.arrays.ids), self.samples, completions.tokens.shape[1])
         mask = np.arange(shape[2]) < completions.lengths[:, None]
@@ -92,11 +89,11 @@ class Learner:
             rollout_logprobs=completions.logprobs.reshape(shape),
             advantages=np.asarray(group_advantages(rewards, grpo.normalize_std)),
         )
-        scores = lambda v: score(self.plan, self.task.policy, v, batch)
+        scores = lambda v: score(self.plan, policy, v, batch)
         if grpo.updates_per_rollout > 1:
             batch = dataclasses.replace(batch, old_logprobs=scores(self.update.point(state.v)))
         if grpo.kl_coef:
-            batch = dataclasses.replace(batch, ref_logprobs=scores(self.task.policy.init()))
+            batch = dataclasses.replace(batch, ref_logprobs=scores(policy.init()))
         return batch
 
 

@@ -129,18 +129,17 @@ class Member:
     Args:
       name: in the sweep.
       config: as if it were alone.
-      task: the model, adapted by LoRA-XS.
       factors: of its own spec.
+      free: those of LoRA-XS, in whose space all members lie.
       gradient: shared by all.
       steps: of the run.
     """
 
-    def __init__(self, name: str, config: ConfigDict, task: Task, factors: Factors, gradient: Gradient, steps: int):
-        self.name, self.config, self.factors = name, config, factors
-        free = task.policy.factors
+    def __init__(self, name: str, config: ConfigDict, factors: Factors, free: Factors, gradient: Gradient, steps: int):
+        self.name, self.config, self.factors = name, config, _ties_of(factors)
         self.optimizer = optimizer_of(parse(config), steps)
-        point = partial(coordinates, _ties_of(free), _ties_of(factors))
-        self.learner = Learner(task, gradient, self.optimizer, config.samples, point)
+        point = partial(coordinates, _ties_of(free), self.factors)
+        self.learner = Learner(gradient, self.optimizer, config.samples, point)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
@@ -166,7 +165,8 @@ class Population:
     Args:
       configs: of the members, by name.
       specs: of any member.
-      task: the model adapted by LoRA-XS of the members' rank; see `free_task`.
+      task: the model adapted by LoRA-XS of the members' rank (`free_spec`), or its outline (see `launch`) until `task`
+        is set to the loaded one.
       width: of padded prompts.
       steps: of every member's run.
     """
@@ -175,10 +175,12 @@ class Population:
         self.task, self.width = task, width
         self.config = next(iter(configs.values()))
         gradient = Gradient(plan_of(self.config, specs, task, width))
+        # Of an outline's factors nothing but the ties is there; these are made anew.
+        tied = partial(retie, task.policy.params, task.policy.factors)
+        free = tied(task.policy.factors.spec)
         self.members = {
-            name: Member(name, config, task, retie(task.policy.params, task.policy.factors, spec), gradient, steps)
+            name: Member(name, config, tied(parse(config).adapter), free, gradient, steps)
             for name, config in configs.items()
-            for spec in (parse(config).adapter,)
         }
 
     def initial_states(self) -> dict[str, TrainState]:
@@ -192,7 +194,7 @@ class Population:
         v = jnp.zeros((count, *init(self.task.policy.factors).shape), jnp.float32)
         key = jnp.broadcast_to(jax.random.key(0), (count,))
         yield lower_answer(self.task, v, count, self.width, self.task.sampling, self.config.samples, key)
-        yield from self.members[names[0]].learner.lower(states[names[0]])
+        yield from self.members[names[0]].learner.update.lower(states[names[0]], self.task.policy)
 
     def step(
         self,
@@ -224,7 +226,7 @@ class Population:
                 continue
             own = answers.part(place * size, size, self.config.samples)
             try:
-                state, metrics = self.members[name].learner.learn(states[name], own, index)
+                state, metrics = self.members[name].learner.learn(self.task.policy, states[name], own, index)
                 found[name] = state, metrics, own
             except TrainingError as error:
                 found[name] = error

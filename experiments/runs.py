@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from experiments import hosts
 from experiments.cli import fail, reporting_errors, tell, use_compilation_cache
-from experiments.compilation import compile_together
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
+from experiments.launch import launch
 from experiments.meshes import active_mesh, plan_streams, use_mesh
-from experiments.setup import ConfigError, Specs, Task, as_json, load_task, make_prompts, parse
+from experiments.setup import ConfigError, Specs, Task, as_json, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
 from tinylora_jax.adapters import Policy
@@ -36,6 +36,7 @@ from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_widt
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.saving import save_trained
+from tinylora_jax.models.sharding import outline_everywhere
 from tinylora_jax.training import Plan, TrainState, init_state
 
 Totals = dict[str, float]
@@ -67,7 +68,7 @@ class Trainer(ABC):
     Args:
       config: of the run.
       specs: the same, parsed.
-      task: the model.
+      task: the model, or its outline (see `launch`) until `task` is set to the loaded one: programs are the same.
       prompts: to train on.
       steps: length of the learning-rate schedule, in steps.
       stop: asked between the phases of a step.
@@ -83,14 +84,19 @@ class Trainer(ABC):
         """The state before the first step."""
         return self.placed(init_state(self.task.policy.init(), self.optimizer))
 
-    def placed(self, state: TrainState) -> TrainState:
-        """A state of the host on every device."""
+    def state_outline(self) -> TrainState:
+        """Its shapes and places."""
+        make = lambda policy: init_state(policy.init(), self.optimizer)
+        return outline_everywhere(jax.eval_shape(make, self.task.policy))
+
+    def placed(self, tree: Any) -> Any:
+        """A state, or what was trained, of the host on every device."""
         mesh = active_mesh()
-        return jax.device_put(state, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
     @abstractmethod
     def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
-        """The programs of a step, to be compiled before the first."""
+        """The programs of a step from a state, or from its outline, to be compiled before the first."""
 
     @abstractmethod
     def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
@@ -204,16 +210,18 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
         return done
     train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
     num_steps(config, len(train_questions))  # refuses too few before the slow part
-    task = load_task(config, specs)
-    prompts = make_prompts(config, train_questions, task)
-    questions = make_prompts(config, eval_questions, task)
-    steps = num_steps(config, len(prompts))
-    trainer = make_trainer(config, specs, task, prompts, steps, stop)
-    folder.claim()
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    with launch(config, specs) as start:
+        prompts = make_prompts(config, train_questions, start.outline)
+        questions = make_prompts(config, eval_questions, start.outline)
+        steps = num_steps(config, len(prompts))
+        trainer = make_trainer(config, specs, start.outline, prompts, steps, stop)
+        outline = trainer.state_outline()
+        to_train = trainer.lower(outline) if folder.saved_steps() < steps else ()
+        task = start.finish(chain(to_train, lower_evaluation(start.outline, outline.v, questions, **how)))
+    trainer.task = task
+    folder.claim()
     initial = trainer.initial_state()
-    tell("compiling")
-    compile_together(chain(trainer.lower(initial), lower_evaluation(task, initial.v, questions, **how)))
 
     before = folder.read("eval_before.json")
     if before is None:
@@ -229,7 +237,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
 
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
-    after, answers = evaluate(task, saved, questions, seed=config.seed, between=stop.check, **how)
+    after, answers = evaluate(task, trainer.placed(saved), questions, seed=config.seed, between=stop.check, **how)
     folder.write_rows("answers_after.jsonl", answers)
     summary = {
         "model": task.name,
@@ -248,9 +256,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
 
 def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
     """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
-    policy, v, fingerprint = task.policy, fetch(v), base_fingerprint(task.policy.params)
-    if isinstance(policy, Policy):
-        policy = dataclasses.replace(policy, factors=fetch(policy.factors))
+    policy, v, fingerprint = task.policy_to_save(), fetch(v), base_fingerprint(task.policy.params)
 
     def write() -> list[list[float]] | None:
         saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)

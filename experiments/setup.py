@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
 from experiments.meshes import active_mesh
-from tinylora_jax.adapters import Adapted, Full, LoRA, Target, TinyLoRA, adapt, lora_xs
+from tinylora_jax.adapters import Adapted, Full, LoRA, Policy, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.adapters.policy import Spec
 from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
+from tinylora_jax.fetch import fetch
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
 from tinylora_jax.models import ModelConfig, head_kernel
 from tinylora_jax.models.sharding import MeshSpec, param_shardings, policy_shardings
@@ -51,13 +52,24 @@ class Specs:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with what adapts it, and how it is asked and graded; `slots` completions are decoded at once."""
+    """A model with what adapts it, and how it is asked and graded.
+
+    Attributes:
+      pretrained: the model.
+      policy: what is trained of it.
+      sampling: how completions are drawn.
+      reward: grades them.
+      slots: completions decoded at once; 0 is all.
+      undetermined: `Factors.undetermined`, which only the weights tell. The policy's own is empty: it is part of what
+        programs are compiled for.
+    """
 
     pretrained: Pretrained
     policy: Adapted
     sampling: Sampling
     reward: Reward
     slots: int = 0
+    undetermined: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,6 +85,13 @@ class Task:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model."""
         return self.pretrained.tokenizer
+
+    def policy_to_save(self) -> Adapted:
+        """The policy with the names of what is undetermined; its factors are the host's."""
+        if not isinstance(self.policy, Policy):
+            return self.policy
+        factors = replace(fetch(self.policy.factors), undetermined=self.undetermined)
+        return replace(self.policy, factors=factors)
 
 
 def parse(config: ConfigDict) -> Specs:
@@ -145,24 +164,41 @@ def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
 
 
 def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], Adapted] | None = None) -> Task:
-    """Loads the model and factorizes it, the slow part of a start; `policy_of` stands in for the config's adapter."""
+    """Loads the model and factorizes it; `policy_of` stands in for the config's adapter. A run does it by `launch`."""
     tell(f"loading {config.model}")
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
-    if policy_of is not None or isinstance(specs.adapter, TinyLoRA):
+    return make_task(config, specs, model, make_policy(model.params, policy_of or specs.adapter, config.svd))
+
+
+def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:
+    """Weights with what adapts them, on the devices of the mesh; `how` is a spec, or makes it of weights and `svd`."""
+    if callable(how) or isinstance(how, TinyLoRA):
         tell("factorizing its weights")
-    policy_of = policy_of or (lambda params, svd: adapt(params, specs.adapter, svd))
-    policy = policy_of(model.params, config.svd)
-    if mesh is not None:
-        policy = jax.device_put(policy, policy_shardings(mesh, policy))
-    jax.eval_shape(lambda: head_kernel(model.config, policy(policy.init())))  # refuses an adapter on the head
+    policy = how(params, svd) if callable(how) else adapt(params, how, svd)
+    mesh = active_mesh()
+    return policy if mesh is None else jax.device_put(policy, policy_shardings(mesh, policy))
+
+
+def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapted) -> Task:
+    """The task of a model and its policy, or of their shapes.
+
+    Raises:
+      ValueError: an adapter stands on the head.
+    """
+    jax.eval_shape(lambda policy: head_kernel(model.config, policy(policy.init())), policy)
+    undetermined: tuple[str, ...] = ()
+    if isinstance(policy, Policy):
+        undetermined = policy.factors.undetermined
+        policy = replace(policy, factors=replace(policy.factors, undetermined=()))
     return Task(
         pretrained=model,
         policy=policy,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,
         slots=config.slots or (_CPU_SLOTS if jax.default_backend() == "cpu" else 0),
+        undetermined=undetermined,
     )
 
 

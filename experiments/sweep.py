@@ -29,8 +29,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.compilation import compile_together
 from experiments.evaluate import evaluate, lower_evaluation
+from experiments.launch import launch
 from experiments.learning import answers_page
 from experiments.population import (
     Member,
@@ -43,9 +43,9 @@ from experiments.population import (
 )
 from experiments.runs import num_steps, summary_of_config
 from experiments.scoring import Row
-from experiments.setup import as_json, load_task, make_prompts, parse
+from experiments.setup import Task, as_json, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
-from tinylora_jax.adapters import adapt
+from tinylora_jax.adapters import retie
 from tinylora_jax.data import load_questions, make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
@@ -161,30 +161,22 @@ def run(
         return done
     train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
     num_steps(config, len(train_questions))
-    task = load_task(config, specs, lambda params, svd: adapt(params, free, svd))
-    prompts = make_prompts(config, train_questions, task)
-    questions = make_prompts(config, eval_questions, task)
-    steps = num_steps(config, len(prompts))
-    population = Population(configs, specs, task, padded_width(prompts), steps)
-    judge = partial(
-        evaluate,
-        task,
-        prompts=questions,
-        batch_size=config.eval_batch_size,
-        samples=config.eval_samples,
-        between=stop.check,
-    )
+    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    with launch(config, specs, free) as start:
+        prompts = make_prompts(config, train_questions, start.outline)
+        questions = make_prompts(config, eval_questions, start.outline)
+        steps = num_steps(config, len(prompts))
+        population = Population(configs, specs, start.outline, padded_width(prompts), steps)
+        base = jax.eval_shape(start.outline.policy.init)
+        evaluation = lower_evaluation(start.outline, base, questions, **how)
+        task = start.finish(chain(population.lower(population.initial_states()), evaluation))
+    population.task = task
+    judge = partial(evaluate, task, prompts=questions, between=stop.check, **how)
     folder.claim()
     with closing(folder):
-        base = task.policy.init()
-        tell(f"compiling for {len(configs)} members")
-        evaluation = lower_evaluation(
-            task, base, questions, batch_size=config.eval_batch_size, samples=config.eval_samples
-        )
-        compile_together(chain(population.lower(population.initial_states()), evaluation))
         before = folder.log.read_json("eval_before.json")
         if before is None:
-            before, answers = judge(v=base, seed=config.seed)
+            before, answers = judge(v=task.policy.init(), seed=config.seed)
             folder.log.write_rows("answers_before.jsonl", answers)
             folder.log.write_json("eval_before.json", before)
         tell(f"before training: {json.dumps(before)}")
@@ -196,7 +188,7 @@ def run(
         rows = [{"member": name, "dropped": reason} for name, reason in dropped.items()]
         for name, member in population.members.items():
             if name not in dropped:
-                rows.append(_finish(member, states[name].v, folder, fingerprint, about, judge))
+                rows.append(_finish(task, member, states[name].v, folder, fingerprint, about, judge))
     rows.sort(key=lambda row: -row.get("eval_after", {}).get("strict", -1.0))
     summary = {"model": task.name, **about, "members": rows}
     summary |= {"train_s": round(trained - started, 1), "wall_s": round(time.perf_counter() - started, 1)}
@@ -205,6 +197,7 @@ def run(
 
 
 def _finish(
+    task: Task,
     member: Member,
     v: jax.Array,
     folder: Folder,
@@ -213,10 +206,11 @@ def _finish(
     judge: Callable[..., tuple[dict[str, Any], list[Row]]],
 ) -> dict[str, Any]:
     """Saves a member and evaluates it as it was saved, if that was not done yet; gives its row of the summary."""
-    log, task = folder.members[member.name], member.learner.task
+    log = folder.members[member.name]
     done = log.read_json("summary.json")
     if done is None:
-        saved, factors = folder.member(member.name) / "adapter", fetch(member.factors)
+        saved, policy = folder.member(member.name) / "adapter", task.policy_to_save()
+        factors = fetch(retie(policy.params, policy.factors, member.factors.spec))
         told = {**about, "config": summary_of_config(member.config)}
         save_adapter(saved, factors, v, task.name, member.config.save_dtype, fingerprint, **told)
         point = member.point(np.asarray(read_adapter(saved)[1], np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ class Workdir:
             self._checkpoints = Checkpoints(self.path / "checkpoints")
 
         on_first(open_checkpoints)
+
+    def saved_steps(self) -> int:
+        """How many steps the newest checkpoint is after; 0 without one."""
+
+        def look() -> int:
+            path = self.path / "checkpoints"
+            if not path.is_dir():
+                return 0
+            with closing(Checkpoints(path)) as checkpoints:
+                return checkpoints.latest_step() or 0
+
+        return on_first(look)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A result; None if it was not written yet."""

@@ -22,13 +22,15 @@ from experiments.answering import lower_rollout
 from experiments.aot import hlo
 from experiments.cli import tell
 from experiments.meshes import plan_streams
+from experiments.outlines import policy_outline
 from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
-from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init, select
-from tinylora_jax.adapters.factors import BATCH_BYTES, batches, num_triplets
+from tinylora_jax.adapters import Policy, TinyLoRA, init, select
+from tinylora_jax.adapters.batches import BATCH_BYTES, batches, num_triplets
 from tinylora_jax.adapters.svd import exact_svd, subspace_svd
-from tinylora_jax.models import KVCache, ModelConfig, init_params
-from tinylora_jax.models.sharding import heads_axes, kernel_spec, policy_shardings
+from tinylora_jax.io.weights import param_shapes
+from tinylora_jax.models import KVCache, ModelConfig
+from tinylora_jax.models.sharding import heads_axes, kernel_spec, outline_everywhere, placed_outline
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.rollout.generate import decode_step, empty_state
 from tinylora_jax.training import Gradient, Plan, Step, Streams, init_state
@@ -94,8 +96,7 @@ class Case:
 
     def policy(self) -> Policy:
         """Shapes and places of weights and factors."""
-        policy = _policy_shapes(self.model, self.specs.adapter, self.dtype)
-        return jax.tree.map(_placed, policy, policy_shardings(self.mesh, policy))
+        return _policy_outline(self.model, self.specs.adapter, self.dtype, self.mesh)
 
     def vector(self) -> jax.ShapeDtypeStruct:
         """Shape and place of v."""
@@ -103,17 +104,12 @@ class Case:
 
     def whole(self, tree: Any) -> Any:
         """The shapes of a tree, on every device."""
-        return jax.tree.map(lambda x: _placed(x, NamedSharding(self.mesh, P())), tree)
+        return outline_everywhere(tree, self.mesh)
 
 
 @lru_cache(maxsize=4)
-def _policy_shapes(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype) -> Policy:
-    params = jax.eval_shape(lambda: init_params(model, dtype=dtype))
-    return Policy(params, jax.eval_shape(lambda p: factorize(p, adapter), params))
-
-
-def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _policy_outline(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype, mesh: Mesh) -> Policy:
+    return policy_outline(param_shapes(model, dtype), adapter, mesh)
 
 
 class Program(NamedTuple):
@@ -274,7 +270,7 @@ def step(case: Case) -> Program:
 
         policy = case.policy()
         free = lambda sharding: Format(Layout.AUTO, sharding)
-        arguments = (policy, case.vector(), case.whole(noise), jax.tree.map(_placed, state, places))
+        arguments = (policy, case.vector(), case.whole(noise), jax.tree.map(placed_outline, state, places))
         inputs = jax.tree.map(lambda x: free(x.sharding), arguments)
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         return jax.jit(run, donate_argnums=3, in_shardings=inputs, out_shardings=inputs[3]).lower(*bare)

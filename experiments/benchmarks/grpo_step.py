@@ -17,9 +17,9 @@ from ml_collections import config_flags
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
-from experiments.compilation import compile_together
 from experiments.grpo import Trainer
-from experiments.setup import load_task, make_prompts, parse
+from experiments.launch import launch
+from experiments.setup import make_prompts, parse
 from experiments.shapes import matrix_params
 from experiments.stopping import StopRequests
 from tinylora_jax.data import load_questions, make_pipeline
@@ -43,13 +43,14 @@ def main(argv: Sequence[str]) -> None:
         config = FLAGS.config
         specs = parse(config)
         specs = dataclasses.replace(specs, train_data=dataclasses.replace(specs.train_data, limit=FLAGS.questions))
-        task = load_task(config, specs)
-        loaded = seconds_since_launch()
-        prompts = make_prompts(config, load_questions(specs.train_data), task)
-        trainer = Trainer(config, specs, task, prompts, FLAGS.steps + 1, StopRequests())
+        questions = load_questions(specs.train_data)
+        with launch(config, specs) as start:
+            prompts = make_prompts(config, questions, start.outline)
+            trainer = Trainer(config, specs, start.outline, prompts, FLAGS.steps + 1, StopRequests())
+            trainer.task = task = start.finish(trainer.lower(trainer.state_outline()))
+        ready = seconds_since_launch()
         data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + FLAGS.steps)
         state, steps, tokens = trainer.initial_state(), [], []
-        compile_together(trainer.lower(state))
         for index in range(1 + FLAGS.steps):
             started = time.perf_counter()
             state, metrics, _, generated = trainer.step(state, index, next(data))
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
             "groups without signal, not differentiated": median["groups_without_signal"],
             "difference of a token's probability, rollout and update": median["delta_prob"],
             "floor of the update: 4·N·generated tokens at the matrix rate, seconds": 4 * matrices * generated / rate,
-            "seconds from launch to the loaded and factorized model": loaded,
+            "seconds from launch to the factorized model, all programs compiled": ready,
             "seconds from launch to the first trained step": first,
             "peak memory, GB": peak and peak / 1e9,
         },

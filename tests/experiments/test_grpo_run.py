@@ -81,7 +81,7 @@ def test_bfloat16_vector_takes_two_bytes_a_number(config, stop, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(finished, config, stop, monkeypatch):
-    monkeypatch.setattr(runs, "load_task", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(runs, "launch", lambda *_: pytest.fail("the model was loaded"))
     assert grpo.run(config, finished.workdir, stop) == finished.summary
 
 

@@ -79,9 +79,9 @@ def test_one_that_diverges_disturbs_no_other(swept, make_config, tmp_path, monke
     learn, broken = learning.Learner.learn, "learning_rate=0.05,seed=3"
     population = {}
 
-    def spy(self, state, answers, index):
+    def spy(self, policy, state, answers, index):
         population.setdefault(id(self), len(population))
-        state, metrics = learn(self, state, answers, index)
+        state, metrics = learn(self, policy, state, answers, index)
         if population[id(self)] == 1 and index == 2:
             raise learning.TrainingError("step 2 is not finite; the state before it is kept")
         return state, metrics

@@ -1,5 +1,6 @@
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tinylora_jax.io.hf_config import parse_config
 from tinylora_jax.io.huggingface import fetch_folder, open_tensors, read_json, stop_ids
-from tinylora_jax.io.weights import LazyTensor, build_tree, parameter_names
+from tinylora_jax.io.weights import LazyTensor, build_tree, parameter_names, reading_tree
 
 SIZES = {
     "vocab_size": 48,
@@ -260,3 +261,18 @@ def test_malformed_stop_ids(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id"):
         stop_ids(tmp_path)
+
+
+def test_reading_stops_where_it_is_left():
+    config = parse_config({"model_type": "llama", **SIZES, "num_hidden_layers": 40})
+    reads = []
+
+    def lazy(shape):
+        return LazyTensor(shape, lambda: reads.append(shape) or time.sleep(0.02) or np.zeros(shape, np.float32))
+
+    names = parameter_names(config)
+    tensors = {name: lazy(shape[::-1] if path[-1] == "kernel" else shape) for name, (path, shape) in names.items()}
+    with pytest.raises(KeyboardInterrupt), reading_tree(config, tensors, jnp.float32) as reading:
+        reading.check()
+        raise KeyboardInterrupt
+    assert len(reads) < len(names) // 2

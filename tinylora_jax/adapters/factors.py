@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,12 +12,19 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters.batches import (
+    BATCH_BYTES,
+    batches,
+    num_triplets,
+    oriented_stack,
+    stack_arguments,
+    svd_shapes,
+)
 from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.svd import SVD, compile_svds, is_undetermined, mismatch, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
 
-BATCH_BYTES = 2**30  # of matrices decomposed together
 _FOREIGN = 0.02  # by how much given triplets may miss: those of the weight in float32 miss it by 4e-3 in bfloat16
 
 
@@ -176,7 +181,7 @@ def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Fact
         leaf = leaves[path]
         mixed = SVD(*(np.array(x) for x in fetch((leaf.U, leaf.S, leaf.V))))
         for layer, svd in given.items():
-            W = _oriented_stack((weights[path],), ((members[layer].target, members[layer].layer),))[0]
+            W = oriented_stack((weights[path],), ((members[layer].target, members[layer].layer),))[0]
             if not _is_of(W, svd, mixed.S[layer]):
                 wrong.append(members[layer].name)
                 continue
@@ -220,20 +225,13 @@ def _decompose(
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
     found, parts = {}, batches(modules, max_batch_bytes)
     if not traced and not any(_is_split(leaves[module.path]) for module in modules):
-        dtype = lambda batch: jnp.result_type(leaves[batch[0].path])
-        kinds = dict.fromkeys(((len(x), *x[0].shape[::-1]), dtype(x), num_triplets(x[0], rank)) for x in parts)
-        compile_svds([(jax.ShapeDtypeStruct(shape, kind), rank) for shape, kind, rank in kinds], method)
+        compile_svds(svd_shapes(leaves, parts, rank), method)
     for batch in parts:
-        W = _oriented_stack(tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch))
+        W = oriented_stack(*stack_arguments(leaves, batch))
         svd = truncated_svd(W, num_triplets(batch[0], rank), method)
         svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
-
-
-def num_triplets(module: Module, rank: int) -> int:
-    """How many triplets are computed of a module: one more than are used, to see whether those are determined."""
-    return min(rank + 1, *module.shape)
 
 
 def _is_split(leaf: Any) -> bool:
@@ -255,32 +253,3 @@ def _check_floats(params: Any, modules: Sequence[Module]) -> None:
 
 def _is_float(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
-    """Modules of equal shape together, in batches of about equal size whose weights in float32 are bounded."""
-    by_shape: dict[tuple[int, int], list[Module]] = {}
-    for module in modules:
-        by_shape.setdefault(module.shape, []).append(module)
-    found = []
-    for shape, members in by_shape.items():
-        most = max(1, max_bytes // (4 * math.prod(shape)))
-        size = -(-len(members) // -(-len(members) // most))
-        found += [members[start : start + size] for start in range(0, len(members), size)]
-    return found
-
-
-@partial(jax.jit, static_argnames="where")
-def _oriented_stack(
-    leaves: tuple[jax.Array, ...], where: tuple[tuple[Target, int | None], ...]
-) -> Float[Array, "modules out in"]:
-    """The weights of modules, each `[out, in]`: one layer of its leaf."""
-    pairs = zip(leaves, where, strict=True)
-    return jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])
-
-
-def _oriented(leaf: jax.Array, target: Target) -> jax.Array:
-    """A leaf as `[layers, out, in]`, its input and output axes flattened."""
-    order = [target.axes(word) for word in ("layer", "out", "in")]
-    sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in order]
-    return jnp.transpose(leaf, sum(order, ())).reshape(sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -202,11 +202,16 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     return exact_svd(W, rank)
 
 
+def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:
+    """What `truncated_svd` runs for these weights and ranks, lowered."""
+    program = exact_svd if _resolved(method) == "exact" else subspace_svd
+    return (program.lower(W, rank) for W, rank in shapes)
+
+
 def compile_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> None:
     """Compiles what `truncated_svd` runs for these weights and ranks, side by side: for a GPU each takes seconds."""
-    program = exact_svd if _resolved(method) == "exact" else subspace_svd
     with ThreadPoolExecutor() as pool:
-        for compiled in [pool.submit(program.lower(W, rank).compile) for W, rank in shapes]:
+        for compiled in [pool.submit(lowered.compile) for lowered in lower_svds(shapes, method)]:
             compiled.result()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tinylora_jax.io.gguf import load_gguf
 from tinylora_jax.io.hf_config import parse_config
 from tinylora_jax.io.huggingface import MAX_TOKENIZER_BYTES, fetch_folder, open_tensors, read_json, stop_ids
-from tinylora_jax.io.weights import Placement, build_tree
+from tinylora_jax.io.weights import LazyTensor, Placement, Reading, param_shapes, reading_tree
 from tinylora_jax.models.config import ModelConfig
 
 _PACKAGE = "package:"
@@ -47,6 +48,33 @@ class Pretrained:
     hf_config: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A pretrained model of which all is known but the weights: what a GGUF's header or a folder's small files say.
+
+    Attributes:
+      outline: the model, with a `jax.ShapeDtypeStruct` for every weight.
+      path: of the file or folder.
+      tensors: opens the weights, by Hugging Face name.
+    """
+
+    outline: Pretrained
+    path: Path
+    tensors: Callable[[], AbstractContextManager[Mapping[str, LazyTensor]]]
+
+    @contextmanager
+    def reading(self, place: Placement | None = None) -> Iterator[Reading]:
+        """Reads the weights in threads inside the `with` block; `place` says where to, see `build_tree`.
+
+        Raises:
+          FileNotFoundError: the weights are absent.
+          ValueError: they are damaged, or not those of the config.
+        """
+        config, dtype = self.outline.config, self.outline.params["norm"]["scale"].dtype
+        with self.tensors() as tensors, reading_tree(config, tensors, dtype, place, str(self.path)) as reading:
+            yield reading
+
+
 def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None) -> Pretrained:
     """Loads a model. No pickle is opened and no code of the model's repository runs.
 
@@ -63,12 +91,19 @@ def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placeme
       FileNotFoundError: the source or one of its files is absent.
       ValueError: a file is damaged, or holds a model that cannot be loaded faithfully.
     """
+    opened = open_pretrained(source, dtype)
+    with opened.reading(place) as reading:
+        return replace(opened.outline, params=reading.result())
+
+
+def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16) -> Opened:
+    """The part of `load_pretrained` that takes no time; takes its arguments, and raises what it raises."""
     gguf = resolve_gguf(source)
     if gguf is not None:
-        return _load_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype, place)
+        return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
     folder = fetch_folder(source)
     name = folder.resolve().name if Path(source).expanduser().is_dir() else source
-    return _load_folder(folder, name, dtype, place)
+    return _open_folder(folder, name, dtype)
 
 
 def resolve_gguf(source: str) -> Path | None:
@@ -78,15 +113,15 @@ def resolve_gguf(source: str) -> Path | None:
     return Path(source).expanduser() if source.endswith(".gguf") else None
 
 
-def _load_gguf(path: Path, name: str, dtype: DTypeLike, place: Placement | None) -> Pretrained:
+def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> Opened:
     model = load_gguf(path)
     _check_vocabulary(model.tokenizer, model.config, path)
-    params = build_tree(model.config, model.tensors, dtype, place)
     stops = _stop_tokens(model.tokenizer, model.stop_tokens, model.config)
-    return Pretrained(model.config, params, model.tokenizer, stops, name)
+    outline = Pretrained(model.config, param_shapes(model.config, dtype), model.tokenizer, stops, name)
+    return Opened(outline, path, lambda: nullcontext(model.tensors))
 
 
-def _load_folder(folder: Path, name: str, dtype: DTypeLike, place: Placement | None) -> Pretrained:
+def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> Opened:
     try:
         hf_config = read_json(folder / "config.json")
         config = parse_config(hf_config)
@@ -94,13 +129,9 @@ def _load_folder(folder: Path, name: str, dtype: DTypeLike, place: Placement | N
         raise ValueError(f"{folder}: {error}") from error
     tokenizer = _folder_tokenizer(folder)
     _check_vocabulary(tokenizer, config, folder)
-    with open_tensors(folder) as tensors:
-        try:
-            params = build_tree(config, tensors, dtype, place)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
     stops = _stop_tokens(tokenizer, stop_ids(folder), config)
-    return Pretrained(config, params, tokenizer, stops, name, hf_config)
+    outline = Pretrained(config, param_shapes(config, dtype), tokenizer, stops, name, hf_config)
+    return Opened(outline, folder, lambda: open_tensors(folder))
 
 
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

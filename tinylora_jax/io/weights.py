@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -21,7 +24,7 @@ Path = tuple[str | int, ...]
 Placement = Callable[[Any], Any]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MOST_LISTED = 200
-_READERS = 4  # threads, each with one tensor in hand
+_READERS = max(4, min(8, os.cpu_count() or 1))  # threads, each with one tensor in hand
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...
     return names
 
 
+def param_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """The parameter tree with a `jax.ShapeDtypeStruct` for every leaf."""
+    return _nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_names(config).values()})
+
+
 def build_tree(
     config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike, place: Placement | None = None
 ) -> dict[str, Any]:
@@ -96,18 +104,76 @@ def build_tree(
     Raises:
       ValueError: lists missing, wrong-shaped and unexpected tensors together.
     """
+    with reading_tree(config, tensors, dtype, place) as reading:
+        return reading.result()
+
+
+class Reading:
+    """A parameter tree that threads are reading; made by `reading_tree`.
+
+    Args:
+      leaves: by path, each as it will be read.
+      checked: done when what else must hold of the tensors was checked.
+      source: begins messages.
+    """
+
+    def __init__(self, leaves: Mapping[Path, Future[jax.Array]], checked: Future[None], source: str):
+        self._leaves, self._checked, self._source = leaves, checked, source
+
+    def check(self) -> None:
+        """Raises what has failed until now, without waiting for the rest."""
+        with _naming(self._source):
+            for future in (self._checked, *self._leaves.values()):
+                if future.done():
+                    future.result()
+
+    def result(self) -> dict[str, Any]:
+        """The tree, once all of it is read.
+
+        Raises:
+          ValueError: a tensor is not of a floating-point type, or contradicts the config.
+        """
+        with _naming(self._source):
+            self._checked.result()
+            return _nest({path: leaf.result() for path, leaf in self._leaves.items()})
+
+
+@contextmanager
+def reading_tree(
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    dtype: DTypeLike,
+    place: Placement | None = None,
+    source: str = "",
+) -> Iterator[Reading]:
+    """`build_tree` in the background: reads inside the `with` block, and stops reading where that is left.
+
+    Takes the arguments of `build_tree`, and a file's name for messages. Checks all names and shapes before it reads.
+    """
     names = parameter_names(config)
-    _check(names, config, tensors)
-    _check_tied_head(config, tensors)
-    abstract = _nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in names.values()})
+    with _naming(source):
+        _check(names, config, tensors)
+    abstract = param_shapes(config, dtype)
     shardings = place(abstract) if place else jax.tree.map(lambda _: None, abstract)
-    jobs = [(name, tensors[name], path, shape, dtype, _at(shardings, path)) for name, (path, shape) in names.items()]
-    with ThreadPoolExecutor(_READERS) as readers:
-        leaves = [readers.submit(_leaf, *job) for job in jobs]
-        try:
-            return _nest({path: leaf.result() for (path, _), leaf in zip(names.values(), leaves, strict=True)})
-        finally:
-            readers.shutdown(cancel_futures=True)
+    readers = ThreadPoolExecutor(_READERS)
+    try:
+        # The largest first: an embedding takes as long as many layers, and should not be the last that is waited for.
+        jobs = {path: (name, tensors[name], path, shape, dtype) for name, (path, shape) in names.items()}
+        order = sorted(jobs, key=lambda path: -math.prod(jobs[path][3]))
+        tied = readers.submit(_check_tied_head, config, tensors)
+        found = {path: readers.submit(_leaf, *jobs[path], _at(shardings, path)) for path in order}
+        yield Reading({path: found[path] for path in jobs}, tied, source)
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Begins the message of a `ValueError` with the file that is at fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from error
 
 
 def name_tensors(

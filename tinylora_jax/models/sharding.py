@@ -278,3 +278,14 @@ def policy_shardings(mesh: Mesh, policy: Adapted) -> Adapted:
     if isinstance(policy, Policy):
         return Policy(params, factor_shardings(mesh, policy.factors))
     return replace(policy, params=params)
+
+
+def outline_everywhere(tree: Any, mesh: Mesh | None = None) -> Any:
+    """The shapes of a tree that all devices of a mesh have: by default of `jax.set_mesh`, where there is one."""
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    return tree if mesh.empty else jax.tree.map(lambda x: placed_outline(x, NamedSharding(mesh, P())), tree)
+
+
+def placed_outline(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies there."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
-from tinylora_jax.models.sharding import split_streams
+from tinylora_jax.models.sharding import outline_everywhere, split_streams
 from tinylora_jax.training.batch import Batch, Streams, empty_part, pack
 from tinylora_jax.training.grpo import SUMS, Metrics, Plan, grpo_loss
 from tinylora_jax.training.losses import token_weights
@@ -89,7 +89,7 @@ class Gradient:
 
     def lower(self, v: Trained, policy: Adapted) -> Iterator[jax.stages.Lowered]:
         """The program for every shape of the plan, lowered."""
-        total = jax.eval_shape(self.zeros, v)
+        total = outline_everywhere(jax.eval_shape(self.zeros, v))
         for part in empty_parts(self.plan):
             yield self.accumulate.lower(total, v, policy, part)
 
@@ -148,9 +148,9 @@ class Step:
 
     def lower(self, state: TrainState, policy: Adapted) -> Iterator[jax.stages.Lowered]:
         """All programs, lowered, to be compiled before they are needed."""
-        point = jax.eval_shape(self.point, state.v)
+        point = outline_everywhere(jax.eval_shape(self.point, state.v))
         yield from self.gradient.lower(point, policy)
-        yield self.update.lower(state, jax.eval_shape(self.gradient.zeros, point))
+        yield self.update.lower(state, outline_everywhere(jax.eval_shape(self.gradient.zeros, point)))
 
 
 def empty_parts(plan: Plan) -> list[Streams]:
