@@ -23,7 +23,7 @@ from experiments import hosts
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors
 from experiments.meshes import active_mesh, describe, parse_mesh, use_mesh
-from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io.pretrained import open_pretrained
 from tinylora_jax.models.sharding import MeshSpec, param_shardings
 
 FLAGS = flags.FLAGS
@@ -70,10 +70,14 @@ def main(argv: Sequence[str]) -> None:
         with use_mesh(parse_mesh(FLAGS.mesh) if FLAGS.mesh else MeshSpec(1, 1, jax.device_count())):
             mesh = active_mesh()
             place = mesh and partial(param_shardings, mesh)
+            opened = open_pretrained(FLAGS.model, common.dtype())
+
+            def read() -> Any:
+                with opened.reading(place) as reading:
+                    return jax.block_until_ready(reading.result())
+
             started = time.perf_counter()
-            model, peak = peak_of(
-                lambda: jax.block_until_ready(load_pretrained(FLAGS.model, common.dtype(), place).params)
-            )
+            model, peak = peak_of(read)
             seconds = time.perf_counter() - started
             leaves = jax.tree.leaves(model)
             here, largest = bytes_here(model), max(leaf.nbytes for leaf in leaves)
