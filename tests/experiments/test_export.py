@@ -107,7 +107,10 @@ def test_a_peft_folder_becomes_one_of_ours(theirs, adapter, config, model_folder
     result = processes.run("export", f"--adapter={theirs}", "--to=tinylora", f"--output={ours}", config=False)
     assert result.code == 0, result.err
     assert {path.name for path in ours.iterdir()} == {"adapter.json", "vector.bin", "factors.safetensors"}
-    assert (ours / "factors.safetensors").stat().st_size < 14 * (3 * 4 * 4 + 150), "P alone"
+    directions = (
+        4 * 2 * (32 + 48 + 1) + 3 * 150
+    )  # of a module whose weight gives PEFT's back less well, if there is one
+    assert (ours / "factors.safetensors").stat().st_size < 14 * (3 * 4 * 4 + 150) + directions, "else P alone"
     answers = [[row["completion"] for row in evaluate.run(config, folder)[1]] for folder in (theirs, ours, None)]
     assert answers[0] == answers[1] != answers[2]
     tensors = {}

@@ -134,7 +134,7 @@ def test_peft_folders_become_ours(base, tmp_path, weight_tying, save_projection,
     assert v.shape == (-(-77 // (77 // groups)), 3), "PEFT's last group, if it is longer, is several of ours"
     description = json.loads((tmp_path / "ours" / "adapter.json").read_text())
     assert description["format_version"] == 3 and len(description["factors"]["projections"]) == 77
-    assert len(description["factors"]["modules"]) < 8 or dtype == jnp.bfloat16, "P alone travels"
+    assert len(description["factors"]["modules"]) < 16 or dtype == jnp.bfloat16, "of most, P alone travels"
 
 
 def test_our_own_adapter_comes_back_without_its_p(base, tmp_path):

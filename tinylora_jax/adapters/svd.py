@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from absl import logging
 from jaxtyping import Array, Float
+from threadpoolctl import threadpool_limits
 
 from tinylora_jax.adapters.kernel import pieces
 from tinylora_jax.fetch import fetch
@@ -22,6 +24,7 @@ SVD_METHODS = ("auto", "exact", "subspace")
 # in float32 miss NumPy's ΔW by at most 7.5e-7 over the gap (python -m experiments.benchmarks.portability).
 _CLOSE = 1e-3
 _EVEN = 1e-3  # of the largest entry of a column
+_SMALL = 1024  # OpenBLAS's threads spin while they wait: where others use the cores, 210 matrices of 576 took 50 times
 _HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits
 
 
@@ -67,6 +70,31 @@ def _refined(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     A, S, Bt = jnp.linalg.svd(R)
     onto = lambda basis, x: jnp.einsum("bnk,bkr->bnr", basis, x[..., :rank], precision=_HIGHEST)
     return SVD(onto(Q, Bt.swapaxes(-1, -2)), S[..., :rank], onto(Q2, A))
+
+
+def host_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
+    """The leading `rank` triplets by LAPACK in float64, one matrix after the other: what `exact` means on a CPU.
+
+    The leading eigenvectors of W Wᵀ or WᵀW, whichever is smaller, then the small problem of W in their span. Float64
+    bears the square, and the tenth of the work of a full decomposition in float32 gives all digits of the vectors.
+    """
+    dtype = np.promote_types(W.dtype, np.float32)
+    threads = 1 if min(W.shape[1:]) <= _SMALL else None
+    with threadpool_limits(threads, user_api="blas"):
+        found = [_leading_triplets(np.asarray(w, np.float64), rank) for w in fetch(W)]
+    return canonical_signs(SVD(*(jnp.asarray(np.stack(parts), dtype) for parts in zip(*found, strict=True))))
+
+
+def _leading_triplets(W: Float[np.ndarray, "rows columns"], rank: int) -> SVD:
+    if W.shape[0] < W.shape[1]:
+        U, S, V = _leading_triplets(W.T, rank)
+        return SVD(V, S, U)
+    columns = W.shape[1]
+    if not np.isfinite(W).all():  # LAPACK would not come back from it; the caller names the weight
+        return SVD(*(np.full(shape, np.nan) for shape in ((W.shape[0], rank), (rank,), (columns, rank))))
+    basis = scipy.linalg.eigh(W.T @ W, subset_by_index=(columns - rank, columns - 1), overwrite_a=True)[1]
+    U, S, turn = np.linalg.svd(W @ basis, full_matrices=False)  # orthonormal also where singular values are zero
+    return SVD(U, S, basis @ turn.T)
 
 
 def _block(W: jax.Array, rank: int) -> int:
@@ -185,26 +213,37 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     Args:
       W: the matrices, any float dtype.
       rank: triplets wanted, at most the smaller side.
-      method: `exact` (full SVD), `subspace` (faster on an accelerator; each result is verified by its residual, and
-        a batch with one above 2e-5 is decomposed exactly), or `auto` (`exact` on a CPU and inside a jitted function,
-        `subspace` elsewhere).
+      method: `exact` (by LAPACK in float64 on a CPU; a full SVD elsewhere and inside a jitted function), `subspace`
+        (faster on an accelerator; each result is verified by its residual, and a batch with one above 2e-5 is
+        decomposed exactly), or `auto` (`exact` on a CPU and inside a jitted function, `subspace` elsewhere).
 
     Returns:
       The triplets with canonical signs, float32 (float64 for float64 input).
     """
+    exact = host_svd if _is_of_host(W) else exact_svd
     if _resolved(method, isinstance(W, jax.core.Tracer)) == "exact":
-        return exact_svd(W, rank)
+        return exact(W, rank)
     svd, residual = subspace_svd(W, rank)
     worst = float(jnp.max(residual))
     if worst <= 2e-5:
         return svd
-    logging.warning("subspace iteration left a residual of %.1e on shape %s; using the full SVD", worst, W.shape)
-    return exact_svd(W, rank)
+    logging.warning("subspace iteration left a residual of %.1e on shape %s; using the exact SVD", worst, W.shape)
+    return exact(W, rank)
+
+
+def _is_of_host(W: Any) -> bool:
+    """Whether a matrix is known, and lies where LAPACK runs."""
+    if isinstance(W, jax.core.Tracer):
+        return False
+    return not isinstance(W, jax.Array) or all(device.platform == "cpu" for device in W.devices())
 
 
 def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:
-    """What `truncated_svd` runs for these weights and ranks, lowered."""
-    program = exact_svd if _resolved(method) == "exact" else subspace_svd
+    """What `truncated_svd` runs for these weights and ranks, lowered; on a CPU the exact method compiles nothing."""
+    exact = _resolved(method) == "exact"
+    if exact and jax.default_backend() == "cpu":
+        return iter(())
+    program = exact_svd if exact else subspace_svd
     return (program.lower(W, rank) for W, rank in shapes)
 
 
