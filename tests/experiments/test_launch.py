@@ -16,7 +16,7 @@ from experiments.launch import launch
 from experiments.setup import load_task, parse
 
 STEPS = {"jit(_rollout)", "jit(accumulate)", "jit(update)"}  # the programs of a step and of evaluation
-FACTORS = {"jit(exact_svd)", "jit(oriented_stack)"}
+FACTORS = {"jit(subspace_svd)", "jit(oriented_stack)"}  # the exact method is not compiled on a CPU
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize("method", ["tinylora", "lora", "full"])
 def test_what_runs_was_compiled_from_shapes(config, stop, tmp_path, compiled, method):
-    config.method, config.eval_samples = method, 3
+    config.method, config.eval_samples, config.svd = method, 3, "subspace"
     grpo.run(config, tmp_path / "run", stop)
     wanted = STEPS | (FACTORS if method == "tinylora" else set())
     assert wanted <= set(compiled.early) and compiled.early.count("jit(_rollout)") == 3
@@ -50,7 +50,7 @@ def test_what_runs_was_compiled_from_shapes(config, stop, tmp_path, compiled, me
 
 
 def test_so_it_is_for_sft_and_for_a_population(config, stop, tmp_path, compiled):
-    config.max_new_tokens, config.max_steps = 24, 2
+    config.max_new_tokens, config.max_steps, config.svd = 24, 2, "subspace"
     sft.run(config, tmp_path / "sft", stop)
     assert STEPS | FACTORS <= set(compiled.early) and not (STEPS | FACTORS) & set(compiled.late)
     jax.clear_caches()
@@ -68,7 +68,7 @@ def test_so_it_is_on_a_mesh(processes, tmp_path, monkeypatch):
     assert result.code == 0, result.err
     early, late = result.err.split("factorizing its weights")
     names = lambda text: set(re.findall(r"Finished XLA compilation of (jit\(\w+\))", text))
-    assert names(early) >= STEPS and FACTORS <= names(late) and not STEPS & names(late)
+    assert names(early) >= STEPS and "jit(oriented_stack)" in names(late) and not STEPS & names(late)
 
 
 def test_modules_that_are_not_determined_change_no_program(config, model_folder, stop, tmp_path, compiled):
