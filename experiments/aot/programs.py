@@ -27,7 +27,7 @@ from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
 from tinylora_jax.adapters import Policy, TinyLoRA, init, select
 from tinylora_jax.adapters.batches import BATCH_BYTES, batches, num_triplets
-from tinylora_jax.adapters.svd import exact_svd, subspace_svd
+from tinylora_jax.adapters.svd import jnp_svd, subspace_svd
 from tinylora_jax.io.weights import param_shapes
 from tinylora_jax.models import KVCache, ModelConfig
 from tinylora_jax.models.sharding import heads_axes, kernel_spec, outline_everywhere, placed_outline
@@ -206,9 +206,14 @@ def compile_all(case: Case, only: Sequence[str] = (), at_once: int | None = None
 
 
 def factorizations(case: Case) -> Iterator[Program]:
-    """The decomposition of each shape of kernel, in the batches that `factorize` makes of them."""
+    """The decomposition of each shape of kernel, in the batches that `factorize` makes of them.
+
+    None for `exact`, which runs on the host.
+    """
+    if case.config.svd == "exact":
+        return
     policy = case.policy()
-    svd = exact_svd if case.config.svd == "exact" else subspace_svd  # what `auto` means on a TPU
+    svd = jnp_svd if case.config.svd == "jnp" else subspace_svd  # which `auto` means on a TPU
     seen = set()
     for modules in batches(select(policy.params, case.specs.adapter.targets), BATCH_BYTES):
         num_in, num_out = modules[0].shape

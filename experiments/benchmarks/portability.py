@@ -94,7 +94,8 @@ def main(argv: Sequence[str]) -> None:
         name, params = common.load_params()
         spec = TinyLoRA(rank=FLAGS.rank)
         here = jax.default_backend()
-        runs = {f"{here} {method}": (method, None) for method in ("exact", "subspace")}
+        methods = ("exact", "subspace") if here == "cpu" else ("subspace", "jnp")  # its default first
+        runs = {f"{here} {method}": (method, None) for method in methods}
         if here != "cpu":
             runs["cpu exact"] = ("exact", jax.devices("cpu")[0])
         rows: dict[str, Any] = {"model": name, "dtype": str(common.dtype()), "rank": FLAGS.rank}

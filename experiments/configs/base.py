@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.adapter = _fields(TinyLoRA(n_tie=16), "targets")  # of `lora_xs` the rank alone counts
     config.lora = _fields(LoRA(), "targets")
     config.targets = config_dict.placeholder(str)  # a regular expression over paths; None: the seven linear maps
-    config.svd = "auto"  # or `exact`, `subspace`: see `truncated_svd`
+    config.svd = "auto"  # or `exact`, `subspace`, `jnp`: see `truncated_svd`
     config.save_dtype = "bfloat16"  # of vector.bin
 
     config.train_data = _fields(DataSpec("openai/gsm8k:main", split="train"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from tinylora_jax.adapters.kernel import pieces
 from tinylora_jax.fetch import fetch
 
-SVD_METHODS = ("auto", "exact", "subspace")
+SVD_METHODS = ("auto", "exact", "subspace", "jnp")
 
 # Of the largest singular value: closer neighbours may mix until ΔW differs by 1e-3. On SmolLM2's 210 weights, methods
 # in float32 miss NumPy's ΔW by at most 7.5e-7 over the gap (python -m experiments.benchmarks.portability).
@@ -47,33 +47,17 @@ def canonical_signs(svd: SVD) -> SVD:
 
 
 @partial(jax.jit, static_argnames="rank")
-def exact_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better."""
-    wide = W.astype(np.promote_types(W.dtype, np.float32))
-    found = partial(_decomposed, rank=rank), partial(_refined, rank=rank)
-    return canonical_signs(jax.lax.platform_dependent(wide, cpu=found[0], default=found[1]))
+def jnp_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
+    """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better.
 
-
-def _decomposed(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    U, S, Vt = jnp.linalg.svd(W, full_matrices=False)
-    return SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2))
-
-
-def _refined(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """A GPU's decomposition mixes neighbours by 2.5e-5 over their gap: its leading vectors are only where to look.
-
-    The triplets are those of the small matrix QᵀW = Rᵀ Q₂ᵀ, whose rounding is that of a product. Not on a CPU, which
-    needs it not: there XLA runs two independent factorizations at once, and on two cores each waits for the other.
+    A GPU's mixes neighbours by 2.5e-5 over their gap, and a refinement by its other decompositions does not help.
     """
-    Q = jnp.linalg.svd(W, full_matrices=False)[0][..., : _block(W, rank)]
-    Q2, R = jnp.linalg.qr(jnp.einsum("brc,brk->bck", W, Q, precision=_HIGHEST))
-    A, S, Bt = jnp.linalg.svd(R)
-    onto = lambda basis, x: jnp.einsum("bnk,bkr->bnr", basis, x[..., :rank], precision=_HIGHEST)
-    return SVD(onto(Q, Bt.swapaxes(-1, -2)), S[..., :rank], onto(Q2, A))
+    U, S, Vt = jnp.linalg.svd(W.astype(np.promote_types(W.dtype, np.float32)), full_matrices=False)
+    return canonical_signs(SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2)))
 
 
 def host_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets by LAPACK in float64, one matrix after the other: what `exact` means on a CPU.
+    """The leading `rank` triplets by LAPACK in float64, on the host, one matrix after the other.
 
     The leading eigenvectors of W Wᵀ or WᵀW, whichever is smaller, then the small problem of W in their span. Float64
     bears the square, and the tenth of the work of a full decomposition in float32 gives all digits of the vectors.
@@ -213,38 +197,31 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     Args:
       W: the matrices, any float dtype.
       rank: triplets wanted, at most the smaller side.
-      method: `exact` (by LAPACK in float64 on a CPU; a full SVD elsewhere and inside a jitted function), `subspace`
-        (faster on an accelerator; each result is verified by its residual, and a batch with one above 2e-5 is
-        decomposed exactly), or `auto` (`exact` on a CPU and inside a jitted function, `subspace` elsewhere).
+      method: `exact` (by LAPACK in float64, on the host: the same on every machine), `subspace` (faster on an
+        accelerator; each result is verified by its residual, and a batch with one above 2e-5 is decomposed exactly),
+        `jnp` (`jnp.linalg.svd` of the back end, in float32), or `auto`: `exact` on a CPU, `subspace` elsewhere. In a
+        jitted function, which the host cannot enter, `exact` and `auto` are `jnp`.
 
     Returns:
       The triplets with canonical signs, float32 (float64 for float64 input).
     """
-    exact = host_svd if _is_of_host(W) else exact_svd
-    if _resolved(method, isinstance(W, jax.core.Tracer)) == "exact":
-        return exact(W, rank)
+    method = _resolved(method)
+    if method == "jnp" or (method != "subspace" and isinstance(W, jax.core.Tracer)):
+        return jnp_svd(W, rank)
+    if method == "exact":
+        return host_svd(W, rank)
     svd, residual = subspace_svd(W, rank)
     worst = float(jnp.max(residual))
     if worst <= 2e-5:
         return svd
     logging.warning("subspace iteration left a residual of %.1e on shape %s; using the exact SVD", worst, W.shape)
-    return exact(W, rank)
-
-
-def _is_of_host(W: Any) -> bool:
-    """Whether a matrix is known, and lies where LAPACK runs."""
-    if isinstance(W, jax.core.Tracer):
-        return False
-    return not isinstance(W, jax.Array) or all(device.platform == "cpu" for device in W.devices())
+    return host_svd(W, rank)
 
 
 def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:
-    """What `truncated_svd` runs for these weights and ranks, lowered; on a CPU the exact method compiles nothing."""
-    exact = _resolved(method) == "exact"
-    if exact and jax.default_backend() == "cpu":
-        return iter(())
-    program = exact_svd if exact else subspace_svd
-    return (program.lower(W, rank) for W, rank in shapes)
+    """What `truncated_svd` runs for these weights and ranks, lowered; of the exact method nothing is compiled."""
+    program = {"exact": None, "subspace": subspace_svd, "jnp": jnp_svd}[_resolved(method)]
+    return (program.lower(W, rank) for W, rank in shapes if program)
 
 
 def compile_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> None:
@@ -254,9 +231,9 @@ def compile_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str
             compiled.result()
 
 
-def _resolved(method: str, traced: bool = False) -> str:
+def _resolved(method: str) -> str:
     if method not in SVD_METHODS:
         raise ValueError(f"SVD method {method!r}: expected one of {', '.join(SVD_METHODS)}")
     if method != "auto":
         return method
-    return "exact" if jax.default_backend() == "cpu" or traced else "subspace"
+    return "exact" if jax.default_backend() == "cpu" else "subspace"
