@@ -14,4 +14,6 @@ from experiments.configs import base
 
 
 def get_config() -> ConfigDict:
-    return base.get_config()
+    config = base.get_config()
+    config.grpo.stream_tokens = 4608  # the longest prompt and answer: fits chips of 16 GB
+    return config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinylora_jax.models.attention import causal_attention, write
-from tinylora_jax.models.tpu import causal, on_tpu, write_entry
+from tinylora_jax.models.tpu import ATTENTION, causal, on_tpu, write_entry
 
 
 def normals(seed, *shape, dtype):
@@ -32,6 +32,18 @@ def test_long_rows_attend_as_short_ones_do():
         flash = jax.value_and_grad(loss(lambda *x: causal(*x, interpret=True)), (0, 1, 2))(q, k, v)
     plain = jax.value_and_grad(loss(causal_attention), (0, 1, 2))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), flash, plain)
+
+
+def test_what_attention_keeps_by_its_name_is_not_computed_twice():
+    q, k, v = (normals(i, 2, 128, heads, 128, dtype=jnp.float32) for i, heads in enumerate((4, 2, 2)))
+    save = jax.checkpoint_policies.save_only_these_names
+
+    def loops(policy):  # of the compiled program: run in Python, a kernel is a loop over its grid
+        attend = jax.checkpoint(lambda *x: jnp.sum(jnp.sin(causal(*x, interpret=True))), policy=policy)
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(jax.grad(attend, (0, 1, 2))).lower(q, k, v).compile().as_text().count(" while(")
+
+    assert loops(save(ATTENTION)) < loops(save())
 
 
 def test_this_machine_is_no_tpu():

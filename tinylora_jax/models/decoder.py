@@ -25,7 +25,7 @@ from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_stream
 from tinylora_jax.models.rope import cos_sin, rotate
 from tinylora_jax.models.sharding import current_mesh, look_up, split_features, split_heads, split_rows, streams, whole
-from tinylora_jax.models.tpu import on_tpu
+from tinylora_jax.models.tpu import ATTENTION, on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
 Layer = tuple[jax.Array, jax.Array]  # the cache of one layer
@@ -163,7 +163,7 @@ class Decoder(nnx.Module):
         graph = nnx.split(self.layers[0])[0]
         run = lambda x, weights, layer: _block(graph, weights, x, angles, start, packing, layer)
         if remat:
-            run = jax.checkpoint(run)
+            run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
         caches = [None] * len(layers) if cache is None else list(zip(cache.keys, cache.values, strict=True))
         if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
             # One loop over stacked weights: XLA compiles a single block, which for a TPU takes a minute.

@@ -99,6 +99,7 @@ def write_entry(
 
 
 _BLOCK = 512  # queries and keys that meet at once, at most
+ATTENTION = "attention"  # by this name the backward pass may keep what it needs of attention, not to compute it twice
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
@@ -113,7 +114,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Ar
         **{name: block for name in ("block_q_dq", "block_kv_dq")},
     )
     mask = splash.MultiHeadMask([splash.CausalMask((size, size)) for _ in range(heads)])
-    kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    kernel = splash.make_splash_mha_single_device(
+        mask, block_sizes=blocks, residual_checkpoint_name=ATTENTION, interpret=interpret
+    )
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     mixed = jax.vmap(kernel)(pad(scaled), pad(k), pad(v))
     return mixed.swapaxes(1, 2)[:, :length].astype(q.dtype)
