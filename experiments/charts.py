@@ -80,7 +80,7 @@ def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Map
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("accuracy (strict)")
-    axes.yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g} %")
     axes.grid(axis="y", color="0.92")
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
