@@ -198,7 +198,8 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
       W: the matrices, any float dtype.
       rank: triplets wanted, at most the smaller side.
       method: `exact` (by LAPACK in float64, on the host: the same on every machine), `subspace` (faster on an
-        accelerator; each result is verified by its residual, and a batch with one above 2e-5 is decomposed exactly),
+        accelerator; each result is verified by its residual, and a batch with one above 2e-5 is decomposed exactly,
+        as is one that lies on several CPU devices),
         `jnp` (`jnp.linalg.svd` of the back end, in float32), or `auto`: `exact` on a CPU, `subspace` elsewhere. In a
         jitted function, which the host cannot enter, `exact` and `auto` are `jnp`.
 
@@ -208,7 +209,7 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     method = _resolved(method)
     if method == "jnp" or (method != "subspace" and isinstance(W, jax.core.Tracer)):
         return jnp_svd(W, rank)
-    if method == "exact":
+    if method == "exact" or _on_several_cpus(W):
         return host_svd(W, rank)
     svd, residual = subspace_svd(W, rank)
     worst = float(jnp.max(residual))
@@ -216,6 +217,14 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
         return svd
     logging.warning("subspace iteration left a residual of %.1e on shape %s; using the exact SVD", worst, W.shape)
     return host_svd(W, rank)
+
+
+def _on_several_cpus(W: jax.Array) -> bool:
+    """Where the subspace method would wait for ever: LAPACK fills the threads that its all-reduces need to meet."""
+    if isinstance(W, jax.core.Tracer) or not isinstance(W, jax.Array):
+        return False
+    devices = W.sharding.device_set
+    return len(devices) > 1 and all(device.platform == "cpu" for device in devices)
 
 
 def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:
