@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
-from absl import app
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from experiments import hosts
@@ -48,6 +48,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     """What `app.run` parses the command line with: what is wrong with it is one message here."""
     try:
         rest = app.parse_flags_with_usage(argv)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at INFO
         if len(rest) > 1:
             fail(f"arguments {rest[1:]} mean nothing; a config field is written --config.field=value")
         return rest
@@ -55,7 +57,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
     except (AttributeError, KeyError) as error:  # ml_collections lets these through
         given = ", ".join(arg for arg in argv if arg.startswith("--config."))
-        fail(f"the config has no field {error.args[0]} ({given}); see experiments/configs/base.py")
+        said = error.args[0]
+        while isinstance(said, BaseException):  # one within the other, each quoted once more
+            said = said.args[0]
+        fail(f"the config has no field {' '.join(str(said).split())} ({given}); see experiments/configs/base.py")
 
 
 @contextmanager

@@ -46,8 +46,11 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
+      ValueError: the dtype is not for this form, or the base model is not named.
       FileExistsError: the folder is not empty, or lies in the adapter's.
     """
+    if to in _PEFT and dtype != "float32":
+        raise ValueError(f"--dtype={dtype}: {to} is written in float32, as PEFT adds it; leave --dtype out")
     trained = open_adapter(adapter)
     if output.resolve().is_relative_to(adapter.resolve()):
         raise FileExistsError(f"{output} lies in the adapter's own folder; name another with --output")

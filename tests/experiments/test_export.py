@@ -135,6 +135,13 @@ def test_our_own_folder_is_written_anew(adapter, model_folder, tmp_path, capsys)
     assert "rounding to bfloat16 moves the vector by" in capsys.readouterr().err
 
 
+def test_a_dtype_that_a_form_does_not_have_is_refused(adapter, model_folder, tmp_path):
+    for form in ("peft-lora", "peft-tinylora"):
+        with pytest.raises(ValueError, match=f"--dtype=bfloat16: {form} is written in float32"):
+            export.export(adapter, form, tmp_path / "out", str(model_folder), "bfloat16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_bfloat16_loses_is_told(adapter, model_folder, tmp_path, capsys):
     export.export(adapter, "merged", tmp_path / "merged", str(model_folder), "bfloat16")
     assert "warning: rounding to bfloat16 is off by" in capsys.readouterr().err

@@ -107,6 +107,19 @@ def test_what_is_committed_is_small_and_whole(path, blank_panels):
     assert not any(blank_panels(picture) for picture in pictures_of(book))
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_copy_beside_a_notebook_is_not_taken_for_the_installed_package(path, tmp_path):
+    """On Colab the copy lies in the working folder under the package's own name, and nothing is installed yet."""
+    setup = next(cell.source for cell in nbformat.read(path, 4).cells if cell.source.count("CHECKOUT ="))
+    code = setup.replace("/content/tinylora_jax", str(tmp_path / "absent")).replace("%pip", "pass  # ")
+    (tmp_path / "tinylora_jax").mkdir()
+    bare = "import sys; sys.path[:] = ['.', *(p for p in sys.path if p and 'site-packages' not in p)]"
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", f"{bare}\n{code}"], cwd=tmp_path, capture_output=True, text=True, env={}
+    )
+    assert ran.returncode == 1 and "holds no copy of tinylora_jax" in ran.stderr, ran.stderr
+
+
 def test_there_are_three():
     assert [path.stem for path in NOTEBOOKS] == ["bring_your_own_model", "gsm8k_tpu", "quickstart"]
 

@@ -92,6 +92,8 @@ def _find(source: str, folder: Path | None) -> EvalSet:
     if source not in EVAL_SETS:
         if "/" in source or source.endswith(FILE_SUFFIXES):
             return EvalSet(source, DataSpec(source, "test"))
+        if "@" in source:
+            raise DataError(f"{source!r}: expected a number of samples from 1 to 9999 after the @")
         near = difflib.get_close_matches(source, EVAL_SETS, n=1) or list(EVAL_SETS)
         raise DataError(f"unknown set {source!r}; did you mean {', '.join(near)}, a file or a hub id?")
     found = EVAL_SETS[source]

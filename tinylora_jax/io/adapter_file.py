@@ -119,7 +119,6 @@ def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Facto
 
     Raises:
       AdapterError: a file is absent, malformed, truncated or altered, or belongs to another base model.
-      ValueError: the base model cannot be factorized.
     """
     spec, v, description = read_adapter(folder)
     return factors_of(folder, spec, v, description, params, method), v
@@ -137,10 +136,14 @@ def factors_of(
 
     Raises:
       AdapterError: the adapter belongs to another base model; said before it is factorized, where its weights tell.
-      ValueError: the base model cannot be factorized.
+        Or its description names leaves that the model does not have.
     """
     check_base(description, params)
-    return _with_own_factors(folder, spec, v, description, factorize(params, spec, method), params)
+    try:
+        factors = factorize(params, spec, method)
+    except ValueError as error:
+        raise AdapterError(f"{folder / _DESCRIPTION} does not fit this model: {error}") from error
+    return _with_own_factors(folder, spec, v, description, factors, params)
 
 
 def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict[str, Any]]:
@@ -275,7 +278,8 @@ def check_factors(description: Mapping[str, Any], factors: Factors) -> None:
     if wrong:
         raise AdapterError(
             f"the adapter was trained on {description['base']!r}, whose factors differ from this model's in"
-            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model"
+            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model,"
+            " and with adapter.json as it was saved: another spec has other factors"
         )
 
 

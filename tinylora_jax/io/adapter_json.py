@@ -99,7 +99,7 @@ def parse_text(path: Path, text: bytes) -> dict[str, Any]:
     found = description.get("format_version")
     if type(found) is not int or found not in (_WITHOUT_PROJECTIONS, FORMAT_VERSION):
         known = f"{_WITHOUT_PROJECTIONS} and {FORMAT_VERSION}"
-        raise AdapterError(f"{path} has format version {str(found)[:50]}; this library reads {known}")
+        raise AdapterError(f"{path} has format version {repr(found)[:50]}; this library reads {known}")
     return description
 
 
