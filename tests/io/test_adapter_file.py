@@ -285,11 +285,24 @@ def test_an_enormous_description_is_not_read(saved):
         read_adapter(saved)
 
 
+def test_a_row_that_is_gone_is_missed(saved):
+    """The groups are as many without it, and the other rows fit the model: nothing else would tell."""
+    leaves = json.loads((saved / "adapter.json").read_text())["leaves"]
+    edit(saved, leaves=leaves[:-1])
+    with pytest.raises(AdapterError, match="adapter.json was altered: its spec, shape or leaves are not those saved"):
+        read_adapter(saved)
+
+
+def test_a_description_of_before_there_was_a_digest_is_read(saved):
+    edit(saved, structure_sha256=KeyError)
+    assert read_adapter(saved)[0].n_tie >= 1
+
+
 def test_no_pattern_of_a_file_is_matched(saved, qwen2):
     # As a regular expression, this would backtrack for longer than anybody waits.
     path = "(l|a|y|e|r|s|.|..)*(l|a|y|e|r|s|.|..)*(/|.)*(/|.)*!"
     leaves = json.loads((saved / "adapter.json").read_text())["leaves"]
-    edit(saved, leaves=[leaves[0] | {"path": path}, *leaves[1:]])
+    edit(saved, leaves=[leaves[0] | {"path": path}, *leaves[1:]], structure_sha256=KeyError)
     started = time.monotonic()
     with pytest.raises(ValueError, match="matches no leaf"):
         load_adapter(saved, qwen2.params)

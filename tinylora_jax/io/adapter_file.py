@@ -9,6 +9,7 @@ ADAPTER_FORMAT.md describes all three.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,9 +77,11 @@ def save_adapter(
         "spec": describe_spec(factors.spec),
         "factors": kept,
         "about": about,
+        "structure_sha256": "",
         "leaves": _describe_leaves(factors),
         "base_fingerprint": fingerprint,
     }
+    description["structure_sha256"] = _structure(description)
     text = readable(description).encode()
     if len(text) > MAX_JSON_BYTES:
         raise AdapterError(f"the description has {len(text)} bytes, at most {MAX_JSON_BYTES} are read; shorten `about`")
@@ -166,7 +169,15 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"[:300]
         raise AdapterError(f"{path} is malformed ({problem}); export the adapter again") from error
+    if description.get("structure_sha256", (saved := _structure(description))) != saved:  # older files have none
+        raise AdapterError(f"{path} was altered: its spec, shape or leaves are not those saved; copy it again")
     return spec, jnp.asarray(_read_vector(folder, dtype, shape, description["sha256"])), description
+
+
+def _structure(description: Mapping[str, Any]) -> str:
+    """SHA-256 of what says which weights are adapted, and how: no other number would miss a row that is gone."""
+    parts = [description[name] for name in ("spec", "shape", "leaves")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _read_vector(folder: Path, dtype: np.dtype, shape: tuple[int, int], sha256: str) -> Float[np.ndarray, "groups u"]:
