@@ -137,14 +137,15 @@ def _difference(first: list[float], second: list[float], mode: str) -> Differenc
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
     """Differences in points."""
-    lines = [f"{'set':<16}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
+    width = 1 + max(map(len, (*found, 15 * " ")))
+    lines = [f"{'set':<{width}}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
     for name, modes in found.items():
         for mode, grades in modes.items():
             for grade, each in grades.items():
                 ends = [f"{100 * end:+.1f}" for end in (each.low, each.high) if end is not None]
                 interval = f"[{', '.join(ends)}]" if ends else ""
                 numbers = f"{100 * each.value:>+8.1f}{interval:>18}{each.p:>9.4f}{each.better:>8}{each.worse:>7}"
-                lines.append(f"{name:<16}{mode:<9}{grade:<9}{numbers}  {each.test}")
+                lines.append(f"{name:<{width}}{mode:<9}{grade:<9}{numbers}  {each.test}")
     return "\n".join(lines)
 
 

@@ -75,6 +75,13 @@ def test_equal_runs_and_runs_that_differ_alike():
     assert (shifted.value, shifted.low, shifted.high, shifted.p) == (0.5, None, None, 0.25)
 
 
+@pytest.mark.parametrize("count", [2, 500])
+def test_one_question_that_differs_proves_nothing(count):
+    found = compare_means([0.5] * count, [1.0] + [0.5] * (count - 1))
+    assert found.p == 1.0 and found.value == pytest.approx(0.5 / count) and (found.better, found.worse) == (1, 0)
+    assert found.low <= found.value <= found.high
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="same questions, got 2 and 1"):
         compare_right_or_wrong([1.0, 0.0], [1.0])

@@ -91,8 +91,8 @@ def compare_means(first: Sequence[float], second: Sequence[float], seed: int = 0
     differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     value, changed = float(differences.mean()), differences[differences != 0]  # zeros have no sign
     low, high, p = None, None, 1.0
-    if changed.size:
-        drawn = {"n_resamples": RESAMPLES, "batch": 256, "vectorized": True}
+    drawn = {"n_resamples": RESAMPLES, "batch": 256, "vectorized": True}
+    if changed.size > 1:  # of one, either sign is as far from 0, and SciPy takes no sample of one
         total = lambda x, axis: np.sum(x, axis=axis)
         p = float(permutation_test((changed,), total, permutation_type="samples", rng=seed, **drawn).pvalue)
     if np.ptp(differences):
