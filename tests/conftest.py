@@ -59,7 +59,10 @@ _WARNINGS = (
 )
 
 
-collect_ignore = ["sharding/on_eight_devices.py", "sharding/load_on_eight_devices.py"]  # set their own number of devices
+collect_ignore = [
+    "sharding/on_eight_devices.py",
+    "sharding/load_on_eight_devices.py",
+]  # set their own number of devices
 
 
 def pytest_configure(config):
