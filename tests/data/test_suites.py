@@ -45,7 +45,7 @@ def test_files_and_hub_ids_are_sets_of_their_own(tmp_path):
         ("", "it is empty; expected some of gsm8k"),
         ("gsm8k,gsm8k@4", "gsm8k stands in it more than once"),
         ("gsm8k,math500", "none of gsm8k.jsonl.*; .* has none of math500.jsonl"),
-        ("aime24@0", "unknown set 'aime24@0'"),
+        ("aime24@0", "'aime24@0': expected a number of samples from 1"),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_said_at_once(text, said, tmp_path):
