@@ -145,7 +145,7 @@ def test_an_adapter_whose_spec_was_altered_is_refused(adapter, config):
         with pytest.raises(AdapterError):
             cli.run(config, adapter)
     edited(adapter, spec=spec | {"rank": 30})
-    with pytest.raises(ValueError, match="rank 30 exceeds the smaller side"):
+    with pytest.raises(ValueError, match="adapter.json was altered"):
         cli.run(config, adapter)
     edited(adapter, spec=spec)
     cli.run(config, adapter)
@@ -157,7 +157,7 @@ def test_an_adapter_for_other_modules_is_refused(adapter, config):
     with pytest.raises(AdapterError):
         cli.run(config, adapter)
     edited(adapter, leaves=[leaves[0] | {"path": "no/such/.*"}, *leaves[1:]])
-    with pytest.raises(ValueError, match="no/such"):
+    with pytest.raises(ValueError, match="adapter.json was altered"):
         cli.run(config, adapter)
 
 
