@@ -11,7 +11,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import json  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from functools import partial  # noqa: E402
+from functools import partial, reduce  # noqa: E402
+from operator import getitem  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,29 +29,29 @@ from tinylora_jax.models.sharding import MeshSpec, param_shardings  # noqa: E402
 
 def run(path, config, mesh):
     write_safetensors(path, name_tensors(config, _randomized(config, seed=3)), "float32")
-    most = {}  # elements read at once, by name
+    read = {}  # elements, by name: of every part that was read
     with open_safetensors(path) as tensors:
 
         def watched(name):
             def part(index):
                 values = tensors[name].read_part(index)
-                most[name] = max(most.get(name, 0), values.size)
+                read.setdefault(name, []).append(values.size)
                 return values
 
             return replace(tensors[name], read=None, read_part=part)
 
         whole = build_tree(config, tensors, jnp.bfloat16)
         split = build_tree(config, {n: watched(n) for n in tensors}, jnp.bfloat16, partial(param_shardings, mesh))
-    names = {
-        jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, p))): n for n, (p, _) in parameter_names(config).items()
-    }
-    pairs = zip(jax.tree_util.tree_leaves_with_path(split), jax.tree.leaves(whole), strict=True)
     found = {}
-    for (path, leaf), expected in pairs:
-        name = names[jax.tree_util.keystr(path)]
-        shard = max(shard.data.size for shard in leaf.addressable_shards)
-        equal = bool(np.array_equal(np.asarray(leaf), np.asarray(expected)))
-        found[name] = {"equal": equal, "read": most[name], "shard": shard, "whole": leaf.size}
+    for name, (place, _) in parameter_names(config).items():
+        expected, leaf = (reduce(getitem, place, tree) for tree in (whole, split))
+        found[name] = {
+            "equal": bool(np.array_equal(np.asarray(leaf), np.asarray(expected))),
+            "read": max(read[name]),
+            "read in all": sum(read[name]),
+            "shard": max(shard.data.size for shard in leaf.addressable_shards),
+            "whole": leaf.size,
+        }
     return found
 
 

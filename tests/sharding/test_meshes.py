@@ -64,6 +64,7 @@ def test_every_mesh_changes_nothing(alone, family, mesh):
 def test_of_a_file_each_device_gets_its_shards_and_no_more_is_read(mesh, tmp_path):
     found = start("load_on_eight_devices.py", str(tmp_path / "weights.safetensors"), "qwen2", *mesh)
     assert all(leaf["equal"] and leaf["read"] == leaf["shard"] for leaf in found.values()), found
+    assert all(leaf["read in all"] == leaf["whole"] for leaf in found.values()), "what several hold is read once"
     gate = found["model.layers.0.mlp.gate_proj.weight"]
     assert gate["shard"] <= gate["whole"] // 4
 

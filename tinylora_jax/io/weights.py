@@ -288,5 +288,12 @@ def _leaf(
             raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
         place = jax.make_array_from_callback
         return jnp.asarray(values) if sharding is None else place(shape, sharding, values.__getitem__)
-    stored = lambda index: index[::-1] if transposed else index
-    return jax.make_array_from_callback(shape, sharding, lambda index: leaf(tensor.read_part(stored(index))))
+    shards: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}  # what several devices hold is read once
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in shards:
+            shards[key] = leaf(tensor.read_part(index[::-1] if transposed else index))
+        return shards[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
