@@ -137,7 +137,7 @@ def _difference(first: list[float], second: list[float], mode: str) -> Differenc
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
     """Differences in points."""
-    width = 1 + max(map(len, (*found, 15 * " ")))
+    width = 1 + max([15, *map(len, found)])
     lines = [f"{'set':<{width}}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
     for name, modes in found.items():
         for mode, grades in modes.items():

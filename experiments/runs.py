@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from absl import flags, logging
+from absl import flags
 from grain import DatasetIterator
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
@@ -285,7 +285,6 @@ def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], di
       The summary.
     """
     use_compilation_cache()
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
     if not values.workdir:
         fail("--workdir is empty; name a folder for the run")
     workdir, stop = Path(values.workdir), StopRequests()

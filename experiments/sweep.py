@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -237,7 +237,6 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
     if not FLAGS.workdir:
         fail("--workdir is empty; name a folder for the sweep")
     workdir, stop = Path(FLAGS.workdir), StopRequests()

@@ -61,8 +61,7 @@ def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream
 
 
 def ranked(topologies: Sequence[Topology], found: Iterable[Candidate]) -> list[Candidate]:
-    """The fewest devices first; of equally many the topology named first, since prices are the user's to know; then
-    the fastest."""
+    """The fewest devices first; of equally many the topology named first: prices are the user's; then the fastest."""
     named = [topology.name for topology in topologies]
     return sorted(found, key=lambda c: (len(c.topology.devices), named.index(c.topology.name), -c.tokens_per_s))
 
