@@ -43,27 +43,21 @@ lower_rollout = _rollout.lower
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Completions of a batch of prompts with their texts and grades, prompt-major.
+class Drawn:
+    """Completions of a batch of prompts, prompt-major.
 
     Attributes:
       arrays: the padded prompts.
       completions: what was generated, as NumPy arrays.
-      texts: decoded without special tokens.
-      grades: one per completion.
       seconds: spent generating.
-      grading_seconds: spent decoding and grading.
     """
 
     arrays: PromptArrays
     completions: Completions
-    texts: tuple[str, ...]
-    grades: tuple[Grade, ...]
     seconds: float
-    grading_seconds: float
 
-    def part(self, first: int, prompts: int, samples: int) -> Answers:
-        """The answers of `prompts` of the prompts from the first one given on; the time is the share of their tokens.
+    def part(self, first: int, prompts: int, samples: int) -> Drawn:
+        """Those of `prompts` of the prompts from the first one given on; the time is the share of their tokens.
 
         Slots belong to all of them together: what is said of their use is said of the whole.
         """
@@ -72,19 +66,27 @@ class Answers:
         own = {name: getattr(self.completions, name)[rows] for name in ("tokens", "logprobs", "lengths", "stopped")}
         share = float(own["lengths"].sum()) / max(1, self.num_tokens)
         steps = np.maximum(1, np.round(self.completions.slot_steps * share)).astype(np.int32)
-        return Answers(
-            arrays,
-            Completions(**own, slot_steps=steps),
-            self.texts[rows],
-            self.grades[rows],
-            self.seconds * share,
-            self.grading_seconds * share,
-        )
+        return Drawn(arrays, Completions(**own, slot_steps=steps), self.seconds * share)
 
     @property
     def num_tokens(self) -> int:
         """Tokens generated."""
         return int(self.completions.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Answers(Drawn):
+    """Completions with their texts and grades.
+
+    Attributes:
+      texts: decoded without special tokens.
+      grades: one per completion.
+      grading_seconds: spent decoding and grading.
+    """
+
+    texts: tuple[str, ...]
+    grades: tuple[Grade, ...]
+    grading_seconds: float
 
 
 def lower_answer(
@@ -104,7 +106,7 @@ def lower_answer(
     return _rollout.lower(task.model, task.policy, v, arrays, key, sampling, samples, task.slots)
 
 
-def answer(
+def draw(
     task: Task,
     v: Trained,
     prompts: Sequence[Prompt],
@@ -112,8 +114,8 @@ def answer(
     sampling: Sampling,
     samples: int = 1,
     width: int | None = None,
-) -> Answers:
-    """Generates, decodes and grades `samples` completions of every prompt.
+) -> Drawn:
+    """Generates `samples` completions of every prompt.
 
     Args:
       task: the model.
@@ -127,7 +129,13 @@ def answer(
     arrays = pad_prompts(prompts, width)
     started = time.perf_counter()
     completions = fetch(_rollout(task.model, task.policy, v, arrays, key, sampling, samples, task.slots))
-    generated = time.perf_counter()
+    return Drawn(arrays, completions, time.perf_counter() - started)
+
+
+def grade(task: Task, drawn: Drawn, prompts: Sequence[Prompt], samples: int) -> Answers:
+    """Decodes and grades the completions of these prompts, `samples` of each; no device has a part in it."""
+    started = time.perf_counter()
+    completions = drawn.completions
     texts = tuple(
         task.tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(completions.tokens, completions.lengths, strict=True)
@@ -135,7 +143,20 @@ def answer(
     own = share(len(texts))  # grading may be slow: a process does it for its part
     grades = grade_batch(task.reward, [texts[i] for i in own], [prompts[i // samples] for i in own])
     grades = tuple(Grade(*fields) for fields in collect([dataclasses.astuple(grade) for grade in grades]))
-    return Answers(arrays, completions, texts, grades, generated - started, time.perf_counter() - generated)
+    return Answers(drawn.arrays, completions, drawn.seconds, texts, grades, time.perf_counter() - started)
+
+
+def answer(
+    task: Task,
+    v: Trained,
+    prompts: Sequence[Prompt],
+    key: jax.Array,
+    sampling: Sampling,
+    samples: int = 1,
+    width: int | None = None,
+) -> Answers:
+    """`draw`, then `grade`."""
+    return grade(task, draw(task, v, prompts, key, sampling, samples, width), prompts, samples)
 
 
 def grades_of(answers: Answers, which: str) -> np.ndarray:

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,6 +18,24 @@ from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import Batch, Gradient, Plan, Step, TrainState, group_advantages, score
+from tinylora_jax.training.grpo import Metrics
+
+
+@dataclass(frozen=True)
+class Underway:
+    """An update that the devices may still be computing.
+
+    Attributes:
+      state: after it.
+      metrics: of it, on the device.
+      answers: what it learns from.
+      seconds: that the host spent on it.
+    """
+
+    state: TrainState
+    metrics: Metrics
+    answers: Answers
+    seconds: float
 
 
 class Learner:
@@ -48,22 +66,36 @@ class Learner:
     def learn(
         self, policy: Adapted, state: TrainState, answers: Answers, index: int
     ) -> tuple[TrainState, dict[str, float]]:
-        """The updates on one graded rollout, and the metrics of both.
+        """The updates on one graded rollout, and the metrics of both: `begin`, then `finish`."""
+        return self.finish(self.begin(policy, state, answers), index)
+
+    def begin(self, policy: Adapted, state: TrainState, answers: Answers) -> Underway:
+        """Gives the devices the updates on one graded rollout, and does not wait for them.
 
         Args:
           policy: everything frozen.
           state: before them.
           answers: of this state's own policy.
+        """
+        started = time.perf_counter()
+        batch = self._batch(policy, state, answers)
+        metrics: Metrics = {}
+        for _ in range(self.plan.grpo.updates_per_rollout):
+            state, metrics = self.update(state, policy, batch)
+        return Underway(state, metrics, answers, time.perf_counter() - started)
+
+    def finish(self, underway: Underway, index: int) -> tuple[TrainState, dict[str, float]]:
+        """Waits for the updates; gives the state after them, and the metrics of them and of the rollout.
+
+        Args:
+          underway: from `begin`.
           index: of the step, for messages.
 
         Raises:
           TrainingError: the loss, the gradient or v is not finite.
         """
-        started = time.perf_counter()
-        batch = self._batch(policy, state, answers)
-        for _ in range(self.plan.grpo.updates_per_rollout):
-            state, device_metrics = self.update(state, policy, batch)
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        started, state, answers = time.perf_counter(), underway.state, underway.answers
+        metrics = {name: float(value) for name, value in jax.device_get(underway.metrics).items()}
         if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "v_norm")):
             shown = {name: metrics[name] for name in ("loss", "grad_norm", "v_norm")}
             raise TrainingError(
@@ -72,7 +104,7 @@ class Learner:
             )
         metrics |= rollout_metrics(answers, self.samples)
         metrics |= {"rollout_s": answers.seconds, "grading_s": answers.grading_seconds}
-        metrics["update_s"] = time.perf_counter() - started
+        metrics["update_s"] = underway.seconds + time.perf_counter() - started
         metrics["tokens_per_s"] = answers.num_tokens / answers.seconds
         return dataclasses.replace(state, step=state.step + 1), metrics
 
@@ -80,14 +112,14 @@ class Learner:
         grpo, completions = self.plan.grpo, answers.completions
         shape = (len(answers.arrays.ids), self.samples, completions.tokens.shape[1])
         mask = np.arange(shape[2]) < completions.lengths[:, None]
-        rewards = jnp.asarray(grades_of(answers, "strict").reshape(shape[:2]))
+        rewards = grades_of(answers, "strict").reshape(shape[:2])
         batch = Batch(
             prompts=answers.arrays.tokens,
             lengths=answers.arrays.lengths,
             completions=completions.tokens.reshape(shape),
             mask=mask.reshape(shape),
             rollout_logprobs=completions.logprobs.reshape(shape),
-            advantages=np.asarray(group_advantages(rewards, grpo.normalize_std)),
+            advantages=group_advantages(rewards, grpo.normalize_std),
         )
         scores = lambda v: score(self.plan, policy, v, batch)
         if grpo.updates_per_rollout > 1:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.answering import Answers, answer, lower_answer, step_key
+from experiments.answering import Answers, draw, grade, lower_answer, step_key
 from experiments.cli import TrainingError
 from experiments.learning import Learner
 from experiments.runs import optimizer_of, plan_of
@@ -219,15 +219,16 @@ class Population:
         v = rows([self.members[name].point(states[name].v) for name in names])
         keys = rows([step_key(self.members[name].config.seed, "train", index) for name in names])
         together = [prompt for name in names for prompt in prompts[name]]
-        answers = answer(self.task, v, together, keys, self.task.sampling, self.config.samples, self.width)
-        found = {}
-        for place, name in enumerate(names):
-            if name not in live:
-                continue
-            own = answers.part(place * size, size, self.config.samples)
+        drawn = draw(self.task, v, together, keys, self.task.sampling, self.config.samples, self.width)
+        underway, found = {}, {}
+        for place, name in enumerate(names):  # the devices learn from one member's answers while the next are graded
+            if name in live:
+                own = drawn.part(place * size, size, self.config.samples)
+                answers = grade(self.task, own, prompts[name], self.config.samples)
+                underway[name] = self.members[name].learner.begin(self.task.policy, states[name], answers)
+        for name, each in underway.items():
             try:
-                state, metrics = self.members[name].learner.learn(self.task.policy, states[name], own, index)
-                found[name] = state, metrics, own
+                found[name] = *self.members[name].learner.finish(each, index), each.answers
             except TrainingError as error:
                 found[name] = error
         return found

@@ -76,17 +76,15 @@ def test_different_adapters_share_one_program(make_config, tmp_path):
 
 def test_one_that_diverges_disturbs_no_other(swept, make_config, tmp_path, monkeypatch):
     whole, _ = swept
-    learn, broken = learning.Learner.learn, "learning_rate=0.05,seed=3"
+    finish, broken = learning.Learner.finish, "learning_rate=0.05,seed=3"
     population = {}
 
-    def spy(self, policy, state, answers, index):
-        population.setdefault(id(self), len(population))
-        state, metrics = learn(self, policy, state, answers, index)
-        if population[id(self)] == 1 and index == 2:
+    def spy(self, underway, index):
+        if population.setdefault(id(self), len(population)) == 1 and index == 2:
             raise learning.TrainingError("step 2 is not finite; the state before it is kept")
-        return state, metrics
+        return finish(self, underway, index)
 
-    monkeypatch.setattr(learning.Learner, "learn", spy)
+    monkeypatch.setattr(learning.Learner, "finish", spy)
     summary = sweep.run(make_config(), VARY, tmp_path / "sweep", Never())
     dropped = [row for row in summary["members"] if row["dropped"]]
     assert [row["member"] for row in dropped] == [broken] and "step 2 is not finite" in dropped[0]["dropped"]

@@ -230,9 +230,15 @@ def test_the_number_of_slots_changes_nothing(qwen2, adapted, prompts, pooled, sl
         assert int(got.slot_steps) == lengths.sum(), "one slot is never empty"
 
 
-def test_a_shrinking_pool_saves_steps_of_empty_slots(pooled):
+def test_a_shrinking_pool_saves_steps_of_empty_slots(qwen2, adapted, prompts, pooled):
     lengths = np.asarray(pooled.lengths)
-    assert lengths.sum() <= int(pooled.slot_steps) < 64 * lengths.max()
+    in_use = lambda step: int((lengths > step).sum())
+    expected = sum(64 if in_use(step) > 32 else 32 if in_use(step) > 8 else 8 for step in range(lengths.max()))
+    assert int(pooled.slot_steps) == expected < 64 * lengths.max()
+    large = run(qwen2.config, adapted, prompts, STOPS, samples=260)  # two halvings, then a quarter
+    few = run(qwen2.config, adapted, prompts, STOPS, samples=260, slots=40)
+    np.testing.assert_array_equal(large.tokens, few.tokens)
+    assert np.asarray(large.lengths).sum() / int(large.slot_steps) > lengths.sum() / expected
 
 
 def test_each_prompt_may_have_an_adapter_of_its_own(qwen2, policy, v, prompts, adapted, pooled):

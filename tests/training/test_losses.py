@@ -11,6 +11,7 @@ from tinylora_jax.training import GRPO, group_advantages
 from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3, token_weights
 
 N, G, T = 3, 4, 6
+WHERE = pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["host", "device"])
 
 
 def normals(seed, *shape):
@@ -25,10 +26,12 @@ def mask():
     return np.arange(T) < lengths[:, :, None]
 
 
+@WHERE
 @pytest.mark.parametrize("normalize_std", [True, False])
-def test_advantages_are_the_equation(normalize_std):
+def test_advantages_are_the_equation(normalize_std, array):
     rewards = normals(0, N, G)
-    got = group_advantages(jnp.asarray(rewards), normalize_std)
+    got = group_advantages(array(rewards), normalize_std)
+    assert isinstance(got, type(array(rewards))) and got.dtype == np.float32
     for i in range(N):
         mean = sum(map(float, rewards[i])) / G
         std = math.sqrt(sum((float(r) - mean) ** 2 for r in rewards[i]) / (G - 1))
@@ -39,10 +42,11 @@ def test_advantages_are_the_equation(normalize_std):
             assert got[i, j] == pytest.approx(expected, abs=1e-5)
 
 
+@WHERE
 @pytest.mark.parametrize("normalize_std", [True, False])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
-def test_a_group_of_equal_rewards_teaches_nothing(normalize_std, reward):
-    got = group_advantages(jnp.full((2, 8), reward, jnp.float32), normalize_std)
+def test_a_group_of_equal_rewards_teaches_nothing(normalize_std, reward, array):
+    got = group_advantages(array(np.full((2, 8), reward, np.float32)), normalize_std)
     # Rounding of the mean must not be blown up by the division.
     assert np.abs(got).max() < 1e-3
 
@@ -108,10 +112,13 @@ def test_k3_is_the_estimator_and_its_mean_is_the_kl():
     assert (np.exp(p) * estimate).sum() == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-4)
 
 
+@WHERE
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_token_weights_average_as_the_equations_do(loss_type, mask):
+def test_token_weights_average_as_the_equations_do(loss_type, mask, array):
     values = normals(0, N, G, T)
-    got = float((token_weights(jnp.asarray(mask), loss_type, 32) * values).sum())
+    weights = token_weights(array(mask), loss_type, 32)
+    assert isinstance(weights, type(array(mask))) and weights.dtype == np.float32
+    got = float((weights * values).sum())
     per_completion, tokens, total = [], 0, 0.0
     for i in range(N):
         for j in range(G):

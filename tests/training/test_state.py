@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tinylora_jax.training import Optimizer, init_state
@@ -47,6 +48,7 @@ def test_warm_up_rises_evenly_from_above_zero_to_the_peak(schedule):
         ({"warmup_updates": 3, "total_updates": 2}, "warmup_updates=3.*total_updates=2"),
         ({"warmup_updates": -1}, "warmup_updates=-1"),
         *[({"max_grad_norm": x}, "max_grad_norm") for x in (-1.0, math.nan, math.inf)],
+        ({"precision": "float16"}, "'float16'.*'float32' or 'bfloat16'"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
@@ -97,3 +99,33 @@ def test_the_state_is_float32_and_tiny():
     leaves = jax.tree.leaves(state)
     assert {str(x.dtype) for x in leaves} == {"float32", "int32"}
     assert sum(x.nbytes for x in leaves) < 1024
+
+
+def test_v_in_bfloat16_has_its_values_after_every_update():
+    rng = np.random.default_rng(0)
+    v = jnp.asarray(rng.standard_normal((200, 3)) * np.exp(rng.uniform(-20, 5, (200, 3))), jnp.float32)
+    exact, rounded = Optimizer(0.05).transform(), Optimizer(0.05, precision="bfloat16").transform()
+    state = init_state(v.astype(jnp.bfloat16), rounded)
+    alone = exact.update
+    for seed in range(5):
+        gradient = jnp.asarray(np.random.default_rng(seed).standard_normal(v.shape), jnp.float32)
+        with jax.numpy_dtype_promotion("standard"):
+            wanted = optax.apply_updates(state.v, alone(gradient, state.opt_state[:-1], state.v)[0])
+            updates, opt_state = jax.jit(rounded.update)(gradient, state.opt_state, state.v)
+        state = type(state)(optax.apply_updates(state.v, updates), opt_state, state.step)
+        np.testing.assert_array_equal(state.v, state.v.astype(jnp.bfloat16).astype(jnp.float32))
+        np.testing.assert_allclose(state.v, wanted, rtol=2.0**-8, atol=1e-6)
+    assert state.v.dtype == jnp.float32
+
+
+def test_v_in_bfloat16_loses_small_updates():
+    v = jnp.full((3, 1), 1.0)
+    ends = {}
+    for precision in ("float32", "bfloat16"):
+        optimizer = Optimizer(1e-3, precision=precision).transform()
+        state = init_state(v, optimizer)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimizer.update(jnp.ones_like(v), state.opt_state, state.v)
+        ends[precision] = np.asarray(optax.apply_updates(state.v, updates))
+    np.testing.assert_allclose(ends["float32"], 0.999, atol=1e-6)
+    np.testing.assert_array_equal(ends["bfloat16"], 1.0)  # half of the last bit there is 2e-3

@@ -255,8 +255,16 @@ def empty_state(
 
 
 def _sizes(slots: int, shards: int) -> list[int]:
-    """The pool's sizes, from the first to the last: each a quarter of the one before, not below 16."""
-    return [slots] + ([slots // 4] if slots >= 64 and slots // 4 % shards == 0 else [])
+    """The pool's sizes, from the first to the last; few of them, for each is a loop to compile.
+
+    From 64 slots on half of the pool, then a quarter of that; large pools, whose steps take time in proportion to
+    their size, are halved twice.
+    """
+    sizes = [slots]
+    for divisor in () if slots < 64 else (2, 4) if slots < 1024 else (2, 2, 4):
+        if sizes[-1] // divisor % shards == 0:
+            sizes.append(sizes[-1] // divisor)
+    return sizes
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
@@ -301,7 +309,7 @@ def generate(
     shards = cache_shards(slots, config.num_kv_heads)
     sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-        enough = max(1, size // 8)  # empty slots that are worth an admission: it costs about a step
+        enough = max(1, size // 16)  # empty slots that are worth an admission: it costs less than a step
 
         def used(state: _State) -> jax.Array:
             return jnp.sum(state.slots.completion < total)

@@ -7,27 +7,29 @@ the update, π_rollout the one that generated, π_ref the untrained model.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 Tokens = Float[Array, "*tokens"]
 Mask = Bool[Array, "*tokens"]
-RolloutMask = Bool[Array, "prompts samples seq"]
+RolloutMask = Bool[Array, "prompts samples seq"] | Bool[np.ndarray, "prompts samples seq"]
+RolloutFloats = Float[Array, "prompts samples seq"] | Float[np.ndarray, "prompts samples seq"]
+Groups = Float[Array, "prompts samples"] | Float[np.ndarray, "prompts samples"]
 
 
-def group_advantages(
-    rewards: Float[Array, "prompts samples"], normalize_std: bool = True, epsilon: float = 1e-4
-) -> Float[Array, "prompts samples"]:
+def group_advantages(rewards: Groups, normalize_std: bool = True, epsilon: float = 1e-4) -> Groups:
     """Âᵢ = rᵢ − mean(r), divided by std(r) + ε if asked for (GRPO, arXiv 2402.03300 eq. 3; Dr. GRPO drops it).
 
     The standard deviation has Bessel's correction, as in TRL and verl.
 
     Args:
-      rewards: a row per prompt; at least 2 samples.
+      rewards: float32, a row per prompt; at least 2 samples.
       normalize_std: divide by the standard deviation.
       epsilon: ε.
 
     Returns:
-      Advantages, one a completion; zero where all of a prompt's rewards are equal.
+      Advantages, one a completion; zero where all of a prompt's rewards are equal. Of an array of the host they are
+      computed there, so that no device is waited for.
 
     >>> import jax.numpy as jnp
     >>> group_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]]), normalize_std=False).tolist()
@@ -77,7 +79,7 @@ def k3(logprobs: Tokens, ref_logprobs: Tokens) -> Tokens:
     return jnp.exp(log_ratio) - log_ratio - 1
 
 
-def token_weights(mask: RolloutMask, loss_type: str, max_tokens: int) -> Float[Array, "prompts samples seq"]:
+def token_weights(mask: RolloutMask, loss_type: str, max_tokens: int) -> RolloutFloats:
     """The weight of each token's loss in the batch's loss.
 
     `grpo` averages within each completion, then over completions; `dapo` averages over all tokens
@@ -90,14 +92,14 @@ def token_weights(mask: RolloutMask, loss_type: str, max_tokens: int) -> Float[A
       max_tokens: longest completion allowed (`dr_grpo`).
 
     Returns:
-      float32 weights, zero where the mask is False.
+      float32 weights, zero where the mask is False; computed on the host if the mask is there.
     """
     weight = mask.astype(jnp.float32)
     completions = mask.shape[0] * mask.shape[1]
     if loss_type == "grpo":
-        return weight / jnp.maximum(weight.sum(-1, keepdims=True), 1) / completions
+        return weight / weight.sum(-1, keepdims=True).clip(min=1) / completions
     if loss_type == "dapo":
-        return weight / jnp.maximum(weight.sum(), 1)
+        return weight / weight.sum().clip(min=1)
     if loss_type == "dr_grpo":
         return weight / (completions * max_tokens)
     raise ValueError(f"loss type {loss_type!r}: expected 'grpo', 'dapo' or 'dr_grpo'")

@@ -69,7 +69,7 @@ class Gradient:
     def __call__(self, v: Trained, policy: Adapted, batch: Batch) -> Totals:
         """Loss, sums of metrics and gradient of a batch."""
         plan = self.plan
-        weights = np.asarray(token_weights(jnp.asarray(batch.mask), plan.grpo.loss_type, plan.max_tokens))
+        weights = token_weights(batch.mask, plan.grpo.loss_type, plan.max_tokens)
         wanted = np.asarray(batch.advantages) != 0
         if plan.grpo.kl_coef or not plan.grpo.skip_without_signal or not wanted.any():
             wanted = None
