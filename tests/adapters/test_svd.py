@@ -117,3 +117,18 @@ def test_bfloat16_weights_are_decomposed_in_float32(method):
 def test_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'randomized'.*auto, exact, subspace, jnp"):
         truncated_svd(jnp.ones((1, 3, 3)), 1, "randomized")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("method", ["auto", "exact", "jnp"])
+def test_inside_jit_no_value_is_looked_at_on_any_back_end(backend, method, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    W = jax.ShapeDtypeStruct((3, 20, 12), jnp.bfloat16)
+    svd = jax.eval_shape(lambda W: truncated_svd(W, 2, method), W)
+    assert [x.shape for x in svd] == [(3, 20, 2), (3, 2), (3, 12, 2)]
+    assert all(x.dtype == jnp.float32 for x in svd)
+
+
+def test_subspace_iteration_cannot_be_verified_inside_jit():
+    with pytest.raises(ValueError, match="'subspace' in a jitted function.*'jnp'"):
+        jax.jit(lambda W: truncated_svd(W, 2, "subspace"))(jnp.ones((1, 8, 4)))

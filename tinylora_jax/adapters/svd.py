@@ -205,9 +205,16 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
 
     Returns:
       The triplets with canonical signs, float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: `subspace` in a jitted function, where its residual cannot be looked at.
     """
+    if isinstance(W, jax.core.Tracer):
+        if method == "subspace":
+            raise ValueError("SVD method 'subspace' in a jitted function: its result must be verified; use 'jnp' there")
+        method = "jnp"
     method = _resolved(method)
-    if method == "jnp" or (method != "subspace" and isinstance(W, jax.core.Tracer)):
+    if method == "jnp":
         return jnp_svd(W, rank)
     if method == "exact" or _on_several_cpus(W):
         return host_svd(W, rank)
