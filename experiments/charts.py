@@ -1,4 +1,4 @@
-"""Pictures of results: a landscape of rewards, and accuracy against the number of trained parameters."""
+"""Pictures of results: a landscape of rewards, curves over steps, and accuracy against the number of parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.curves import mean_and_error
+
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_FEW = 40  # more steps than these are smoothed
 _COLORS = ("#1f5fa8", "#d9730d", "#5a9e4b", "#7a7a7a")
 
 
@@ -59,6 +62,66 @@ def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("times the trained vector")
     axes.set_title(f"{result['model']}\n{about}", fontsize=9, pad=16 if result["axes"] == 1 else 6)
     figure.savefig(path, dpi=150)
+
+
+def draw_curves(result: Mapping[str, Any]) -> Figure:
+    """Draws the means over seeds with bands of one standard error; beside rewards, the accuracies before and after.
+
+    More than 40 steps are smoothed: every run by itself, so that the band is that of the seeds.
+
+    Args:
+      result: of `experiments.curves.mean_curves`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib import colormaps
+
+    curves, reward, before = result["curves"], result["metric"] == "reward", result["untrained"]
+    figure, axes = _figure(7.6, 4.2 + 0.17 * len(curves))
+    many = list(colormaps["turbo"](np.linspace(0.05, 0.95, len(curves))))
+    colors = many if len(curves) > len(_COLORS) else _COLORS
+    end = max(len(curve["mean"]) for curve in curves)
+    width = end // 10 if end > _FEW else 1
+    for curve, color in zip(curves, colors, strict=False):
+        window = np.full(min(width, len(curve["mean"])), 1 / min(width, len(curve["mean"])))
+        smooth = lambda y, window=window: np.convolve(y, window, "valid")
+        mean, error = mean_and_error(np.array([smooth(row) for row in curve["values"]]))
+        x = smooth(np.arange(len(curve["mean"])) + 1)
+        marker = "o" if width == 1 else None
+        axes.plot(x, mean, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=_legend(curve))
+        if error is not None:
+            axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        if reward and curve["trained"]:
+            after, spread = mean_and_error(np.array(curve["trained"])[:, None])
+            axes.errorbar(end + 0.5, after, spread, fmt="D", color=color, markersize=6, capsize=3, clip_on=False)
+    if reward and before is not None:
+        axes.plot(0, before, "D", color="0.4", markersize=6, clip_on=False, label="untrained")
+    name = "reward of the sampled answers (◆: held-out questions, greedy)" if reward else "loss on the worked solutions"
+    about = [f"means of {width} steps"] if width > 1 else []
+    about += ["band: 1 standard error of the seeds"] if any(curve["se"] for curve in curves) else []
+    axes.set_title("\n".join(filter(None, [result["model"], name, ", ".join(about)])), fontsize=10, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward, strict" if reward else "nats per token, mean")
+    axes.set_xlim(0, end + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="0.92")
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    return figure
+
+
+def _legend(curve: Mapping[str, Any]) -> str:
+    """A curve in words: what it is of, and the accuracy after training."""
+    count, trained = len(curve["runs"]), curve["trained"]
+    words = [curve["label"]] if curve["label"] else []
+    words += [f"mean of {count} seeds" if count > 1 else "one seed"]
+    if max(curve["steps"]) > len(curve["mean"]):
+        words += [f"to step {len(curve['mean'])}, the last of all"]
+    if trained:
+        mean, error = mean_and_error(np.array(trained)[:, None])
+        spread = "" if error is None else f" ± {error[0]:.2g}"
+        words += [f"trained: {mean[0]:.3g}{spread} strict"]
+    return ", ".join(words)
 
 
 def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path) -> None:

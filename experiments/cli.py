@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from experiments import hosts
 from tinylora_jax.io.checkpoint import CheckpointError
+from tinylora_jax.io.run_log import WorkdirError
 
 
 class TrainingError(RuntimeError):
@@ -52,7 +53,11 @@ def parse_flags(argv: list[str]) -> list[str]:
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at INFO
         if len(rest) > 1:
             fail(f"arguments {rest[1:]} mean nothing; a config field is written --config.field=value")
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "model", None)  # of a file that is not there, ml_collections says so only now
         return rest
+    except OSError as error:
+        fail(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}")
     except (SyntaxError, ImportError) as error:
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
     except (AttributeError, KeyError) as error:  # ml_collections lets these through
@@ -67,10 +72,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
     """Turns an error that a user can mend into one message and exit code 1.
 
-    The traceback goes to `error.log` in the given folder, for the cases that need more than the message.
+    The traceback goes to `error.log` in the given folder, for the cases that need more than the message; not that of a
+    `WorkdirError`, whose folder may be another run's.
     """
     try:
         yield
+    except WorkdirError as error:
+        fail(str(error))
     except (ValueError, OSError, CheckpointError, TrainingError, hosts.HostError) as error:
         fail(f"{error}{_keep_traceback(log_folder)}")
     except jax.errors.JaxRuntimeError as error:

@@ -1,9 +1,10 @@
-"""The picture of a run: five panels over its steps."""
+"""The picture of a run: five panels over its steps, chosen by what it logs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,13 +23,15 @@ class Run:
 
     Attributes:
       title: of the picture.
-      steps: a row per step: its metrics.
+      config: of the run; empty if it is not there.
+      steps: by name, the metrics that all steps have, `[steps]` each.
       vectors: `[steps, numbers]`, v after each step; None if it was too long to be logged.
       before: accuracies of the untrained model; None if they are not there yet.
       after: of the trained one.
     """
 
     title: str
+    config: Mapping[str, Any]
     steps: dict[str, np.ndarray]
     vectors: np.ndarray | None
     before: dict[str, float] | None
@@ -37,7 +40,7 @@ class Run:
     @property
     def count(self) -> int:
         """Steps done."""
-        return len(self.steps["reward"])
+        return len(self.steps["v_norm"])
 
 
 def draw(run: Run) -> Figure:
@@ -52,10 +55,11 @@ def draw(run: Run) -> Figure:
     # Fixed places: matplotlib's own layout would draw everything twice to measure it.
     above = figure.add_gridspec(1, 2, left=0.06, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
     beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.32)
-    panels = {_reward: above[0], _length: above[1], _vector: beneath[0], _mismatch: beneath[1], _seconds: beneath[2]}
-    for panel, place in panels.items():
+    places = (above[0], above[1], beneath[0], beneath[1], beneath[2])
+    for place, panels in zip(places, _PANELS, strict=True):
         axes = figure.add_subplot(place)
-        panel(axes, run)
+        axes.set_xlim(0, run.count + 0.5)  # to the end of the last step's bar
+        next(panel for name, panel in panels.items() if name in run.steps)(axes, run)
         axes.set_title(axes.get_title(), fontsize=10, loc="left")
         axes.set_title("")
         axes.set_xlabel("step")
@@ -87,47 +91,83 @@ def _percent(value: float, place: int | None = None) -> str:
     return f"{100 * value:.3g} %"
 
 
+def _notes(axes: Axes, run: Run, shares: bool, mark: str = "") -> None:
+    """The accuracies before and after, in the two upper corners."""
+    text = _percent if shares else lambda x: f"{x:.3g}"
+    for name, accuracy, x, side in (("untrained", run.before, 0.01, "left"), ("trained", run.after, 0.99, "right")):
+        if accuracy is not None:
+            found = f"{text(accuracy['strict'])} strict, {text(accuracy['lenient'])} lenient"
+            note = f"{name}, held-out questions, greedy{mark}:\n{found}"
+            axes.annotate(note, (x, 1.0), xycoords="axes fraction", ha=side, va="top", fontsize=9)
+
+
 def _reward(axes: Axes, run: Run) -> None:
     axes.set_title("reward of the sampled answers" + (" (band: 1 standard error)" if "reward_se" in run.steps else ""))
     shares = 0 <= min(run.steps["reward"]) and max(run.steps["reward"]) <= 1
-    text = _percent if shares else lambda x: f"{x:.3g}"
     _line(axes, run.steps["reward_lenient"], _ORANGE, "lenient")
     _line(axes, run.steps["reward"], _BLUE, "strict", run.steps.get("reward_se"))
-    ends = (("untrained", run.before, 0, "left"), ("trained", run.after, run.count + 1, "right"))
-    for name, accuracy, x, side in ends:
-        if accuracy is None:
-            continue
-        axes.plot(x, accuracy["strict"], "D", color=_BLUE, markersize=7, clip_on=False)
-        axes.plot(x, accuracy["lenient"], "D", color=_ORANGE, markersize=7, fillstyle="none", clip_on=False)
-        found = f"{text(accuracy['strict'])} strict, {text(accuracy['lenient'])} lenient"
-        note = f"{name}, held-out questions, greedy (◆):\n{found}"
-        place = (0.01 if side == "left" else 0.99, 1.0)
-        axes.annotate(note, place, xycoords="axes fraction", ha=side, va="top", fontsize=9)
+    for accuracy, x in ((run.before, 0), (run.after, run.count + 0.5)):
+        if accuracy is not None:
+            axes.plot(x, accuracy["strict"], "D", color=_BLUE, markersize=7, clip_on=False)
+            axes.plot(x, accuracy["lenient"], "D", color=_ORANGE, markersize=7, fillstyle="none", clip_on=False)
+    _notes(axes, run, shares, " (◆)")
     seen = [*run.steps["reward"], *run.steps["reward_lenient"]]
     seen += [x for accuracy in (run.before, run.after) if accuracy for x in accuracy.values()]
     low, high = min(0.0, *seen), max(seen)
     axes.set_ylim(low, (high + 0.3 * (high - low)) or 1.0)  # room for the two notes
     axes.set_ylabel("mean reward")
-    axes.set_xlim(0, run.count + 1)
     if shares:
         axes.yaxis.set_major_formatter(_percent)
     axes.legend(loc="lower right", fontsize=9, frameon=False, ncols=2)
 
 
+def _loss(axes: Axes, run: Run) -> None:
+    axes.set_title("loss on the worked solutions")
+    loss, ends = run.steps["loss"], [x for each in (run.before, run.after) if each for x in each.values()]
+    _line(axes, loss, _BLUE, "loss")
+    _notes(axes, run, all(0 <= x <= 1 for x in ends))
+    axes.set_ylabel("nats per token, mean")
+    span = max(loss) - min(loss) or 0.1 * abs(max(loss)) or 1.0
+    axes.set_ylim(min(loss) - 0.1 * span, max(loss) + 0.4 * span)  # room for the two notes
+
+
+def _above_zero(axes: Axes, values: np.ndarray, label: str, color: str = _BLUE, least: float = 0.0) -> None:
+    """A metric that is never negative, on an axis of its own colour."""
+    _line(axes, values, color, label)
+    axes.set_ylabel(label, color=color)
+    axes.set_ylim(0, max(1.15 * max(values), least) or 1.0)
+
+
+def _right(axes: Axes, values: np.ndarray, label: str, least: float = 0.0) -> Axes:
+    """A second metric, whose axis is on the right."""
+    right = axes.twinx()
+    _above_zero(right, values, label, _ORANGE, least)
+    right.spines["top"].set_visible(False)
+    return right
+
+
 def _length(axes: Axes, run: Run) -> None:
     axes.set_title("length and truncation")
-    _line(axes, run.steps["length"], _BLUE, "length")
-    axes.set_ylabel("tokens of an answer, mean", color=_BLUE)
-    axes.set_ylim(0, 1.15 * max(run.steps["length"]))
-    right = axes.twinx()
-    _line(right, run.steps["truncated"], _ORANGE, "cut off")
-    right.set_ylabel("answers cut off", color=_ORANGE)
-    right.set_ylim(0, max(1.15 * max(run.steps["truncated"]), 0.1))
-    right.yaxis.set_major_formatter(_percent)
-    right.spines["top"].set_visible(False)
+    _above_zero(axes, run.steps["length"], "tokens of an answer, mean")
+    _right(axes, run.steps["truncated"], "answers cut off", 0.1).yaxis.set_major_formatter(_percent)
+
+
+def _gradient(axes: Axes, run: Run) -> None:
+    axes.set_title("gradient and entropy")
+    _above_zero(axes, run.steps["grad_norm"], "norm of the gradient")
+    _right(axes, run.steps["entropy"], "entropy, nats per token")
+
+
+def _solutions(axes: Axes, run: Run) -> None:
+    axes.set_title("length of the worked solutions")
+    _above_zero(axes, run.steps["length"], "tokens of a solution, mean")
 
 
 def _vector(axes: Axes, run: Run) -> None:
+    if run.config.get("method") in ("lora", "full"):  # what begins as random matrices, or as the weights
+        axes.set_title("the norm of all that is trained")
+        _line(axes, run.steps["v_norm"], "black", "|v|")
+        return
     from_zero = lambda values: np.concatenate([np.zeros_like(values[:1]), values])
     axes.set_title("the trained vector v")
     if run.vectors is not None:
@@ -162,3 +202,13 @@ def _seconds(axes: Axes, run: Run) -> None:
         slowest = int(np.argmax(below))
         axes.set_title(f"seconds of a step (step {slowest + 1}: {max(below):.3g} s)")
     axes.legend(loc="upper right", fontsize=9, ncols=3, framealpha=1, edgecolor="none", columnspacing=1.2)
+
+
+_PANELS: tuple[dict[str, Callable[[Axes, Run], None]], ...] = (
+    {"reward": _reward, "loss": _loss},
+    {"truncated": _length, "grad_norm": _gradient},
+    {"v_norm": _vector},
+    {"delta_prob": _mismatch, "length": _solutions},
+    {"update_s": _seconds},
+)
+"""What may stand in each place, by a metric that it shows: the first whose metric is logged does."""

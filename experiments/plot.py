@@ -1,9 +1,16 @@
-"""Draws a run, finished or still going, to one PNG.
+"""Draws a run, finished or still going, to one PNG; of several runs, the mean over their seeds.
 
     python -m experiments.plot --workdir=/tmp/tinylora-demo
+    python -m experiments.plot --workdir=/tmp/seed0 --workdir=/tmp/seed1 --output=/tmp/curves.png
+    python -m experiments.plot --workdir=/tmp/sweep
 
-Reward with one standard error, and the accuracies before and after; length and truncation; |v| and its numbers; how
-far the probabilities of rollout and update differ; seconds of each phase. `experiments.grpo` draws it at its end.
+Of GRPO: reward with one standard error, and the accuracies before and after; length and truncation; |v| and its
+numbers; how far the probabilities of rollout and update differ; seconds of each phase. Of SFT: loss, gradient and
+entropy, |v| and its numbers, length of the solutions, seconds. `experiments.grpo` and `experiments.sft` draw it at
+their end.
+
+Of several runs, or the members of a sweep, those that differ by their seeds alone make one curve: the mean of their
+rewards (of SFT, losses) over the steps, with a band of one standard error. The numbers lie beside it as JSON.
 """
 
 from __future__ import annotations
@@ -12,16 +19,24 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
 
+from experiments.charts import draw_curves
 from experiments.cli import fail, parse_flags, reporting_errors, tell
+from experiments.curves import mean_curves
 from experiments.picture import Run, draw
+from tinylora_jax.io.run_log import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAME = "run.png"  # of the picture, in the workdir
-_NEEDED = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
+CURVES = "curves.png"  # of the curves of a sweep, in its workdir
+_GRPO = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
+_SFT = ("loss", "grad_norm", "entropy", "length", "v_norm", "update_s")
 _OPTIONAL = ("reward_se", "grading_s")  # not in runs of older versions
 
 
@@ -37,7 +52,7 @@ def read_run(workdir: Path) -> Run:
     """
     path = workdir / "metrics.jsonl"
     if not workdir.is_dir():
-        raise PlotError(f"{workdir} is no folder; expected the --workdir of a run of experiments.grpo")
+        raise PlotError(f"{workdir} is no folder; expected the --workdir of a run")
     if not (workdir / "config.json").exists() and not path.exists():
         raise PlotError(f"{workdir} holds no run: it has neither config.json nor metrics.jsonl")
     rows = _rows(path) if path.exists() else []
@@ -46,17 +61,17 @@ def read_run(workdir: Path) -> Run:
     config, before, summary = (_json(workdir / name) for name in ("config.json", "eval_before.json", "summary.json"))
     shared = set.intersection(*(set(row) for row in rows))
     vectors = np.array([row["v"] for row in rows]) if "v" in shared else None
-    names = (*_NEEDED, *(name for name in _OPTIONAL if name in shared))
     what = [str(summary.get("model") or config.get("model") or workdir.name)]
     numbers = summary.get("params") or (None if vectors is None else vectors.shape[1])
-    what += [f"{numbers} trained numbers"] if numbers else []
+    what += [f"{_number(workdir / 'summary.json', numbers):,.0f} trained numbers"] if numbers else []
     what += [f"{len(rows)} steps" + ("" if summary else " so far")]
     what += [f"{_number(path, summary['wall_s']) / 60:.1f} minutes"] if "wall_s" in summary else []
     return Run(
         ", ".join(what),
-        {name: np.array([row[name] for row in rows]) for name in names},
+        config,
+        {name: np.array([row[name] for row in rows]) for name in shared - {"v"}},
         vectors,
-        _accuracies(workdir / "eval_before.json", before),
+        _accuracies(workdir / "eval_before.json", before or summary.get("eval_before")),  # a sweep's members share it
         _accuracies(workdir / "summary.json", summary.get("eval_after")),
     )
 
@@ -100,9 +115,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             raise PlotError(f"{where} is damaged: {error}") from error
         if not isinstance(row, dict) or row.get("step") != index:
             raise PlotError(f"{where} is damaged: expected step {index}, found {str(row)[:40]!r}")
-        if missing := [name for name in _NEEDED if name not in row]:
-            raise PlotError(f"{where} has no {', '.join(missing)}: it is not of experiments.grpo")
-        numbers = {name: _number(f"{where}, {name}", row[name]) for name in (*_NEEDED, *_OPTIONAL) if name in row}
+        needed = _GRPO if "reward" in (rows or [row])[0] else _SFT
+        if missing := [name for name in needed if name not in row]:
+            raise PlotError(f"{where} has no {', '.join(missing)}: it is not of experiments.grpo or experiments.sft")
+        numbers = {name: _number(f"{where}, {name}", row[name]) for name in (*needed, *_OPTIONAL) if name in row}
         if "v" in row:
             size = next((len(other["v"]) for other in rows if "v" in other), None)
             if not isinstance(row["v"], list) or not row["v"] or size not in (None, len(row["v"])):
@@ -127,11 +143,42 @@ def plot(workdir: Path, output: Path | None = None) -> Path:
       ImportError: matplotlib is not installed.
     """
     path = output or workdir / NAME
-    figure = draw(read_run(workdir))
+    _save(draw(read_run(workdir)), path)
+    return path
+
+
+def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")  # who looks while it is written sees the old one
     figure.savefig(temporary, format="png", dpi=100)
     os.replace(temporary, path)
-    return path
+
+
+def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
+    """Draws the means over seeds of what several runs have logged so far.
+
+    Args:
+      workdirs: of runs, or of sweeps, which stand for their members.
+      output: the PNG to write; the JSON of its numbers lies beside it.
+
+    Returns:
+      The path of the PNG.
+
+    Raises:
+      CurveError: the runs do not belong together.
+      PlotError: there is nothing to draw, or it is damaged.
+      ImportError: matplotlib is not installed.
+    """
+    folders = [member for workdir in workdirs for member in (_members(workdir) or [workdir])]
+    result = mean_curves([(str(folder), read_run(folder)) for folder in folders])
+    _save(draw_curves(result), output)
+    write_atomically(output.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    return output
+
+
+def _members(workdir: Path) -> list[Path]:
+    """The members of a sweep that have finished a step; none of a run."""
+    logs = sorted((workdir / "members").glob("*/metrics.jsonl"))
+    return [log.parent for log in logs if log.stat().st_size]
 
 
 def try_plot(workdir: Path) -> None:
@@ -145,21 +192,25 @@ def try_plot(workdir: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
-    if not FLAGS.workdir:
+    if not all(FLAGS.workdir):
         fail("--workdir is empty; name the folder of a run")
+    first, *others = (Path(name) for name in FLAGS.workdir)
     output = None if FLAGS.output is None else Path(FLAGS.output)
     if output is not None and (output.suffix != ".png" or output.is_dir()):
         fail(f"--output={FLAGS.output}: expected a file name that ends in .png")
+    if others and output is None:
+        fail("--output is missing; of several runs, name the .png to write")
     with reporting_errors():
         try:
-            print(plot(Path(FLAGS.workdir), output))
+            several = others or _members(first)
+            print(plot_curves([first, *others], output or first / CURVES) if several else plot(first, output))
         except ImportError as error:
             fail(f"{error}; pip install matplotlib")
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("workdir", None, "Folder of a run.")
-    flags.DEFINE_string("output", None, "Write this .png instead of run.png in the workdir.")
+    flags.DEFINE_multi_string("workdir", None, "Folder of a run or a sweep; several make one picture.")
+    flags.DEFINE_string("output", None, "The .png to write; default: run.png in the workdir, curves.png in a sweep's.")
     flags.mark_flag_as_required("workdir")
     app.run(main, flags_parser=parse_flags)

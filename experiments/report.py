@@ -25,6 +25,7 @@ from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
 
 FLAGS = flags.FLAGS
+_PRECISION = "float32"  # of v, in runs of versions that knew no other
 
 
 class ReportError(ValueError):
@@ -111,6 +112,8 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
         "params": run["params"],
         "tying": config["adapter"]["tying"] if config["method"] == "tinylora" else None,
         "u": config["adapter"]["u"] if config["method"] == "tinylora" else None,
+        "n_tie": config["adapter"]["n_tie"] if config["method"] == "tinylora" else None,
+        "precision": config["optimizer"].get("precision", _PRECISION),
         "learning_rate": config["optimizer"]["learning_rate"],
         "seed": config["seed"],
         "steps": run["steps"],
@@ -164,19 +167,27 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {series: list(sizes.values()) for series, sizes in found.items()}
 
 
+def _name(row: dict[str, Any]) -> str:
+    """A run in words: its method, and what is not the default of u, tying and precision."""
+    words = [row["series"], row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
+    words += [f"u={row['u']}"] if row["u"] not in (None, 1) else []
+    words += [row["tying"]] if row["tying"] not in (None, "tiled") else []
+    precision = row.get("precision", _PRECISION)  # absent in reports of older versions
+    return " ".join([*words, *([precision] if precision != _PRECISION else [])])
+
+
 def table(result: dict[str, Any]) -> str:
     """The runs, one a line; those that are drawn have a star."""
     drawn = {id(row) for rows in best(result["runs"]).values() for row in rows}
     base = result["untrained"]
-    lines = [f"{'':32}{'params':>12} {'rate':>8} {'training':>9} {'accuracy':>9} {'95 %':>15} {'gain':>7} {'p':>8}"]
-    lines.append(
-        f"{'untrained':32}{0:>12} {'':>8} {'':>9} {base['accuracy']:>9.1%} {base['low']:>7.1%}…{base['high']:.1%}"
-    )
-    for row in result["runs"]:
-        name = f"{'*' if id(row) in drawn else ' '}{row['series']} {row['method']}"
-        name += f" r={row['rank']}" if row["rank"] else ""
+    names = ["", "untrained", *(f"{'*' if id(row) in drawn else ' '}{_name(row)}" for row in result["runs"])]
+    width = max(31, *map(len, names)) + 1
+    top, untrained, *names = (name.ljust(width) for name in names)
+    lines = [f"{top}{'params':>12} {'rate':>8} {'training':>9} {'accuracy':>9} {'95 %':>15} {'gain':>7} {'p':>8}"]
+    lines.append(f"{untrained}{0:>12} {'':>8} {'':>9} {base['accuracy']:>9.1%} {base['low']:>7.1%}…{base['high']:.1%}")
+    for name, row in zip(names, result["runs"], strict=True):
         lines.append(
-            f"{name:32}{row['params']:>12} {row['learning_rate']:>8.0e} {row['training']:>9.3f} {row['accuracy']:>9.1%}"
+            f"{name}{row['params']:>12} {row['learning_rate']:>8.0e} {row['training']:>9.3f} {row['accuracy']:>9.1%}"
             f" {row['low']:>7.1%}…{row['high']:<7.1%} {row['difference']:>+7.1%} {row['p']:>8.2g}"
         )
     return "\n".join(lines)

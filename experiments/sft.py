@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from experiments import runs
 from experiments.cli import TrainingError, parse_flags
 from experiments.hosts import is_first
+from experiments.plot import try_plot
 from experiments.runs import Stepped, plan_of
 from experiments.setup import Specs, Task
 from experiments.stopping import StopRequests
@@ -96,6 +97,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     summary = runs.command_line(FLAGS, run)
     if is_first():
+        try_plot(Path(FLAGS.workdir))
         print(json.dumps(summary))
 
 

@@ -192,15 +192,15 @@ def one_host():
 
 @pytest.fixture
 def command_line(monkeypatch, capsys, one_host):
-    """`main` of experiments.grpo in this process: `(config, workdir)` to its exit code, stdout and stderr."""
+    """`main` of experiments.grpo, or another, in this process: `(config, workdir)` to exit code, stdout and stderr."""
     monkeypatch.setattr(runs, "StopRequests", StopAfter)
 
-    def call(config, workdir):
+    def call(config, workdir, command=grpo):
         values = SimpleNamespace(config=config, workdir=str(workdir), **one_host)
-        monkeypatch.setattr(grpo, "FLAGS", values, raising=False)
+        monkeypatch.setattr(command, "FLAGS", values, raising=False)
         capsys.readouterr()
         try:
-            grpo.main([])
+            command.main([])
         except SystemExit as stopped:
             code = stopped.code
         else:

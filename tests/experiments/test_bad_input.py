@@ -293,6 +293,15 @@ def test_a_failed_start_leaves_the_workdir_free(config, command_line, tmp_path):
 
 def test_a_config_that_is_not_there_is_named(processes, tmp_path):
     missing = tmp_path / "nope.py"
-    result = processes.run("grpo", f"--config={missing}", f"--workdir={tmp_path / 'run'}", config=False)
-    assert result.code == 1 and "Traceback" not in result.err
-    assert f"No such file or directory: '{missing}'" in result.err
+    for more in ((), ("--config.samples=2",)):
+        result = processes.run("grpo", f"--config={missing}", f"--workdir={tmp_path / 'run'}", *more, config=False)
+        message = f"error: the config file cannot be read: [Errno 2] No such file or directory: '{missing}'\n"
+        assert (result.code, result.out, result.err) == (1, "", message)
+
+
+def test_a_workdir_that_is_refused_is_not_touched(finished, config, command_line):
+    config.samples = 4
+    listing = lambda: {path: path.stat().st_mtime_ns for path in finished.workdir.rglob("*")}
+    before = listing()
+    fails(command_line(config, finished.workdir), "config.samples: 2 there, 4 now")
+    assert listing() == before

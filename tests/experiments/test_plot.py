@@ -3,32 +3,40 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
 
 from experiments import grpo, plot
+from experiments.charts import draw_curves
+from experiments.curves import CurveError
 from experiments.picture import draw
 from experiments.plot import PlotError, read_run
 
+PHASES = ("rollout_s", "update_s", "grading_s")
 BEFORE, AFTER = {"strict": 0.28125, "lenient": 0.289062}, {"strict": 0.378906, "lenient": 0.382812}
 
 
-def write_run(workdir, steps=10, numbers=13, finished=True, **constant):
-    """A run's folder as `experiments.grpo` leaves it, with numbers from a generator."""
-    rng = np.random.default_rng(steps)
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps({"model": "some/model"}))
+def write_run(workdir, steps=10, numbers=13, finished=True, sft=False, config=(), **constant):
+    """A run's folder as `experiments.grpo`, or `experiments.sft`, leaves it, with numbers from a generator."""
+    config = {"model": "some/model", "method": "tinylora", "seed": 0} | dict(config)
+    rng = np.random.default_rng([steps, config["seed"]])
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(config))
     v, lines = np.zeros(numbers), []
     for step in range(steps):
         v = v + 0.02 * rng.standard_normal(numbers)
-        reward = 0.3 + 0.01 * step + 0.05 * rng.standard_normal()
-        row = {
-            **{"step": step, "reward": reward, "reward_lenient": reward + 0.02, "reward_se": 0.03, "loss": -0.1},
-            **{"length": 15 + rng.standard_normal(), "truncated": 0.1 * rng.uniform(), "v_norm": np.linalg.norm(v)},
-            **{"v": v.tolist(), "delta_prob": 0.002 * rng.uniform()},
-            **{"rollout_s": 1 + rng.uniform() + 50 * (step == 0), "grading_s": 0.1, "update_s": 2.0},
-        }
+        row = {"step": step, "loss": 0.6 - 0.01 * step + 0.02 * rng.standard_normal(), "grad_norm": rng.uniform()}
+        row |= {"entropy": 0.5 + 0.1 * rng.uniform(), "length": 15 + rng.standard_normal(), "update_s": 2 + step / 10}
+        row |= {"v": v.tolist(), "v_norm": np.linalg.norm(v)}
+        if not sft:
+            reward = 0.3 + 0.01 * step + 0.05 * rng.standard_normal()
+            row |= {"reward": reward, "reward_lenient": reward + 0.02, "reward_se": 0.03}
+            row |= {"truncated": 0.1 * rng.uniform(), "delta_prob": 0.002 * rng.uniform()}
+            row |= {"rollout_s": 1 + rng.uniform() + 50 * (step == 0), "grading_s": 0.1}
         lines.append(json.dumps(row | constant) + "\n")
     (workdir / "metrics.jsonl").write_text("".join(lines))
     (workdir / "eval_before.json").write_text(json.dumps(BEFORE))
@@ -45,24 +53,41 @@ def rewrite(workdir, change):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def words(figure):
     return [text.get_text() for axes in figure.axes for text in axes.texts] + [figure.get_suptitle()]
 
 
-def test_every_panel_has_the_runs_numbers(tmp_path):
-    run = read_run(write_run(tmp_path / "run"))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    figure = draw(run)
+def has_line(figure, values):
     drawn = [line.get_ydata() for axes in figure.axes for line in axes.lines]
-    has = lambda values: any(len(y) == len(values) and np.allclose(y, values) for y in drawn)
-    for name in ("reward", "reward_lenient", "length", "truncated", "delta_prob"):
+    return any(len(y) == len(values) and np.allclose(y, values) for y in drawn)
+
+
+@pytest.mark.parametrize(
+    "sft, lines, bars",
+    [
+        (False, ("reward", "reward_lenient", "length", "truncated", "delta_prob"), PHASES),
+        (True, ("loss", "grad_norm", "entropy", "length"), PHASES[1:2]),
+    ],
+    ids=["grpo", "sft"],
+)
+def test_every_panel_has_the_runs_numbers(tmp_path, sft, lines, bars):
+    run = read_run(write_run(tmp_path / "run", sft=sft))
+    rows = rows_of(tmp_path / "run")
+    figure = draw(run)
+    has = lambda values: has_line(figure, values)
+    for name in lines:
         assert has([row[name] for row in rows]), name
     for number in range(13):
         assert has([0.0] + [row["v"][number] for row in rows])
     assert has([0.0] + [row["v_norm"] for row in rows])
     stairs = [patch.get_data() for axes in figure.axes for patch in axes.patches]
     heights = [np.asarray(data.values) - data.baseline for data in stairs]
-    for name in ("rollout_s", "update_s", "grading_s"):
+    assert len(heights) == len(bars)
+    for name in bars:
         assert any(np.allclose(height, [row[name] for row in rows]) for height in heights), name
     text = " ".join(words(figure))
     for word in (
@@ -75,6 +100,26 @@ def test_every_panel_has_the_runs_numbers(tmp_path):
         assert word in text
 
 
+@pytest.mark.parametrize("sft", [False, True], ids=["grpo", "sft"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 40])
+def test_the_axis_of_steps_ends_with_the_last(tmp_path, steps, sft):
+    for axes in draw(read_run(write_run(tmp_path / "run", steps=steps, sft=sft))).axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert all(tick == int(tick) for tick in ticks) and ticks[-1] == steps == int(high) and ticks[0] == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "lora_xs"])
+@pytest.mark.parametrize("sft", [False, True], ids=["grpo", "sft"])
+def test_what_does_not_begin_at_zero_is_not_drawn_from_there(tmp_path, blank_panels, method, sft):
+    workdir = write_run(tmp_path / "run", sft=sft, config={"method": method}, v_norm=512.25)
+    rewrite(workdir, lambda row: {k: x for k, x in row.items() if k != "v"})
+    figure, norms = draw(read_run(workdir)), [row["v_norm"] for row in rows_of(workdir)]
+    assert has_line(figure, [0.0, *norms] if method == "lora_xs" else norms)
+    assert not blank_panels(plot.plot(workdir).read_bytes())
+
+
+@pytest.mark.parametrize("sft", [False, True], ids=["grpo", "sft"])
 @pytest.mark.parametrize(
     "name, options, change",
     [
@@ -83,14 +128,17 @@ def test_every_panel_has_the_runs_numbers(tmp_path):
         ("still going", {"finished": False}, None),
         ("many steps", {"steps": 120}, None),
         ("nothing ever right", {"reward": 0.0, "reward_lenient": 0.0, "truncated": 0.0, "delta_prob": 0.0}, None),
+        ("nothing to learn", {"loss": 0.0, "grad_norm": 0.0}, None),
         ("rewards below 0", {"reward": -3.0, "reward_lenient": 4.0}, None),
         ("a long vector", {}, lambda row: {k: x for k, x in row.items() if k != "v"}),
         ("an older version", {}, lambda row: {k: x for k, x in row.items() if k not in ("reward_se", "grading_s")}),
         ("continued by a newer version", {}, lambda row: {k: x for k, x in row.items() if k != "v" or row["step"] > 4}),
     ],
 )
-def test_no_panel_is_blank(tmp_path, blank_panels, name, options, change):
-    workdir = write_run(tmp_path / "run", **options)
+def test_no_panel_is_blank(tmp_path, blank_panels, name, options, change, sft):
+    if sft and ("reward" in options or name == "an older version"):
+        pytest.skip("of rewards")
+    workdir = write_run(tmp_path / "run", sft=sft, **options)
     if change:
         rewrite(workdir, change)
     path = plot.plot(workdir)
@@ -134,7 +182,11 @@ DAMAGE = {
     "nested": (lambda w: replace_line(w, 3, b"[" * 100_000 + b"\n"), "line 3 is damaged"),
     "a list": (lambda w: replace_line(w, 3, b"[1]\n"), "line 3 is damaged: expected step 2, found"),
     "a step is missing": (lambda w: replace_line(w, 3, b""), "line 3 is damaged: expected step 2, found"),
-    "another log": (lambda w: replace_line(w, 1, b'{"step": 0, "loss": 1}\n'), "line 1 has no reward, .*not of"),
+    "another log": (lambda w: replace_line(w, 1, b'{"step": 0, "loss": 1}\n'), "line 1 has no grad_norm, .*not of"),
+    "SFT after GRPO": (
+        lambda w: rewrite(w, lambda r: {k: x for k, x in r.items() if k != "reward" or r["step"] < 3}),
+        "line 4 has no reward: it is not of experiments.grpo or experiments.sft",
+    ),
     "a word": (lambda w: rewrite(w, lambda r: r | {"length": "x"}), "line 1, length is damaged: .* number, found 'x'"),
     "not finite": (lambda w: rewrite(w, lambda r: r | {"reward": np.nan}), "line 1, reward is damaged"),
     "v changes its size": (
@@ -167,10 +219,14 @@ def test_the_command(tmp_path, processes, blank_panels):
 @pytest.mark.parametrize(
     "workdir, output, message",
     [
-        ("", None, "--workdir is empty"),
-        ("run", "x.jpg", "expected a file name that ends in .png"),
-        ("run", "no/such/x.png", "No such file"),
-        ("other", None, "is no folder"),
+        ([""], None, "--workdir is empty"),
+        (["run", ""], "x.png", "--workdir is empty"),
+        (["run"], "x.jpg", "expected a file name that ends in .png"),
+        (["run"], "no/such/x.png", "No such file"),
+        (["other"], None, "is no folder"),
+        (["run", "run2"], None, "--output is missing; of several runs"),
+        (["run", "run"], "x.png", "run and run have the same config and seeds"),
+        (["run", "other"], "x.png", "other is no folder"),
     ],
 )
 def test_flags_that_cannot_be(tmp_path, monkeypatch, capsys, workdir, output, message):
@@ -205,3 +261,97 @@ def test_of_several_processes_the_first_draws(finished, config, command_line, mo
     monkeypatch.setattr(grpo, "is_first", lambda: False)
     monkeypatch.setattr(grpo, "try_plot", lambda _: pytest.fail("drawn"))
     assert command_line(config, finished.workdir).out == ""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A sweep's folder: two rates, three seeds each; one member has done fewer steps, and one none at all."""
+    folder = tmp_path / "sweep"
+    for rate in (0.01, 0.05):
+        for seed in (0, 1, 2):
+            config = {"seed": seed, "optimizer": {"learning_rate": rate}}
+            steps = 7 if (rate, seed) == (0.05, 1) else 10
+            member = folder / "members" / f"learning_rate={rate},seed={seed}"
+            write_run(member, steps=steps, config=config)
+            (member / "eval_before.json").unlink()
+            summary = json.loads((member / "summary.json").read_text())
+            after = {"strict": 0.3 + 0.1 * seed, "lenient": 0.9}
+            (member / "summary.json").write_text(json.dumps(summary | {"eval_before": BEFORE, "eval_after": after}))
+    diverged = write_run(folder / "members" / "diverged", steps=1, config={"seed": 3})
+    (diverged / "metrics.jsonl").write_text("")
+    return folder
+
+
+def test_a_sweeps_member_is_drawn_as_a_run(sweep, blank_panels):
+    member = sweep / "members" / "learning_rate=0.01,seed=0"
+    assert not blank_panels(plot.plot(member).read_bytes())
+    assert "28.1 % strict" in " ".join(words(draw(read_run(member))))
+
+
+def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):
+    found = plot.plot_curves([sweep], sweep / "curves.png")
+    result = json.loads(found.with_suffix(".json").read_text())
+    about = {name: result[name] for name in ("model", "metric", "untrained")}
+    assert about == {"model": "some/model", "metric": "reward", "untrained": BEFORE["strict"]}
+    assert [curve["label"] for curve in result["curves"]] == ["learning_rate=0.01", "learning_rate=0.05"]
+    for curve, steps in zip(result["curves"], (10, 7), strict=True):
+        rewards = np.array([[row["reward"] for row in rows_of(Path(run))][:steps] for run in curve["runs"]])
+        assert rewards.shape == (3, steps) and len({tuple(row) for row in rewards}) == 3
+        np.testing.assert_allclose(curve["values"], rewards)
+        np.testing.assert_allclose(curve["mean"], rewards.sum(axis=0) / 3)
+        spread = np.sqrt(((rewards - rewards.mean(axis=0)) ** 2).sum(axis=0) / 2)
+        np.testing.assert_allclose(curve["se"], spread / np.sqrt(3))
+        np.testing.assert_allclose(curve["trained"], [0.3, 0.4, 0.5])
+    assert result["curves"][1]["steps"] == [10, 7, 10]
+
+    (axes,) = draw_curves(result).axes
+    bands = [band.get_paths()[0].vertices for band in axes.collections if isinstance(band, PolyCollection)]
+    for curve, band in zip(result["curves"], bands, strict=True):
+        assert any(np.array_equal(line.get_ydata(), curve["mean"]) for line in axes.lines)
+        mean, error = np.array(curve["mean"]), np.array(curve["se"])
+        at_end = band[band[:, 0] == len(mean), 1]
+        np.testing.assert_allclose([at_end.min(), at_end.max()], [mean[-1] - error[-1], mean[-1] + error[-1]])
+    labels = [text.get_text() for legend in axes.figure.legends for text in legend.get_texts()]
+    assert labels[0] == "learning_rate=0.01, mean of 3 seeds, trained: 0.4 ± 0.058 strict"
+    assert "to step 7, the last of all" in labels[1] and labels[2] == "untrained"
+
+
+@pytest.mark.parametrize("sft", [False, True], ids=["grpo", "sft"])
+@pytest.mark.parametrize("count, steps", [(1, 3), (2, 1), (5, 120)])
+def test_curves_of_any_length(tmp_path, sft, count, steps):
+    folders = [
+        write_run(tmp_path / f"run{seed}", steps=steps, sft=sft, config={"seed": seed}, finished=seed > 0)
+        for seed in range(count)
+    ]
+    plot.plot_curves(folders, tmp_path / "curves.png")
+    result = json.loads((tmp_path / "curves.json").read_text())
+    (curve,) = result["curves"]
+    assert result["metric"] == ("loss" if sft else "reward") and len(curve["mean"]) == steps
+    assert (curve["se"] is None) == (count == 1) and curve["label"] == ""
+    pixels = matplotlib.image.imread(tmp_path / "curves.png")[..., :3]
+    assert np.mean(pixels.max(axis=-1) - pixels.min(axis=-1) > 0.3) > 1e-4, "something has colour"
+    low, high = draw_curves(result).axes[0].get_xlim()
+    assert low == 0 and int(high) == steps
+
+
+def test_smoothing_keeps_the_band_of_the_seeds(tmp_path):
+    """Seeds that are apart by a constant have that band, however many steps are averaged."""
+    for seed, reward in enumerate((0.2, 0.4)):
+        write_run(tmp_path / f"run{seed}", steps=100, config={"seed": seed}, reward=reward)
+    plot.plot_curves([tmp_path / "run0", tmp_path / "run1"], tmp_path / "curves.png")
+    (axes,) = draw_curves(json.loads((tmp_path / "curves.json").read_text())).axes
+    (band,) = [band.get_paths()[0].vertices for band in axes.collections if isinstance(band, PolyCollection)]
+    np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.2, 0.4])
+
+
+def test_rewards_and_losses_make_no_curve(tmp_path):
+    folders = [write_run(tmp_path / f"run{sft}", sft=sft) for sft in (False, True)]
+    with pytest.raises(CurveError, match="some runs are of GRPO and some of SFT"):
+        plot.plot_curves(folders, tmp_path / "curves.png")
+    assert not list(tmp_path.glob("curves.*"))
+
+
+def test_the_command_draws_a_sweep(sweep, processes):
+    result = processes.run("plot", f"--workdir={sweep}", config=False)
+    assert (result.code, result.out) == (0, f"{sweep / 'curves.png'}\n"), result.err
+    assert (sweep / "curves.json").exists() and not list(sweep.rglob("*.tmp"))

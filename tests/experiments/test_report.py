@@ -1,6 +1,7 @@
 """Many runs as one table: who is drawn, what is compared, what does not belong together."""
 
 import json
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from experiments import report
 from experiments.report import ReportError, best, read_runs, table
 
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 CONFIG = {
     "method": "tinylora",
     "lora": {"rank": 8},
-    "adapter": {"rank": 2, "tying": "tiled", "u": 1},
+    "adapter": {"rank": 2, "tying": "tiled", "u": 1, "n_tie": 13},
     "optimizer": {"learning_rate": 1e-3},
     "seed": 0,
 }
@@ -73,6 +75,41 @@ def test_training_alone_chooses_the_learning_rate(runs):
     assert [row["learning_rate"] for row in chosen["RL"]] == [1e-3]
     lines = table(result).splitlines()
     assert sum(line.startswith("*") for line in lines) == 2 and len(lines) == 5
+
+
+def test_runs_of_one_size_are_told_apart(tmp_path):
+    adapter = CONFIG["adapter"]
+    kinds = {
+        " RL TinyLoRA r=2": {},
+        " RL TinyLoRA r=2 u=2": {"adapter": adapter | {"u": 2, "n_tie": 26}},
+        "*RL TinyLoRA r=2 u=2 structured": {"adapter": adapter | {"u": 2, "tying": "structured"}},
+        " RL TinyLoRA r=2 bfloat16": {"optimizer": {"learning_rate": 1e-3, "precision": "bfloat16"}},
+        " RL LoRA-XS r=2": {"method": "lora_xs", "adapter": adapter | {"u": 2, "tying": "structured"}},
+        " RL all weights bfloat16": {"method": "full", "optimizer": {"learning_rate": 1e-3, "precision": "bfloat16"}},
+    }
+    found = []
+    for place, (name, config) in enumerate(kinds.items()):
+        folder = tmp_path / str(place)
+        found += read_runs("RL", write_run(folder, 13, reward(0.9 if name[0] == "*" else 0.1), BEFORE, **config))
+    result = report.report(found)
+    assert [row["precision"] for row in result["runs"]] == ["float32"] * 3 + ["bfloat16", "float32", "bfloat16"]
+    assert [row["n_tie"] for row in result["runs"]] == [13, 26, 13, 13, None, None]
+    first, base, *lines = table(result).splitlines()
+    assert [line.partition("   ")[0] for line in lines] == list(kinds)
+    ends = {line.index("13 ") for line in lines} | {base.index("0 ") - 1} | {first.index("params") + 4}
+    assert len(ends) == 1, "columns stand under each other"
+
+
+def test_a_report_of_an_older_version_is_drawn(tmp_path, monkeypatch, capsys):
+    values = {"runs": [], "redraw": str(RESULTS / "gsm8k_0_5b_methods_h100.json")}
+    older = json.loads((RESULTS / "gsm8k_0_5b_methods_h100.json").read_text())
+    assert not any("precision" in row for row in older["runs"])
+    monkeypatch.setattr(report, "FLAGS", type("Flags", (), values | {"output": str(tmp_path / "again.json")}))
+    report.main([])
+    assert json.loads((tmp_path / "again.json").read_text()) == older
+    assert len(capsys.readouterr().out.splitlines()) == len(older["runs"]) + 2
+    pixels = matplotlib.image.imread(tmp_path / "again.png")[..., :3]
+    assert np.mean(pixels.min(axis=-1) < 0.85) > 0.005
 
 
 def test_the_command_writes_json_and_picture(runs, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import pytest
 
 from experiments import sft
 from experiments.evaluate import run as evaluate_run
+from experiments.picture import draw
+from experiments.plot import read_run
 from experiments.stopping import Stopped
 from tinylora_jax.data import DataError, Prompt, encode_solutions, solution_text
 
@@ -41,6 +43,23 @@ def test_an_interrupted_run_continues_to_the_same_bits(sft_config, stop, tmp_pat
         sft.run(sft_config, tmp_path / "parts", type(stop)(4))
     assert sft.run(sft_config, tmp_path / "parts", stop)["eval_after"] == whole["eval_after"]
     assert [row["v"] for row in rows_of(tmp_path / "parts")] == [row["v"] for row in rows_of(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("method", ["tinylora", "lora", "full"])
+def test_a_run_is_drawn_at_its_end(sft_config, command_line, tmp_path, blank_panels, method):
+    sft_config.method, sft_config.max_steps, sft_config.optimizer.learning_rate = method, 2, 1e-3
+    result = command_line(sft_config, tmp_path / "run", sft)
+    assert result.code == 0 and f"drawn: {tmp_path / 'run' / 'run.png'}" in result.err, result.err
+    assert not blank_panels((tmp_path / "run" / "run.png").read_bytes())
+    run, summary, rows = read_run(tmp_path / "run"), json.loads(result.out), rows_of(tmp_path / "run")
+    assert run.title.startswith("tiny, ") and f"{summary['params']:,} trained numbers, 2 steps" in run.title
+    for accuracies, name in ((run.before, "eval_before"), (run.after, "eval_after")):
+        assert accuracies == {grade: summary[name][grade] for grade in ("strict", "lenient")}
+    lines = [line.get_ydata() for axes in draw(run).axes for line in axes.lines]
+    start = [0.0] if method == "tinylora" else []
+    for name in ("loss", "grad_norm", "entropy", "length", "v_norm"):
+        expected = (start if name == "v_norm" else []) + [row[name] for row in rows]
+        assert any(np.array_equal(y, expected) for y in lines), name
 
 
 @pytest.mark.parametrize(

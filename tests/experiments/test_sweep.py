@@ -1,12 +1,14 @@
 """A population's members are the runs they would be alone."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import grpo, learning, sweep
+from experiments.plot import plot, plot_curves, read_run
 from experiments.population import combinations, member_configs, parse_member, parse_variation
 from experiments.setup import ConfigError
 
@@ -49,6 +51,22 @@ def test_a_member_is_the_run_it_would_be_alone(swept, make_config, tmp_path, rat
         assert (tmp_path / "alone" / page).read_text() == (member / page).read_text()
     summaries = [json.loads((path / "summary.json").read_text()) for path in (tmp_path / "alone", member)]
     assert summaries[0]["eval_after"] == summaries[1]["eval_after"]
+
+
+def test_members_are_drawn_and_their_seeds_make_curves(swept, blank_panels, tmp_path):
+    folder, summary = swept
+    for row in summary["members"]:
+        member = folder / "members" / row["member"]
+        run = read_run(member)
+        for found, expected in ((run.before, summary["eval_before"]), (run.after, row["eval_after"])):
+            assert found == {grade: expected[grade] for grade in ("strict", "lenient")}
+        assert not blank_panels(plot(member, tmp_path / "member.png").read_bytes())
+    plot_curves([folder], tmp_path / "curves.png")
+    result = json.loads((tmp_path / "curves.json").read_text())
+    assert {curve["label"] for curve in result["curves"]} == {"learning_rate=0.01", "learning_rate=0.05"}
+    for curve in result["curves"]:
+        rewards = [[row["reward"] for row in rows_of(Path(run))] for run in curve["runs"]]
+        assert len(rewards) == 2 and curve["values"] == rewards and len(curve["trained"]) == 2
 
 
 def test_members_differ_and_are_compared(swept):

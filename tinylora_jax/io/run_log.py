@@ -35,11 +35,12 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config by their dotted names, groups within groups included."""
+    fields: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return fields
 
 
 class RunLog:
@@ -93,7 +94,7 @@ class RunLog:
                 raise ValueError("not a JSON object")
         except ValueError as error:
             raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir or remove this one") from error
-        before, now, missing = _flat(before), _flat(self._config), object()
+        before, now, missing = flat(before), flat(self._config), object()
         differ = [
             f"config.{name}: {before.get(name, '(absent)')!r} there, {now.get(name, '(absent)')!r} now"
             for name in sorted(before.keys() | now.keys())
