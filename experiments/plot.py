@@ -7,7 +7,7 @@
 Of GRPO: reward with one standard error, and the accuracies before and after; length and truncation; |v| and its
 numbers; how far the probabilities of rollout and update differ; seconds of each phase. Of SFT: loss, gradient and
 entropy, |v| and its numbers, length of the solutions, seconds. `experiments.grpo` and `experiments.sft` draw it at
-their end.
+their end, and `experiments.sweep` its curves.
 
 Of several runs, or the members of a sweep, those that differ by their seeds alone make one curve: the mean of their
 rewards (of SFT, losses) over the steps, with a band of one standard error. The numbers lie beside it as JSON.
@@ -129,19 +129,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(workdir: Path, output: Path | None = None) -> Path:
-    """Draws what a run has logged so far.
+    """Draws what a run has logged so far, or the curves of a sweep (see `plot_curves`).
 
     Args:
-      workdir: of the run.
-      output: the PNG to write; None is `run.png` in the workdir.
+      workdir: of the run or sweep.
+      output: the PNG to write; None is `run.png` in the workdir, `curves.png` in a sweep's.
 
     Returns:
       The path of the PNG.
 
     Raises:
-      PlotError: there is nothing to draw, or it is damaged.
+      PlotError, CurveError: there is nothing to draw, or it is damaged.
       ImportError: matplotlib is not installed.
     """
+    if _members(workdir):
+        return plot_curves([workdir], output or workdir / CURVES)
     path = output or workdir / NAME
     _save(draw(read_run(workdir)), path)
     return path
@@ -202,8 +204,7 @@ def main(argv: Sequence[str]) -> None:
         fail("--output is missing; of several runs, name the .png to write")
     with reporting_errors():
         try:
-            several = others or _members(first)
-            print(plot_curves([first, *others], output or first / CURVES) if several else plot(first, output))
+            print(plot_curves([first, *others], output) if others and output else plot(first, output))
         except ImportError as error:
             fail(f"{error}; pip install matplotlib")
 

@@ -8,7 +8,8 @@ The first trains all combinations of the values given; --member=field=value,fiel
 member is the run it would have been alone (its prompts, its noise, its optimizer), and all decode in one batch over
 the same frozen weights. Members may differ by seed, optimizer.*, adapter.* but the rank, and method (`tinylora`,
 `lora_xs`). One that diverges is dropped. The sweep is saved after every step, and the same command continues it. Each
-member has a folder in `members`, with what a run's workdir holds; `summary.json` compares them.
+member has a folder in `members`, with what a run's workdir holds; `summary.json` compares them, and `curves.png` shows
+their rewards.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, 
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.launch import launch
 from experiments.learning import answers_page
+from experiments.plot import try_plot
 from experiments.population import (
     Member,
     Population,
@@ -246,6 +248,7 @@ def main(argv: Sequence[str]) -> None:
         except Stopped as stopped:
             print(f"stopped by {stopped}; the same command continues the sweep in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
+    try_plot(workdir)
     print(table(summary))
     print(json.dumps(summary))
 

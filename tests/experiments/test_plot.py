@@ -288,6 +288,11 @@ def test_a_sweeps_member_is_drawn_as_a_run(sweep, blank_panels):
     assert "28.1 % strict" in " ".join(words(draw(read_run(member))))
 
 
+def test_a_sweep_is_drawn_as_its_curves(sweep):
+    assert plot.plot(sweep) == sweep / "curves.png"
+    assert (sweep / "curves.png").exists() and not (sweep / "run.png").exists()
+
+
 def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):
     found = plot.plot_curves([sweep], sweep / "curves.png")
     result = json.loads(found.with_suffix(".json").read_text())

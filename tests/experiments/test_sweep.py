@@ -79,6 +79,17 @@ def test_members_differ_and_are_compared(swept):
     assert "untrained" in sweep.table(summary)
 
 
+def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch, capsys):
+    folder, summary = swept
+    flags = type("Flags", (), {"workdir": str(folder), "config": make_config(), "vary": VARY, "member": []})
+    monkeypatch.setattr(sweep, "FLAGS", flags)
+    sweep.main([])
+    out, err = capsys.readouterr()
+    assert f"drawn: {folder / 'curves.png'}" in err and json.loads(out.splitlines()[-1]) == summary
+    curves = json.loads((folder / "curves.json").read_text())["curves"]
+    assert sorted(curve["label"] for curve in curves) == ["learning_rate=0.01", "learning_rate=0.05"]
+
+
 def test_different_adapters_share_one_program(make_config, tmp_path):
     config = make_config()
     config.max_steps = 3
