@@ -65,7 +65,7 @@ class Trainer(runs.Trainer):
 
 def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:
     """`runs.run` by GRPO."""
-    return runs.run(config, workdir, stop, Trainer)
+    return runs.run(config, workdir, stop, Trainer, "grpo")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ entropy, |v| and its numbers, length of the solutions, seconds. `experiments.grp
 their end, and `experiments.sweep` its curves.
 
 Of several runs, or the members of a sweep, those that differ by their seeds alone make one curve: the mean of their
-rewards (of SFT, losses) over the steps, with a band of one standard error. The numbers lie beside it as JSON.
+rewards (of SFT, losses) over the steps, with a band of one standard error. The numbers lie beside it as JSON, from
+which --redraw draws it again.
 """
 
 from __future__ import annotations
@@ -191,20 +192,34 @@ def try_plot(workdir: Path) -> None:
         tell(f"not drawn ({type(error).__name__}: {error}); python -m experiments.plot --workdir={workdir} tries again")
 
 
+def _drawn(workdirs: Sequence[Path], output: Path | None) -> Path:
+    """Does what the flags say."""
+    if output is None or len(workdirs) == 1:
+        return plot(workdirs[0], output)
+    if workdirs:
+        return plot_curves(workdirs, output)
+    curves = _json(Path(FLAGS.redraw))
+    if not {"curves", "metric", "untrained", "model"} <= curves.keys():
+        raise PlotError(f"{FLAGS.redraw} holds no curves; expected a JSON that this command wrote")
+    _save(draw_curves(curves), output)
+    return output
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
-    if not all(FLAGS.workdir):
+    if bool(FLAGS.workdir) == bool(FLAGS.redraw):
+        fail("give --workdir, once or more, or --redraw")
+    if not all(FLAGS.workdir or [True]):
         fail("--workdir is empty; name the folder of a run")
-    first, *others = (Path(name) for name in FLAGS.workdir)
     output = None if FLAGS.output is None else Path(FLAGS.output)
     if output is not None and (output.suffix != ".png" or output.is_dir()):
         fail(f"--output={FLAGS.output}: expected a file name that ends in .png")
-    if others and output is None:
-        fail("--output is missing; of several runs, name the .png to write")
+    if output is None and (FLAGS.redraw or len(FLAGS.workdir) > 1):
+        fail("--output is missing; of several runs, and of a --redraw, name the .png to write")
     with reporting_errors():
         try:
-            print(plot_curves([first, *others], output) if others and output else plot(first, output))
+            print(_drawn([Path(name) for name in FLAGS.workdir or []], output))
         except ImportError as error:
             fail(f"{error}; pip install matplotlib")
 
@@ -212,6 +227,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     flags.DEFINE_multi_string("workdir", None, "Folder of a run or a sweep; several make one picture.")
+    flags.DEFINE_string("redraw", None, "Draw the curves of this JSON again.")
     flags.DEFINE_string("output", None, "The .png to write; default: run.png in the workdir, curves.png in a sweep's.")
-    flags.mark_flag_as_required("workdir")
     app.run(main, flags_parser=parse_flags)

@@ -107,12 +107,19 @@ def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, 
       ConfigError: there is no member, two are alike, or a config is out of range (the member is named).
     """
     found: dict[str, ConfigDict] = {}
+    fields = {field for changes in members for field in changes}
+    last = lambda field: field.split(".")[-1]
+    short = lambda field: (
+        field if any(other != field and last(other) == last(field) for other in fields) else last(field)
+    )
     for changes in members:
-        name = ",".join(f"{field.split('.')[-1]}={value}" for field, value in changes.items())
-        if name in found:
-            raise ConfigError(f"member {name} is there twice")
+        name = ",".join(f"{short(field)}={value}" for field, value in changes.items())
         own = config.copy_and_resolve_references()
         own.update_from_flattened_dict(changes)
+        if twin := next((other for other, known in found.items() if known == own), None):
+            raise ConfigError(
+                f"member {name} is there twice" if twin == name else f"members {twin} and {name} are alike"
+            )
         try:
             free_spec(own, parse(own))
         except ConfigError as error:

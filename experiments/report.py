@@ -4,9 +4,10 @@
     python -m experiments.report --redraw=experiments/results/gsm8k_0_5b_methods_h100.json --output=/tmp/again.json
 
 A run is the workdir of experiments.grpo, sft or sweep, all of one base model and the same questions. Of several
-learning rates of one series and size, the one with the best training (reward, or loss, of the last quarter of the
-steps) is drawn, so that no test question chooses it; all stand in the table. Each trained accuracy stands beside the
-untrained one, with a paired test of their difference. The picture lies beside the JSON.
+settings of one series and size, the one with the best training (reward, or loss, of the last quarter of the steps,
+mean over the seeds) is drawn, as the mean of its seeds, so that no test question chooses it; all stand in the table.
+Each trained accuracy stands beside the untrained one, with a paired test of their difference. The picture lies beside
+the JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tinylora_jax.metrics import compare_right_or_wrong, estimate
 
 FLAGS = flags.FLAGS
 _PRECISION = "float32"  # of v, in runs of versions that knew no other
+_SETTING = ("method", "rank", "tying", "u", "n_tie", "precision", "learning_rate")  # all but the seed
 
 
 class ReportError(ValueError):
@@ -48,15 +50,23 @@ def _greedy(path: Path) -> dict[int, bool]:
         return {row["id"]: row["strict"] == 1 for row in rows if row["mode"] == "greedy"}
     except FileNotFoundError as error:
         raise ReportError(f"{path} is missing; the run did not end") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is damaged ({error})") from error
 
 
 def _training(path: Path) -> float:
     """How well the last quarter of the steps went: mean reward, or the negative loss where there is none."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = rows[-max(1, len(rows) // 4) :]
-    return float(np.mean([row["reward"] if "reward" in row else -row["loss"] for row in last]))
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        last = rows[-max(1, len(rows) // 4) :]
+        found = float(np.mean([row["reward"] if "reward" in row else -row["loss"] for row in last])) if rows else np.nan
+    except FileNotFoundError as error:
+        raise ReportError(f"{path} is missing; the run did not end") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} is damaged ({error!r})") from error
+    if not np.isfinite(found):
+        raise ReportError(f"{path} is damaged (the reward or loss of its last steps is not finite, or it is empty)")
+    return found
 
 
 def read_runs(series: str, workdir: Path) -> list[dict[str, Any]]:
@@ -72,28 +82,31 @@ def read_runs(series: str, workdir: Path) -> list[dict[str, Any]]:
     Raises:
       ReportError: the folder holds no finished run.
     """
-    summary, found = _read(workdir / "summary.json"), []
-    rows = summary.get("members", [None])
-    for row in rows:
-        folder = workdir if row is None else workdir / "members" / row["member"]
-        if row is not None and row["dropped"]:
-            continue
-        own = _read(folder / "summary.json")
-        found.append(
-            {
-                "series": series,
-                "model": own["model"],
-                "params": own["params"],
-                "steps": own["steps"],
-                "config": _read(folder / "config.json"),
-                "training": _training(folder / "metrics.jsonl"),
-                "before": _greedy(workdir / "answers_before.jsonl"),
-                "after": _greedy(folder / "answers_after.jsonl"),
-                "eval_before": own["eval_before"],
-                "eval_after": own["eval_after"],
-            }
-        )
-    return found
+    try:
+        return [
+            _read_run(series, workdir, workdir if member is None else workdir / "members" / member["member"])
+            for member in _read(workdir / "summary.json").get("members", [None])
+            if member is None or not member["dropped"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{workdir} is damaged: a JSON file there lacks {error}") from error
+
+
+def _read_run(series: str, workdir: Path, folder: Path) -> dict[str, Any]:
+    own = _read(folder / "summary.json")
+    return {
+        "series": series,
+        "folder": folder,
+        "model": own["model"],
+        "params": own["params"],
+        "steps": own["steps"],
+        "config": _read(folder / "config.json"),
+        "training": _training(folder / "metrics.jsonl"),
+        "before": _greedy(workdir / "answers_before.jsonl"),
+        "after": _greedy(folder / "answers_after.jsonl"),
+        "eval_before": own["eval_before"],
+        "eval_after": own["eval_after"],
+    }
 
 
 def _row(run: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +140,13 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _checked_row(run: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return _row(run)
+    except (KeyError, TypeError) as error:
+        raise ReportError(f"{run['folder']} is damaged: its config.json or summary.json lacks {error}") from error
+
+
 def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All runs as one table.
 
@@ -143,7 +163,7 @@ def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
     first = runs[0]
     base = estimate([float(x) for x in first["before"].values()])
-    rows = sorted((_row(run) for run in runs), key=lambda row: (row["series"], row["params"], row["learning_rate"]))
+    rows = sorted(map(_checked_row, runs), key=lambda row: (row["series"], row["params"], row["learning_rate"]))
     return {
         "model": first["model"],
         "questions": len(first["before"]),
@@ -157,14 +177,28 @@ def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def best(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By series, the best-trained run of every size."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """By series, the best-trained setting of every size: the rows of its runs, which differ by their seeds alone."""
+    settings: dict[tuple[str, int], dict[tuple[Any, ...], list[dict[str, Any]]]] = {}
     for row in rows:
-        sizes = found.setdefault(row["series"], {})
-        if row["params"] not in sizes or row["training"] > sizes[row["params"]]["training"]:
-            sizes[row["params"]] = row
-    return {series: list(sizes.values()) for series, sizes in found.items()}
+        setting = tuple({"precision": _PRECISION, **row}.get(name) for name in _SETTING)
+        settings.setdefault((row["series"], row["params"]), {}).setdefault(setting, []).append(row)
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for (series, _), groups in settings.items():
+        found.setdefault(series, []).append(max(groups.values(), key=lambda runs: _mean(runs, "training")))
+    return found
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """What is drawn of `best`: means over the seeds, of the ends of the intervals too."""
+    drawn = ("params", "accuracy", "low", "high")
+    return {
+        series: [{name: _mean(runs, name) for name in drawn} for runs in sizes] for series, sizes in best(rows).items()
+    }
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -178,17 +212,21 @@ def _name(row: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The runs, one a line; those that are drawn have a star."""
-    drawn = {id(row) for rows in best(result["runs"]).values() for row in rows}
+    drawn = {id(row) for sizes in best(result["runs"]).values() for rows in sizes for row in rows}
     base = result["untrained"]
     names = ["", "untrained", *(f"{'*' if id(row) in drawn else ' '}{_name(row)}" for row in result["runs"])]
     width = max(31, *map(len, names)) + 1
     top, untrained, *names = (name.ljust(width) for name in names)
-    lines = [f"{top}{'params':>12} {'rate':>8} {'training':>9} {'accuracy':>9} {'95 %':>15} {'gain':>7} {'p':>8}"]
-    lines.append(f"{untrained}{0:>12} {'':>8} {'':>9} {base['accuracy']:>9.1%} {base['low']:>7.1%}…{base['high']:.1%}")
+    head = (
+        f"{top}{'params':>12} {'rate':>8} {'seed':>4} {'training':>9} {'accuracy':>9} {'95 %':>15} {'gain':>7} {'p':>8}"
+    )
+    interval = f"{base['accuracy']:>9.1%} {base['low']:>7.1%}…{base['high']:.1%}"
+    lines = [head, f"{untrained}{0:>12} {'':>8} {'':>4} {'':>9} {interval}"]
     for name, row in zip(names, result["runs"], strict=True):
         lines.append(
-            f"{name}{row['params']:>12} {row['learning_rate']:>8.0e} {row['training']:>9.3f} {row['accuracy']:>9.1%}"
-            f" {row['low']:>7.1%}…{row['high']:<7.1%} {row['difference']:>+7.1%} {row['p']:>8.2g}"
+            f"{name}{row['params']:>12} {row['learning_rate']:>8.1e} {row['seed']:>4} {row['training']:>9.3f}"
+            f" {row['accuracy']:>9.1%} {row['low']:>7.1%}…{row['high']:<7.1%} {row['difference']:>+7.1%}"
+            f" {row['p']:>8.2g}"
         )
     return "\n".join(lines)
 
@@ -204,15 +242,18 @@ def main(argv: Sequence[str]) -> None:
     with reporting_errors():
         if FLAGS.redraw:
             result = _read(Path(FLAGS.redraw))
+            if not (isinstance(result, dict) and {"runs", "untrained"} <= result.keys()):
+                raise ReportError(f"{FLAGS.redraw} is no report; expected a JSON that this command wrote")
         else:
             pairs = [text.partition(":") for text in FLAGS.runs]
             if wrong := [text for text, (name, _, path) in zip(FLAGS.runs, pairs, strict=True) if not (name and path)]:
                 raise ReportError(f"--runs={wrong[0]}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
             result = report([run for name, _, path in pairs for run in read_runs(name, Path(path))])
+        drawn, text = points(result["runs"]), table(result)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, json.dumps(result, indent=1) + "\n")
-        draw_accuracy(best(result["runs"]), result["untrained"], output.with_suffix(".png"))
-    print(table(result))
+        draw_accuracy(drawn, result["untrained"], output.with_suffix(".png"))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ def train(
     return state, totals
 
 
-def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer) -> dict[str, Any]:
+def run(
+    config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer, experiment: str
+) -> dict[str, Any]:
     """Trains one adapter, from the config to the summary; continues what the workdir holds.
 
     Args:
@@ -197,13 +199,14 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: Mak
       workdir: see `RunLog`.
       stop: says when to stop early.
       make_trainer: of what is learned from.
+      experiment: `grpo` or `sft`; a workdir of the one is refused to the other.
 
     Returns:
       The summary.
     """
     started = time.perf_counter()
     specs = parse(config)
-    folder = Workdir(workdir, as_json(config))
+    folder = Workdir(workdir, as_json(config, experiment))
     done = folder.read("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")

@@ -218,6 +218,6 @@ def make_prompts(config: ConfigDict, questions: Sequence[Question], task: Task) 
     return encode_prompts(questions, template, task.tokenizer, config.max_prompt_tokens, config.on_too_long)
 
 
-def as_json(config: ConfigDict) -> Mapping[str, Any]:
-    """A config as plain JSON-serializable values."""
-    return config.to_dict()
+def as_json(config: ConfigDict, experiment: str) -> Mapping[str, Any]:
+    """A config as plain JSON-serializable values, with the experiment (`grpo`, `sft`, `sweep`) that it is of."""
+    return {**config.to_dict(), "experiment": experiment}

@@ -89,7 +89,7 @@ class Trainer(runs.Trainer):
 
 def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:
     """`runs.run` by SFT."""
-    return runs.run(config, workdir, stop, Trainer)
+    return runs.run(config, workdir, stop, Trainer, "sft")
 
 
 def main(argv: Sequence[str]) -> None:

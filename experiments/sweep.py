@@ -77,7 +77,9 @@ class Folder:
     def claim(self) -> None:
         """Makes the folder this sweep's own."""
         self.log.claim()
-        self.members = {name: RunLog(self.member(name), as_json(config)) for name, config in self._configs.items()}
+        self.members = {
+            name: RunLog(self.member(name), as_json(config, "grpo")) for name, config in self._configs.items()
+        }
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     def member(self, name: str) -> Path:
@@ -156,7 +158,7 @@ def run(
     free = free_spec(config, specs)
     changes = combinations([parse_variation(text, config) for text in vary])
     configs = member_configs(config, [*changes, *(parse_member(text, config) for text in member)])
-    folder = Folder(workdir, {**as_json(config), "members": list(configs)}, configs)
+    folder = Folder(workdir, {**as_json(config, "sweep"), "members": list(configs)}, configs)
     done = folder.log.read_json("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")

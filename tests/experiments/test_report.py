@@ -72,7 +72,7 @@ def test_every_run_stands_beside_the_untrained_model(runs):
 def test_training_alone_chooses_the_learning_rate(runs):
     result = report.report(runs)
     chosen = best(result["runs"])
-    assert [row["learning_rate"] for row in chosen["RL"]] == [1e-3]
+    assert [row["learning_rate"] for rows in chosen["RL"] for row in rows] == [1e-3]
     lines = table(result).splitlines()
     assert sum(line.startswith("*") for line in lines) == 2 and len(lines) == 5
 
@@ -103,7 +103,10 @@ def test_runs_of_one_size_are_told_apart(tmp_path):
 def test_a_report_of_an_older_version_is_drawn(tmp_path, monkeypatch, capsys):
     values = {"runs": [], "redraw": str(RESULTS / "gsm8k_0_5b_methods_h100.json")}
     older = json.loads((RESULTS / "gsm8k_0_5b_methods_h100.json").read_text())
-    assert not any("precision" in row for row in older["runs"])
+    for row in older["runs"]:
+        del row["precision"]
+    values["redraw"] = str(tmp_path / "older.json")
+    (tmp_path / "older.json").write_text(json.dumps(older))
     monkeypatch.setattr(report, "FLAGS", type("Flags", (), values | {"output": str(tmp_path / "again.json")}))
     report.main([])
     assert json.loads((tmp_path / "again.json").read_text()) == older
@@ -143,3 +146,43 @@ def test_a_folder_without_a_run(tmp_path):
     (folder / "answers_after.jsonl").write_text("{")
     with pytest.raises(ReportError, match="answers_after.jsonl is damaged"):
         read_runs("RL", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", '{"steps": 2}', "run is damaged: .*'model'"),
+        ("config.json", "{}", "run is damaged: .*'method'"),
+        ("metrics.jsonl", "", r"metrics.jsonl is damaged \(the reward"),
+        ("metrics.jsonl", '{"step": 0, "reward": NaN}', r"metrics.jsonl is damaged \(the reward"),
+        ("metrics.jsonl", '{"step": 0, "reward": "high"}', "metrics.jsonl is damaged"),
+        ("metrics.jsonl", "hello", "metrics.jsonl is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    folder = write_run(tmp_path / "run", 1, reward(0.1), BEFORE)
+    (folder / name).write_text(content)
+    with pytest.raises(ReportError, match=message):
+        report.report(read_runs("RL", folder))
+
+
+@pytest.mark.parametrize("name", ["speed_h100.json", "gsm8k_0_5b_curves_h100.json"])
+def test_another_json_is_not_redrawn(tmp_path, monkeypatch, capsys, name):
+    values = {"runs": [], "redraw": str(RESULTS / name), "output": str(tmp_path / "out.json")}
+    monkeypatch.setattr(report, "FLAGS", type("Flags", (), values))
+    with pytest.raises(SystemExit):
+        report.main([])
+    assert "is no report" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_of_a_size_the_best_setting_is_drawn_and_not_the_best_seed():
+    row = lambda rate, seed, training, accuracy: {
+        **{"series": "RL", "method": "TinyLoRA", "rank": 2, "params": 13, "tying": "tiled", "u": 1, "n_tie": 13},
+        **{"learning_rate": rate, "seed": seed, "training": training, "accuracy": accuracy},
+        **{"low": accuracy - 0.1, "high": accuracy + 0.1},
+    }
+    lucky = [row(1e-2, 0, 0.9, 0.8), row(1e-2, 1, 0.1, 0.2)]
+    steady = [row(1e-3, 0, 0.6, 0.3), row(1e-3, 1, 0.6, 0.5)]
+    assert report.best(lucky + steady) == {"RL": [steady]}
+    (drawn,) = report.points(lucky + steady)["RL"]
+    assert drawn == pytest.approx({"params": 13, "accuracy": 0.4, "low": 0.3, "high": 0.5})

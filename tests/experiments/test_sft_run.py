@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from experiments import sft
+from experiments import grpo, sft
 from experiments.evaluate import run as evaluate_run
 from experiments.picture import draw
 from experiments.plot import read_run
 from experiments.stopping import Stopped
 from tinylora_jax.data import DataError, Prompt, encode_solutions, solution_text
+from tinylora_jax.io.run_log import WorkdirError
 
 
 @pytest.fixture
@@ -43,6 +44,16 @@ def test_an_interrupted_run_continues_to_the_same_bits(sft_config, stop, tmp_pat
         sft.run(sft_config, tmp_path / "parts", type(stop)(4))
     assert sft.run(sft_config, tmp_path / "parts", stop)["eval_after"] == whole["eval_after"]
     assert [row["v"] for row in rows_of(tmp_path / "parts")] == [row["v"] for row in rows_of(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("first, second", [(sft, grpo), (grpo, sft)])
+def test_a_workdir_of_sft_is_not_continued_by_grpo(sft_config, stop, tmp_path, first, second):
+    with pytest.raises(Stopped):
+        first.run(sft_config, tmp_path / "run", type(stop)(4))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(WorkdirError, match="experiment: '(sft|grpo)' there, '(sft|grpo)' now"):
+        second.run(sft_config, tmp_path / "run", stop)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["tinylora", "lora", "full"])

@@ -163,6 +163,21 @@ def test_a_variation_that_means_nothing(make_config, text, message):
         parse_variation(text, make_config())
 
 
+def test_members_that_are_alike_are_refused(make_config):
+    config = make_config()
+    same = [{"seed": 1, "optimizer.learning_rate": 0.5}, {"optimizer.learning_rate": 0.5, "seed": 1}]
+    with pytest.raises(ConfigError, match="seed=1,learning_rate=0.5 and learning_rate=0.5,seed=1 are alike"):
+        member_configs(config, same)
+    with pytest.raises(ConfigError, match="seed=1 and seed=1,precision=float32 are alike"):
+        member_configs(config, [{"seed": 1}, {"seed": 1, "optimizer.precision": "float32"}])
+    with pytest.raises(ConfigError, match="seed=1 is there twice"):
+        member_configs(config, [{"seed": 1}, {"seed": 1}])
+
+
+def test_members_whose_fields_end_alike_have_whole_names(make_config):
+    assert list(member_configs(make_config(), [{"seed": 1}, {"adapter.seed": 1}])) == ["seed=1", "adapter.seed=1"]
+
+
 def test_a_member_out_of_range(make_config, tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)member u=0: .*adapter: .*u >= 1"):
         sweep.run(make_config(), ["adapter.u=1,0"], tmp_path / "sweep", Never())
