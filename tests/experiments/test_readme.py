@@ -155,7 +155,7 @@ def test_the_demo_is_as_it_was_measured():
 
 def test_the_pictures_show_something(blank_panels):
     names = re.findall(r"!\[[^]]*\]\((\S+\.png)\)", README)
-    assert len(names) == 2
+    assert len(names) == 3
     for name in names:
         assert (ROOT / name).stat().st_size < 200_000 and matplotlib.image.imread(ROOT / name).std() > 0.02
     assert not blank_panels((ROOT / names[0]).read_bytes())  # of a run
