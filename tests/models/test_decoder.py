@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, apply, factorize, init, merge
-from tinylora_jax.models import KVCache, ModelConfig, Rope, forward, head_kernel, logits
+from tinylora_jax.models import KVCache, ModelConfig, Rope, forward, fused, head_kernel, logits
 
 CAPACITY = 16
 LENGTHS = np.array([3, 7, 1])
@@ -53,6 +53,17 @@ def test_a_prompt_may_come_in_chunks(tiny, full_logits):
     for begin in range(0, 12, 4):
         got, cache = extend(config, params, tokens[:, begin : begin + 4], jnp.full(3, begin, jnp.int32), cache)
         np.testing.assert_allclose(got, expected[:, begin : begin + 4], atol=2e-5)
+
+
+@pytest.mark.parametrize("adapters", [0, 1, 3])
+def test_joined_kernels_are_the_same_map(qwen2, adapters):
+    config, params = qwen2
+    if adapters:
+        factors = factorize(params, TinyLoRA(n_tie=5))
+        v = init(factors) + 0.1 * jnp.arange(1.0, 1.0 + adapters)[:, None, None]
+        params = apply(params, factors, v[0] if adapters == 1 else v)
+    run = jax.jit(lambda params: forward(config, params, tokens_of(config, 3, 12))[0])
+    np.testing.assert_allclose(run(fused(params)), run(params), atol=2e-5)
 
 
 def test_later_tokens_do_not_reach_earlier_logits(family, full_logits):
