@@ -163,7 +163,7 @@ def report(title: str, rows: Mapping[str, Any]) -> None:
     width = max(len(name) for name in rows)
     print(f"\n{title}")
     for name, value in rows.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else value
+        shown = f"{value:,.4g}" if isinstance(value, float) else "not known here" if value is None else value
         print(f"  {name:<{width}}  {shown}")
     if FLAGS.json:
         Path(FLAGS.json).write_text(json.dumps({"what": title, **rows}, indent=1) + "\n", encoding="utf-8")
