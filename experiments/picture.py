@@ -112,6 +112,7 @@ def _reward(axes: Axes, run: Run) -> None:
             axes.plot(x, accuracy["lenient"], "D", color=_ORANGE, markersize=7, fillstyle="none", clip_on=False)
     _notes(axes, run, shares, " (◆)")
     seen = [*run.steps["reward"], *run.steps["reward_lenient"]]
+    seen += [*(run.steps["reward"] + run.steps["reward_se"])] if "reward_se" in run.steps else []
     seen += [x for accuracy in (run.before, run.after) if accuracy for x in accuracy.values()]
     low, high = min(0.0, *seen), max(seen)
     axes.set_ylim(low, (high + 0.3 * (high - low)) or 1.0)  # room for the two notes
