@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.curves import mean_and_error
+from experiments.picture import smoothing
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FEW = 40  # more steps than these are smoothed
 _COLORS = ("#1f5fa8", "#d9730d", "#5a9e4b", "#7a7a7a")
 
 
@@ -82,7 +82,7 @@ def draw_curves(result: Mapping[str, Any]) -> Figure:
     many = list(colormaps["turbo"](np.linspace(0.05, 0.95, len(curves))))
     colors = many if len(curves) > len(_COLORS) else _COLORS
     end = max(len(curve["mean"]) for curve in curves)
-    width = end // 10 if end > _FEW else 1
+    width = smoothing(end)
     for curve, color in zip(curves, colors, strict=False):
         window = np.full(min(width, len(curve["mean"])), 1 / min(width, len(curve["mean"])))
         smooth = lambda y, window=window: np.convolve(y, window, "valid")

@@ -71,18 +71,22 @@ def draw(run: Run) -> Figure:
     return figure
 
 
+def smoothing(count: int) -> int:
+    """How many steps a drawn mean is over: a tenth of them where they are many, else one."""
+    return count // 10 if count > _FEW else 1
+
+
 def _line(axes: Axes, values: np.ndarray, color: str, label: str, errors: np.ndarray | None = None) -> None:
     """A metric over the steps; with its standard error if there is one."""
     count = len(values)
-    x, few = np.arange(1, count + 1), count <= _FEW
-    if not few:
+    x, width = np.arange(1, count + 1), smoothing(count)
+    if width > 1:
         axes.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-        width = count // 10
         mean = lambda y: np.convolve(y, np.full(width, 1 / width), "valid")
         x, values = mean(x), mean(values)
         errors = None if errors is None else np.sqrt(mean(errors**2) / width)
         label = f"{label}, mean of {width} steps"
-    axes.plot(x, values, color=color, linewidth=1.6, marker="o" if few else None, markersize=3.5, label=label)
+    axes.plot(x, values, color=color, linewidth=1.6, marker="o" if width == 1 else None, markersize=3.5, label=label)
     if errors is not None:
         axes.fill_between(x, values - errors, values + errors, color=color, alpha=0.2, linewidth=0)
 

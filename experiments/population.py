@@ -10,6 +10,7 @@ the other, by one compiled gradient.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -107,11 +108,9 @@ def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, 
       ConfigError: there is no member, two are alike, or a config is out of range (the member is named).
     """
     found: dict[str, ConfigDict] = {}
-    fields = {field for changes in members for field in changes}
     last = lambda field: field.split(".")[-1]
-    short = lambda field: (
-        field if any(other != field and last(other) == last(field) for other in fields) else last(field)
-    )
+    ends = Counter(map(last, {field for changes in members for field in changes}))
+    short = lambda field: last(field) if ends[last(field)] == 1 else field
     for changes in members:
         name = ",".join(f"{short(field)}={value}" for field, value in changes.items())
         own = config.copy_and_resolve_references()

@@ -13,7 +13,8 @@ the JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +44,33 @@ def _read(path: Path) -> Any:
         raise ReportError(f"{path} is damaged ({error})") from error
 
 
-def _greedy(path: Path) -> dict[int, bool]:
-    """Whether each question was answered right, greedily and strictly."""
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which file is missing or damaged."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {row["id"]: row["strict"] == 1 for row in rows if row["mode"] == "greedy"}
-    except FileNotFoundError as error:
-        raise ReportError(f"{path} is missing; the run did not end") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{path} is damaged ({error})") from error
-
-
-def _training(path: Path) -> float:
-    """How well the last quarter of the steps went: mean reward, or the negative loss where there is none."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        last = rows[-max(1, len(rows) // 4) :]
-        found = float(np.mean([row["reward"] if "reward" in row else -row["loss"] for row in last])) if rows else np.nan
+        yield
     except FileNotFoundError as error:
         raise ReportError(f"{path} is missing; the run did not end") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is damaged ({error!r})") from error
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _greedy(path: Path) -> dict[int, bool]:
+    """Whether each question was answered right, greedily and strictly."""
+    with _naming(path):
+        return {row["id"]: row["strict"] == 1 for row in _lines(path) if row["mode"] == "greedy"}
+
+
+def _training(path: Path) -> float:
+    """How well the last quarter of the steps went: mean reward, or the negative loss where there is none."""
+    with _naming(path):
+        rows = _lines(path)
+        last = rows[-max(1, len(rows) // 4) :]
+        found = float(np.mean([row["reward"] if "reward" in row else -row["loss"] for row in last])) if rows else np.nan
     if not np.isfinite(found):
         raise ReportError(f"{path} is damaged (the reward or loss of its last steps is not finite, or it is empty)")
     return found
