@@ -1,14 +1,19 @@
 """The truncated SVD: right, with signs that do not depend on who computed it."""
 
 import logging
+import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
-from tinylora_jax.adapters import truncated_svd
-from tinylora_jax.adapters.svd import SVD, canonical_signs, jnp_svd, subspace_svd
+from tinylora_jax.adapters import svd as svd_module
+from tinylora_jax.adapters import svd_host, truncated_svd
+from tinylora_jax.adapters.svd import SVD, canonical_signs, jnp_svd
+from tinylora_jax.adapters.svd_device import subspace_svd, tolerances
 
 
 def with_spectrum(rows, columns, spectrum, batch=1, seed=0):
@@ -61,27 +66,102 @@ def test_close_neighbours_are_exact_too(shape):
         np.testing.assert_allclose(got, want, rtol=0, atol=3e-7)
 
 
-@pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
-def test_subspace_iteration_finds_the_exact_update(shape):
+def update(svd, core):
+    return np.einsum("bor,br,rs,bis->boi", *(np.asarray(a, np.float64) for a in (svd.U, svd.S)), core, np.asarray(svd.V))
+
+
+def numpy_svd(W, rank):
+    """NumPy's full decomposition in float64, with our signs."""
+    U, S, Vt = np.linalg.svd(np.asarray(W, np.float64), full_matrices=False)
+    return canonical_signs(
+        SVD(*(jnp.asarray(x, jnp.float32) for x in (U[..., :rank], S[..., :rank], Vt[:, :rank].swapaxes(1, 2))))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # a TPU's and everyone else's
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48), (1100, 320)])
+def test_subspace_iteration_finds_the_exact_update(shape, dtype):
     W = with_spectrum(*shape, decaying(48), batch=2)
-    svd, residual = subspace_svd(W, 2)
-    assert float(residual.max()) <= 2e-5
-    exact = jnp_svd(W, 2)
+    with jax.enable_x64(dtype == "float64"):
+        *svd, error = jax.device_get(subspace_svd(W, 2, dtype))
+    assert error.max() <= tolerances(np.dtype(dtype))[1]
+    exact, svd = numpy_svd(W, 2), canonical_signs(SVD(*(jnp.asarray(x, jnp.float32) for x in svd)))
     np.testing.assert_allclose(svd.S, exact.S, rtol=1e-5)
-    core = np.random.default_rng(1).standard_normal((2, 2)).astype(np.float32)
-    update = lambda x: np.einsum("bor,br,rs,bis->boi", *(np.asarray(a) for a in (x.U, x.S)), core, np.asarray(x.V))
-    error = np.linalg.norm(update(svd) - update(exact)) / np.linalg.norm(update(exact))
-    assert error < 1e-3, "signs included: the same vector must give the same update"
+    core = np.random.default_rng(1).standard_normal((2, 2))
+    error = np.linalg.norm(update(svd, core) - update(exact, core)) / np.linalg.norm(update(exact, core))
+    assert error < (1e-3 if dtype == "float32" else 1e-6), "signs included: the same vector must give the same update"
 
 
-def test_a_flat_spectrum_falls_back_to_the_exact_decomposition(caplog):
-    W = with_spectrum(120, 100, 1 - 1e-4 * np.arange(100))
-    assert float(subspace_svd(W, 2, max_iterations=40)[1].max()) > 2e-5, "the case must be one where iteration fails"
+def outlier(n):
+    """One value a thousand times the others, among which the second stands out by a tenth."""
+    return np.concatenate([[1000.0, 1.1], 1 - 0.5 * np.arange(n - 2) / n])
+
+
+NASTY = {
+    "one huge value": outlier(300),
+    "a slow decay": 1 - 0.02 * np.sqrt(np.arange(300)),
+    "a fast decay": 0.5 ** np.minimum(np.arange(300), 60),
+    "a close third": np.append([1.0, 0.9, 0.898], 0.85 * decaying(297)),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("method", ["exact", "subspace"])
+def test_nasty_matrices_give_the_update_of_numpy(method, name, dtype):
+    W = with_spectrum(400, 300, NASTY[name]).astype(dtype)
+    exact, svd = numpy_svd(W, 2), truncated_svd(W, 2, method)
+    for core in np.random.default_rng(1).standard_normal((4, 2, 2)):
+        error = np.linalg.norm(update(svd, core) - update(exact, core)) / np.linalg.norm(update(exact, core))
+        assert error < 1e-4
+
+
+@pytest.mark.parametrize("method", ["exact", "subspace"])
+@pytest.mark.parametrize("equal", [2, 3, 5])
+def test_equal_leading_values_are_all_found(method, equal):
+    """Lanczos from one vector finds one direction of them, and would give the next smaller value as the second."""
+    W = with_spectrum(400, 300, np.append(np.full(equal, 2.0), decaying(300 - equal)))
+    svd = truncated_svd(W, 3, method)
+    expected = np.append(np.full(equal, 2.0), decaying(300 - equal))[:3]
+    check_triplets(W, svd, 3, rtol=1e-5)
+    np.testing.assert_allclose(svd.S[0], expected, rtol=1e-5)
+
+
+def test_a_matrix_that_misses_goes_to_the_host_alone(caplog, monkeypatch):
+    """A flat spectrum, which a few cycles do not resolve, between two matrices that are easy."""
+    flat = with_spectrum(400, 300, 1 - 1e-4 * np.arange(300))
+    easy = with_spectrum(400, 300, decaying(300), batch=2)
+    W = jnp.stack([easy[0], flat[0], easy[1]])
+    monkeypatch.setattr(svd_module, "subspace_svd", partial(subspace_svd, max_cycles=8))
+    host, sent = svd_module.leading_triplets_of, []
+    monkeypatch.setattr(svd_module, "leading_triplets_of", lambda some, rank: sent.append(some) or host(some, rank))
     with caplog.at_level(logging.WARNING, logger="absl"):
         svd = truncated_svd(W, 2, "subspace")
-    for got, expected in zip(svd, truncated_svd(W, 2, "exact"), strict=True):
-        np.testing.assert_array_equal(got, expected)
-    assert "subspace iteration" in caplog.text
+    ((only,),) = sent
+    np.testing.assert_array_equal(only, W[1])
+    assert "1 of 3 matrices of 400 x 300 did not converge" in caplog.text
+    for got, alone in zip(svd, truncated_svd(flat, 2, "exact"), strict=True):
+        np.testing.assert_array_equal(got[1], alone[0])
+    for place, index in ((0, 0), (2, 1)):  # what is done does not change while a neighbour goes on
+        for got, alone in zip(svd, truncated_svd(easy, 2, "subspace"), strict=True):
+            np.testing.assert_array_equal(got[place], alone[index])
+
+
+def test_the_host_bounds_its_threads_and_tells_how_far_it_is(caplog, monkeypatch):
+    monkeypatch.setattr(svd_host, "_PROGRESS_S", 0.0)
+    seen, leading = set(), svd_host.leading_triplets
+
+    def watched(W, rank):
+        seen.update((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"))
+        seen.add(threading.current_thread().name)
+        return leading(W, rank)
+
+    monkeypatch.setattr(svd_host, "leading_triplets", watched)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        truncated_svd(with_spectrum(40, 30, decaying(30), batch=12), 2, "exact")
+    assert {thread for thread in seen if isinstance(thread, int)} == {1}
+    assert len({thread for thread in seen if isinstance(thread, str)}) <= svd_host._WORKERS
+    assert "decomposed 12 of 12 matrices of 40 x 30 on the host" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["exact", "subspace"])

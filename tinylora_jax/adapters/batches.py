@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.svd import lower_svds
+from tinylora_jax.adapters.svd_device import mesh_of, spread
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, select
 
 BATCH_BYTES = 2**30  # of matrices decomposed together
@@ -28,7 +30,8 @@ def lower_factorize(
     leaves, parts = leaves_by_path(params), batches(select(params, spec.targets), max_batch_bytes)
     yield from lower_svds(svd_shapes(leaves, parts, spec.rank), method)
     for batch in parts:
-        yield oriented_stack.lower(*stack_arguments(leaves, batch))
+        arguments, place = stack_arguments(leaves, batch)
+        yield oriented_stack.lower(*arguments, place=place)
 
 
 def batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
@@ -53,27 +56,45 @@ def svd_shapes(
     leaves: Mapping[str, Any], parts: Sequence[Sequence[Module]], rank: int
 ) -> Iterable[tuple[jax.ShapeDtypeStruct, int]]:
     """The different shapes of batches, and how many triplets are computed of each."""
-    shape = lambda batch: (len(batch), *batch[0].shape[::-1])
-    dtype = lambda batch: jnp.result_type(leaves[batch[0].path])
-    return dict.fromkeys(
-        (jax.ShapeDtypeStruct(shape(batch), dtype(batch)), num_triplets(batch[0], rank)) for batch in parts
-    )
+
+    def describe(batch: Sequence[Module]) -> jax.ShapeDtypeStruct:
+        (arrays, _), place = stack_arguments(leaves, batch)
+        return jax.ShapeDtypeStruct(
+            (len(arrays), *batch[0].shape[::-1]), jnp.result_type(leaves[batch[0].path]), sharding=place
+        )
+
+    return dict.fromkeys((describe(batch), num_triplets(batch[0], rank)) for batch in parts)
 
 
 def stack_arguments(
     leaves: Mapping[str, Any], batch: Sequence[Module]
-) -> tuple[tuple[Any, ...], tuple[tuple[Target, int | None], ...]]:
-    """The arguments of `oriented_stack` for a batch."""
-    return tuple(leaves[m.path] for m in batch), tuple((m.target, m.layer) for m in batch)
+) -> tuple[tuple[tuple[Any, ...], tuple[tuple[Target, int | None], ...]], NamedSharding | None]:
+    """The arguments of `oriented_stack` for a batch, and the place of its result.
+
+    On a mesh the last module is repeated until all devices have equally many.
+    """
+    mesh = mesh_of(leaves[batch[0].path])
+    padded = [*batch, *batch[-1:] * (-len(batch) % (mesh.size if mesh else 1))]
+    arrays, where = tuple(leaves[m.path] for m in padded), tuple((m.target, m.layer) for m in padded)
+    return (arrays, where), mesh and spread(mesh)
 
 
-@partial(jax.jit, static_argnames="where")
+@partial(jax.jit, static_argnames=("where", "place"))
 def oriented_stack(
-    leaves: tuple[jax.Array, ...], where: tuple[tuple[Target, int | None], ...]
+    leaves: tuple[jax.Array, ...],
+    where: tuple[tuple[Target, int | None], ...],
+    place: NamedSharding | None = None,
 ) -> Float[Array, "modules out in"]:
-    """The weights of modules, each `[out, in]`: one layer of its leaf."""
+    """The weights of modules, each `[out, in]`: one layer of its leaf.
+
+    Args:
+      leaves: leaf of each module.
+      where: target and layer of each module.
+      place: sharding of the result; None leaves it to the compiler.
+    """
     pairs = zip(leaves, where, strict=True)
-    return jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])
+    stacked = jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])
+    return stacked if place is None else jax.lax.with_sharding_constraint(stacked, place)
 
 
 def _oriented(leaf: jax.Array, target: Target) -> jax.Array:

@@ -224,19 +224,15 @@ def _decompose(
     leaves = leaves_by_path(params)
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
     found, parts = {}, batches(modules, max_batch_bytes)
-    if not traced and not any(_is_split(leaves[module.path]) for module in modules):
+    if not traced:
         compile_svds(svd_shapes(leaves, parts, rank), method)
     for batch in parts:
-        W = oriented_stack(*stack_arguments(leaves, batch))
+        arguments, place = stack_arguments(leaves, batch)
+        W = oriented_stack(*arguments, place=place)
         svd = truncated_svd(W, num_triplets(batch[0], rank), method)
         svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
-
-
-def _is_split(leaf: Any) -> bool:
-    """Whether a leaf lies on several devices."""
-    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
 
 
 def _stack(parts: Sequence[Any]) -> jax.Array:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from absl import logging
 from jaxtyping import Array, Float
-from threadpoolctl import threadpool_limits
 
-from tinylora_jax.adapters.kernel import pieces
+from tinylora_jax.adapters.svd_device import mesh_of, subspace_svd, tolerances, work_dtype
+from tinylora_jax.adapters.svd_host import leading_triplets_of
 from tinylora_jax.fetch import fetch
 
+T = TypeVar("T")
 SVD_METHODS = ("auto", "exact", "subspace", "jnp")
 
 # Of the largest singular value: closer neighbours may mix until ΔW differs by 1e-3. On SmolLM2's 210 weights, methods
 # in float32 miss NumPy's ΔW by at most 7.5e-7 over the gap (python -m experiments.benchmarks.portability).
 _CLOSE = 1e-3
 _EVEN = 1e-3  # of the largest entry of a column
-_SMALL = 1024  # OpenBLAS's threads spin while they wait: where others use the cores, 210 matrices of 576 took 50 times
 _HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits
 
 
@@ -57,102 +56,38 @@ def jnp_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
 
 
 def host_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets by LAPACK in float64, on the host, one matrix after the other.
+    """The leading `rank` triplets by LAPACK and ARPACK in float64, on the host: see `svd_host`."""
+    return _joined(leading_triplets_of(list(fetch(W)), rank), np.promote_types(W.dtype, np.float32))
 
-    The leading eigenvectors of W Wᵀ or WᵀW, whichever is smaller, then the small problem of W in their span. Float64
-    bears the square, and the tenth of the work of a full decomposition in float32 gives all digits of the vectors.
-    """
-    dtype = np.promote_types(W.dtype, np.float32)
-    threads = 1 if min(W.shape[1:]) <= _SMALL else None
-    with threadpool_limits(threads, user_api="blas"):
-        found = [_leading_triplets(np.asarray(w, np.float64), rank) for w in fetch(W)]
+
+def _joined(found: Sequence[tuple[np.ndarray, ...]], dtype: np.dtype) -> SVD:
+    """One batch of the triplets of several matrices."""
     return canonical_signs(SVD(*(jnp.asarray(np.stack(parts), dtype) for parts in zip(*found, strict=True))))
 
 
-def _leading_triplets(W: Float[np.ndarray, "rows columns"], rank: int) -> SVD:
-    if W.shape[0] < W.shape[1]:
-        U, S, V = _leading_triplets(W.T, rank)
-        return SVD(V, S, U)
-    columns = W.shape[1]
-    if not np.isfinite(W).all():  # LAPACK would not come back from it; the caller names the weight
-        return SVD(*(np.full(shape, np.nan) for shape in ((W.shape[0], rank), (rank,), (columns, rank))))
-    basis = scipy.linalg.eigh(W.T @ W, subset_by_index=(columns - rank, columns - 1), overwrite_a=True)[1]
-    U, S, turn = np.linalg.svd(W @ basis, full_matrices=False)  # orthonormal also where singular values are zero
-    return SVD(U, S, basis @ turn.T)
+def _on_device(run: Callable[..., T], W: Any, rank: int) -> T:
+    """`run(W, rank, …)` with the arguments of `subspace_svd` that these weights call for: itself, or its `lower`."""
+    dtype, mesh = work_dtype(W.dtype), mesh_of(W)
+    with jax.enable_x64(bool(jax.config.jax_enable_x64) or dtype == np.float64):
+        return run(W, rank, dtype.name, mesh=mesh)
 
 
-def _block(W: jax.Array, rank: int) -> int:
-    """In how many directions the leading ones are looked for."""
-    return min(*W.shape[1:], max(32, 8 * rank))
-
-
-def _product_with(W: jax.Array, subscripts: str, X: jax.Array) -> jax.Array:
-    """einsum(W, X) exact to float32. A bfloat16 W meets X in three bfloat16 pieces: half the bytes, matrix units."""
-    if W.dtype != jnp.bfloat16:
-        return jnp.einsum(subscripts, W, X, precision=_HIGHEST)
-    side_by_side = jnp.concatenate(pieces(X, W.dtype, 3), axis=-1)
-    return sum(jnp.split(jnp.einsum(subscripts, W, side_by_side, preferred_element_type=jnp.float32), 3, axis=-1))
-
-
-@partial(jax.jit, static_argnames=("rank", "max_iterations"))
-def subspace_svd(
-    W: Float[Array, "batch rows columns"], rank: int, tolerance: float = 3e-6, max_iterations: int = 300
-) -> tuple[SVD, Float[Array, " batch"]]:
-    """The leading `rank` triplets by block subspace iteration: matrix products instead of a full SVD.
-
-    Iterates Q ← orth(W · orth(Wᵀ Q)) on a block wider than `rank`, then solves the small problem Qᵀ W. Everything
-    is products of whole batches and factorizations of [block, block], which is what accelerators are good at.
-
-    Args:
-      W: the matrices.
-      rank: triplets wanted.
-      tolerance: stop once no residual ‖W v − s u‖ is above this fraction of the largest singular value.
-      max_iterations: give up after so many products with W Wᵀ.
-
-    Returns:
-      The triplets and each matrix's error, which the caller must check: the largest relative residual ‖W v − s u‖ / s₁,
-      plus what U lacks of being orthonormal.
-    """
-    W = W if W.dtype == jnp.bfloat16 else W.astype(np.promote_types(W.dtype, np.float32))
-    batch, rows, _ = W.shape
-    block = _block(W, rank)
-    product = partial(jnp.einsum, precision=_HIGHEST)
-    onto_rows = partial(_product_with, W, "brc,bck->brk")  # W X
-    onto_columns = partial(_product_with, W, "brc,brk->bck")  # Wᵀ X
-
-    def orthonormal(Y):  # Cholesky QR: shifted for a first rough pass, then exact
-        for shift in (1e-6, 0.0):
-            gram = product("brk,brl->bkl", Y, Y)
-            size = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-            L = jnp.linalg.cholesky(gram + shift * size * jnp.eye(block, dtype=gram.dtype))
-            Y = jax.lax.linalg.triangular_solve(L, Y, lower=True, transpose_a=True)
-        return Y
-
-    def solve(Q):
-        small = onto_columns(Q)
-        squares, Z = jnp.linalg.eigh(product("bck,bcl->bkl", small, small))
-        Z = Z[..., ::-1][..., :rank]
-        S = jnp.sqrt(jnp.maximum(squares[..., ::-1], 0))[..., :rank]
-        U, V = product("brk,bkl->brl", Q, Z), product("bck,bkl->bcl", small, Z) / jnp.maximum(S[:, None], 1e-30)
-        residual = onto_rows(V) - U * S[:, None]
-        worst = jnp.max(jnp.linalg.norm(residual, axis=1), axis=-1) / jnp.maximum(S[:, 0], 1e-30)
-        skew = jnp.max(jnp.abs(product("brk,brl->bkl", U, U) - jnp.eye(rank, dtype=U.dtype)), axis=(1, 2))
-        return SVD(U, S, V), worst + skew
-
-    def improve(_, Q):
-        return orthonormal(onto_rows(orthonormal(onto_columns(Q))))
-
-    def iterate(carry):
-        count, Q, _ = carry
-        Q = jax.lax.fori_loop(0, 4, improve, Q)
-        return count + 4, Q, solve(Q)[1]
-
-    start = jax.random.normal(jax.random.key(0), (1, rows, block), np.promote_types(W.dtype, np.float32))
-    Q = orthonormal(jnp.broadcast_to(start, (batch, rows, block)))
-    unfinished = lambda carry: (carry[0] < max_iterations) & jnp.any(carry[2] > tolerance)
-    _, Q, _ = jax.lax.while_loop(unfinished, iterate, (0, Q, jnp.full((batch,), jnp.inf, start.dtype)))
-    svd, residual = solve(Q)
-    return canonical_signs(svd), residual
+def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
+    """The leading `rank` triplets by `subspace_svd`; a matrix whose result is not good enough goes to the host alone."""
+    dtype = work_dtype(W.dtype)
+    *found, error = (np.array(part) for part in fetch(_on_device(subspace_svd, W, rank)))
+    out = np.promote_types(W.dtype, np.float32)
+    missed = np.flatnonzero(~(error <= tolerances(dtype)[1]))  # NaN among them
+    if missed.size:
+        logging.warning(
+            "%d of %d matrices of %d x %d did not converge on the device (largest error %.1e): decomposing these on"
+            " the host",
+            *(missed.size, *W.shape, np.max(error[missed])),
+        )
+        again = leading_triplets_of([np.asarray(fetch(W[i])) for i in missed], rank)
+        for part, exact in zip(found, zip(*again, strict=True), strict=True):
+            part[missed] = np.stack(exact)
+    return canonical_signs(SVD(*(jnp.asarray(part, out) for part in found)))
 
 
 def is_undetermined(svd: SVD, rank: int) -> bool:
@@ -198,8 +133,8 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
       W: the matrices, any float dtype.
       rank: triplets wanted, at most the smaller side.
       method: `exact` (by LAPACK in float64, on the host: the same on every machine), `subspace` (faster on an
-        accelerator; each result is verified by its residual, and a batch with one above 2e-5 is decomposed exactly,
-        as is one that lies on several CPU devices),
+        accelerator, in float64 except on a TPU; each result is verified by its residual, and a matrix that misses
+        the tolerance is decomposed exactly, as is every one that lies on several CPU devices),
         `jnp` (`jnp.linalg.svd` of the back end, in float32), or `auto`: `exact` on a CPU, `subspace` elsewhere. In a
         jitted function, which the host cannot enter, `exact` and `auto` are `jnp`.
 
@@ -216,19 +151,12 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     method = _resolved(method)
     if method == "jnp":
         return jnp_svd(W, rank)
-    if method == "exact" or _on_several_cpus(W):
-        return host_svd(W, rank)
-    svd, residual = subspace_svd(W, rank)
-    worst = float(jnp.max(residual))
-    if worst <= 2e-5:
-        return svd
-    logging.warning("subspace iteration left a residual of %.1e on shape %s; using the exact SVD", worst, W.shape)
-    return host_svd(W, rank)
+    return host_svd(W, rank) if method == "exact" or _on_several_cpus(W) else _device_svd(W, rank)
 
 
 def _on_several_cpus(W: jax.Array) -> bool:
     """Where the subspace method would wait for ever: LAPACK fills the threads that its all-reduces need to meet."""
-    if isinstance(W, jax.core.Tracer) or not isinstance(W, jax.Array):
+    if not isinstance(W, jax.Array):
         return False
     devices = W.sharding.device_set
     return len(devices) > 1 and all(device.platform == "cpu" for device in devices)
@@ -236,8 +164,9 @@ def _on_several_cpus(W: jax.Array) -> bool:
 
 def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:
     """What `truncated_svd` runs for these weights and ranks, lowered; of the exact method nothing is compiled."""
-    program = {"exact": None, "subspace": subspace_svd, "jnp": jnp_svd}[_resolved(method)]
-    return (program.lower(W, rank) for W, rank in shapes if program)
+    method = _resolved(method)
+    for W, rank in shapes if method != "exact" else ():
+        yield jnp_svd.lower(W, rank) if method == "jnp" else _on_device(subspace_svd.lower, W, rank)
 
 
 def compile_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> None:
