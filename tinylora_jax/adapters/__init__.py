@@ -9,6 +9,7 @@ from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
 from tinylora_jax.adapters.kernel import fuse as fuse
 from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
 from tinylora_jax.adapters.kernel import matmul as matmul
+from tinylora_jax.adapters.kernel import rows_marked as rows_marked
 from tinylora_jax.adapters.kernel import select_rows as select_rows
 from tinylora_jax.adapters.lora import LoRA as LoRA
 from tinylora_jax.adapters.lora import apply_lora as apply_lora

@@ -240,12 +240,21 @@ def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[
     return tuple(outputs)
 
 
+_WITH_CORES = (AdaptedKernel, _Update)
+
+
+def _has_own_rows(kernel: Any) -> bool:
+    """Whether each row of the batch has a core of its own."""
+    return isinstance(kernel, _WITH_CORES) and kernel.core is not None and kernel.core.ndim == 3
+
+
 def select_rows(params: Any, index: Int[Array, " rows"]) -> Any:
     """The tree in which row i has the adapter of row `index[i]`; adapters shared by all rows stay as they are."""
-    kernels = (AdaptedKernel, _Update)
+    select = lambda kernel: replace(kernel, core=kernel.core[index]) if _has_own_rows(kernel) else kernel
+    return jax.tree.map(select, params, is_leaf=lambda x: isinstance(x, _WITH_CORES))
 
-    def select(kernel: Any) -> Any:
-        own = isinstance(kernel, kernels) and kernel.core is not None and kernel.core.ndim == 3
-        return replace(kernel, core=kernel.core[index]) if own else kernel
 
-    return jax.tree.map(select, params, is_leaf=lambda x: isinstance(x, kernels))
+def rows_marked(params: Any, tree: Any, mark: Any) -> Any:
+    """A tree like `params` with `mark` in place of what has one entry a row of the batch, `tree`'s leaves elsewhere."""
+    select = lambda kernel, other: replace(other, core=mark) if _has_own_rows(kernel) else other
+    return jax.tree.map(select, params, tree, is_leaf=lambda x: isinstance(x, _WITH_CORES))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from tinylora_jax.models.sharding import over_heads
 from tinylora_jax.models.tpu import can_write, on_tpu, write_entry
 from tinylora_jax.models.tpu import causal as flash_causal
 
@@ -51,6 +52,10 @@ def causal_attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, " rows"] 
         return flash_causal(q, k, v)
     if not _on_gpu(q):
         return _plain(q, k, v, is_causal=True)
+    return over_heads(_cudnn, q, k, v, *(() if lengths is None else (lengths,)))
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     seq_lengths = {} if lengths is None else {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
     return _plain(q, k, v, is_causal=True, implementation="cudnn", **seq_lengths)
 
@@ -78,7 +83,7 @@ def cached_attention(
       Mixed values and the updated cache.
     """
     if q.shape[1] == 1 and _on_gpu(q) and keys.shape[1] % _BLOCK == 0:
-        return decode_kernel(q, k, v, keys, values, start)
+        return over_heads(decode_kernel, q, k, v, keys, values, start)
     if on_tpu() and can_write(keys, k):
         keys, values = write_entry(keys, values, k, v, start)
     else:

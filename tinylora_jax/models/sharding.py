@@ -2,7 +2,8 @@
 
     data    rows of a batch
     fsdp    rows of a batch too; weights are split along their other axis
-    tensor  the outputs of q, k, v, gate, up and of the head, the inputs of o and down, the heads of the cache
+    tensor  the outputs of q, k, v, gate and up, the inputs of o and down, the heads of the cache, and (with fsdp) the
+            vocabulary
 
 Decoding leaves the weights where they are and moves activations. The update is the other way round: its streams are
 split over all three axes, and each layer's weights are gathered when they are needed. An axis of the mesh that does
@@ -12,7 +13,7 @@ not divide an axis of an array leaves it whole. Without a mesh (`jax.set_mesh`) 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from tinylora_jax.adapters import Adapted, AdaptedKernel, Factors, Policy
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 _ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
-_INTO_TENSOR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # their outputs are split
+_INTO_TENSOR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # their outputs are split
 _FROM_TENSOR = ("o_proj", "down_proj")  # their inputs are
 
 
@@ -79,9 +80,20 @@ class MeshSpec:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of the surrounding `jax.set_mesh`, if it has our axes and more than one device."""
+    """The mesh of the surrounding `jax.set_mesh`, if it has our axes and more than one device.
+
+    None inside `jax.shard_map`, where a program is that of one device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.axis_names != AXES or mesh.size == 1 else mesh
+    if mesh.empty or mesh.axis_names != AXES or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    return mesh
+
+
+def rows_alone(prompts: int) -> bool:
+    """Whether the mesh splits nothing but rows, and so many prompts evenly: each device can generate by itself."""
+    mesh = current_mesh()
+    return mesh is not None and not weights_are_split() and prompts % mesh.size == 0
 
 
 def weights_are_split() -> bool:
@@ -185,20 +197,66 @@ def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
         own = spec_of(mesh, (*tokens.shape, table.shape[1]), (DATA,), (), (TENSOR, FSDP))
         return jax.lax.with_sharding_constraint(take(table, tokens), own)
     rows = dividing(mesh, _ROWS.get(), tokens.shape[0])
-    if TENSOR in rows:
-        return take(whole(table), tokens)
     place = spec_of(mesh, table.shape, *_leaf_axes("embedding", 2, tied=True))
-    if place[0] is None:
-        return take(table, tokens)
+    axes = vocabulary_axes(table.shape[0])
+    if not axes or set(axes) & set(rows):
+        return take(whole(table), tokens)
 
     def own(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        local = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
+        local = tokens - jax.lax.axis_index(axes) * table.shape[0]
         found = (local >= 0) & (local < table.shape[0])
         taken = take(table, jnp.where(found, local, 0))
-        return jax.lax.psum(jnp.where(found[..., None], taken, 0), TENSOR)
+        return jax.lax.psum(jnp.where(found[..., None], taken, 0), axes)
 
-    specs = (place, P(rows or None, None)), P(rows or None, None, place[1] if FSDP not in rows else None)
-    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], check_vma=False)(table, tokens)
+    own_rows = P(rows or None, None)
+    return jax.shard_map(own, in_specs=(place, own_rows), out_specs=own_rows, check_vma=False)(table, tokens)
+
+
+def over_heads(call: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Calls a kernel on every device with its own rows and heads; XLA could not split the call, and would gather.
+
+    Args:
+      call: kernel whose results all have the axes (rows, …, heads, …).
+      *arrays: its arguments, `[rows, seq, heads, head_dim]` or `[rows]`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return call(*arrays)
+    kv_heads = min(x.shape[2] for x in arrays if x.ndim == 4)
+    rows, heads = (axes or None for axes in heads_axes(mesh, arrays[0].shape[0], kv_heads))
+    split = P(rows, None, heads, None)
+    places = tuple(split if x.ndim == 4 else P(rows) for x in arrays)
+    return jax.shard_map(call, in_specs=places, out_specs=split, check_vma=False)(*arrays)
+
+
+def vocabulary_axes(vocab: int) -> tuple[str, ...]:
+    """The axes of the mesh over which the output head, and so the scores of a decoding step, are split."""
+    mesh = current_mesh()
+    axes = () if mesh is None else dividing(mesh, (TENSOR, FSDP), vocab)
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def over_vocabulary(call: Callable[..., Any], scores: jax.Array, *of_rows: jax.Array) -> Any:
+    """Calls `call(scores, *of_rows)` on every device with its part of the vocabulary; it exchanges what it must.
+
+    Args:
+      call: a function of `[rows, part of the vocabulary]` and arrays `[rows]`, to arrays `[rows]`.
+      scores: `[rows, vocab]`.
+      *of_rows: arrays `[rows]`.
+    """
+    mesh = current_mesh()
+    rows = dividing(mesh, (DATA,), scores.shape[0]) or None
+    places = P(rows, vocabulary_axes(scores.shape[1])), *(P(rows) for _ in of_rows)
+    return jax.shard_map(call, in_specs=places, out_specs=P(rows), check_vma=False)(scores, *of_rows)
+
+
+def split_vocabulary(scores: jax.Array) -> jax.Array:
+    """Scores `[rows, vocab]` with the vocabulary split as the output head is."""
+    mesh = current_mesh()
+    if mesh is None:
+        return scores
+    place = P(dividing(mesh, (DATA,), scores.shape[0]) or None, vocabulary_axes(scores.shape[1]) or None)
+    return jax.lax.with_sharding_constraint(scores, place)
 
 
 def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
@@ -224,6 +282,8 @@ def whole(weight: Any) -> Any:
 def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Over what the input and the output axis of a kernel are split."""
     name = path.split("/")[-2] if "/" in path else ""
+    if name == "lm_head":
+        return (), (TENSOR, FSDP)
     if name in _INTO_TENSOR:
         return (FSDP,), (TENSOR,)
     return ((TENSOR,), (FSDP,)) if name in _FROM_TENSOR else ((), ())
@@ -239,8 +299,9 @@ def _leaf_axes(path: str, ndim: int, tied: bool) -> tuple[tuple[str, ...], ...]:
     if kind == "kernel" and ndim == 2:
         return _kernel_axes(path)
     if kind == "embedding" and ndim == 2:
-        # As the output head it is split by vocabulary; else so that a look-up needs no other device.
-        return ((TENSOR,), (FSDP,)) if tied else ((), (TENSOR, FSDP))
+        # As the output head it is split by vocabulary, so that no scores are summed over devices; else so that a
+        # look-up needs no other device.
+        return ((TENSOR, FSDP), ()) if tied else ((), (TENSOR, FSDP))
     return ((),) * ndim
 
 

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec as P
 
-from tinylora_jax.models.sharding import current_mesh, heads_axes
+from tinylora_jax.models.sharding import over_heads
 
 _LANES = 128
 
@@ -88,14 +87,7 @@ def write_entry(
       start: int32 `[rows]`, the positions.
       interpret: run the kernel in Python, for tests.
     """
-    call = partial(_write, interpret=interpret)
-    mesh = current_mesh()
-    if mesh is None:
-        return call(keys, values, k, v, start)
-    rows, heads = heads_axes(mesh, keys.shape[0], keys.shape[2])
-    cache, first = P(rows or None, None, heads or None, None), P(rows or None)
-    split = jax.shard_map(call, in_specs=(cache,) * 4 + (first,), out_specs=(cache,) * 2, check_vma=False)
-    return split(keys, values, k, v, start)
+    return over_heads(partial(_write, interpret=interpret), keys, values, k, v, start)
 
 
 _BLOCK = 512  # queries and keys that meet at once, at most
@@ -124,10 +116,4 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Ar
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
     """Causal attention that never holds a row's scores (JAX's splash attention); see `attention.causal_attention`."""
-    call = partial(_splash, interpret=interpret)
-    mesh = current_mesh()
-    if mesh is None:
-        return call(q, k, v)
-    rows, heads = heads_axes(mesh, q.shape[0], k.shape[2])
-    spec = P(rows or None, None, heads or None, None)
-    return jax.shard_map(call, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+    return over_heads(partial(_splash, interpret=interpret), q, k, v)

@@ -12,17 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key, UInt32
 
-from tinylora_jax.adapters import select_rows
+from tinylora_jax.adapters import rows_marked, select_rows
 from tinylora_jax.models import KVCache, ModelConfig, forward, fused, logits
 from tinylora_jax.models.sharding import (
     AXES,
+    DATA,
     cache_shards,
+    current_mesh,
     gather_rows,
-    split_features,
+    over_vocabulary,
+    rows_alone,
     split_heads,
     split_rows,
+    split_vocabulary,
+    vocabulary_axes,
     weights_are_split,
 )
 from tinylora_jax.models.tpu import on_tpu
@@ -82,7 +88,7 @@ class _State:
     """The loop's state."""
 
     slots: _Slots
-    waiting: jax.Array  # the first completion that has no slot yet
+    waiting: jax.Array  # [groups] how many completions of each group of prompts have or had a slot
     tokens: jax.Array
     logprobs: jax.Array
     lengths: jax.Array
@@ -132,19 +138,32 @@ def prepare(
 
 
 def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
-    """Gives empty slots to waiting completions, in order."""
-    slots, total = state.slots, state.lengths.shape[0]
-    empty = slots.completion == total
-    candidate = state.waiting + jnp.cumsum(empty) - 1
-    taken = empty & (candidate < total)
-    completion = jnp.where(taken, candidate, slots.completion).astype(jnp.int32)
-    prompt = jnp.minimum(completion, total - 1) // samples
+    """Gives empty slots to waiting completions, in order.
+
+    Where devices split the rows, those of each take completions of its own prompts, so that no cache moves.
+    """
+    slots, total, groups = state.slots, state.lengths.shape[0], state.waiting.shape[0]
+    share = total // groups  # completions of a group
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    empty = (slots.completion == total).reshape(groups, -1)
+    candidate = state.waiting[:, None] + jnp.cumsum(empty, axis=1) - 1
+    taken_of = empty & (candidate < share)
+    taken = taken_of.reshape(-1)
+    completion = jnp.where(taken, (candidate + group * share).reshape(-1), slots.completion).astype(jnp.int32)
+    prompt_of = jnp.clip(completion.reshape(groups, -1) - group * share, 0, share - 1) // samples
+    prompt = (prompt_of + group * (share // samples)).reshape(-1)
     width = prefilled.cache.keys[0].shape[1]
+
+    def pick(prompts: jax.Array) -> jax.Array:
+        parts = prompts.reshape(groups, -1, *prompts.shape[1:])
+        return jax.vmap(lambda part, index: jnp.take(part, index, axis=0))(parts, prompt_of).reshape(
+            -1, *prompts.shape[1:]
+        )
 
     def copy(cache: jax.Array, prompts: jax.Array) -> jax.Array:
         kept = jax.lax.slice_in_dim(cache, 0, width, axis=1)
-        prompts = gather_rows(prompts, prompts.shape[2])
-        new = jnp.where(taken[:, None, None, None], jnp.take(prompts, prompt, axis=0), kept)
+        prompts = gather_rows(prompts, prompts.shape[2]) if groups == 1 else prompts
+        new = jnp.where(taken[:, None, None, None], pick(prompts), kept)
         return jax.lax.dynamic_update_slice_in_dim(cache, new, 0, axis=1)
 
     slots = _Slots(
@@ -155,7 +174,7 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
         cache=jax.tree.map(copy, slots.cache, prefilled.cache),
         params=select_rows(params, prompt),
     )
-    return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken, dtype=jnp.int32))
+    return replace(state, slots=slots, waiting=state.waiting + jnp.sum(taken_of, axis=1, dtype=jnp.int32))
 
 
 def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
@@ -175,7 +194,7 @@ def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -
         cache=jax.tree.map(place, state.slots.cache, prefilled.cache),
         params=select_rows(params, completion // samples),
     )
-    return replace(state, slots=slots, waiting=jnp.int32(total))
+    return replace(state, slots=slots, waiting=jnp.full_like(state.waiting, total // state.waiting.shape[0]))
 
 
 def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
@@ -193,14 +212,22 @@ def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
     return replace(arrays, cache=cache, params=select_rows(slots.params, index.reshape(-1)))
 
 
+def _draw(scores: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """`sample`, where the scores lie: they are larger than anything else in a step."""
+    axes = vocabulary_axes(scores.shape[1])
+    if not axes:
+        return sample(split_rows(scores, AXES), uniform, sampling)
+    if sampling.truncates:  # a sort of the whole vocabulary: each device does it for some rows
+        return sample(split_rows(scores, AXES), uniform, sampling)
+    return over_vocabulary(lambda scores, uniform: sample(scores, uniform, sampling, axes), scores, uniform)
+
+
 def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
     """Draws the next token of every slot and runs it through the model."""
     slots, total = state.slots, state.lengths.shape[0]
     active = slots.completion < total
     uniform = noise.at[slots.completion, slots.index].get(mode="clip")
-    # The head is split by vocabulary; then each device samples for its rows.
-    scores = split_rows(split_features(logits(config, slots.params, slots.hidden)), AXES)
-    token, logprob = sample(scores, uniform, sampling)
+    token, logprob = _draw(split_vocabulary(logits(config, slots.params, slots.hidden)), uniform, sampling)
     stopped = jnp.any(token[:, None] == jnp.asarray(sampling.stop_tokens, jnp.int32), axis=-1)
     ended = stopped | (slots.index + 1 == sampling.max_new_tokens)
     at = {"mode": "drop", "unique_indices": True}  # an empty slot writes nowhere
@@ -230,9 +257,16 @@ def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state
 
 
 def empty_state(
-    config: ModelConfig, params: Any, total: int, slots: int, width: int, sampling: Sampling, dtype: jnp.dtype
+    config: ModelConfig,
+    params: Any,
+    total: int,
+    slots: int,
+    width: int,
+    sampling: Sampling,
+    dtype: jnp.dtype,
+    groups: int = 1,
 ) -> _State:
-    """The state before the first admission: nothing drawn, all slots empty."""
+    """The state before the first admission: nothing drawn, all slots empty; prompts are admitted in `groups`."""
     capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
     zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
     pool = _Slots(
@@ -245,7 +279,7 @@ def empty_state(
     )
     return _State(
         slots=pool,
-        waiting=jnp.int32(0),
+        waiting=zeros(groups),
         tokens=zeros(total, sampling.max_new_tokens),
         logprobs=zeros(total, sampling.max_new_tokens, dtype=jnp.float32),
         lengths=zeros(total),
@@ -299,30 +333,35 @@ def generate(
     Returns:
       The completions.
     """
+    if rows_alone(len(tokens)):
+        return _on_each_device(config, params, ids, tokens, lengths, key, sampling, samples, slots)
     prompts, width = tokens.shape
     total = prompts * samples
     slots = min(slots, total) or total
     params, prefilled, noise = prepare(config, params, ids, tokens, lengths, key, sampling, samples)
-    state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype)
+    shards = cache_shards(slots, config.num_kv_heads)
+    groups = shards if cache_shards(prompts, config.num_kv_heads) == shards else 1
+    state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype, groups)
     if slots == total:
         state = admit_all(state, prefilled, params, samples)
-    shards = cache_shards(slots, config.num_kv_heads)
+    share = total // groups
     sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         enough = max(1, size // 16)  # empty slots that are worth an admission: it costs less than a step
 
-        def used(state: _State) -> jax.Array:
-            return jnp.sum(state.slots.completion < total)
+        def room(state: _State) -> jax.Array:  # empty slots that somebody waits for
+            empty = jnp.sum((state.slots.completion == total).reshape(groups, -1), axis=1)
+            return jnp.sum(jnp.where(state.waiting < share, empty, 0))
 
         def crowded(state: _State) -> jax.Array:  # slots in use if every shard were as full as the fullest
             return shards * jnp.max(jnp.sum((state.slots.completion < total).reshape(shards, -1), axis=1))
 
-        def decoding(state: _State, size=size, next_size=next_size, enough=enough) -> jax.Array:
-            waits = state.waiting < total
-            return jnp.where(waits, used(state) > size - enough, crowded(state) > next_size)
+        def decoding(state: _State, next_size=next_size, enough=enough) -> jax.Array:
+            waits = jnp.any(state.waiting < share)
+            return jnp.where(waits, room(state) < enough, crowded(state) > next_size)
 
         def unfinished(state: _State, next_size=next_size) -> jax.Array:
-            return (state.waiting < total) | (crowded(state) > next_size)
+            return jnp.any(state.waiting < share) | (crowded(state) > next_size)
 
         def fill_and_decode(state: _State, decoding=decoding) -> _State:
             state = state if slots == total else _admit(state, prefilled, params, samples)
@@ -332,3 +371,32 @@ def generate(
             state = replace(state, slots=_shrink(state.slots, size, total, shards))
         state = jax.lax.while_loop(unfinished, fill_and_decode, state)
     return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)
+
+
+def _on_each_device(
+    config: ModelConfig,
+    params: Any,
+    ids: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    samples: int,
+    slots: int,
+) -> Completions:
+    """`generate` on a mesh of rows alone: the program of one device for a share of the prompts on each.
+
+    The devices exchange nothing, and none waits for another's longest completion before the end.
+    """
+    devices = current_mesh().size
+    own_slots = -(-slots // devices)
+
+    def one(params, ids, tokens, lengths, key):
+        own = generate(config, params, ids, tokens, lengths, key, sampling, samples, own_slots)
+        return replace(own, slot_steps=own.slot_steps[None])
+
+    everywhere = jax.tree.map(lambda _: P(), params)
+    places = rows_marked(params, everywhere, P(DATA)), *(P(DATA),) * 3, P(DATA) if key.ndim else P()
+    split = jax.shard_map(one, in_specs=places, out_specs=P(DATA), check_vma=False)
+    drawn = split(params, jnp.asarray(ids), jnp.asarray(tokens), jnp.asarray(lengths), key)
+    return replace(drawn, slot_steps=jnp.sum(drawn.slot_steps))

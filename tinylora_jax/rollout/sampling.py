@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 _BLOCK = 128  # lanes of the two-level search; a vocabulary of 151,936 becomes 1,187 partial sums
 
@@ -44,6 +44,11 @@ class Sampling:
             raise ValueError(f"Sampling: top_k must be >= 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling: top_p must be in (0, 1], got {self.top_p}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leave tokens out, which takes all scores of a row in one place."""
+        return self.top_k > 0 or self.top_p < 1
 
     @property
     def logprob_temperature(self) -> float:
@@ -107,31 +112,67 @@ def _search(
 
 
 def inverse_cdf(
-    scores: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]
+    scores: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], axes: tuple[str, ...] = ()
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
     """Draws an index with probability softmax(scores), from one uniform number a row; and log Σ exp(scores).
 
     Searches sums over blocks of 128 first, then inside the chosen block: no random numbers per token of
     the vocabulary, and no running sum over it either. The scores are read twice, and nothing of their size is
     written.
+
+    Args:
+      scores: unnormalized log-probabilities, float32.
+      uniform: one number in [0, 1) a row.
+      axes: mesh axes that split the vocabulary, inside `jax.shard_map`. Devices then exchange a few numbers a row:
+        the token lies on the device whose share of the running sum the number falls into.
     """
     rows, vocab = scores.shape
     padded = jnp.pad(scores, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf) if vocab % _BLOCK else scores
     blocks = padded.reshape(rows, -1, _BLOCK)
-    top = jnp.max(scores, axis=-1)
+    top = _largest(jnp.max(scores, axis=-1), axes)
     sums = jnp.sum(jnp.exp(blocks - top[:, None, None]), axis=-1)
     cumulative = _running_sums(sums)
-    target = uniform * cumulative[:, -1]
+    start, end, total = _shares(cumulative[:, -1], axes)
+    target = uniform * total
+    if axes:  # rounding must not run past the last device
+        target = jnp.minimum(target, total * (1 - 2.0**-22))
+    here = (start <= target) & (target < end)
+    target = target - start
     block = _search(sums, cumulative, target)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, block[:, None] - 1, axis=1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     inside = jnp.exp(inside - top[:, None])
     index = block * _BLOCK + _search(inside, _running_sums(inside), target - before)
-    return index, top + jnp.log(cumulative[:, -1])
+    return _from_one(index + _first(vocab, axes), here, axes), top + jnp.log(total)
+
+
+def _largest(x: Float[Array, " rows"], axes: tuple[str, ...]) -> Float[Array, " rows"]:
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def _from_one(x: Array, here: Bool[Array, " rows"], axes: tuple[str, ...]) -> Array:
+    """A row's value on the device where `here` is true, on all of them."""
+    return jax.lax.psum(jnp.where(here, x, 0), axes) if axes else x
+
+
+def _first(vocab: int, axes: tuple[str, ...]) -> Int[Array, ""] | int:
+    """The token with which this device's part of the vocabulary begins."""
+    return jax.lax.axis_index(axes) * vocab if axes else 0
+
+
+def _shares(
+    own: Float[Array, " rows"], axes: tuple[str, ...]
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"], Float[Array, " rows"]]:
+    """Where this device's share of the running sum starts and ends, and the whole sum: the same on every device."""
+    if not axes:
+        return jnp.zeros_like(own), jnp.full_like(own, jnp.inf), own
+    ends = jnp.cumsum(jax.lax.all_gather(own, axes), axis=0)
+    place = jax.lax.axis_index(axes)
+    return jnp.where(place > 0, ends[place - 1], 0.0), ends[place], ends[-1]
 
 
 def sample(
-    logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], sampling: Sampling
+    logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], sampling: Sampling, axes: tuple[str, ...] = ()
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
     """Picks one token per row.
 
@@ -139,6 +180,7 @@ def sample(
       logits: float32 scores.
       uniform: one number in [0, 1) a row; unused when greedy.
       sampling: how to pick.
+      axes: mesh axes that split the vocabulary, inside `jax.shard_map`; neither top-k nor top-p can be asked for.
 
     Returns:
       Token ids (int32) and their log-probabilities under softmax(logits / temperature), before top-k and
@@ -146,11 +188,26 @@ def sample(
     """
     scaled = logits / sampling.logprob_temperature
     if sampling.temperature == 0:
-        token, log_normalizer = jnp.argmax(logits, axis=-1), jax.nn.logsumexp(scaled, axis=-1)
+        token, log_normalizer = _greedy(logits, axes)
     else:
         kept = _truncate(scaled, sampling)
-        token, log_normalizer = inverse_cdf(kept, uniform)
+        token, log_normalizer = inverse_cdf(kept, uniform, axes)
         if kept is not scaled:
             log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
-    chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token.astype(jnp.int32), chosen - log_normalizer
+    local = token - _first(logits.shape[1], axes)
+    here = (local >= 0) & (local < logits.shape[1])
+    chosen = jnp.take_along_axis(scaled, jnp.where(here, local, 0)[:, None], axis=1)[:, 0]
+    return token.astype(jnp.int32), _from_one(chosen, here, axes) - log_normalizer
+
+
+def _greedy(
+    logits: Float[Array, "rows vocab"], axes: tuple[str, ...]
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+    """The first of the most likely tokens, and log Σ exp(logits)."""
+    token, log_normalizer = jnp.argmax(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
+    if not axes:
+        return token, log_normalizer
+    own = jnp.max(logits, axis=-1)
+    token = jnp.where(own == _largest(own, axes), token + _first(logits.shape[1], axes), jnp.iinfo(jnp.int32).max)
+    top = _largest(log_normalizer, axes)
+    return jax.lax.pmin(token, axes), top + jnp.log(jax.lax.psum(jnp.exp(log_normalizer - top), axes))
