@@ -62,6 +62,7 @@ _WARNINGS = (
 collect_ignore = [
     "sharding/on_eight_devices.py",
     "sharding/load_on_eight_devices.py",
+    "sharding/decode_on_eight_devices.py",
 ]  # set their own number of devices
 
 

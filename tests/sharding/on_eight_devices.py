@@ -31,7 +31,7 @@ from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
 
 
-def rollout(config, policy, v, greedy):
+def rollout(config, policy, v, greedy, slots=0):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (PROMPTS, WIDTH)).astype(np.int32)
     lengths = np.array([3, 5, 1, 6, 2, 6, 4, 1], np.int32)
@@ -46,6 +46,7 @@ def rollout(config, policy, v, greedy):
             jax.random.key(0),
             sampling,
             SAMPLES,
+            slots,
         )
     )
     return tokens, lengths, jax.device_get(run(policy, v))
@@ -92,6 +93,8 @@ def measure(config, policy, v, mesh, modes):
     for mode in modes:
         tokens, lengths, completions = rollout(config, policy, v, mode == "greedy")
         found[mode] = {"tokens": completions.tokens.tolist(), "lengths": completions.lengths.tolist()}
+        _, _, waiting = rollout(config, policy, v, mode == "greedy", slots=8)  # half of them wait for a slot
+        assert (waiting.tokens == completions.tokens).all() and (waiting.lengths == completions.lengths).all(), mode
     return found | update(config, policy, v, mesh, tokens, lengths, completions)
 
 
