@@ -31,6 +31,7 @@ from experiments.aot.programs import Case, compile_all  # noqa: E402
 from experiments.aot.report import print_table, summary  # noqa: E402
 from experiments.aot.suggest import search  # noqa: E402
 from experiments.cli import parse_flags, reporting_errors  # noqa: E402
+from experiments.fitting import fit  # noqa: E402
 from experiments.meshes import parse_mesh  # noqa: E402
 from experiments.setup import parse  # noqa: E402
 from experiments.shapes import architecture  # noqa: E402
@@ -40,9 +41,12 @@ PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
 
 
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
-    """A run on a topology."""
-    mesh = spec.make(target.devices)
-    return Case(config, parse(config), architecture(model or config.model), mesh, target.chip.hbm_bytes, model or "")
+    """A run on a topology; what its config leaves open of mesh and slots follows from the memory of a chip."""
+    shape, memory = architecture(model or config.model), target.chip.hbm_bytes
+    found = fit(shape, config, spec, target.devices, memory)
+    fitted = config.copy_and_resolve_references()
+    fitted.slots = found.slots
+    return Case(fitted, parse(fitted), shape, found.mesh.make(target.devices), memory, model or "")
 
 
 def run(
@@ -113,7 +117,7 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     config_flags.DEFINE_config_file("config", None, "The run; as for experiments.grpo.", lock_config=True)
     flags.DEFINE_multi_string("topology", ["v5e:2x4"], "Such as v5e:2x4, v6e:2x4, v5p:2x2x1 or tpu7x:2x2x1.")
-    flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: config.mesh.")
+    flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: config.mesh, where 0 is what fits.")
     flags.DEFINE_string(
         "model_config", None, "A known architecture or the path of a config.json; default: config.model's."
     )

@@ -28,7 +28,7 @@ from experiments import hosts
 from experiments.answering import Answers, answer, lower_answer, step_key
 from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.compilation import compile_together
-from experiments.meshes import use_mesh
+from experiments.meshes import use_fitting_mesh
 from experiments.scoring import Row, sampled_summary, summary, table
 from experiments.setup import ConfigError, Task, load_task, make_prompts, parse
 from tinylora_jax.adapters.policy import Trained
@@ -187,7 +187,7 @@ def main(argv: Sequence[str]) -> None:
             fail("--suite_folder without --suite; name the sets, such as --suite=gsm8k,math500")
         folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
         suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
-        with use_mesh(parse(FLAGS.config).mesh):
+        with use_fitting_mesh(FLAGS.config, parse(FLAGS.config).mesh):
             result, rows = run(FLAGS.config, adapter, suite)
         if output is not None and hosts.is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")

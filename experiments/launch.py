@@ -16,19 +16,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-import jax.numpy as jnp
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from experiments.cli import tell
 from experiments.compilation import compile_together
-from experiments.meshes import active_mesh
+from experiments.fitting import open_model
+from experiments.meshes import active_mesh, slots_of
 from experiments.outlines import policy_outline
 from experiments.setup import Specs, Task, make_policy, make_task
 from tinylora_jax.adapters import TinyLoRA
 from tinylora_jax.adapters.batches import lower_factorize
 from tinylora_jax.adapters.policy import Spec
-from tinylora_jax.io.pretrained import open_pretrained
 from tinylora_jax.io.weights import Reading
 from tinylora_jax.models.sharding import param_shardings
 
@@ -60,10 +59,11 @@ class Launch:
         tell("compiling")
         compile_together(chain(programs, self._factorization()), self.reading.check)
         model = replace(self.outline.pretrained, params=self.reading.result())
-        return make_task(self.config, self.specs, model, make_policy(model.params, self.adapter, self.config.svd))
+        policy = make_policy(model.params, self.adapter, self.config.svd)
+        return make_task(self.config, self.specs, model, policy, self.outline.slots)
 
     def _factorization(self) -> Iterable[Lowered]:
-        if not isinstance(self.adapter, TinyLoRA) or active_mesh() is not None:
+        if not isinstance(self.adapter, TinyLoRA):
             return ()
         return lower_factorize(self.outline.policy.params, self.adapter, self.config.svd)
 
@@ -77,7 +77,8 @@ def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Ite
     """
     tell(f"loading {config.model}")
     adapter, mesh = adapter or specs.adapter, active_mesh()
-    opened = open_pretrained(config.model, jnp.dtype(config.dtype))
+    opened = open_model(config.model, config.dtype)
+    slots = slots_of(config, opened.outline.config)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
         policy = policy_outline(opened.outline.params, adapter, mesh)
-        yield Launch(config, specs, adapter, make_task(config, specs, opened.outline, policy), reading)
+        yield Launch(config, specs, adapter, make_task(config, specs, opened.outline, policy, slots), reading)

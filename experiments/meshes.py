@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from experiments.cli import tell
+from experiments.fitting import device_bytes, fit, open_model
+from tinylora_jax.models import ModelConfig
 from tinylora_jax.models.sharding import DATA, FSDP, MeshSpec
 from tinylora_jax.training import stream_shapes
 from tinylora_jax.training.batch import Shape
@@ -30,11 +35,49 @@ def parse_mesh(text: str) -> MeshSpec:
         ) from error
 
 
-def use_mesh(spec: MeshSpec) -> AbstractContextManager:
-    """The mesh of all devices, around everything that a run computes; nothing at all for a single device."""
-    devices = jax.devices()
+def use_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> AbstractContextManager:
+    """The mesh of these devices, around everything that a run computes; nothing at all for a single device.
+
+    Args:
+      spec: sizes of the mesh.
+      devices: devices of the mesh; None: all there are.
+    """
+    devices = jax.devices() if devices is None else devices
     mesh = spec.make(devices)
     return jax.set_mesh(mesh) if len(devices) > 1 else nullcontext()
+
+
+def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManager:
+    """`use_mesh` for a run, whose mesh follows from the memory of its devices where the config leaves it open.
+
+    Raises:
+      FileNotFoundError, ValueError: the model cannot be opened, or the mesh does not fit the devices.
+    """
+    memory, devices = device_bytes(), jax.devices()
+    if len(devices) == 1 or memory is None or spec.tensor:
+        return use_mesh(spec)
+    model = open_model(config.model, config.dtype).outline.config
+    return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
+
+
+def slots_of(config: ConfigDict, model: ModelConfig) -> int:
+    """Completions that a run decodes at once on the mesh in use, 0 for all; says how it lies on its devices."""
+    memory, mesh = device_bytes(), active_mesh()
+    devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
+    found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels())
+    if found.num_bytes is not None:
+        sizes = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(found.mesh).items())
+        rows = config.batch_size * config.samples
+        tell(
+            f"{len(devices)} × {devices[0].device_kind}, mesh {sizes}; {found.slots or rows} of {rows} completions at"
+            f" once, about {found.num_bytes / 1e9:.0f} of {memory / 1e9:.0f} GB a device while decoding"
+        )
+    return found.slots
+
+
+def joins_kernels() -> bool:
+    """Whether decoding joins kernels that are whole, see `generate`."""
+    return jax.default_backend() == "gpu"
 
 
 def active_mesh() -> Mesh | None:

@@ -26,7 +26,7 @@ from experiments.cli import fail, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
 from experiments.launch import launch
-from experiments.meshes import active_mesh, plan_streams, use_mesh
+from experiments.meshes import active_mesh, plan_streams, use_fitting_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
@@ -294,7 +294,7 @@ def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], di
     with reporting_errors(workdir):
         hosts.connect(values)
         try:
-            with use_mesh(parse(values.config).mesh):
+            with use_fitting_mesh(values.config, parse(values.config).mesh):
                 return run(values.config, workdir, stop)
         except Stopped as stopped:
             if is_first():

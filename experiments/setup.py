@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
-from experiments.meshes import active_mesh
+from experiments.meshes import active_mesh, slots_of
 from tinylora_jax.adapters import Adapted, Full, LoRA, Policy, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.adapters.policy import Spec
 from tinylora_jax.adapters.svd import SVD_METHODS
@@ -26,9 +26,6 @@ from tinylora_jax.models.sharding import MeshSpec, param_shardings, policy_shard
 from tinylora_jax.rewards import Reward, load_reward
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
-
-_CPU_SLOTS = 32  # a CPU is busy with so many: more of them wait for the longest without being any faster
-
 
 METHODS = ("tinylora", "lora_xs", "lora", "full")
 
@@ -169,7 +166,8 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
-    return make_task(config, specs, model, make_policy(model.params, policy_of or specs.adapter, config.svd))
+    policy = make_policy(model.params, policy_of or specs.adapter, config.svd)
+    return make_task(config, specs, model, policy, slots_of(config, model.config))
 
 
 def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:
@@ -181,8 +179,8 @@ def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str
     return policy if mesh is None else jax.device_put(policy, policy_shardings(mesh, policy))
 
 
-def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapted) -> Task:
-    """The task of a model and its policy, or of their shapes.
+def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapted, slots: int) -> Task:
+    """The task of a model and its policy, or of their shapes; `slots` completions are decoded at once (0: all).
 
     Raises:
       ValueError: an adapter stands on the head.
@@ -197,7 +195,7 @@ def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapt
         policy=policy,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,
-        slots=config.slots or (_CPU_SLOTS if jax.default_backend() == "cpu" else 0),
+        slots=slots,
         undetermined=undetermined,
     )
 

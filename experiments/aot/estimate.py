@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import jax
 
+from experiments import fitting
 from experiments.aot.chips import Chip
 from experiments.aot.hlo import Collective, Kernel
 from experiments.aot.programs import Case, Compiled
-from tinylora_jax.models.sharding import heads_axes
 
 _KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is assumed to reach
 _GRID_STEP_S = 0.35e-6  # least time of one step of a Pallas kernel's grid
@@ -87,11 +87,7 @@ def weight_bytes(case: Case) -> float:
 
 def cache_bytes(case: Case, positions: int) -> float:
     """Bytes of keys and values of so many positions of every slot, on one device."""
-    c = case.model
-    whole = 2 * c.num_layers * case.slots * positions * c.num_kv_heads * c.head_dim * case.dtype.itemsize
-    return whole / math.prod(
-        case.mesh.shape[a] for axes in heads_axes(case.mesh, case.slots, c.num_kv_heads) for a in axes
-    )
+    return fitting.cache_bytes(case.model, case.mesh, case.slots, positions, case.dtype.itemsize)
 
 
 def decode_floor(case: Case, chip: Chip) -> float:

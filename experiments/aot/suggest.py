@@ -9,9 +9,9 @@ from experiments.aot import estimate
 from experiments.aot.chips import Topology
 from experiments.aot.programs import Case
 from experiments.cli import tell
+from experiments.fitting import ROOM, rollout_bytes
 from tinylora_jax.models.sharding import MeshSpec
 
-_ROOM = 0.9  # of the memory: what the prediction may fill, for it leaves out what is small
 _MOST_COMPILED = 4
 
 
@@ -37,12 +37,10 @@ def predict(case: Case, topology: Topology) -> tuple[float, float]:
     c, model = case.config, case.model
     weights = estimate.weight_bytes(case)
     cache = estimate.cache_bytes(case, c.max_prompt_tokens + c.max_new_tokens)
-    prompts = estimate.cache_bytes(case, c.max_prompt_tokens) * c.batch_size / case.slots
-    scores = 8.0 * case.slots * model.vocab_size / case.mesh.size
     shared = case.mesh.size // case.mesh.shape["data"]
     reduced = 16.0 * model.num_layers * case.slots / case.mesh.shape["data"] * model.hidden_size * (1 - 1 / shared)
     step = (weights + cache) / topology.chip.bandwidth + reduced / topology.chip.ici
-    return weights + cache + 2 * prompts + scores, case.slots / step
+    return rollout_bytes(model, c, case.mesh, case.slots, joined=False), case.slots / step
 
 
 def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream_tokens: int) -> Iterator[Candidate]:
@@ -54,7 +52,7 @@ def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream
             while slots >= max(1, devices // tensor):
                 mesh = MeshSpec(tensor=tensor)
                 predicted, speed = predict(make(topology, mesh, slots, stream_tokens), topology)
-                if predicted <= _ROOM * topology.chip.hbm_bytes:
+                if predicted <= ROOM * topology.chip.hbm_bytes:
                     yield Candidate(topology, mesh, slots, stream_tokens, predicted, speed)
                     break  # fewer slots would only be slower
                 slots //= 2

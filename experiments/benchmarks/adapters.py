@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, peers
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import AdapterReader, save_adapter
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors(), tempfile.TemporaryDirectory() as root:
+    with common.measuring(alone=True), tempfile.TemporaryDirectory() as root:
         if FLAGS.peft and FLAGS.model.startswith("random:"):
             raise ValueError(f"--peft={FLAGS.peft} needs a model from files, not {FLAGS.model}")
         if FLAGS.peft and (missing := peers.missing("torch", "peft")):

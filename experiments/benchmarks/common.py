@@ -6,9 +6,10 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.cli import tell
+from experiments.cli import reporting_errors, tell
+from experiments.meshes import active_mesh, parse_mesh, use_mesh
 from experiments.shapes import SHAPES, architecture
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
 from tinylora_jax.io.pretrained import load_pretrained
-from tinylora_jax.models import ModelConfig, init_params
+from tinylora_jax.io.weights import param_shapes
+from tinylora_jax.models import ModelConfig
+from tinylora_jax.models.sharding import param_shardings, policy_shardings
 
 FLAGS = flags.FLAGS
 
@@ -32,10 +37,44 @@ def define_flags() -> None:
     flags.DEFINE_integer("layers", None, "Of a random: model only so many layers; the rest is as it is.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("runs", 3, "Timed runs after the warm-up; medians are reported.", lower_bound=1)
+    flags.DEFINE_string("mesh", "1,1,1", "data,fsdp,tensor: the first so many devices are used, and no other.")
     flags.DEFINE_string("json", None, "Also write the result to this file.")
     writable = lambda path: path is None or Path(path).parent.is_dir() and not Path(path).is_dir()
     flags.register_validator("json", writable, "expected a file in a folder that exists")
     flags.DEFINE_string("profile", None, "Write a trace of one run to this folder (TensorBoard, Perfetto).")
+
+
+@contextmanager
+def measuring(alone: bool = False) -> Iterator[None]:
+    """The mesh of --mesh around everything that is measured; errors that a user can mend are one message.
+
+    Args:
+      alone: the benchmark is of one device, and a larger mesh is refused.
+    """
+    with reporting_errors():
+        count = len(devices())
+        if alone and count > 1:
+            raise ValueError(f"--mesh={FLAGS.mesh}: this benchmark runs on one device; leave --mesh out")
+        with use_mesh(parse_mesh(FLAGS.mesh), devices()), jax.default_device(devices()[0] if count == 1 else None):
+            yield
+
+
+def devices() -> list[jax.Device]:
+    """The devices of --mesh.
+
+    Raises:
+      ValueError: there are not so many, or the flag is no mesh.
+    """
+    spec = parse_mesh(FLAGS.mesh)
+    count = max(1, spec.data) * spec.fsdp * max(1, spec.tensor)
+    if count > jax.device_count():
+        raise ValueError(f"--mesh={FLAGS.mesh}: {count} devices, but this machine has {jax.device_count()}")
+    return jax.devices()[:count]
+
+
+def mesh_of_devices() -> Mesh:
+    """The mesh of --mesh, of one device too: what predictions of memory and traffic ask for."""
+    return parse_mesh(FLAGS.mesh).make(devices())
 
 
 class Model(NamedTuple):
@@ -58,9 +97,13 @@ def load() -> Model:
     """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
     source = FLAGS.model
     config, params, tokenizer, stops = _load(source)
-    factors = factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)))
-    v = init(factors) + 0.01  # not zero, so that the update is no multiplication by nothing
-    return Model(source, config, Policy(params, factors), v, tokenizer, stops)
+    policy = Policy(params, factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13))))
+    v = init(policy.factors) + 0.01  # not zero, so that the update is no multiplication by nothing
+    mesh = active_mesh()
+    if mesh is not None:
+        policy = jax.device_put(policy, policy_shardings(mesh, policy))
+        v = jax.device_put(v, NamedSharding(mesh, PartitionSpec()))
+    return Model(source, config, policy, v, tokenizer, stops)
 
 
 def load_params() -> tuple[str, Any]:
@@ -73,22 +116,28 @@ def _load(source: str) -> tuple[ModelConfig, Any, Any, tuple[int, ...]]:
         config = architecture(source.removeprefix("random:"))
         config = replace(config, num_layers=FLAGS.layers or config.num_layers)
         return config, random_params(config), None, ()
-    loaded = load_pretrained(source, dtype())
+    mesh = active_mesh()
+    loaded = load_pretrained(source, dtype(), mesh and partial(param_shardings, mesh))
     return loaded.config, loaded.params, loaded.tokenizer, loaded.stop_tokens
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Weights of a model's shape and scale."""
+    """Weights of a model's shape and scale, each made where it lies on the mesh in use."""
     size = 1_000_003  # a prime: no two rows are alike
     pool = jnp.asarray(np.random.default_rng(0).standard_normal(size, np.float32))
 
-    @partial(jax.jit, static_argnums=1)
-    def matrix(pool: jax.Array, shape: tuple[int, int]) -> jax.Array:  # compiled once for all of a shape
+    def matrix(pool: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         filled = jnp.tile(pool, -(-math.prod(shape) // pool.size))[: math.prod(shape)]
         return (filled.reshape(shape) * shape[0] ** -0.5).astype(dtype())
 
-    make = lambda leaf: jnp.ones(leaf.shape, dtype()) if len(leaf.shape) == 1 else matrix(pool, leaf.shape)
-    return jax.tree.map(make, jax.eval_shape(lambda: init_params(config)))
+    @lru_cache  # compiled once for all of a shape and a place
+    def maker(shape: tuple[int, ...], place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
+        make = (lambda pool: jnp.ones(shape, dtype())) if len(shape) == 1 else (lambda pool: matrix(pool, shape))
+        return jax.jit(make, out_shardings=place)
+
+    shapes, mesh = param_shapes(config, dtype()), active_mesh()
+    places = jax.tree.map(lambda _: None, shapes) if mesh is None else param_shardings(mesh, shapes)
+    return jax.tree.map(lambda leaf, place: maker(leaf.shape, place)(pool), shapes, places)
 
 
 class Timing(NamedTuple):
@@ -144,9 +193,9 @@ def _best(run: Callable[[], jax.Array]) -> float:
 
 
 def peak_bytes() -> int | None:
-    """Most device memory in use at once so far, where the back end says."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use")
+    """Most memory in use at once so far on any of the devices, where the back end says."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices()]
+    return None if None in peaks else max(peaks)
 
 
 def random_prompts(config: ModelConfig, prompts: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -158,8 +207,8 @@ def random_prompts(config: ModelConfig, prompts: int, tokens: int) -> tuple[jax.
 
 def report(title: str, rows: Mapping[str, Any]) -> None:
     """Prints a table, and the result as JSON to --json if that was given."""
-    device = jax.devices()[0]
-    rows = {"device": f"{device.device_kind} × {jax.device_count()}", "jax": jax.__version__, **rows}
+    about = {"device": f"{devices()[0].device_kind} × {len(devices())}", "mesh: data, fsdp, tensor": FLAGS.mesh}
+    rows = {**about, "jax": jax.__version__, **rows}
     width = max(len(name) for name in rows)
     print(f"\n{title}")
     for name, value in rows.items():

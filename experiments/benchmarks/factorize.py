@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.cli import parse_flags, use_compilation_cache
 from tinylora_jax.adapters import TinyLoRA, delta, factorize
 
 FLAGS = flags.FLAGS
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring():
         model = common.load()
         spec = TinyLoRA(rank=FLAGS.rank, n_tie=model.policy.factors.spec.n_tie)
         rows, deltas = {"model": model.name, "rank": FLAGS.rank}, []

@@ -9,17 +9,18 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.cli import parse_flags, use_compilation_cache
 from experiments.grpo import Trainer
 from experiments.launch import launch
-from experiments.setup import make_prompts, parse
+from experiments.setup import Task, make_prompts, parse
 from experiments.shapes import matrix_params
 from experiments.stopping import StopRequests
 from tinylora_jax.data import load_questions, make_pipeline
@@ -35,33 +36,59 @@ def seconds_since_launch() -> float:
         return time.process_time()
 
 
+class Timed(NamedTuple):
+    """A few steps of a run.
+
+    Attributes:
+      task: the model.
+      median: medians over the steps after the first, of every metric and of `step_s`; `tokens` generated among them.
+      ready_s: seconds from launch to the factorized model, all programs compiled.
+      first_s: seconds from launch to the first trained step.
+    """
+
+    task: Task
+    median: Mapping[str, float]
+    ready_s: float
+    first_s: float
+
+
+def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
+    """Runs steps of a config on the mesh in use, and times those after the first.
+
+    Args:
+      config: run configuration.
+      steps: number of timed steps.
+      questions: number of questions to read; None reads all.
+    """
+    specs = parse(config)
+    specs = dataclasses.replace(specs, train_data=dataclasses.replace(specs.train_data, limit=questions))
+    loaded = load_questions(specs.train_data)
+    with launch(config, specs) as start:
+        prompts = make_prompts(config, loaded, start.outline)
+        trainer = Trainer(config, specs, start.outline, prompts, steps + 1, StopRequests())
+        trainer.task = task = start.finish(trainer.lower(trainer.state_outline()))
+    ready = first = seconds_since_launch()
+    data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + steps)
+    state, found = trainer.initial_state(), []
+    for index in range(1 + steps):
+        started = time.perf_counter()
+        state, metrics, _, generated = trainer.step(state, index, next(data))
+        found.append(metrics | {"step_s": time.perf_counter() - started, "tokens": generated})
+        first = seconds_since_launch() if index == 0 else first
+    median = {name: statistics.median(step[name] for step in found[1:]) for name in found[0]}
+    return Timed(task, median, ready, first)
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
-        config = FLAGS.config
-        specs = parse(config)
-        specs = dataclasses.replace(specs, train_data=dataclasses.replace(specs.train_data, limit=FLAGS.questions))
-        questions = load_questions(specs.train_data)
-        with launch(config, specs) as start:
-            prompts = make_prompts(config, questions, start.outline)
-            trainer = Trainer(config, specs, start.outline, prompts, FLAGS.steps + 1, StopRequests())
-            trainer.task = task = start.finish(trainer.lower(trainer.state_outline()))
-        ready = seconds_since_launch()
-        data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + FLAGS.steps)
-        state, steps, tokens = trainer.initial_state(), [], []
-        for index in range(1 + FLAGS.steps):
-            started = time.perf_counter()
-            state, metrics, _, generated = trainer.step(state, index, next(data))
-            steps.append(metrics | {"step_s": time.perf_counter() - started})
-            tokens.append(generated)
-            if index == 0:
-                first = seconds_since_launch()
-        median = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
+    with common.measuring():
+        config, count = FLAGS.config, len(common.devices())
+        task, median, ready, first = timed_steps(config, FLAGS.steps, FLAGS.questions)
         matrices, rate = matrix_params(task.model), common.matrix_rate(jax.numpy.dtype(config.dtype))
         peak = common.peak_bytes()
-    generated = statistics.median(tokens[1:])
+    floor = 4 * matrices * median["tokens"] / rate / count
     common.report(
         "GRPO step",
         {
@@ -69,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
             "dtype": config.dtype,
             "parameters": task.policy.num_params,
             "prompts × samples, longest": f"{config.batch_size} × {config.samples}, {config.max_new_tokens}",
+            "slots": task.slots or "all",
             "steps": FLAGS.steps,
             "mean length": median["length"],
             "seconds": median["step_s"],
@@ -76,13 +104,14 @@ def main(argv: Sequence[str]) -> None:
             "of these, update": median["update_s"],
             "of these, grading and the rest": median["step_s"] - median["rollout_s"] - median["update_s"],
             "generated tokens per second of rollout": median["tokens_per_s"],
+            "generated tokens per second of rollout, a device": median["tokens_per_s"] / count,
             "slot efficiency": median["slot_efficiency"],
             "groups without signal, not differentiated": median["groups_without_signal"],
             "difference of a token's probability, rollout and update": median["delta_prob"],
-            "floor of the update: 4·N·generated tokens at the matrix rate, seconds": 4 * matrices * generated / rate,
+            "floor of the update: 4·N·generated tokens at the matrix rate of all devices, seconds": floor,
             "seconds from launch to the factorized model, all programs compiled": ready,
             "seconds from launch to the first trained step": first,
-            "peak memory, GB": peak and peak / 1e9,
+            "peak memory of a device, GB": peak and peak / 1e9,
         },
     )
 

@@ -22,9 +22,9 @@ from absl import app, flags
 from experiments import hosts
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, reporting_errors
-from experiments.meshes import active_mesh, describe, parse_mesh, use_mesh
+from experiments.meshes import active_mesh, parse_mesh, use_mesh
 from tinylora_jax.io.pretrained import open_pretrained
-from tinylora_jax.models.sharding import MeshSpec, param_shardings
+from tinylora_jax.models.sharding import param_shardings
 
 FLAGS = flags.FLAGS
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     with reporting_errors():
         hosts.connect(FLAGS)
-        with use_mesh(parse_mesh(FLAGS.mesh) if FLAGS.mesh else MeshSpec(1, 1, jax.device_count())):
+        with use_mesh(parse_mesh(FLAGS.mesh), common.devices()):
             mesh = active_mesh()
             place = mesh and partial(param_shardings, mesh)
             opened = open_pretrained(FLAGS.model, common.dtype())
@@ -84,7 +84,6 @@ def main(argv: Sequence[str]) -> None:
             rows = {
                 "model": FLAGS.model,
                 "dtype": common.dtype().name,
-                "mesh: data, fsdp, tensor": list(describe(mesh)),
                 "process": f"{jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices",
                 "seconds": seconds,
                 "all weights, MB": sum(leaf.nbytes for leaf in leaves) / 1e6,
@@ -100,5 +99,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     common.define_flags()
     hosts.define_flags()
-    flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: all devices share the weights.")
     app.run(main, flags_parser=parse_flags)

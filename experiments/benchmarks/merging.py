@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.cli import parse_flags, use_compilation_cache
 from experiments.shapes import matrix_params
 from tinylora_jax.adapters import apply, merge
 from tinylora_jax.models import forward
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring(alone=True):
         model = common.load()
         tokens = common.random_prompts(model.config, FLAGS.rows, FLAGS.tokens)[1]
         rows = {

@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, tunix_peer
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors
 from tinylora_jax.io.peft_export import export_tinylora
 from tinylora_jax.io.pretrained import resolve_gguf
@@ -337,7 +337,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring(alone=True):
         model = common.load()
         if model.tokenizer is None:
             raise ValueError("--model: peers need a model with a tokenizer, not random weights")

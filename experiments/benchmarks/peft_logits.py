@@ -28,7 +28,7 @@ from absl import app, flags
 from experiments.benchmarks import common
 from experiments.benchmarks.peers import encoded, missing, padded
 from experiments.benchmarks.portability import apart
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import parse_flags, tell, use_compilation_cache
 from experiments.export import export
 from tinylora_jax.adapters import Factors, apply
 from tinylora_jax.io.hf_folder import write_model
@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring(alone=True):
         if absent := missing("torch", "peft"):
             raise ValueError(f"{absent} not installed: nothing to compare with; run: pip install -e '.[test]'")
         from importlib.metadata import version

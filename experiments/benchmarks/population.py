@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.cli import parse_flags, use_compilation_cache
 from experiments.compilation import compile_together
 from experiments.population import Population, free_spec, member_configs
 from experiments.setup import load_task, make_prompts, parse
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring():
         config = FLAGS.config
         specs = parse(config)
         free = free_spec(config, specs)

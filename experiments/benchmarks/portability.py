@@ -24,7 +24,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, select
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.fetch import fetch
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring(alone=True):
         name, params = common.load_params()
         spec = TinyLoRA(rank=FLAGS.rank)
         here = jax.default_backend()

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.cli import parse_flags, use_compilation_cache
+from experiments.fitting import cache_bytes
 from experiments.shapes import matrix_params
 from tinylora_jax.adapters import merge
 from tinylora_jax.rollout import Sampling, generate
@@ -48,10 +49,13 @@ def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, s
 
 
 def floor_s(config: Any, rows: int, prompt_tokens: int, new_tokens: int, rate: float, itemsize: int) -> float:
-    """Seconds to read every weight once a step, and every row's cache at its mean length, and no more."""
-    weights = matrix_params(config) * itemsize
-    entry = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    cache = rows * (prompt_tokens + new_tokens / 2) * entry
+    """Seconds to read every weight once a step, and every row's cache at its mean length, and no more.
+
+    Of what each device has of them, at its own `rate` in bytes per second.
+    """
+    mesh = common.mesh_of_devices()
+    weights = matrix_params(config) * itemsize / (mesh.size // mesh.shape["data"])
+    cache = cache_bytes(config, mesh, rows, 1, itemsize) * (prompt_tokens + new_tokens / 2)
     return new_tokens * (weights + cache) / rate
 
 
@@ -59,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring():
         unknown = set(FLAGS.adapters) - set(ADAPTERS)
         if unknown or not FLAGS.adapters:
             raise ValueError(f"--adapters={','.join(FLAGS.adapters)}: expected some of {', '.join(ADAPTERS)}")
@@ -77,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             "completions": rows,
             "slots": FLAGS.slots or rows,
             "prompt tokens, new tokens": f"{prompt_tokens}, {new_tokens}",
-            "bandwidth, measured, GB/s": rate / 1e9,
+            "bandwidth of a device, measured, GB/s": rate / 1e9,
             "floor: tokens per second": rows * new_tokens / floor,
         }
         for adapter in FLAGS.adapters:
@@ -85,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
             timing = common.measure(run, profiled=adapter == FLAGS.adapters[0])
             table |= {
                 f"{adapter}: tokens per second": rows * new_tokens / timing.median_s,
+                f"{adapter}: tokens per second, a device": rows * new_tokens / timing.median_s / len(common.devices()),
                 f"{adapter}: seconds": timing.median_s,
                 f"{adapter}: milliseconds a step": 1e3 * timing.median_s / new_tokens,
                 f"{adapter}: of the floor": floor / timing.median_s,
@@ -94,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.prefill:
             alone = common.measure(rollout(model, prompts, FLAGS.adapters[0], samples, 1), profiled=False)
             table["prefill and one token, seconds"] = alone.median_s
+        peak = common.peak_bytes()
+        table["peak memory of a device, GB"] = peak and peak / 1e9
     common.report("rollout", table)
 
 

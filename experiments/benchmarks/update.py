@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import app, flags
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors, use_compilation_cache
+from experiments.cli import parse_flags, use_compilation_cache
+from experiments.meshes import active_mesh, plan_streams
 from experiments.shapes import matrix_params
-from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, pack, stream_shapes
+from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, pack
 from tinylora_jax.training.grpo import grpo_loss, wants_remat
 
 FLAGS = flags.FLAGS
@@ -51,19 +53,22 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    with reporting_errors():
+    with common.measuring():
         model = common.load()
         bounds = (FLAGS.prompts, FLAGS.prompt_tokens, FLAGS.samples, FLAGS.new_tokens)
         batch = natural_batch(model.config.vocab_size, bounds[0], bounds[2], bounds[1], bounds[3])
         grpo = GRPO(stream_tokens=FLAGS.stream_tokens, remat=FLAGS.remat)
-        plan = Plan(model.config, grpo, 1.0, bounds[3], stream_shapes(*bounds, grpo.stream_tokens))
+        shapes, streams = plan_streams(active_mesh(), *bounds, grpo.stream_tokens)
+        plan = Plan(model.config, grpo, 1.0, bounds[3], shapes, streams)
         optimizer = Optimizer(1e-3).transform()
         step, state = Step(Gradient(plan), optimizer), init_state(model.v, optimizer)
+        if active_mesh() is not None:
+            state = jax.device_put(state, NamedSharding(active_mesh(), PartitionSpec()))
         timing = common.measure(lambda index: step(state, model.policy, batch))
-        parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes)
+        parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams)
         tokens = int(batch.mask.sum() + batch.lengths.sum())
         matrices, rate = matrix_params(model.config), common.matrix_rate(common.dtype())
-        peak = common.peak_bytes()
+        peak, count = common.peak_bytes(), len(common.devices())
         ratio = flops_ratio(plan, model, parts[0]) if model.config.num_layers < 4 else None
     common.report(
         "update",
@@ -73,15 +78,17 @@ def main(argv: Sequence[str]) -> None:
             "parameters": model.policy.factors.num_params,
             "prompts × samples": f"{bounds[0]} × {bounds[2]}",
             "tokens of prompts and completions": tokens,
-            "streams": f"{len(parts)} of {plan.shapes[-1].tokens} tokens, {plan.shapes[-1].rows} rows",
-            "stream tokens in use": tokens / (len(parts) * plan.shapes[-1].tokens),
+            "streams": f"{len(parts)} x {streams} of {plan.shapes[-1].tokens} tokens, {plan.shapes[-1].rows} rows",
+            "stream tokens in use": tokens / (len(parts) * streams * plan.shapes[-1].tokens),
             "remat": wants_remat(plan, common.dtype()),
             "seconds": timing.median_s,
             "first call, seconds": timing.first_s,
-            "peak memory, GB": peak and peak / 1e9,
-            "matrix rate, measured, TFLOP/s": rate / 1e12,
-            "4·N·tokens, TFLOP/s": 4 * matrices * tokens / timing.median_s / 1e12,
-            "of the matrix rate": 4 * matrices * tokens / timing.median_s / rate,
+            "tokens per second": tokens / timing.median_s,
+            "tokens per second, a device": tokens / timing.median_s / count,
+            "peak memory of a device, GB": peak and peak / 1e9,
+            "matrix rate of a device, measured, TFLOP/s": rate / 1e12,
+            "4·N·tokens, TFLOP/s a device": 4 * matrices * tokens / timing.median_s / 1e12 / count,
+            "of the matrix rate": 4 * matrices * tokens / timing.median_s / rate / count,
             "operations, loss and gradient over loss (XLA; small models)": ratio,
         },
     )

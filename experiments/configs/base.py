@@ -49,12 +49,12 @@ def get_config() -> ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     config.max_new_tokens = 4096
-    config.slots = 0  # completions decoded at once; 0: 32 on a CPU, all of a batch elsewhere
+    config.slots = 0  # completions decoded at once; 0 is auto: 32 on a CPU, elsewhere as many as fit the memory
 
     config.grpo = _fields(GRPO())
     config.optimizer = _fields(Optimizer(learning_rate=1e-4), "total_updates")
 
-    config.mesh = _fields(MeshSpec())  # how the devices are used; data = 0: all that fsdp and tensor leave
+    config.mesh = _fields(MeshSpec())  # 0 is auto: the smallest `tensor` that fits, and `data` all the rest
 
     config.eval_batch_size = 64  # questions answered at once
     config.eval_samples = 0  # sampled answers a question beside the greedy one (`evaluate`: at least 1)

@@ -67,7 +67,9 @@ def test_close_neighbours_are_exact_too(shape):
 
 
 def update(svd, core):
-    return np.einsum("bor,br,rs,bis->boi", *(np.asarray(a, np.float64) for a in (svd.U, svd.S)), core, np.asarray(svd.V))
+    return np.einsum(
+        "bor,br,rs,bis->boi", *(np.asarray(a, np.float64) for a in (svd.U, svd.S)), core, np.asarray(svd.V)
+    )
 
 
 def numpy_svd(W, rank):
@@ -152,7 +154,7 @@ def test_the_host_bounds_its_threads_and_tells_how_far_it_is(caplog, monkeypatch
     seen, leading = set(), svd_host.leading_triplets
 
     def watched(W, rank):
-        seen.update((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"))
+        seen.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
         seen.add(threading.current_thread().name)
         return leading(W, rank)
 

@@ -21,7 +21,11 @@ CASES = {
     ),
     "update": (
         ["--prompts=2", "--samples=2", "--prompt_tokens=8", "--new_tokens=4"],
-        {"seconds", "matrix rate, measured, TFLOP/s", "operations, loss and gradient over loss (XLA; small models)"},
+        {
+            "seconds",
+            "matrix rate of a device, measured, TFLOP/s",
+            "operations, loss and gradient over loss (XLA; small models)",
+        },
     ),
     "merging": (
         ["--rows=2", "--tokens=8"],

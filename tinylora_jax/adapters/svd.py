@@ -73,7 +73,7 @@ def _on_device(run: Callable[..., T], W: Any, rank: int) -> T:
 
 
 def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets by `subspace_svd`; a matrix whose result is not good enough goes to the host alone."""
+    """The leading `rank` triplets by `subspace_svd`; a matrix that misses goes to the host alone."""
     dtype = work_dtype(W.dtype)
     *found, error = (np.array(part) for part in fetch(_on_device(subspace_svd, W, rank)))
     out = np.promote_types(W.dtype, np.float32)
@@ -134,7 +134,7 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
       rank: triplets wanted, at most the smaller side.
       method: `exact` (by LAPACK in float64, on the host: the same on every machine), `subspace` (faster on an
         accelerator, in float64 except on a TPU; each result is verified by its residual, and a matrix that misses
-        the tolerance is decomposed exactly, as is every one that lies on several CPU devices),
+        the tolerance is decomposed exactly),
         `jnp` (`jnp.linalg.svd` of the back end, in float32), or `auto`: `exact` on a CPU, `subspace` elsewhere. In a
         jitted function, which the host cannot enter, `exact` and `auto` are `jnp`.
 
@@ -151,15 +151,7 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     method = _resolved(method)
     if method == "jnp":
         return jnp_svd(W, rank)
-    return host_svd(W, rank) if method == "exact" or _on_several_cpus(W) else _device_svd(W, rank)
-
-
-def _on_several_cpus(W: jax.Array) -> bool:
-    """Where the subspace method would wait for ever: LAPACK fills the threads that its all-reduces need to meet."""
-    if not isinstance(W, jax.Array):
-        return False
-    devices = W.sharding.device_set
-    return len(devices) > 1 and all(device.platform == "cpu" for device in devices)
+    return host_svd(W, rank) if method == "exact" else _device_svd(W, rank)
 
 
 def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:

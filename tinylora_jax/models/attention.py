@@ -23,6 +23,7 @@ Keys = Float[Array, "rows seq kv_heads head_dim"]
 Cache = Float[Array, "rows capacity kv_heads head_dim"]
 
 _BLOCK = 64  # cached positions read at once
+_WARPS, _STAGES = 4, 3  # of the decoding kernel: threads of a row's head, and blocks under way
 _FLASH_FROM = 512  # positions in a row from which a TPU does not hold all scores
 
 
@@ -169,7 +170,7 @@ def decode_kernel(
         out_specs=[block, cache, cache],
         out_shape=[jax.ShapeDtypeStruct((rows, kv_heads, groups, head_dim), q.dtype), like(keys), like(values)],
         input_output_aliases={2: 1, 3: 2},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=interpret,
         name="decode_attention",
     )(new, start, keys, values)

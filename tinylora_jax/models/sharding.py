@@ -40,29 +40,34 @@ class MeshSpec:
     Attributes:
       data: rows; 0 takes all devices that the others leave.
       fsdp: rows, and the weights' other axis.
-      tensor: heads, MLP and vocabulary.
+      tensor: heads, MLP and vocabulary; 0 takes all devices that a given `data` leaves, else 1. (A run chooses by the
+        memory of its devices what 0 becomes.)
 
     >>> MeshSpec(tensor=4).resolve(8)
+    MeshSpec(data=2, fsdp=1, tensor=4)
+    >>> MeshSpec(data=2).resolve(8)
     MeshSpec(data=2, fsdp=1, tensor=4)
     """
 
     data: int = 0
     fsdp: int = 1
-    tensor: int = 1
+    tensor: int = 0
 
     def __post_init__(self):
-        for name, least in ((DATA, 0), (FSDP, 1), (TENSOR, 1)):
+        for name, least in ((DATA, 0), (FSDP, 1), (TENSOR, 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"MeshSpec: {name} must be an integer >= {least}, got {value!r}")
 
     def resolve(self, devices: int) -> MeshSpec:
-        """The same with `data` filled in.
+        """The same with `data` and `tensor` filled in.
 
         Raises:
           ValueError: the sizes do not multiply to the number of devices.
         """
-        inner = self.fsdp * self.tensor
+        left_over = max(1, devices // (self.data * self.fsdp)) if self.data else 1
+        tensor = self.tensor or left_over
+        inner = self.fsdp * tensor
         data = self.data or devices // inner
         if data * inner != devices:
             left = f"data = {devices} / {inner}" if devices % inner == 0 else f"fsdp × tensor = a divisor of {devices}"
@@ -70,7 +75,7 @@ class MeshSpec:
                 f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit {devices} devices;"
                 f" choose {left}, or data=0 for all that the others leave"
             )
-        return replace(self, data=data)
+        return replace(self, data=data, tensor=tensor)
 
     def make(self, devices: Sequence[jax.Device]) -> Mesh:
         """The mesh of these devices, in their order: neighbours share the `tensor` axis."""
