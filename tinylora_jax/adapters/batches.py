@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.spec import TinyLoRA
@@ -92,6 +92,10 @@ def oriented_stack(
       where: target and layer of each module.
       place: sharding of the result; None leaves it to the compiler.
     """
+    if (
+        place is not None
+    ):  # whole on every device for a moment, as they must be anyway: said to XLA, it warns of nothing
+        leaves = jax.lax.with_sharding_constraint(leaves, NamedSharding(place.mesh, PartitionSpec()))
     pairs = zip(leaves, where, strict=True)
     stacked = jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])
     return stacked if place is None else jax.lax.with_sharding_constraint(stacked, place)
