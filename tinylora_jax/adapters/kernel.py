@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -228,7 +229,7 @@ def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
     )
 
 
-def _product(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _product(x: jax.Array, W: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x·W in a dtype; on a GPU a long sum of few rows is cut into parts, so that all multiprocessors have some.
 
     `[256, 18944] · [18944, 3584]` is 28 tiles of output for 132 multiprocessors, and took 85 µs for 50 µs of reading.
