@@ -194,11 +194,12 @@ def _read(text: str, depth: int) -> Node:
         node = read_as(text, depth)
         if node is not None:
             return node
-    text = _CONJUNCTION.sub(",", text).strip(" ,")
+    text = _CONJUNCTION.sub(", ", text).strip(" ,")
     inside, kind = _enclosed(text)
     items = [item for item in _split(inside, ",", ";") if item.strip()]
     if kind == "{}":
-        return _list(items, depth) if items else r"\emptyset"
+        node = _list(items, depth) if items else r"\emptyset"
+        return Group("list", (node,)) if items and node == r"\emptyset" else node
     if kind and 1 < len(items) <= MAX_PARTS:
         return Group(kind, _parts(items, depth))
     if kind == "()" and len(items) == 1:
@@ -216,7 +217,9 @@ def _read_alternatives(text: str, depth: int) -> Node | None:
     parts = _parts(pieces, depth)
     if "\\cup" not in text and all(isinstance(part, str) for part in parts):
         return None  # 3 or 4
-    parts = tuple(p for part in parts for p in (part.parts if isinstance(part, Group) and part.kind == "union" else [part]))
+    parts = tuple(
+        p for part in parts for p in (part.parts if isinstance(part, Group) and part.kind == "union" else [part])
+    )
     sure = "\\cup" in text or any(isinstance(part, Group) and _is_interval(part) for part in parts)
     return Group("union" if sure else "or", parts)
 
@@ -228,7 +231,9 @@ def _is_interval(group: Group) -> bool:
 
 
 def _read_named(text: str, depth: int) -> Node | None:
-    r"""The values of `x \in …` and `(x, y) = …`, with their names."""
+    r"""The values of `x \in …`, `(x, y) = …` and `\{x : x > 3\}`, with their names."""
+    if match := _BUILDER.fullmatch(text):
+        return _read_relation(clean(match["condition"]), depth)
     if match := _TUPLE.fullmatch(text):
         names = tuple(name.strip() for name in match["names"].split(","))
         items = list(_split(match["values"], ","))
@@ -262,7 +267,12 @@ def _read_relation(text: str, depth: int) -> Node | None:
     sides = _AND.split(text)
     if len(sides) == 2:
         low, high = (_read_relation(side.strip(), depth) for side in sides)
-        if isinstance(low, Group) and isinstance(high, Group) and low.names == high.names and "union" not in (low.kind, high.kind):
+        if (
+            isinstance(low, Group)
+            and isinstance(high, Group)
+            and low.names == high.names
+            and "union" not in (low.kind, high.kind)
+        ):
             low, high = (high, low) if low.parts[0] == _LOW else (low, high)
             if (low.parts[1], high.parts[0]) == (_HIGH, _LOW):
                 return Group(low.kind[0] + high.kind[1], (low.parts[0], high.parts[1]), low.names, text)
@@ -371,7 +381,9 @@ def _groups_equal(gold: Group, found: Group, atoms) -> bool | None:
             found = replace(found, parts=tuple(found.parts[found.names.index(name)] for name in gold.names))
     kinds = {gold.kind, found.kind}
     in_order = kinds == {"()", "list"} and len(gold.names) + len(found.names) == len(gold.parts) > 1
-    if len(gold.parts) != len(found.parts) or not (len(kinds) == 1 or in_order or kinds <= {"list", "or", "union"} and "or" in kinds):
+    if len(gold.parts) != len(found.parts) or not (
+        len(kinds) == 1 or in_order or kinds <= {"list", "or", "union"} and "or" in kinds
+    ):
         return False
     if kinds <= {"list", "union", "or"}:
         table = [[_equal(g, f, atoms) for f in found.parts] for g in gold.parts]
@@ -433,7 +445,10 @@ def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
     values = value_of(left), value_of(right)
     if values[0] is not None and values[1] is not None:
         # 5% is 0.05 and, as units may be left out, 5: the side that carries the sign is divided, never the other.
-        wanted, found = ([value, value / 100] if text.endswith("%") else [value] for value, text in zip(values, (left, right), strict=True))
+        wanted, found = (
+            [value, value / 100] if text.endswith("%") else [value]
+            for value, text in zip(values, (left, right), strict=True)
+        )
         pairs = zip(wanted, found, strict=True) if len(wanted) == len(found) else itertools.product(wanted, found)
         return any(_close(gold, *pair) for pair in pairs)
     return None if max(len(left), len(right)) <= MAX_ATOM_CHARS else False

@@ -35,28 +35,6 @@ _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?")
 _UNIT_TEXT = re.compile(
     r"(?<=[^\s\\])\s?\\(?:text|mbox|mathrm|textrm)\s?\{[A-Za-z/ .^0-9-]++\}\s?(?:\^\s?\{?[23]\}?)?\Z"
 )
-_UNIT_WORD = re.compile(
-    r"(?<=[0-9}])\s?(?:(?:square|cubic|sq\.?)\s?)?(?:dollars?|cents?|degrees?|radians?|percent|minutes?|mins?|hours?|days?"
-    r"|weeks?|months?|years?|seconds?|units?|[ckm]m|meters?|feet|foot|ft|inch(?:es)?|miles?|mph|km/h|m/s|pounds?|lbs?"
-    r"|grams?|kg|people|ways?|points?|students?)\.?(?:\^\{?[23]\}?)?\Z"
-)
-_PERCENT_WORD = re.compile(
-    r"(?<=[0-9}])\s?(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?per\s?cent\s?\}|per\s?cent(?:age points)?)\Z"
-)
-_MULTIPLE = re.compile(
-    r"(?<=[0-9])\s?(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?(?P<in_text>NAME)(?:\s[a-z]++)?\s?\}|(?P<plain>NAME)(?![A-Za-z]))".replace(
-        "NAME", "hundred|thousand|million|billion|trillion"
-    )
-)
-_MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_FUNCTION_WORD = re.compile(r"(?<![\\A-Za-z{])(pi|sqrt|sin|cos|tan|ln|log|arcsin|arccos|arctan)(?![A-Za-z])")
-_ROOT_CALL = re.compile(r"\\sqrt\s?\(([^()]*+)\)")
-_REALS = re.compile(r"\\mathbb\s?\{?\s?R\s?\}?|\\(?:text|mbox)\{\s?all real numbers\s?\}|all real numbers", re.IGNORECASE)
-_MAX_GROUPING = 4  # braces around an answer
-_PREFIX = re.compile(r"(?:\\approx(?![A-Za-z])|=)\s?")
-_ROOT = re.compile(r"√\s?(?:\(([^()]*+)\)|([0-9]++|[A-Za-z]))")
-_FACTOR = r"([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s?(?:\\times|\\cdot|\*|x)\s?"
-_SCIENTIFIC = re.compile(rf"(?:{_FACTOR})?10\s?(?:\^|\*\*)\s?\{{?\s?([-+]?[0-9]{{1,3}})\s?\}}?")
 _UNITS = {
     spelling: names.split()[0]
     for names in (
@@ -92,6 +70,34 @@ _MEASURED = re.compile(
     r"[0-9}]\s*+(?:\\[,; ])?\s*+(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?)?(?P<kind>square |sq\.? |cubic )?(?P<unit>[A-Za-z]++)"
     r"\.?\s?\}?\s?(?:\^\s?\{?(?P<power>[23])\}?)?\}?\Z"
 )
+_UNIT_WORD = re.compile(
+    r"(?<=[0-9}])\s?(?:(?:square|cubic|sq\.?)\s?)?(?:"
+    + "|".join(
+        sorted(
+            {name for name in _UNITS if len(name) > 1} - {"min", "oz"} | {"mph", "km/h", "m/s"}, key=len, reverse=True
+        )
+    )
+    + r"|percent|units?|people|ways?|points?|students?)\.?(?:\^\{?[23]\}?)?\Z"
+)
+_PERCENT_WORD = re.compile(
+    r"(?<=[0-9}])\s?(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?per\s?cent\s?\}|per\s?cent(?:age points)?)\Z"
+)
+_MULTIPLE = re.compile(
+    r"(?<=[0-9])\s?(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?(?P<in_text>NAME)(?:\s[a-z]++)?\s?\}|(?P<plain>NAME)(?![A-Za-z]))".replace(
+        "NAME", "hundred|thousand|million|billion|trillion"
+    )
+)
+_MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_FUNCTION_WORD = re.compile(r"(?<![\\A-Za-z{])(pi|sqrt|sin|cos|tan|ln|log|arcsin|arccos|arctan)(?![A-Za-z])")
+_ROOT_CALL = re.compile(r"\\sqrt\s?\(([^()]*+)\)")
+_REALS = re.compile(
+    r"\\mathbb\s?\{?\s?R\s?\}?|\\(?:text|mbox)\{\s?all real numbers\s?\}|all real numbers", re.IGNORECASE
+)
+_MAX_GROUPING = 4  # braces around an answer
+_PREFIX = re.compile(r"(?:\\approx(?![A-Za-z])|=)\s?")
+_ROOT = re.compile(r"√\s?(?:\(([^()]*+)\)|([0-9]++|[A-Za-z]))")
+_FACTOR = r"([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s?(?:\\times|\\cdot|\*|x)\s?"
+_SCIENTIFIC = re.compile(rf"(?:{_FACTOR})?10\s?(?:\^|\*\*)\s?\{{?\s?([-+]?[0-9]{{1,3}})\s?\}}?")
 _POINT_RATIO = re.compile(r"(-?[0-9]{1,40})\.?/([0-9]{1,40})\.?")
 _PLAIN = re.compile(r"-?[0-9]++(?:\.[0-9]++|/[0-9]++)?")
 
@@ -107,7 +113,9 @@ def clean(answer: str) -> str:
         text = text[prefix.end() :]
     text = _ungrouped(text)
     text = _ROOT_CALL.sub(r"\\sqrt{\1}", _FUNCTION_WORD.sub(r"\\\1 ", text))
-    text = _MULTIPLE.sub(lambda match: rf" \times 10^{{{_MULTIPLES[match['in_text'] or match['plain']]}}}", _PERCENT_WORD.sub("%", text))
+    text = _MULTIPLE.sub(
+        lambda match: rf" \times 10^{{{_MULTIPLES[match['in_text'] or match['plain']]}}}", _PERCENT_WORD.sub("%", text)
+    )
     text = _trim(_UNIT_WORD.sub("", _UNIT_TEXT.sub("", text)))
     return r"(-\infty,\infty)" if _REALS.fullmatch(text) else text
 
@@ -119,6 +127,10 @@ def unit_of(answer: str) -> str | None:
     ('ft2', 'ft2', None, None)
     """
     answer = answer.strip().rstrip(".").rstrip("$ ")
+    if answer.endswith(("°", r"^\circ", r"^{\circ}")):
+        return "degree"
+    if answer.startswith(r"\$"):
+        return "dollar"
     if match := _MEASURED.search(answer[-60:]):
         unit = _UNITS.get(match["unit"].rstrip("."))
         power = match["power"] or _POWERS.get((match["kind"] or "").strip(), "")

@@ -48,7 +48,7 @@ class MathReward:
     """
 
     relative: float = 0.0
-    limit_s: float = 3.0
+    limit_s: float = 2.0
     memory_bytes: int = 1 << 30
     workers: int = 0
 
@@ -79,10 +79,7 @@ class MathReward:
     def _known(self, cases: Sequence[_Case]) -> Iterator[tuple[_Case, Known]]:
         """What algebra says of the pairs that each case depends on."""
         replies = self._ask(
-            [
-                {"pairs": c.pairs, "relative": float(c.gold.relative), "absolute": float(c.gold.absolute)}
-                for c in cases
-            ]
+            [{"pairs": c.pairs, "relative": float(c.gold.relative), "absolute": float(c.gold.absolute)} for c in cases]
         )
         for case, reply in zip(cases, replies, strict=True):
             yield case, dict(zip(case.pairs, reply.get("equal", ()), strict=False))
@@ -119,7 +116,9 @@ class _Case:
         self.found: Node | None = read(boxed, self.several) if boxed else None
         self.strict: bool | None = False
         if boxed and not units_differ(answer, boxed):
-            self.strict = is_equal(boxed, answer) or choices_equal(answer, boxed) or compare(gold, read(boxed, self.several))
+            self.strict = (
+                is_equal(boxed, answer) or choices_equal(answer, boxed) or compare(gold, read(boxed, self.several))
+            )
         self.pairs = open_pairs(gold, self.found) if self.strict is None and self.found is not None else ()
         self.lenient: bool | None = True if self.strict or (last is not None and self._is(last)) else None
         both_numbers = _is_number(gold.node) and self.found is not None and _is_number(self.found)

@@ -35,12 +35,13 @@ _RESPELLED = tuple(
     for pattern, replacement in (
         (r"(?<![\\A-Za-z])E\s?_", r"\\Xi_"),  # with an index, it would take E for Euler's number
         (r"\\hbar(?![A-Za-z])", r"\\eta "),
-        (r"\\gamma(?![A-Za-z])", r"\\mathbf{g} "),  # it would be Euler's constant
-        (r"\\Gamma(?![A-Za-z])", r"\\mathbf{G} "),
-        (r"(?<![\\A-Za-z])([A-Za-z])'", r"\\text{\1prime}"),  # the prime would be dropped
-        (r"\\frac\s?([0-9])\s?([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s?([0-9])\s?\{", r"\\frac{\1}{"),
-        (r"(\\frac\s?\{[^{}]*+\})\s?([0-9])(?![0-9])", r"\1{\2}"),
+        (r"\\gamma(?![A-Za-z])", r"\\text{lower gamma} "),  # it would be Euler's constant
+        (r"\\Gamma(?![A-Za-z])", r"\\text{upper gamma} "),
+        (r"(?<![\\A-Za-z])([A-Za-z])''", r"\\text{\1 second}"),  # primes would be dropped
+        (r"(?<![\\A-Za-z])([A-Za-z])'", r"\\text{\1 prime}"),
+        (r"\\frac\s?([0-9]|(?<=\s)[A-Za-z])\s?([0-9](?![0-9])|[A-Za-z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s?([0-9]|(?<=\s)[A-Za-z])\s?\{", r"\\frac{\1}{"),
+        (r"(\\frac\s?\{[^{}]*+\})\s?([0-9](?![0-9])|[A-Za-z])", r"\1{\2}"),
         (r"\\sqrt\s?([0-9A-Za-z])(?![0-9])", r"\\sqrt{\1}"),
         (r"\*\*", "^"),
         (r"\^\s?\(([^()]*+)\)", r"^{\1}"),
@@ -113,24 +114,26 @@ def _parse(latex: str):
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+    from sympy import I, Symbol
 
     if _APART.search(latex):  # the converter would take 1 2 for 1 + 2
         return None
     is_complex = _IMAGINARY.search(latex) is not None and not _INDEX_I.search(latex)
     if is_complex:
-        latex = _IMAGINARY.sub(" i ", latex)  # of 274i and 274 i, it would take one for a variable
+        latex = _IMAGINARY.sub(r" \\text{i} ", latex)
     for pattern, replacement in _RESPELLED:
         latex = pattern.sub(replacement, latex)
-    latex = _COMMAND_OR_I.sub(lambda match: match[1] or r"\mathbf{I} ", latex)  # I would be the imaginary unit
+    latex = _COMMAND_OR_I.sub(lambda match: match[1] or r"\text{upper i} ", latex)  # I would be the imaginary unit
     # Its removal of units takes the last letter of `5t` for one.
     latex = normalize_latex(latex, NormalizationConfig(boxed="none", units=False, malformed_operators=False))
     try:
-        return latex2sympy(
+        expression = latex2sympy(
             latex,
-            is_real=not is_complex,
+            is_real=None if is_complex else True,
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
+        return expression.subs(Symbol("i"), I) if is_complex else expression
     except (MemoryError, RecursionError):
         raise
     except Exception:  # the converter raises bare exceptions for what it cannot read
@@ -150,9 +153,12 @@ def _equal(gold: str, found: str, relative: float, absolute: float) -> bool:
 
 def _found_in(text: str) -> str:
     """What math-verify takes for the answer of a text, as written; empty if it finds none."""
-    from math_verify import parse
+    from latex2sympy2_extended.math_normalization import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    return next((each for each in parse(text, parsing_timeout=None)[::-1] if isinstance(each, str)), "")
+    latex = LatexExtractionConfig(normalization_config=NormalizationConfig(boxed="last"))
+    found = parse(text, extraction_config=(latex, ExprExtractionConfig()), parsing_timeout=None)
+    return next((each for each in found[::-1] if isinstance(each, str)), "")
 
 
 def _same(gold, found, relative: float = 0.0, absolute: float = 0.0) -> bool:
