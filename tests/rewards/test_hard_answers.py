@@ -6,7 +6,8 @@ import pytest
 
 from tinylora_jax.data import Question
 from tinylora_jax.rewards import MathReward, grade_batch, load_reward
-from tinylora_jax.rewards.equivalence import compare, open_pairs, read, read_gold
+from tinylora_jax.rewards.equivalence import compare, open_pairs, read_gold
+from tinylora_jax.rewards.structure import read
 
 RIGHT = [
     (r"\frac12", "0.5"),

@@ -12,7 +12,7 @@ import pytest
 
 from tinylora_jax.data.sources import read_jsonl
 from tinylora_jax.rewards import load_reward
-from tinylora_jax.rewards.equivalence import Group, read
+from tinylora_jax.rewards.structure import Group, read
 
 FOLDER = os.environ.get("TINYLORA_EVAL_DATA")
 SETS = ("gsm8k_test", "math500", "aime24", "amc23", "minerva_math", "olympiadbench")

@@ -137,10 +137,11 @@ def normalize(answer: str) -> str:
     r"""Brings an answer to a canonical text; equal texts are equal answers.
 
     Numbers lose currency and percent signs, thousands separators, leading and trailing zeros; ratios of
-    integers are reduced, and written as decimals where those end (1/2 is 0.5). Anything else only loses
-    spacing and spelling variants of LaTeX; symbolic equivalence is not decided here. Spaces group thousands
-    where every group has three digits; other numbers stay apart (`1 2` is not 12), and a comma with a space
-    after it separates a list. A unit in parentheses is dropped: `9 (apples)` is 9. Numbers are shifted as text, so `1e999999999` costs nothing (exponents of more than three digits are left as text).
+    integers are reduced, and written as decimals where those end (1/2 is 0.5). Spaces group thousands where
+    every group has three digits; other numbers stay apart (`1 2` is not 12), and a comma with a space after it
+    separates a list. A unit in parentheses is dropped: `9 (apples)` is 9. Anything else only loses spacing and
+    spelling variants of LaTeX; symbolic equivalence is not decided here. Numbers are shifted as text, so
+    `1e999999999` costs nothing (exponents of more than three digits are left as text).
 
     Args:
       answer: a gold or an extracted answer.

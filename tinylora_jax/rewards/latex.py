@@ -67,8 +67,8 @@ _UNITS = {
 }
 _POWERS = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3"}
 _MEASURED = re.compile(
-    r"[0-9}]\s*+(?:\\[,; ])?\s*+(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?)?(?P<kind>square |sq\.? |cubic )?(?P<unit>[A-Za-z]++)"
-    r"\.?\s?\}?\s?(?:\^\s?\{?(?P<power>[23])\}?)?\}?\Z"
+    r"[0-9}]\s*+(?:\\[,; ])?\s*+(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?)?"
+    r"(?P<kind>square |sq\.? |cubic )?(?P<unit>[A-Za-z]++)\.?\s?\}?\s?(?:\^\s?\{?(?P<power>[23])\}?)?\}?\Z"
 )
 _UNIT_WORD = re.compile(
     r"(?<=[0-9}])\s?(?:(?:square|cubic|sq\.?)\s?)?(?:"

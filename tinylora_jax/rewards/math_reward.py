@@ -10,19 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 from tinylora_jax.rewards.answers import extract_boxed, extract_last_number, is_equal
-from tinylora_jax.rewards.equivalence import (
-    Gold,
-    Group,
-    Known,
-    Node,
-    choices_equal,
-    compare,
-    open_pairs,
-    read,
-    read_gold,
-)
+from tinylora_jax.rewards.equivalence import Gold, Known, compare, open_pairs, read_gold
 from tinylora_jax.rewards.grade import Grade, RewardError
 from tinylora_jax.rewards.latex import units_differ, value_of
+from tinylora_jax.rewards.structure import Group, Node, read
+from tinylora_jax.rewards.words import choices_equal
 from tinylora_jax.rewards.workers import WorkerError, Workers
 
 READ_CHARS = 2000
