@@ -30,6 +30,7 @@ _SPACE = re.compile(r"(?:\\[,;: ]|[~\s])++")
 # A number starts it that no other stands before: a check from every group on would be quadratic on long runs.
 _SPACED_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3}(?![0-9]))++(?! ?[0-9/]|,[0-9])")
 _IDLE_SPACE = re.compile(r"(?<=[0-9]) (?=[0-9])|(?<=[0-9],) (?=[0-9]{3}(?![0-9]))|( )")
+_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
 _UNIT_IN_PARENTHESES = re.compile(
     r"(?<=[0-9}%])(?:\s?\(\\(?:text|mbox|mathrm)\s?\{[A-Za-z][A-Za-z .-]*+\}\)|\s\([A-Za-z]{2}[A-Za-z .-]*+\))\s*+\Z"
 )
@@ -155,15 +156,11 @@ def normalize(answer: str) -> str:
     text = _TEXT.sub(r"\1", drop_parenthesized_unit(answer))
     for spelling, canonical in _SPELLINGS:
         text = text.replace(spelling, canonical)
-    text = group_thousands(_SPACE.sub(" ", _SIZE.sub("", text)))
+    text = group_thousands(_SPACE.sub(" ", _SIZE.sub("", text)).replace(" ,", ", ")).strip().rstrip(".")
+    if "," in text and (listed := _list(text)):
+        return listed
     text = _IDLE_SPACE.sub(lambda match: "" if match[1] else match[0], text).strip().rstrip(".")
-    if number := _NUMBER.fullmatch(text):
-        whole = number["whole"].replace(",", "")
-        return _decimal(number["sign"] == "-", whole, number["fraction"] or "", int(number["exponent"] or 0))
-    if ratio := _RATIO.fullmatch(text):
-        value = _ratio(ratio)
-        return text if value is None else _rational(value)
-    return text
+    return _number(text) or text
 
 
 def group_thousands(text: str) -> str:
@@ -194,6 +191,31 @@ def is_equal(predicted: str | None, gold: str) -> bool:
         return False
     canonical = normalize(predicted)
     return canonical != "" and canonical == normalize(gold)
+
+
+def _number(text: str) -> str | None:
+    """Writes a number or a ratio of numbers canonically; None if a text is anything else."""
+    if number := _NUMBER.fullmatch(text):
+        whole = number["whole"].replace(",", "")
+        return _decimal(number["sign"] == "-", whole, number["fraction"] or "", int(number["exponent"] or 0))
+    value = _ratio(match) if (match := _RATIO.fullmatch(text)) else None
+    return None if value is None else _rational(value)
+
+
+def _list(text: str) -> str | None:
+    """Writes a list of numbers so that no comma of it seems to group thousands; None if a text is no such list."""
+    pieces = [
+        part
+        for piece in text.split(", ")
+        for part in ([piece] if _NUMBER.fullmatch(piece.strip()) else piece.split(","))
+    ]
+    items = [_number(piece.strip()) for piece in pieces]
+    if len(items) < 2 or None in items:
+        return None
+    listed = items[0] or ""
+    for item in items[1:]:
+        listed += (", " if _GROUP.match(item or "") else ",") + (item or "")
+    return listed
 
 
 def _decimal(negative: bool, whole: str, fraction: str, exponent: int = 0) -> str:

@@ -22,7 +22,10 @@ from tinylora_jax.rewards.words import is_word, words_equal
 _APPROXIMATION = Fraction(2, 10**6)
 """What a decimal may miss a number by that no decimal writes: 0.333333 is 1/3, 0.3333 is not."""
 
-_BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]++)_(?:\{(?:\\text\{)?(?P<long>[0-9]++|[a-z]++)\}?\}|(?P<short>[0-9]))")
+_BASED = re.compile(
+    r"(?P<digits>[0-9A-Fa-f]++(?:\.[0-9A-Fa-f]++)?)\s?_\s?"
+    r"(?:\{(?:\\text\{)?(?P<long>[0-9]++|[a-z]++)\}?\}|(?P<short>[0-9]))"
+)
 _E_NOTATION = re.compile(r"([-+]?[0-9]++(?:\.[0-9]*+)?)[eE]([-+]?[0-9]{1,3})\Z")
 _TOLERANCE = re.compile(r"\s*+\(tolerance ([0-9.eE+-]++)\)\Z")
 _BASES = {name: str(n) for n, name in enumerate("two three four five six seven eight nine ten".split(), start=2)}

@@ -30,6 +30,7 @@ _PRIMES = (17, 41, 23, 61, 31, 53, 19, 47, 37, 67, 43, 59)
 _IMAGINARY = re.compile(r"(?<![\\A-Za-z])i(?![A-Za-z])")
 _INDEX_I = re.compile(r"_\s?\{?\s?i|i\s?=")
 _APART = re.compile(r"(?<![_^])(?<![A-Za-z])[0-9.]\s+[0-9.]")
+_BASED = re.compile(r"(?<![_A-Za-z0-9.])[0-9.]++\s?_")
 _RESPELLED = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -116,7 +117,7 @@ def _parse(latex: str):
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from sympy import I, Symbol
 
-    if _APART.search(latex):  # the converter would take 1 2 for 1 + 2
+    if _APART.search(latex) or _BASED.search(latex):  # the converter would take 1 2 for 1 + 2, and 12_5 for 12
         return None
     is_complex = _IMAGINARY.search(latex) is not None and not _INDEX_I.search(latex)
     if is_complex:

@@ -97,7 +97,7 @@ def read(answer: str, lists: bool = False) -> Node:
     if len(answer) > MAX_ANSWER_CHARS:
         return answer
     text = clean(answer)
-    return _read(_THOUSANDS.sub(lambda match: match[0].replace(",", ", "), text) if lists else text, depth=0)
+    return _read(text.replace(",", ", ") if lists and _THOUSANDS.fullmatch(text) else text, depth=0)
 
 
 def assignment(text: str) -> tuple[str, str] | None:
@@ -122,7 +122,7 @@ def _read(text: str, depth: int) -> Node:
             return node
     text = _CONJUNCTION.sub(", ", text).strip(" ,")
     inside, kind = _enclosed(text)
-    items = [item for item in _split(inside, ",", ";") if item.strip()]
+    items = [item for item in _grouped(list(_split(inside, ",", ";"))) if item.strip()]
     if kind == "{}":
         node = _list(items, depth) if items else r"\emptyset"
         return Group("list", (node,)) if items and node == r"\emptyset" else node
@@ -133,6 +133,22 @@ def _read(text: str, depth: int) -> Node:
     if kind is None and len(items) > 1 and not _THOUSANDS.fullmatch(text):
         return _list(items, depth) if len(items) <= MAX_PARTS else text
     return _list([text], depth) if "\\pm" in text else text
+
+
+def _grouped(pieces: Sequence[str]) -> Sequence[str]:
+    """Joins thousands: where commas with a space separate, as in `1,000, 2`, those without one group."""
+    if not any(piece.startswith(" ") for piece in pieces[1:]):
+        return pieces
+    runs: list[list[str]] = []
+    for piece in pieces:
+        if piece.startswith(" ") or not runs:
+            runs.append([])
+        runs[-1].append(piece)
+    return [
+        item
+        for run in runs
+        for item in ([",".join(run)] if len(run) > 1 and _THOUSANDS.fullmatch(",".join(run).strip()) else run)
+    ]
 
 
 def _read_alternatives(text: str, depth: int) -> Node | None:

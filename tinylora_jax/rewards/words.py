@@ -26,6 +26,8 @@ def is_word(text: str) -> bool:
 
 def words_equal(left: str, right: str) -> bool:
     """Whether words are the same, in whatever case if they are words and no products of letters."""
+    if left.startswith("\\") and not _WRAPPED.fullmatch(left):  # an angle, a segment
+        return re.sub(r"[{} ]", "", left) == re.sub(r"[{} ]", "", right)
     words = _word(left), _word(right)
     if not _WRAPPED.fullmatch(left) and _unwrapped(left).isupper() != _unwrapped(right).isupper():
         return words[0] == words[1] and words[0].casefold() in _WORDS_IN_ANY_CASE
