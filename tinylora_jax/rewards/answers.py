@@ -29,7 +29,11 @@ _SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\!\s*+")
 _SPACE = re.compile(r"(?:\\[,;: ]|[~\s])++")
 # A number starts it that no other stands before: a check from every group on would be quadratic on long runs.
 _SPACED_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3}(?![0-9]))++(?! ?[0-9/]|,[0-9])")
-_IDLE_SPACE = re.compile(r"(?<=[0-9]) (?=[0-9])|(?<=[0-9],) (?=[0-9]{3}(?![0-9]))|( )")
+# All spaces but those between numbers, and those of a list in which commas without a space may group thousands.
+_IDLE_SPACE = re.compile(
+    r"(?<=[0-9]) (?=[0-9])|(?<=[0-9],) (?=[0-9]{3}(?![0-9]))"
+    r"|(?<=,) (?=[0-9]{1,3},[0-9]{3}(?![0-9]))|(?<=[0-9],[0-9]{3},) |( )"
+)
 _GROUP = re.compile(r"[0-9]{3}(?![0-9])")
 _UNIT_IN_PARENTHESES = re.compile(
     r"(?<=[0-9}%])(?:\s?\(\\(?:text|mbox|mathrm)\s?\{[A-Za-z][A-Za-z .-]*+\}\)|\s\([A-Za-z]{2}[A-Za-z .-]*+\))\s*+\Z"
