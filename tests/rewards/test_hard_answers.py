@@ -260,6 +260,16 @@ def test_a_batch_of_training_is_asked_for_at_once(monkeypatch):
 
 HOSTILE = (
     r"\le x ",
+    r"\lor ",
+    r"\{x:",
+    r"x \in ",
+    "(x,y)=(",
+    "x>1 or ",
+    "1 000 ",
+    "1,000, ",
+    "(B) ",
+    "5 million ",
+    "{",
     "(",
     r"\boxed{",
     r"\text{a",

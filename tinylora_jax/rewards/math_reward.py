@@ -28,7 +28,7 @@ class MathReward:
     r"""Grades mathematical answers.
 
     Strict: the last `\boxed{}` holds the gold answer, written in any way: lists and sets in any order, tuples,
-    intervals and matrices part by part, expressions by algebra (`math-verify`). Lenient: that value is the last number,
+    intervals and matrices part by part, expressions by algebra (SymPy). Lenient: that value is the last number,
     or what math-verify takes for the answer of the text. Algebra is done in worker processes; what takes longer than
     the limit, or more memory, counts as wrong, and a warning is logged.
 

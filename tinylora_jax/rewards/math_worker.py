@@ -1,4 +1,4 @@
-r"""A program that compares mathematical answers by algebra (`math-verify`, SymPy), one JSON object a line.
+r"""A program that compares mathematical answers by algebra (SymPy), one JSON object a line.
 
     {"id": 3, "pairs": [["\\sqrt{8}", "2\\sqrt{2}"]], "relative": 0, "absolute": 0}   ->  {"id": 3, "equal": [true]}
     {"id": 4, "text": "so the answer is 2."}   ->  {"id": 4, "found": "2"}
