@@ -18,6 +18,8 @@ from experiments import hosts
 from tinylora_jax.io.checkpoint import CheckpointError
 from tinylora_jax.io.run_log import WorkdirError
 
+_INTERRUPTED = 130  # as a shell reports SIGINT
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last good state is kept."""
@@ -40,10 +42,10 @@ def tell(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def fail(problem: str) -> NoReturn:
-    """Ends the program with one message."""
+def fail(problem: str, code: int = 1) -> NoReturn:
+    """Ends the program with one message, and an exit code that says so."""
     print(f"error: {problem}", file=sys.stderr)
-    hosts.leave(1)
+    hosts.leave(code)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -71,7 +73,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 @contextmanager
 def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
-    """Turns an error that a user can mend into one message and exit code 1.
+    """Turns an error that a user can mend into one message and exit code 1, and an interrupt into one and code 130.
 
     The traceback goes to `error.log` in the given folder, for the cases that need more than the message; not that of a
     `WorkdirError`, whose folder may be another run's.
@@ -82,6 +84,9 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
         fail(str(error))
     except (ValueError, OSError, CheckpointError, TrainingError, hosts.HostError) as error:
         fail(f"{error}{_keep_traceback(log_folder)}")
+    except KeyboardInterrupt as error:
+        where = " ".join(["interrupted", *getattr(error, "__notes__", ())])
+        fail(f"{where}; what was saved is kept{_keep_traceback(log_folder)}", _INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if not hosts.several() or "RESOURCE_EXHAUSTED" in str(error):
             raise

@@ -30,9 +30,9 @@ from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compi
 from experiments.compilation import compile_together
 from experiments.meshes import use_fitting_mesh
 from experiments.scoring import Row, sampled_summary, summary, table
-from experiments.setup import ConfigError, Task, load_task, make_prompts, parse
+from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax.adapters.policy import Trained
-from tinylora_jax.data import EvalSet, Prompt, get_template, load_questions, padded_width, parse_suite
+from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.io.saving import open_trained
 from tinylora_jax.rewards import load_reward
@@ -147,8 +147,8 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
     """
     specs = parse(config)
     sets = _limited(config, suite) or (EvalSet(specs.eval_data.source, specs.eval_data, config.reward),)
-    questions = [load_questions(each.data) for each in sets]
     rewards = [load_reward(each.reward) for each in sets]
+    questions = [load_graded_questions(each.data, each.reward) for each in sets]
     trained = None if adapter is None else open_trained(adapter)
     task = load_task(config, specs, trained and trained.policy)
     v = task.policy.init() if trained is None else trained.v

@@ -28,8 +28,8 @@ from experiments.answering import answer, grades_of, lower_answer, step_key
 from experiments.charts import draw_landscape
 from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.compilation import compile_together
-from experiments.setup import ConfigError, Task, load_task, make_prompts, parse
-from tinylora_jax.data import Prompt, load_questions, padded_width
+from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from tinylora_jax.data import Prompt, padded_width
 from tinylora_jax.io.run_log import write_atomically
 from tinylora_jax.io.trained import open_adapter
 
@@ -113,7 +113,7 @@ def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: in
       ConfigError: the adapters cannot span a plane.
     """
     specs, opened = parse(config), [open_adapter(path) for path in adapters]
-    questions = load_questions(specs.eval_data)
+    questions = load_graded_questions(specs.eval_data, config.reward)
     task = load_task(config, specs, opened[0].policy)
     vectors = [np.asarray(adapter.v, np.float32) for adapter in opened]
     if len(vectors) == 2:

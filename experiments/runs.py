@@ -27,12 +27,12 @@ from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
 from experiments.launch import launch
 from experiments.meshes import active_mesh, plan_streams, use_fitting_mesh
-from experiments.setup import ConfigError, Specs, Task, as_json, make_prompts, parse
+from experiments.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
 from tinylora_jax.adapters import Policy
 from tinylora_jax.adapters.policy import Trained
-from tinylora_jax.data import Prompt, load_questions, make_pipeline, padded_width
+from tinylora_jax.data import Prompt, make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.saving import save_trained
@@ -211,7 +211,8 @@ def run(
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
-    train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
+    train_questions = load_graded_questions(specs.train_data, config.reward)
+    eval_questions = load_graded_questions(specs.eval_data, config.reward)
     num_steps(config, len(train_questions))  # refuses too few before the slow part
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs) as start:

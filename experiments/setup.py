@@ -10,22 +10,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from experiments.cli import tell
+from experiments.hosts import is_first
 from experiments.meshes import active_mesh, slots_of
 from tinylora_jax.adapters import Adapted, Full, LoRA, Policy, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.adapters.policy import Spec
 from tinylora_jax.adapters.svd import SVD_METHODS
-from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template
+from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
 from tinylora_jax.models import ModelConfig, head_kernel
 from tinylora_jax.models.sharding import MeshSpec, param_shardings, policy_shardings
-from tinylora_jax.rewards import Reward, load_reward
+from tinylora_jax.rewards import Reward, load_reward, unpayable
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
+
+_EXAMPLES = 3  # of gold answers that cannot be paid
 
 METHODS = ("tinylora", "lora_xs", "lora", "full")
 
@@ -214,6 +218,35 @@ def make_prompts(config: ConfigDict, questions: Sequence[Question], task: Task) 
         )
     template = get_template(config.template)
     return encode_prompts(questions, template, task.tokenizer, config.max_prompt_tokens, config.on_too_long)
+
+
+def load_graded_questions(data: DataSpec, reward: str) -> tuple[Question, ...]:
+    """Loads questions, and grades every gold answer against itself.
+
+    Args:
+      data: what to load.
+      reward: name of the reward that grades them.
+
+    Returns:
+      The questions; a warning says how many of them the reward can never pay.
+
+    Raises:
+      DataError: as `load_questions`.
+      ConfigError: the reward can never pay most of them.
+    """
+    questions = load_questions(data)
+    failed = [questions[place] for place in unpayable(reward, [question.answer for question in questions])]
+    if not failed:
+        return questions
+    examples = ", ".join(f"{each.answer!r:.60} (id {each.id})" for each in failed[:_EXAMPLES])
+    share = f"{len(failed)} of {len(questions)} ({len(failed) / len(questions):.1%})"
+    problem = f"reward {reward!r} can never pay {share} gold answers of {data.source}, such as {examples}"
+    if 2 * len(failed) > len(questions):
+        advice = "choose another config.reward, such as 'math', or other questions"
+        raise ConfigError(f"{problem}; {advice}")
+    if is_first():
+        logging.warning("%s; these questions teach nothing and count as wrong", problem)
+    return questions
 
 
 def as_json(config: ConfigDict, experiment: str) -> Mapping[str, Any]:

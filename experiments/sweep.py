@@ -45,10 +45,10 @@ from experiments.population import (
 )
 from experiments.runs import num_steps, summary_of_config
 from experiments.scoring import Row
-from experiments.setup import Task, as_json, make_prompts, parse
+from experiments.setup import Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from tinylora_jax.adapters import retie
-from tinylora_jax.data import load_questions, make_pipeline, padded_width
+from tinylora_jax.data import make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter_file import read_adapter, save_adapter
 from tinylora_jax.io.checkpoint import Checkpoints
@@ -163,7 +163,8 @@ def run(
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
-    train_questions, eval_questions = load_questions(specs.train_data), load_questions(specs.eval_data)
+    train_questions = load_graded_questions(specs.train_data, config.reward)
+    eval_questions = load_graded_questions(specs.eval_data, config.reward)
     num_steps(config, len(train_questions))
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs, free) as start:

@@ -14,5 +14,4 @@ def get_config() -> ConfigDict:
     config.adapter.n_tie = 16  # 196 maps: 13 numbers
     config.epochs, config.max_steps = 3, 0
     config.optimizer.learning_rate = 1e-2
-    config.eval_data.limit = 0
     return config

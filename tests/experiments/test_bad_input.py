@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import learning
-from experiments.setup import ConfigError, load_task, make_prompts, parse
-from tinylora_jax.data import DataError, load_questions
+from experiments import grpo, learning, sft
+from experiments.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
+from tinylora_jax.data import DataError, DataSpec, load_questions
 from tinylora_jax.io import pretrained
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 
@@ -186,12 +186,54 @@ def test_data_file_missing(config, command_line, tmp_path):
     "name, pattern",
     [
         ("raises", r"reward tiny_rewards:raises raised KeyError: 'no such grade' on question 'What is .*return 0.0"),
+        ("leaves", r"reward tiny_rewards:leaves raised SystemExit: .* on question 'What is .*return 0.0"),
         ("nan", r"question id \d+: reward tiny_rewards:nan returned nan on question 'What is"),
     ],
 )
 def test_a_reward_that_fails(config, command_line, tmp_path, name, pattern):
     config.reward = f"tiny_rewards:{name}"
     fails(command_line(config, tmp_path / "run"), pattern)
+
+
+def test_a_reward_that_interrupts(config, command_line, tmp_path):
+    config.reward = "tiny_rewards:interrupts"
+    result = command_line(config, tmp_path / "run")
+    assert result.code == 130 and result.out == "" and "Traceback" not in result.err
+    assert "error: interrupted in reward tiny_rewards:interrupts; what was saved is kept" in result.err
+    assert "Traceback" in (tmp_path / "run" / "error.log").read_text()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("leave", ["import sys; sys.exit()", "raise KeyboardInterrupt"])
+def test_a_reward_that_ends_the_program_when_it_is_imported(config, command_line, tmp_path, monkeypatch, leave):
+    (tmp_path / "leaving_rewards.py").write_text(leave)
+    monkeypatch.syspath_prepend(tmp_path)
+    config.reward = "leaving_rewards:f"
+    result = command_line(config, tmp_path / "run")
+    fails(result, r"config.reward: reward leaving_rewards:f: cannot import leaving_rewards \((SystemExit|Keyboard)")
+
+
+@pytest.mark.parametrize("which", ["train_data", "eval_data"])
+@pytest.mark.parametrize("command", [grpo, sft])
+def test_gold_answers_that_the_reward_can_never_pay(config, command_line, tmp_path, command, which):
+    answers = ["5/2", "yes", "x + 1", "7"] * 4
+    rows = [{"question": f"{i}?", "answer": answer, "solution": answer} for i, answer in enumerate(answers)]
+    config.reward = "hash"
+    config[which].source, config[which].limit = jsonl(tmp_path / "d.jsonl", rows), len(rows)
+    result = command_line(config, tmp_path / "run", command)
+    fails(result, r"'hash' can never pay 12 of 16 \(75.0%\) gold .*d.jsonl, such as '5/2' \(id 0\), 'yes' \(id 1\)")
+
+
+def test_a_few_such_gold_answers_are_a_warning(tmp_path, caplog):
+    answers = ["5/2", "yes", "7", "1,000", "$3", "9 (apples)", "-4.50", r"5\%"]
+    rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    data = DataSpec(jsonl(tmp_path / "d.jsonl", rows))
+    assert len(load_graded_questions(data, "hash")) == 8
+    assert "can never pay 2 of 8 (25.0%) gold answers" in caplog.text and "'5/2' (id 0), 'yes' (id 1)" in caplog.text
+    caplog.clear()
+    for reward in ("boxed", "math", "tiny_rewards:even"):
+        assert len(load_graded_questions(data, reward)) == 8
+    assert not caplog.records
 
 
 def test_rank_above_the_smaller_side(config, command_line, tmp_path):

@@ -1,5 +1,7 @@
 """Rewards of the tests: importable as `module:function`, like a user's own."""
 
+import sys
+
 from tinylora_jax.rewards import Grade
 
 
@@ -14,6 +16,14 @@ def raises(completion, answer, question):
 
 def nan(completion, answer, question):
     return float("nan")
+
+
+def leaves(completion, answer, question):
+    sys.exit()
+
+
+def interrupts(completion, answer, question):
+    raise KeyboardInterrupt
 
 
 NOT_CALLABLE = 3

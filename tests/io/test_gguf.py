@@ -170,7 +170,7 @@ def test_smollm2_weights_equal_those_of_transformers(smollm2):
     assert config.rms_norm_eps == pytest.approx(theirs.rms_norm_eps, rel=1e-6)
     assert config.rope.theta == theirs.rope_parameters["rope_theta"]
     assert (config.head_dim, config.tie_embeddings) == (64, True)
-    assert smollm2.stop_tokens == (2,)
+    assert smollm2.tokenizer.convert_ids_to_tokens(smollm2.stop_tokens) == ["<|endoftext|>", "<|im_end|>"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -363,6 +363,31 @@ def test_llama3_tokenizer_groups_digits_looks_words_up_and_starts_with_bos():
     assert tokenizer("1")["input_ids"] == [len(tokens) - 1, tokens.index("1")]
     without = build_tokenizer(metadata | {"tokenizer.ggml.add_bos_token": False})
     assert without("1")["input_ids"] == [tokens.index("1")]
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"),
+    [
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|endoftext|>", "<|im_end|>"]),
+        (["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]),
+        (["<|start|>", "<own end>"], ["<own end>"]),
+    ],
+)
+def test_every_end_of_a_turn_stops(tmp_path, named, ends):
+    letters = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ", "he", "ll"]
+    tokens = [*letters, *named, "</s>"]  # the last is a word of the vocabulary, and no control token
+    model = load_gguf(
+        _write(
+            tmp_path / "m.gguf",
+            tensors=_tensors(len(tokens)),
+            **{
+                "tokenizer.ggml.tokens": tokens,
+                "tokenizer.ggml.token_type": [1] * len(letters) + [3] * len(named) + [1],
+                "tokenizer.ggml.eos_token_id": tokens.index(ends[-1]),
+            },
+        )
+    )
+    assert model.tokenizer.convert_ids_to_tokens(model.stop_tokens) == ends
 
 
 def _header_end(path: Path) -> int:

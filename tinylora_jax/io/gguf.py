@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from tinylora_jax.io.gguf_file import GGUFFile, read_gguf
-from tinylora_jax.io.gguf_tokenizer import build_tokenizer
+from tinylora_jax.io.gguf_tokenizer import build_tokenizer, end_tokens
 from tinylora_jax.io.hf_config import parse_config
 from tinylora_jax.io.weights import LazyTensor
 from tinylora_jax.models.config import ModelConfig, Rope
@@ -74,7 +74,7 @@ class GGUFModel:
       config: its architecture.
       tensors: unread tensors under Hugging Face names, in Hugging Face layout.
       tokenizer: built from the same file.
-      stop_tokens: end-of-sequence and end-of-turn ids that the file names.
+      stop_tokens: end-of-sequence and end-of-turn ids that the metadata and the vocabulary name.
     """
 
     config: ModelConfig
@@ -97,8 +97,7 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFModel:
         tokenizer = build_tokenizer(file.metadata)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
-    ids = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return GGUFModel(config, tensors, tokenizer, tuple(sorted({i for i in ids if isinstance(i, int)})))
+    return GGUFModel(config, tensors, tokenizer, end_tokens(file.metadata))
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:

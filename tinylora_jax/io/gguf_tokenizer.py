@@ -26,6 +26,28 @@ _ROLES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# Metadata names one end of sequence; a vocabulary may hold more, as the lists of generation_config.json show.
+_ENDS = (
+    *("<|im_end|>", "<|endoftext|>"),  # Qwen, SmolLM2
+    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
+    *("<|end|>", "<end_of_turn>", "</s>", "<|eot|>", "<|return|>"),  # others that a model may have been merged with
+)
+
+
+def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids of all tokens that end a turn or a text.
+
+    Args:
+      metadata: of a GGUF file whose tokenizer `build_tokenizer` accepts.
+
+    Returns:
+      The sorted ids that the metadata names, and those of control tokens with a known name.
+    """
+    tokens, kinds = metadata[_PREFIX + "tokens"], metadata[_PREFIX + "token_type"]
+    named = (metadata.get(f"{_PREFIX}{name}_token_id") for name in ("eos", "eot", "eom"))
+    control = (int(index) for index in np.flatnonzero(kinds == TokenType.CONTROL))
+    found = {*(i for i in named if isinstance(i, int)), *(i for i in control if tokens[i] in _ENDS)}
+    return tuple(sorted(found))
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ from tinylora_jax.rewards.answers import (
     is_equal,
     normalize,
 )
+from tinylora_jax.rewards.golds import unpayable
 from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError
 from tinylora_jax.rewards.math_reward import MathReward
 from tinylora_jax.rewards.reward import (
@@ -31,4 +32,5 @@ __all__ = [
     "is_equal",
     "load_reward",
     "normalize",
+    "unpayable",
 ]

@@ -14,7 +14,8 @@ MAX_SCANNED_CHARS = 100_000
 """Only this many last characters of a completion are searched; an answer stands at its end."""
 
 _HASH = re.compile(
-    r"(?<!\#)\#\#\#\#[ ](-?(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+)(?=\.?(?:\s|\Z))", re.VERBOSE
+    r"(?<!\#)\#\#\#\#[ ](-?(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+)(?=\.?(?:\s|\Z))(?!\.?[ \t]++[0-9])",
+    re.VERBOSE,
 )
 _BRACE = re.compile(r"\\boxed\s*+\{|\\[{}]|[{}]")
 # The group of thousands checks its own end: a check after the whole run would be quadratic on long runs.
@@ -24,7 +25,19 @@ _LAST_NUMBER = re.compile(
 _SIGN = re.compile(r"(?<![\w)\]}])[-−]\Z")
 
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*+\{([^{}]*+)\}")
-_SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\s++")
+_SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\!\s*+")
+_SPACE = re.compile(r"(?:\\[,;: ]|[~\s])++")
+# A number starts it that no other stands before: a check from every group on would be quadratic on long runs.
+_SPACED_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3}(?![0-9]))++(?! ?[0-9/]|,[0-9])")
+# All spaces but those between numbers, and those of a list in which commas without a space may group thousands.
+_IDLE_SPACE = re.compile(
+    r"(?<=[0-9]) (?=[0-9])|(?<=[0-9],) (?=[0-9]{3}(?![0-9]))"
+    r"|(?<=,) (?=[0-9]{1,3},[0-9]{3}(?![0-9]))|(?<=[0-9],[0-9]{3},) |( )"
+)
+_GROUP = re.compile(r"[0-9]{3}(?![0-9])")
+_UNIT_IN_PARENTHESES = re.compile(
+    r"(?<=[0-9}%])(?:\s?\(\\(?:text|mbox|mathrm)\s?\{[A-Za-z][A-Za-z .-]*+\}\)|\s\([A-Za-z]{2}[A-Za-z .-]*+\))\s*+\Z"
+)
 _SPELLINGS = (
     ("−", "-"),
     ("{,}", ","),
@@ -42,7 +55,9 @@ _NUMBER = re.compile(
     r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3}))?(?:dollars?|percent|degrees?|%)?"
 )
 _RATIO = re.compile(
-    r"([-+]?)(?:\\frac\{([-+]?[0-9]{1,40})\}\{([0-9]{1,40})\}|\\frac([0-9])([0-9])|([0-9]{1,40})/([0-9]{1,40}))"
+    r"(?P<sign>[-+]?)(?:(?P<whole>[0-9]{1,40})(?: |(?=\\frac)))?(?:"
+    r"\\frac\{(?P<above>[-+]?[0-9]{1,40})\}\{(?P<below>[0-9]{1,40})\}"
+    r"|\\frac(?P<digit>[0-9])(?P<under>[0-9])|(?P<left>[0-9]{1,40})/(?P<right>[0-9]{1,40}))"
 )
 
 
@@ -127,9 +142,11 @@ def normalize(answer: str) -> str:
     r"""Brings an answer to a canonical text; equal texts are equal answers.
 
     Numbers lose currency and percent signs, thousands separators, leading and trailing zeros; ratios of
-    integers are reduced, and written as decimals where those end (1/2 is 0.5). Anything else only loses
-    spacing and spelling variants of LaTeX; symbolic equivalence is not decided here. Numbers are shifted
-    as text, so `1e999999999` costs nothing (exponents of more than three digits are left as text).
+    integers are reduced, and written as decimals where those end (1/2 is 0.5). Spaces group thousands where
+    every group has three digits; other numbers stay apart (`1 2` is not 12), and a comma with a space after it
+    separates a list. A unit in parentheses is dropped: `9 (apples)` is 9. Anything else only loses spacing and
+    spelling variants of LaTeX; symbolic equivalence is not decided here. Numbers are shifted as text, so
+    `1e999999999` costs nothing (exponents of more than three digits are left as text).
 
     Args:
       answer: a gold or an extracted answer.
@@ -137,22 +154,35 @@ def normalize(answer: str) -> str:
     Returns:
       The canonical text; empty when nothing is left.
 
-    >>> [normalize(a) for a in ("$1,072.00", "007", r"\dfrac{3}{6}", "-0", r"10,\!000", "18 dollars")]
-    ['1072', '7', '0.5', '0', '10000', '18']
+    >>> [normalize(a) for a in ("$1,072.00", "007", r"\dfrac{3}{6}", "-0", r"10,\!000", "10 000", "32, 349")]
+    ['1072', '7', '0.5', '0', '10000', '10000', '32, 349']
     """
-    text = _TEXT.sub(r"\1", answer)
+    text = _TEXT.sub(r"\1", drop_parenthesized_unit(answer))
     for spelling, canonical in _SPELLINGS:
         text = text.replace(spelling, canonical)
-    text = _SIZE_OR_SPACE.sub("", text).rstrip(".")
-    if number := _NUMBER.fullmatch(text):
-        whole = number["whole"].replace(",", "")
-        return _decimal(number["sign"] == "-", whole, number["fraction"] or "", int(number["exponent"] or 0))
-    if ratio := _RATIO.fullmatch(text):
-        sign, *parts = (part for part in ratio.groups() if part is not None)
-        numerator, denominator = map(int, parts)
-        if denominator:
-            return _rational(Fraction(-numerator if sign == "-" else numerator, denominator))
-    return text
+    text = group_thousands(_SPACE.sub(" ", _SIZE.sub("", text)).replace(" ,", ", ")).strip().rstrip(".")
+    if "," in text and (listed := _list(text)):
+        return listed
+    text = _IDLE_SPACE.sub(lambda match: "" if match[1] else match[0], text).strip().rstrip(".")
+    return _number(text) or text
+
+
+def group_thousands(text: str) -> str:
+    """Joins the groups of a number in whose groups, set apart by single spaces, three digits stand.
+
+    >>> group_thousands("10 000"), group_thousands("1 2"), group_thousands("1 2000")
+    ('10000', '1 2', '1 2000')
+    """
+    return _SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
+
+
+def drop_parenthesized_unit(answer: str) -> str:
+    """Drops a unit in parentheses behind a number.
+
+    >>> drop_parenthesized_unit("9 (apples)"), drop_parenthesized_unit("3(x)")
+    ('9', '3(x)')
+    """
+    return _UNIT_IN_PARENTHESES.sub("", answer)
 
 
 def is_equal(predicted: str | None, gold: str) -> bool:
@@ -167,6 +197,31 @@ def is_equal(predicted: str | None, gold: str) -> bool:
     return canonical != "" and canonical == normalize(gold)
 
 
+def _number(text: str) -> str | None:
+    """Writes a number or a ratio of numbers canonically; None if a text is anything else."""
+    if number := _NUMBER.fullmatch(text):
+        whole = number["whole"].replace(",", "")
+        return _decimal(number["sign"] == "-", whole, number["fraction"] or "", int(number["exponent"] or 0))
+    value = _ratio(match) if (match := _RATIO.fullmatch(text)) else None
+    return None if value is None else _rational(value)
+
+
+def _list(text: str) -> str | None:
+    """Writes a list of numbers so that no comma of it seems to group thousands; None if a text is no such list."""
+    pieces = [
+        part
+        for piece in text.split(", ")
+        for part in ([piece] if _NUMBER.fullmatch(piece.strip()) else piece.split(","))
+    ]
+    items = [_number(piece.strip()) for piece in pieces]
+    if len(items) < 2 or None in items:
+        return None
+    listed = items[0] or ""
+    for item in items[1:]:
+        listed += (", " if _GROUP.match(item or "") else ",") + (item or "")
+    return listed
+
+
 def _decimal(negative: bool, whole: str, fraction: str, exponent: int = 0) -> str:
     """Writes ±whole.fraction·10^exponent without exponent, needless zeros or a negative zero."""
     digits, point = whole + fraction, len(whole) + exponent
@@ -176,6 +231,17 @@ def _decimal(negative: bool, whole: str, fraction: str, exponent: int = 0) -> st
     whole, fraction = digits[:point].lstrip("0") or "0", digits[point:].rstrip("0")
     text = f"{whole}.{fraction}" if fraction else whole
     return f"-{text}" if negative and text != "0" else text
+
+
+def _ratio(match: re.Match) -> Fraction | None:
+    """The value of a fraction or a mixed number; None if it has none."""
+    above = int(match["above"] or match["digit"] or match["left"])
+    below = int(match["below"] or match["under"] or match["right"])
+    whole = int(match["whole"] or 0)
+    if not below or (match["whole"] and above < 0):
+        return None
+    value = whole + Fraction(above, below)
+    return -value if match["sign"] == "-" else value
 
 
 def _rational(value: Fraction) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from tinylora_jax.rewards.answers import extract_boxed, extract_last_number, is_equal
-from tinylora_jax.rewards.equivalence import Gold, Group, Known, Node, compare, open_pairs, read, read_gold
+from tinylora_jax.rewards.equivalence import Gold, Known, compare, open_pairs, read_gold
 from tinylora_jax.rewards.grade import Grade, RewardError
-from tinylora_jax.rewards.latex import value_of
+from tinylora_jax.rewards.latex import units_differ, value_of
+from tinylora_jax.rewards.structure import Group, Node, read
+from tinylora_jax.rewards.words import choices_equal
 from tinylora_jax.rewards.workers import WorkerError, Workers
 
 READ_CHARS = 2000
@@ -26,7 +28,7 @@ class MathReward:
     r"""Grades mathematical answers.
 
     Strict: the last `\boxed{}` holds the gold answer, written in any way: lists and sets in any order, tuples,
-    intervals and matrices part by part, expressions by algebra (`math-verify`). Lenient: that value is the last number,
+    intervals and matrices part by part, expressions by algebra (SymPy). Lenient: that value is the last number,
     or what math-verify takes for the answer of the text. Algebra is done in worker processes; what takes longer than
     the limit, or more memory, counts as wrong, and a warning is logged.
 
@@ -38,7 +40,7 @@ class MathReward:
     """
 
     relative: float = 0.0
-    limit_s: float = 3.0
+    limit_s: float = 2.0
     memory_bytes: int = 1 << 30
     workers: int = 0
 
@@ -56,21 +58,27 @@ class MathReward:
             _Case(completion, read_gold(answer, self.relative), answer)
             for completion, answer in zip(completions, answers, strict=True)
         ]
-        unsure = [case for case in cases if case.strict is None]
-        replies = self._ask([{"pairs": case.pairs} for case in unsure], unsure)
-        for case, reply in zip(unsure, replies, strict=True):
-            case.settle(dict(zip(case.pairs, reply.get("equal", ()), strict=False)))
+        for case, known in self._known([case for case in cases if case.strict is None]):
+            case.settle(known)
         searched = [case for case in cases if case.lenient is None]
-        replies = self._ask([{"gold": c.gold.text, "text": c.completion[-READ_CHARS:]} for c in searched], searched)
+        replies = self._ask([{"text": case.completion[-READ_CHARS:]} for case in searched])
         for case, reply in zip(searched, replies, strict=True):
-            case.lenient = reply.get("equal") == [True]
+            case.look_at(reply.get("found", ""))
+        for case, known in self._known([case for case in searched if case.lenient is None]):
+            case.lenient = case.compare(known)
         return tuple(Grade(float(bool(case.strict)), float(bool(case.lenient)), case.answer) for case in cases)
 
-    def _ask(self, requests: Sequence[Mapping[str, Any]], cases: Sequence[_Case]) -> list[dict[str, Any]]:
+    def _known(self, cases: Sequence[_Case]) -> Iterator[tuple[_Case, Known]]:
+        """What algebra says of the pairs that each case depends on."""
+        replies = self._ask(
+            [{"pairs": c.pairs, "relative": float(c.gold.relative), "absolute": float(c.gold.absolute)} for c in cases]
+        )
+        for case, reply in zip(cases, replies, strict=True):
+            yield case, dict(zip(case.pairs, reply.get("equal", ()), strict=False))
+
+    def _ask(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not requests:
             return []
-        tolerances = [{"relative": float(c.gold.relative), "absolute": float(c.gold.absolute)} for c in cases]
-        requests = [{**request, **tolerance} for request, tolerance in zip(requests, tolerances, strict=True)]
         try:
             replies = _workers(self.limit_s, self.memory_bytes, self.workers).run(requests)
         except WorkerError as error:
@@ -96,11 +104,13 @@ class _Case:
         self.completion, self.gold = completion, gold
         boxed, last = extract_boxed(completion), extract_last_number(completion)
         self.answer = last if boxed is None else boxed
-        several = isinstance(gold.node, Group) and gold.node.kind == "list"
-        self.found: Node | None = read(boxed, several) if boxed else None
+        self.several = isinstance(gold.node, Group) and gold.node.kind == "list"
+        self.found: Node | None = read(boxed, self.several) if boxed else None
         self.strict: bool | None = False
-        if boxed:
-            self.strict = is_equal(boxed, answer) or (None if self.found is None else compare(gold, self.found))
+        if boxed and not units_differ(answer, boxed):
+            self.strict = (
+                is_equal(boxed, answer) or choices_equal(answer, boxed) or compare(gold, read(boxed, self.several))
+            )
         self.pairs = open_pairs(gold, self.found) if self.strict is None and self.found is not None else ()
         self.lenient: bool | None = True if self.strict or (last is not None and self._is(last)) else None
         both_numbers = _is_number(gold.node) and self.found is not None and _is_number(self.found)
@@ -109,9 +119,22 @@ class _Case:
 
     def settle(self, known: Known) -> None:
         """Decides what was open by what the workers said."""
-        assert self.found is not None
-        self.strict = compare(self.gold, self.found, known)
+        self.strict = self.compare(known)
         self.lenient = self.lenient or self.strict or None
+
+    def look_at(self, text: str) -> None:
+        """Takes a text for the answer where there is no box, or no right one."""
+        boxed, found = self.found, read(text, self.several)
+        if self.several and isinstance(found, Group) and found.kind == "()":
+            found = Group("list", found.parts)
+        self.found = found
+        self.lenient = bool(text) and found != boxed and compare(self.gold, found)
+        self.pairs = open_pairs(self.gold, found) if self.lenient is None else ()
+
+    def compare(self, known: Known) -> bool:
+        """Whether what was found is right, given what the workers said."""
+        assert self.found is not None
+        return compare(self.gold, self.found, known) is True
 
     def _is(self, number: str) -> bool:
         return compare(self.gold, read(number)) is True

@@ -1,7 +1,7 @@
-r"""A program that compares mathematical answers by algebra (`math-verify`, SymPy), one JSON object a line.
+r"""A program that compares mathematical answers by algebra (SymPy), one JSON object a line.
 
     {"id": 3, "pairs": [["\\sqrt{8}", "2\\sqrt{2}"]], "relative": 0, "absolute": 0}   ->  {"id": 3, "equal": [true]}
-    {"id": 4, "gold": "2", "text": "so the answer is 2.", "relative": 0, "absolute": 0}  ->  {"id": 4, "equal": [true]}
+    {"id": 4, "text": "so the answer is 2."}   ->  {"id": 4, "found": "2"}
 
 It is started by its path, so that it imports neither JAX nor this package, and is never imported. What it is asked may
 take forever (9^{9^{9^9}}) or all memory, within code that no Python signal handler interrupts. So every request is
@@ -21,9 +21,36 @@ import signal
 import sys
 
 _APPROXIMATION = 2e-6  # what a decimal may miss an exact number by: 0.333333 is 1/3
-_IMAGINARY = re.compile(r"(?<![\\A-Za-z{])i(?![A-Za-z])")
+_ROUNDING = 1e-11  # of a double, through a few operations
+_AGREEING = 3  # points that tell a function
+# Points: the signs of the coordinates, and what primes are divided by; floors need large ones, powers small ones.
+_SIGNS = (0b000, 0b111, 0b001, 0b000, 0b110, 0b101)
+_SCALES = (29, 7, 31, 3, 37, 11)
+_PRIMES = (17, 41, 23, 61, 31, 53, 19, 47, 37, 67, 43, 59)
+_IMAGINARY = re.compile(r"(?<![\\A-Za-z])i(?![A-Za-z])")
+_INDEX_I = re.compile(r"_\s?\{?\s?i|i\s?=")
+_APART = re.compile(r"(?<![_^])(?<![A-Za-z])[0-9.]\s+[0-9.]")
+_BASED = re.compile(r"(?<![_A-Za-z0-9.])[0-9.]++\s?_")
+_RESPELLED = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<![\\A-Za-z])E\s?_", r"\\Xi_"),  # with an index, it would take E for Euler's number
+        (r"\\hbar(?![A-Za-z])", r"\\eta "),
+        (r"\\gamma(?![A-Za-z])", r"\\text{lower gamma} "),  # it would be Euler's constant
+        (r"\\Gamma(?![A-Za-z])", r"\\text{upper gamma} "),
+        (r"(?<![\\A-Za-z])([A-Za-z])''", r"\\text{\1 second}"),  # primes would be dropped
+        (r"(?<![\\A-Za-z])([A-Za-z])'", r"\\text{\1 prime}"),
+        (r"\\frac\s?([0-9]|(?<=\s)[A-Za-z])\s?([0-9](?![0-9])|[A-Za-z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s?([0-9]|(?<=\s)[A-Za-z])\s?\{", r"\\frac{\1}{"),
+        (r"(\\frac\s?\{[^{}]*+\})\s?([0-9](?![0-9])|[A-Za-z])", r"\1{\2}"),
+        (r"\\sqrt\s?([0-9A-Za-z])(?![0-9])", r"\\sqrt{\1}"),
+        (r"\*\*", "^"),
+        (r"\^\s?\(([^()]*+)\)", r"^{\1}"),
+    )
+)
+_COMMAND_OR_I = re.compile(r"(\\(?:text|begin|end)\s?\{[^{}]*+\}|\\[A-Za-z]++)|I")
+MAX_FOUND_CHARS = 2000
 WALL_FACTOR = 4  # a child that waits, for memory or a busy machine, has so many times its limit
-_INDEXED_E = re.compile(r"(?<![\\A-Za-z])E\s?_")
 _WARM_UP = (
     r"\frac{1}{2}+\sqrt{3} \pi",
     r"(x+1)^2-\cos 2x",
@@ -42,7 +69,7 @@ def serve(limit_s: float, memory_bytes: int) -> None:
     ):  # what SymPy loads late, it loads before the fork
         _equal(gold, found, 0.0, 0.0)
         _equal(gold, gold + "+0", 0.0, 0.0)
-        _found_in(gold, f"The final answer is ${found}$.", 0.0, 0.0)
+        _found_in(f"The final answer is ${found}$.")
     _reply({"ready": os.getpid()})
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -66,12 +93,12 @@ def _answer(request: dict, limit_s: float, memory_bytes: int) -> None:
         for kind, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
             with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
                 resource.setrlimit(kind, (most, most))
-        tolerances = request["relative"], request["absolute"]
         if "pairs" in request:
-            equal = [_equal(*pair, *tolerances) for pair in request["pairs"]]
+            tolerances = request["relative"], request["absolute"]
+            reply = {"equal": [_equal(*pair, *tolerances) for pair in request["pairs"]]}
         else:
-            equal = [_found_in(request["gold"], request["text"], *tolerances)]
-        _reply({"id": request["id"], "equal": equal})
+            reply = {"found": _found_in(request["text"])[:MAX_FOUND_CHARS]}
+        _reply({"id": request["id"], **reply})
         code = 0
     except (MemoryError, RecursionError):
         pass
@@ -83,48 +110,190 @@ def _reply(message: dict) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")  # one write, shorter than a pipe's buffer
 
 
-def _parse(latex: str) -> list:
-    from math_verify import LatexExtractionConfig, parse
+def _parse(latex: str):
+    """An expression in which upper and lower case are two symbols; None if it cannot be read as a whole."""
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+    from sympy import I, Symbol
 
-    # With its other ways to find an answer it would take a part for the whole. Of 274i and 274 i, it would take one for
-    # a variable; an E with an index, for Euler's number and no expression.
-    latex = _INDEXED_E.sub(r"\\Xi_", _IMAGINARY.sub(" i ", latex)).replace(r"\hbar", r"\eta")
-    return parse(f"${latex}$", extraction_config=(LatexExtractionConfig(),), parsing_timeout=None)[:1]
+    if _APART.search(latex) or _BASED.search(latex):  # the converter would take 1 2 for 1 + 2, and 12_5 for 12
+        return None
+    is_complex = _IMAGINARY.search(latex) is not None and not _INDEX_I.search(latex)
+    if is_complex:
+        latex = _IMAGINARY.sub(r" \\text{i} ", latex)
+    for pattern, replacement in _RESPELLED:
+        latex = pattern.sub(replacement, latex)
+    latex = _COMMAND_OR_I.sub(lambda match: match[1] or r"\text{upper i} ", latex)  # I would be the imaginary unit
+    # Its removal of units takes the last letter of `5t` for one.
+    latex = normalize_latex(latex, NormalizationConfig(boxed="none", units=False, malformed_operators=False))
+    try:
+        expression = latex2sympy(
+            latex,
+            is_real=None if is_complex else True,
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+        return expression.subs(Symbol("i"), I) if is_complex else expression
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # the converter raises bare exceptions for what it cannot read
+        return None
 
 
 def _equal(gold: str, found: str, relative: float, absolute: float) -> bool:
     """Whether two atoms are equal."""
-    parsed = _parse(gold), _parse(found)
-    return all(parsed) and _same(parsed[0][0], parsed[1][0], relative, absolute)
+    wanted, value = _parse(gold), _parse(found)
+    try:
+        return wanted is not None and value is not None and _same(wanted, value, relative, absolute)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # SymPy may raise anything on what no mathematician writes
+        return False
 
 
-def _found_in(gold: str, text: str, relative: float, absolute: float) -> bool:
-    """Whether what math-verify takes for the answer of a text is the gold answer."""
-    from math_verify import parse
+def _found_in(text: str) -> str:
+    """What math-verify takes for the answer of a text, as written; empty if it finds none."""
+    from latex2sympy2_extended.math_normalization import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    wanted = _parse(gold)
-    return (
-        any(_same(wanted[0], each, relative, absolute) for each in parse(text, parsing_timeout=None))
-        if wanted
-        else False
-    )
+    latex = LatexExtractionConfig(normalization_config=NormalizationConfig(boxed="last"))
+    found = parse(text, extraction_config=(latex, ExprExtractionConfig()), parsing_timeout=None)
+    return next((each for each in found[::-1] if isinstance(each, str)), "")
 
 
-def _same(gold, found, relative: float, absolute: float) -> bool:
-    from math_verify import verify
-    from sympy import Expr, Float
+def _same(gold, found, relative: float = 0.0, absolute: float = 0.0) -> bool:
+    """Whether two SymPy objects are equal; of different kinds they are not: `x + 1 = 3` is not 3."""
+    from sympy import Expr, FiniteSet, MatrixBase, Tuple
+    from sympy.core.relational import Relational
 
+    if isinstance(gold, MatrixBase) and isinstance(found, MatrixBase):
+        return gold.shape == found.shape and all(map(_same, gold.flat(), found.flat()))
+    if isinstance(gold, Relational) and isinstance(found, Relational):
+        return _same_relations(gold, found)
     if isinstance(gold, Expr) and isinstance(found, Expr):
-        wanted, value = _number(gold), _number(found)
-        decimals = [each.has(Float) for each in (gold, found)]
-        if wanted is not None and value is not None and (any(decimals) or relative or absolute):
-            # math-verify rounds decimals to six places, where all small numbers are zero.
-            exact = not any(decimals) or all(decimals) or gold.is_Integer
-            share = max(relative, 1e-12 if exact else _APPROXIMATION)
-            near = bool(abs(wanted - value) <= max(absolute, abs(wanted) * share))
-            if near or any(decimals):
-                return near
-    return bool(verify(gold, found, timeout_seconds=None))
+        return _same_expressions(gold, found, relative, absolute)
+    if isinstance(gold, Tuple) and isinstance(found, Tuple):
+        return len(gold) == len(found) and all(map(_same, gold, found))
+    if isinstance(gold, FiniteSet) and isinstance(found, FiniteSet):
+        left, right = list(gold.args), list(found.args)
+        return len(left) == len(right) and all(any(_same(each, other) for other in right) for each in left)
+    if _is_chain(gold) and _is_chain(found):
+        pairs = list(zip(gold._unsorted_args, found._unsorted_args, strict=False))
+        same_length = len(gold._unsorted_args) == len(found._unsorted_args)
+        return same_length and all(_same_relations(*pair) for pair in pairs)
+    return type(gold) is type(found) and bool(gold == found)
+
+
+def _is_chain(expression) -> bool:
+    """Whether it is several relations, such as a < b < c."""
+    from sympy.core.relational import Relational
+
+    parts = getattr(expression, "_unsorted_args", ())
+    return bool(parts) and all(isinstance(part, Relational) for part in parts)
+
+
+def _same_relations(gold, found) -> bool:
+    """Whether one relation is the other times a constant, or has the same solutions in every variable."""
+    from sympy import Eq, Ne, solve
+
+    left, right = gold.lhs - gold.rhs, found.lhs - found.rhs
+    if gold.rel_op != found.rel_op:
+        if found.reversed.rel_op != gold.rel_op:
+            return False
+        right = -right
+    symbols = left.free_symbols
+    if not symbols or symbols != right.free_symbols:
+        return False
+    if left.has(_undefined()) or right.has(_undefined()):
+        return left == right
+    factor = _ratio(left, right)
+    if factor is not None:
+        return factor > 0 or isinstance(gold, (Eq, Ne))
+    if not isinstance(gold, Eq):
+        return len(symbols) == 1 and bool(gold.as_set() == found.as_set())
+    for symbol in symbols:
+        solutions = solve(left, symbol), solve(right, symbol)
+        if not solutions[0] or len(solutions[0]) != len(solutions[1]):
+            return False
+        if not all(any(_same_expressions(each, other) for other in solutions[1]) for each in solutions[0]):
+            return False
+    return True
+
+
+def _ratio(left, right) -> float | None:
+    """The constant that one function is of another; None if there is none."""
+    ratios = [a / b for a, b in _at_points(left, right) if a != 0 and b != 0]
+    if len(ratios) < _AGREEING or any(abs(each - ratios[0]) > _ROUNDING * abs(each) for each in ratios):
+        return None
+    return float(ratios[0].real) if abs(ratios[0].imag) <= _ROUNDING * abs(ratios[0]) else None
+
+
+def _same_expressions(gold, found, relative: float = 0.0, absolute: float = 0.0) -> bool:
+    """Whether two expressions are equal as numbers, or as functions of their variables."""
+    from sympy import S, nan, oo, simplify, zoo
+
+    if gold.has(_undefined()) or found.has(_undefined()):
+        return bool(gold == found)
+    if gold.has(oo, -oo, zoo, nan, S.ComplexInfinity) or found.has(oo, -oo, zoo, nan):
+        return bool(gold == found) and gold in (oo, -oo)
+    if not gold.free_symbols and not found.free_symbols:
+        return _same_numbers(gold, found, relative, absolute)
+    points = list(_at_points(gold, found))
+    if any(abs(a - b) > _ROUNDING * max(abs(a), abs(b)) for a, b in points):
+        return False
+    return len(points) >= _AGREEING or bool(simplify(gold - found) == 0)
+
+
+def _same_numbers(gold, found, relative: float, absolute: float) -> bool:
+    from sympy import Float, simplify
+
+    gold, found = gold.doit(), found.doit()
+    wanted, value = _number(gold), _number(found)
+    if wanted is None or value is None:
+        return False
+    decimals = [each.has(Float) for each in (gold, found)]
+    if any(decimals) or relative or absolute:
+        exact = not any(decimals) or all(decimals) or gold.is_Integer
+        share = max(relative, 1e-12 if exact else _APPROXIMATION)
+        near = bool(abs(wanted - value) <= max(absolute, abs(wanted) * share))
+        if near or any(decimals):
+            return near
+    if gold.is_Rational and found.is_Rational:
+        return bool(gold == found)
+    if abs(wanted - value) > _ROUNDING * max(abs(wanted), abs(value)):
+        return False
+    # 10^100 + \sqrt{2} and 10^100 + \sqrt{3} differ behind the hundredth digit.
+    gap = (gold - found).evalf(5, maxn=300)
+    return bool(abs(gap) <= abs(wanted) * 1e-200) or bool(simplify(gold - found) == 0)
+
+
+def _at_points(left, right):
+    """Yields pairs of finite values of two expressions at fixed points, of which some coordinates are negative.
+
+    A point where neither is real is outside of the domain of both, unless they speak of complex numbers.
+    """
+    import mpmath
+    from sympy import I, Rational
+
+    left, right = left.doit(), right.doit()
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    is_complex = left.has(I) or right.has(I)
+    for number, (signs, scale) in enumerate(zip(_SIGNS, _SCALES, strict=True)):
+        places = [Rational(_PRIMES[(place + 5 * number) % len(_PRIMES)], scale) for place in range(len(symbols))]
+        signed = [-x if signs >> (place % 3) & 1 else x for place, x in enumerate(places)]
+        values = [_number(each.subs(list(zip(symbols, signed, strict=True)))) for each in (left, right)]
+        if None in values:
+            continue
+        a, b = (mpmath.mpc(*(str(part) for part in each.as_real_imag())) for each in values)  # of any size
+        if is_complex or abs(a.imag) <= _ROUNDING * abs(a) or abs(b.imag) <= _ROUNDING * abs(b):
+            yield a, b
+
+
+def _undefined():
+    from sympy.core.function import AppliedUndef
+
+    return AppliedUndef
 
 
 def _number(expression):

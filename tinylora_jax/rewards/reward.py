@@ -75,7 +75,10 @@ class UserReward:
         asked = question if len(question) <= 80 else f"{question[:77]}..."
         try:
             value = self.function(completion, answer, question)
-        except Exception as error:  # the user's code may raise anything, and its author needs to know on what
+        except KeyboardInterrupt as error:  # by the user, or by the code
+            error.add_note(f"in reward {self.name}")
+            raise
+        except BaseException as error:  # SystemExit would end the run as if all were well
             problem = f"raised {type(error).__name__}: {error!s:.200}"
             advice = "return 0.0 for completions that it cannot grade"
             raise RewardError(f"reward {self.name} {problem} on question {asked!r}; {advice}") from error
@@ -124,7 +127,7 @@ def load_reward(name: str) -> Reward:
     module_name, function_name = name.split(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
+    except BaseException as error:  # importing runs the user's code, which may raise anything, and end the program
         problem = f"{type(error).__name__}: {error}"
         advice = "is its folder the current one, or on PYTHONPATH?"
         raise RewardError(f"reward {name}: cannot import {module_name} ({problem}); {advice}") from error
