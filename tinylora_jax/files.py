@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -159,7 +160,7 @@ def append(path: Path, data: bytes) -> None:
 def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write inside the `with` block, which takes its name at the end; after an error the old one is there.
 
-    A link at the path is replaced, never followed.
+    A link at the path is replaced, never followed. A device, such as /dev/null, is written to.
 
     Args:
       path: name of the file.
@@ -171,6 +172,10 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if _is_device(path):
+            with path.open("wb") as file:
+                yield file
+            return
         with suppress(FileNotFoundError):
             temporary.unlink()  # of a process that was killed, or a link that is not to be followed
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -188,6 +193,17 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.strerror:
             raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+def _is_device(path: Path) -> bool:
+    """Whether there is a device at a path; a pipe or a socket, which would be exchanged for a file, is refused."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file")
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def write_atomically(path: Path, data: str | bytes, durable: bool = True) -> None:

@@ -304,7 +304,7 @@ def test_every_field_is_under_the_checksum(saved):
     for changes in (
         {"base": "another/model"},
         {"about": {"config": {"template": "boxed"}}},
-        {"base_fingerprint": None},
+        {"base_fingerprint": {"dtype": "float32", "weights": {}}},
         {"unknown": 1},
     ):
         edit(saved, **changes)
