@@ -38,8 +38,8 @@ def expand(text: str | os.PathLike[str]) -> Path:
     '/tmp/runs/demo'
     """
     given = os.fspath(text)
-    if os.path.lexists(given):
-        return Path(given)
+    if not given.startswith("~") and os.path.lexists(given):
+        return Path(given)  # a dollar in the name of what is there is meant
     found = os.path.expandvars(given)
     if unknown := _VARIABLE.search(found):
         raise ValueError(f"{given}: the variable {unknown[0]} is not set; set it, or write the path out")

@@ -77,7 +77,7 @@ def answering(adapters):
 
 def flags(**changes):
     values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": None, "max_new_tokens": NEW}
-    values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32"}
+    values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32", "allow_download": False}
     return SimpleNamespace(**values | changes)
 
 

@@ -29,6 +29,7 @@ from tinylora_jax.files import append, check_own, open_regular, parse_json, read
 
 _MAX_JSON_BYTES = 2**26  # of a result; the summary of a sweep of a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # of a step's metrics
+_MOST_TOLD = 100  # of the fields that differ
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "adapter")
 
 
@@ -114,16 +115,19 @@ class RunLog:
                 raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
             raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir or remove this one") from error
-        before, now, missing = flat(before), flat(self._config), object()
+        try:
+            before, now, missing = flat(before), flat(self._config), object()
+        except RecursionError:
+            raise WorkdirError(f"{path} is damaged (nested too deeply); choose another --workdir") from None
         differ = [
-            f"config.{name}: {before.get(name, '(absent)')!r} there, {now.get(name, '(absent)')!r} now"
+            f"config.{name:.200}: {before.get(name, '(absent)')!r:.200} there, {now.get(name, '(absent)')!r:.200} now"
             for name in sorted(before.keys() | now.keys())
             if before.get(name, missing) != now.get(name, missing)
         ]
         if differ:
             raise WorkdirError(
                 f"workdir {self.workdir} belongs to a run with another config:\n  "
-                + "\n  ".join(differ)
+                + "\n  ".join(differ[:_MOST_TOLD])
                 + "\nChoose another --workdir, or give the same config to continue that run."
             )
 
