@@ -419,7 +419,7 @@ class Box:
 def test_factors_of_other_weights_are_refused(use):
     tree = lambda seed: {"a": {"up_proj": {"kernel": jax.random.normal(jax.random.key(seed), (64, 96))}}}
     one, other = tree(0), tree(1)
-    factors = factorize(one, TinyLoRA())
+    factors = factorize(one, TinyLoRA(targets=(".*kernel",)))
     v = jnp.ones((factors.num_groups, factors.spec.u))
     with pytest.raises(ValueError, match="factors are of other weights: .*a/up_proj/kernel.*factorize this tree"):
         use(other, factors, v)
@@ -433,7 +433,7 @@ def test_factors_of_other_weights_are_refused(use):
 
 def test_a_box_is_called_by_its_name():
     tree = {"a": {"up_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 96))}}}
-    factors = factorize(tree, TinyLoRA())
+    factors = factorize(tree, TinyLoRA(targets=(".*kernel",)))
     boxed = jax.tree.map(Box, tree)
     with pytest.raises(ValueError, match="a/up_proj/kernel is a Box, expected an array: take it out of its box"):
         apply(boxed, factors, jnp.ones((factors.num_groups, factors.spec.u)))
