@@ -79,9 +79,15 @@ class Checkpoints:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            with _quiet():
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self.directory}: {error}") from error
+        except Exception as error:  # Orbax looks into each step, and raises whatever its parsers do
+            raise CheckpointError(
+                f"a checkpoint in {self.directory} is damaged ({_said(error)}). Delete the newest folder there to"
+                " continue from the step before it."
+            ) from error
 
     def latest_step(self) -> int | None:
         """The newest complete step; None before the first."""
@@ -126,9 +132,9 @@ class Checkpoints:
             with _quiet():
                 restored = self._manager.restore(step, args=items)
             found, record = _verified(restored["state"], restored["record"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # Orbax and its parsers raise whatever they stumble over
             raise CheckpointError(
-                f"the checkpoint {folder} is damaged ({type(error).__name__}: {str(error)[:300]})."
+                f"the checkpoint {folder} is damaged ({_said(error)})."
                 " Delete that folder to continue from the step before it."
             ) from error
         expected = _named(like)
@@ -145,6 +151,10 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
