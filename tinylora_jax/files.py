@@ -215,6 +215,19 @@ def write_atomically(path: Path, data: str | bytes, durable: bool = True) -> Non
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+def check_tree(folder: Path) -> None:
+    """Refuses a folder in which, at any depth, there is something else than files and folders.
+
+    Raises:
+      OSError: names the link, pipe or device.
+    """
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            mode = os.lstat(os.path.join(root, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OSError(f"{os.path.join(root, name)} is {kind_of(mode)}, expected a file; remove it")
+
+
 def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

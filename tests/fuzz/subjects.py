@@ -25,12 +25,13 @@ from experiments.report import ReportError, checked_report, points, read_runs, t
 from tests.io import test_gguf
 from tinylora_jax.adapters import LoRA, Target, TinyLoRA, factorize
 from tinylora_jax.data import DataError, DataSpec, get_template, load_questions, render
+from tinylora_jax.files import read_at_most
 from tinylora_jax.io.adapter_file import AdapterError, load_adapter, read_adapter, save_adapter
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.gguf import load_gguf
 from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.huggingface import open_tensors, read_json, stop_ids
+from tinylora_jax.io.huggingface import check_links, open_tensors, read_json, stop_ids
 from tinylora_jax.io.lora_folder import read_lora, save_lora
 from tinylora_jax.io.peft import PeftError, read_tinylora
 from tinylora_jax.io.peft_export import export_tinylora
@@ -91,7 +92,15 @@ def make_adapter(folder: Path) -> None:
     save_adapter(folder, factors, v, "a/base", "float32", base_fingerprint(_params()), **about)
 
 
+def read_bare_adapter(folder: Path) -> Any:
+    _, v, description = read_adapter(folder)
+    if "description_sha256" not in description:
+        raise AdapterError("a file from before there was a checksum, of which no damage to all fields can be told")
+    return plain([v, description])
+
+
 def read_whole_adapter(folder: Path) -> Any:
+    read_bare_adapter(folder)
     factors, v = load_adapter(folder, _params())
     return plain([v, [[leaf.U, leaf.S, leaf.V, leaf.P] for leaf in factors.leaves.values()]])
 
@@ -174,10 +183,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tokenizer(folder: Path) -> None:
-    _tokenizer().save_pretrained(folder)
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
 
 
 def read_tokenizer(folder: Path) -> Any:
+    check_links(folder)
     return _folder_tokenizer(folder).encode("abcab")
 
 
@@ -195,9 +207,10 @@ def make_template(folder: Path) -> None:
 def read_template(folder: Path) -> Any:
     tokenizer = _tokenizer()
     try:
-        tokenizer.chat_template = (folder / "chat_template.jinja").read_bytes()[:100_000].decode("utf-8", "replace")
-    except OSError:  # whoever loads a tokenizer reads the file
+        text = read_at_most(folder / "chat_template.jinja", 100_000)
+    except (OSError, ValueError):  # whoever loads a tokenizer reads the file, and that is another subject
         return None
+    tokenizer.chat_template = text.decode("utf-8", "replace")
     return render(get_template("plain"), "ab", tokenizer)
 
 
@@ -330,7 +343,7 @@ def read_comparison(folder: Path) -> Any:
 
 _MODEL = (FileNotFoundError, OSError, ValueError)
 SUBJECTS = {
-    "adapter": Subject(make_adapter, lambda folder: plain(read_adapter(folder)[1:]), (AdapterError,), covered=True),
+    "adapter": Subject(make_adapter, read_bare_adapter, (AdapterError,), covered=True),
     "adapter and model": Subject(make_adapter, read_whole_adapter, (AdapterError,), covered=True),
     "PEFT": Subject(make_peft, read_peft, (PeftError, *_MODEL)),
     "LoRA": Subject(make_lora, read_lora_folder, (PeftError, *_MODEL)),

@@ -1,5 +1,6 @@
 """Checkpoints: restoring inverts saving, incomplete ones do not count, foreign ones are named."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -207,3 +208,16 @@ def test_a_full_disk_says_nothing_else(tmp_path):
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.stdout == "refused 1\n", result.stderr
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_is_no_file_is_refused_at_once(checkpoints, kind):
+    checkpoints.save(1, state(), RECORD)
+    for path in sorted(path for path in checkpoints.directory.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        with pytest.raises(CheckpointError, match=f"{path.name} is a .*, expected a file; remove it"):
+            Checkpoints(checkpoints.directory)
+        path.unlink()
+        path.write_bytes(data)

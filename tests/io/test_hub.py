@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -113,6 +114,13 @@ def test_only_the_weights_that_are_read_are_fetched(monkeypatch, tmp_path):
 def test_a_link_to_nothing_is_not_taken_for_absence(tmp_path, name):
     (tmp_path / name).symlink_to(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=f"{name} links to a file that is absent"):
+        check_links(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a named pipe, expected a file"):
         check_links(tmp_path)
 
 

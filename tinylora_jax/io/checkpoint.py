@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from tinylora_jax.adapters.targets import path_string
-from tinylora_jax.files import sync_tree
+from tinylora_jax.files import check_tree, sync_tree
 
 _RECORD, _SHA256 = "record", "sha256"  # fields of the JSON beside the state; older checkpoints hold the bare record
 
@@ -79,6 +79,7 @@ class Checkpoints:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            check_tree(self.directory)
             with _quiet():
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:

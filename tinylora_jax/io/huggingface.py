@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from tinylora_jax.files import expand, open_regular, parse_json
+from tinylora_jax.files import expand, kind_of, open_regular, parse_json
 from tinylora_jax.io.hub_cache import check_blobs
 from tinylora_jax.io.safetensors_file import open_safetensors
 from tinylora_jax.io.weights import LazyTensor
@@ -161,17 +161,20 @@ def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
 
 
 def check_links(folder: Path) -> None:
-    """Refuses a model folder with a link to nothing: what is optional would be taken for absent, and change prompts.
+    """Refuses a model folder with a link to nothing, or with a pipe, a device or a folder in place of a file.
+
+    What is optional would be taken for absent, and change prompts; a pipe would be waited for.
 
     Raises:
       FileNotFoundError: names the links.
+      ValueError: names what is no file.
     """
     patterns = [*_SMALL, "*.safetensors"]
-    broken = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_symlink() and not path.exists() and any(fnmatch.fnmatch(path.name, each) for each in patterns)
-    )
+    paths = [path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, each) for each in patterns)]
+    for path in sorted(paths):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, expected a file; fetch the model again")
+    broken = sorted(path.name for path in paths if not path.exists())
     if broken:
         raise FileNotFoundError(
             f"{folder}: {', '.join(broken[:8])} links to a file that is absent; fetch the model again, or remove"
