@@ -231,6 +231,7 @@ def checked_report(path: Path) -> dict[str, Any]:
         _require(path, where, row, ("params",), 1, 1e15)
         _require(path, where, row, ("training", "learning_rate", "seed", "difference", "p"), -1e15, 1e15)
         wrong = [name for name in ("series", "method") if not isinstance(row.get(name), str)]
+        wrong += ["precision"] if not isinstance(row.get("precision", _PRECISION), str) else []
         wrong += [name for name in _SETTING if isinstance(row.get(name, ""), list | dict)]
         if wrong or "u" not in row or "tying" not in row or "rank" not in row or not isinstance(row["params"], int):
             raise ReportError(
