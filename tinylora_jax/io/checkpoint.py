@@ -23,7 +23,8 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from tinylora_jax.adapters.targets import path_string
 from tinylora_jax.files import check_tree, sync_tree
 
-_RECORD, _SHA256 = "record", "sha256"  # fields of the JSON beside the state; older checkpoints hold the bare record
+_RECORD, _SHA256 = "record", "sha256"  # fields of the JSON beside the state
+_OLDER = "data"  # older checkpoints hold the bare record instead, which has this field
 
 
 class CheckpointError(RuntimeError):
@@ -167,7 +168,7 @@ def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str,
     if not isinstance(state, dict) or not isinstance(stored, dict):
         raise TypeError(f"expected two objects, found {type(state).__name__} and {type(stored).__name__}")
     arrays = {name: np.asarray(leaf) for name, leaf in state.items()}
-    if _RECORD not in stored and _SHA256 not in stored:
+    if _RECORD not in stored and _SHA256 not in stored and _OLDER in stored:
         return arrays, stored
     record = stored[_RECORD]
     if len(stored) != 2 or stored[_SHA256] != _digest(arrays, record):
