@@ -44,6 +44,7 @@ setup(
         "test": [
             "pytest>=8",
             "beartype>=0.19",
+            "hypothesis>=6",
             "torch==2.13.0",
             "accelerate>=1.0",
             "peft>=0.19",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from experiments.curves import mean_and_error
 from experiments.picture import smoothing
+from tinylora_jax.files import write_atomically
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs it
     from matplotlib.axes import Axes
@@ -26,6 +28,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _write(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(path, picture.getvalue(), durable=False)
 
 
 def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
@@ -61,7 +69,7 @@ def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("times the second direction")
     axes.set_xlabel("times the trained vector")
     axes.set_title(f"{result['model']}\n{about}", fontsize=9, pad=16 if result["axes"] == 1 else 6)
-    figure.savefig(path, dpi=150)
+    _write(figure, path)
 
 
 def draw_curves(result: Mapping[str, Any]) -> Figure:
@@ -146,4 +154,4 @@ def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Map
     axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g} %")
     axes.grid(axis="y", color="0.92")
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    _write(figure, path)

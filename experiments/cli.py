@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,14 +15,41 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from experiments import hosts
+from tinylora_jax.files import expand, write_atomically
 from tinylora_jax.io.checkpoint import CheckpointError
 from tinylora_jax.io.run_log import WorkdirError
 
 _INTERRUPTED = 130  # as a shell reports SIGINT
+# What follows the name of a base model that only an adapter names: its maker chose what would be downloaded.
+NOT_IN_CACHE = (
+    "is not in the cache of the Hugging Face hub; --allow_download fetches it, or --model says where it is or which"
+    " other model to take"
+)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last good state is kept."""
+
+
+class _PathParser(flags.ArgumentParser):
+    """A flag's path with `~` and variables expanded; an empty one stays."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        return str(expand(argument)) if argument else argument
+
+
+def define_path(name: str, help_text: str, several: bool = False) -> None:
+    """Defines a flag that takes a path, in which `~` and `$NAME` are expanded.
+
+    Args:
+      name: of the flag; absent it is None.
+      help_text: what it is for.
+      several: whether the flag may be repeated, and holds a list.
+    """
+    define = flags.DEFINE_multi if several else flags.DEFINE
+    define(_PathParser(), name=name, default=None, help=help_text, serializer=flags.ArgumentSerializer())
 
 
 def use_compilation_cache() -> None:
@@ -82,7 +109,9 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
         yield
     except WorkdirError as error:
         fail(str(error))
-    except (ValueError, OSError, CheckpointError, TrainingError, hosts.HostError) as error:
+    except MemoryError:
+        fail(f"the memory is full; lower the sizes, or free some{_keep_traceback(log_folder)}")
+    except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, hosts.HostError) as error:
         fail(f"{error}{_keep_traceback(log_folder)}")
     except KeyboardInterrupt as error:
         where = " ".join(["interrupted", *getattr(error, "__notes__", ())])
@@ -99,8 +128,7 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
 def _keep_traceback(folder: Path | None) -> str:
     if folder is None or not folder.is_dir() or not hosts.is_first():
         return ""
-    try:
-        (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
-    except OSError:  # the disk may be what failed
-        return ""
-    return f"\n(traceback in {folder / 'error.log'})"
+    with suppress(OSError):  # the disk may be what failed
+        write_atomically(folder / "error.log", traceback.format_exc().encode("utf-8", "replace"))
+        return f"\n(traceback in {folder / 'error.log'})"
+    return ""

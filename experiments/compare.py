@@ -22,7 +22,10 @@ from absl import app
 from experiments.cli import fail, reporting_errors, tell
 from experiments.scoring import GRADES
 from tinylora_jax.data.sources import DataError, read_jsonl
+from tinylora_jax.files import expand, is_number, read_json
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
+
+_MAX_RESULT_BYTES = 2**24
 
 Key = tuple[str, int]  # set and question
 
@@ -64,7 +67,7 @@ def read(path: Path) -> Evaluation:
         if not each.is_file():
             raise CompareError(f"{each}: no such file; experiments.evaluate --output={path} writes both")
     try:
-        result = json.loads(path.read_bytes())
+        result = read_json(path, _MAX_RESULT_BYTES)
         sets = result.get("sets") or {result["data"]: result}
         how = {"template": result["template"], **{f"reward of {name}": each["reward"] for name, each in sets.items()}}
         decoding = {"max_new_tokens": result["max_new_tokens"]}
@@ -72,7 +75,7 @@ def read(path: Path) -> Evaluation:
             decoding |= {
                 f"{field} of {name}": each.get("sampled", {}).get(field) for field in ("temperature", "samples")
             }
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CompareError(f"{path} is no result of experiments.evaluate ({what:.200}); evaluate again") from error
     evaluation = Evaluation(path, how, decoding, {}, {})
@@ -89,7 +92,7 @@ def _add(evaluation: Evaluation, where: str, row: Mapping[str, Any]) -> None:
         raise DataError(f"{where}: it has no {error}; evaluate again") from error
     if not (isinstance(key[1], int) and all(isinstance(text, str) for text in (key[0], mode, *asked))):
         raise DataError(f"{where}: id, set, mode, question or answer is of a wrong type; evaluate again")
-    if not all(isinstance(grade, int | float) and math.isfinite(grade) for grade in grades):
+    if not all(map(is_number, grades)):
         raise DataError(f"{where}: expected finite grades, got {str(grades):.80}")
     if evaluation.asked.setdefault(key, asked) != asked:
         raise DataError(f"{where}: id {key[1]} stands for two questions")
@@ -154,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 3:
         fail("expected two results of experiments.evaluate: python -m experiments.compare first.json second.json")
     with reporting_errors():
-        first, second = (read(Path(name)) for name in argv[1:])
+        first, second = (read(expand(name)) for name in argv[1:])
         found = compare(first, second)
     for name in sorted(first.decoding.keys() | second.decoding.keys()):
         ours, theirs = first.decoding.get(name), second.decoding.get(name)

@@ -30,11 +30,12 @@ from experiments.aot.chips import Topology, larger, topology  # noqa: E402
 from experiments.aot.programs import Case, compile_all  # noqa: E402
 from experiments.aot.report import print_table, summary  # noqa: E402
 from experiments.aot.suggest import search  # noqa: E402
-from experiments.cli import parse_flags, reporting_errors  # noqa: E402
+from experiments.cli import define_path, parse_flags, reporting_errors  # noqa: E402
 from experiments.fitting import fit  # noqa: E402
 from experiments.meshes import parse_mesh  # noqa: E402
 from experiments.setup import parse  # noqa: E402
 from experiments.shapes import architecture  # noqa: E402
+from tinylora_jax.files import write_atomically
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
 
 PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
@@ -110,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
             told = [argument for argument in sys.argv[1:] if not argument.startswith("--json")]
             command = " ".join(["python -m experiments.compile", *told])
             text = json.dumps({"command": command, "results": results}, indent=1) + "\n"
-            Path(FLAGS.json).write_text(text, encoding="utf-8")
+            write_atomically(Path(FLAGS.json), text)
 
 
 if __name__ == "__main__":
@@ -121,7 +122,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "model_config", None, "A known architecture or the path of a config.json; default: config.model's."
     )
-    flags.DEFINE_string("json", None, "Also write the result to this file.")
+    define_path("json", "Also write the result to this file.")
     flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile these programs alone.")
     flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; name the cheaper --topology first.")
     flags.mark_flag_as_required("config")

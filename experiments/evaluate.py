@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 from experiments import hosts
 from experiments.answering import Answers, answer, lower_answer, step_key
-from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.compilation import compile_together
 from experiments.meshes import use_fitting_mesh
 from experiments.scoring import Row, sampled_summary, summary, table
 from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
-from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.files import write_atomically
 from tinylora_jax.io.saving import open_trained
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling
@@ -200,10 +200,10 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     config_flags.DEFINE_config_file("config", None, "Which model, questions and grader.", lock_config=True)
-    flags.DEFINE_string("adapter", None, "Folder of a trained adapter; absent: the base model.")
-    flags.DEFINE_string("output", None, "Write the result to this .json, and every answer to the .jsonl beside it.")
+    define_path("adapter", "Folder of a trained adapter; absent: the base model.")
+    define_path("output", "Write the result to this .json, and every answer to the .jsonl beside it.")
     flags.DEFINE_string("suite", None, "Sets to evaluate on, separated by commas: names, files or hub ids.")
-    flags.DEFINE_string("suite_folder", None, "Has the named sets as files; absent, they come from the hub.")
+    define_path("suite_folder", "Has the named sets as files; absent, they come from the hub.")
     hosts.define_flags()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
 from tinylora_jax.io.adapter_file import save_adapter
 from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.hf_folder import export_merged, rounding_loss
+from tinylora_jax.io.huggingface import NotInCacheError
 from tinylora_jax.io.new_folder import new_folder
 from tinylora_jax.io.peft_export import export_lora, export_tinylora
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
@@ -34,7 +35,9 @@ _PEFT = {"peft-tinylora": export_tinylora, "peft-lora": export_lora}
 _LOSS_TOLD = 0.01
 
 
-def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32") -> None:
+def export(
+    adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32", download: bool = False
+) -> None:
     """Writes an adapter as a PEFT folder, as one of ours, or a model merged with it.
 
     Args:
@@ -43,6 +46,7 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype
       output: folder to make; refused if there is something in it. After an error nothing is left there.
       model: the base model, as `load_pretrained` takes it; None takes the adapter's own name for it.
       dtype: of merged weights, or of the vector in our own folder.
+      download: whether a base that the adapter alone names may be downloaded: whoever made it chose it.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
@@ -59,7 +63,10 @@ def export(adapter: Path, to: str, output: Path, model: str | None = None, dtype
         raise ValueError(f"{adapter} does not name its base model; give it with --model")
     with new_folder(output) as folder:
         tell(f"loading {base}")
-        pretrained = load_pretrained(base, jnp.dtype(trained.dtype))
+        try:
+            pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=download or model is not None)
+        except NotInCacheError as error:
+            raise ValueError(f"{adapter} calls its base {base!r}, which {NOT_IN_CACHE}") from error
         tell("reading or computing the factors")
         if to == "tinylora":
             return _save(folder, trained, pretrained, base, dtype)
@@ -91,15 +98,16 @@ def main(argv: Sequence[str]) -> None:
     del argv
     use_compilation_cache()
     with reporting_errors():
-        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype)
+        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype, FLAGS.allow_download)
     print(f"written to {FLAGS.output}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("adapter", None, "Folder of a trained adapter, ours or PEFT's TinyLoRA.")
+    define_path("adapter", "Folder of a trained adapter, ours or PEFT's TinyLoRA.")
     flags.DEFINE_enum("to", None, ["merged", "tinylora", *_PEFT], "Form to write.")
-    flags.DEFINE_string("output", None, "Folder to make.")
+    define_path("output", "Folder to make.")
     flags.DEFINE_string("model", None, "The base model, if not by the name in the adapter: `config.model` of its run.")
+    flags.DEFINE_bool("allow_download", False, "Download the base that the adapter names if it is not in the cache.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of merged weights, or of our vector.")
     flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.screen import Screen, TextStream
 from tinylora_jax.adapters import CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
+from tinylora_jax.io.huggingface import NotInCacheError
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
 from tinylora_jax.io.trained import Trained, open_adapter, read_together
 from tinylora_jax.rollout import Sampling, stream
@@ -35,6 +36,7 @@ from tinylora_jax.rollout import Sampling, stream
 FLAGS = flags.FLAGS
 BASE = "base"  # names the model without an adapter; a folder of that name is ./base
 _WIDTH_STEP = 64  # prompts are padded to a multiple of this, so that the next one seldom compiles anything
+_MOST_TEXT = 2**24  # characters of standard input
 _EVERY = 4  # tokens between two looks at what has come
 _adapted = jax.jit(Policy.__call__)
 
@@ -85,7 +87,9 @@ def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
     return tuple(shown.get(name) or name for name in adapters)
 
 
-def load(model: str | None, adapters: Sequence[str], dtype: Any, template: str | None = None) -> Answering:
+def load(
+    model: str | None, adapters: Sequence[str], dtype: Any, template: str | None = None, download: bool = False
+) -> Answering:
     """Loads the model and reads its adapters.
 
     Args:
@@ -93,6 +97,7 @@ def load(model: str | None, adapters: Sequence[str], dtype: Any, template: str |
       adapters: folders, or `base`; none is the base model alone.
       dtype: of the weights.
       template: name of the prompt template; None is each adapter's own.
+      download: whether a base that the adapters alone name may be downloaded: whoever made them chose it.
 
     Raises:
       AdapterError, PeftError: an adapter is damaged or was trained on another model.
@@ -112,7 +117,9 @@ def load(model: str | None, adapters: Sequence[str], dtype: Any, template: str |
         raise InputError(f"--model is missing: {where}; a hub id, a folder or a .gguf file")
     tell(f"loading {model or named}")
     try:
-        base = load_pretrained(model or named, dtype)
+        base = load_pretrained(model or named, dtype, download=download or model is not None)
+    except NotInCacheError as error:
+        raise InputError(f"the adapter calls its base {named!r}, which {NOT_IN_CACHE}") from error
     except (FileNotFoundError, ValueError) as error:
         if model is None:
             raise InputError(f"{error} (the adapter calls its base {named!r}; --model says where it is)") from error
@@ -252,7 +259,10 @@ def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
     if given:
         yield list(given)
     elif not source.isatty():
-        lines = [line for line in source.read().splitlines() if line.strip()]
+        text = source.read(_MOST_TEXT + 1)
+        if len(text) > _MOST_TEXT:
+            raise InputError(f"standard input has more than {_MOST_TEXT} characters; give fewer prompts at a time")
+        lines = [line for line in text.splitlines() if line.strip()]
         if not lines:
             raise InputError("no prompt: give --prompt, or lines on standard input")
         yield lines
@@ -272,7 +282,8 @@ def run(values: flags.FlagValues) -> None:
         raise InputError(f"--samples={values.samples} are all alike at --temperature=0; raise it")
     sampling = Sampling(values.max_new_tokens, values.temperature)
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    answering = load(values.model, values.adapter, jnp.dtype(dtype), values.template)
+    adapters, download = values.adapter or [], values.allow_download
+    answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download)
     sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
     key, answered = jax.random.key(values.seed), 0
     for prompts in prompts_of(values.prompt, sys.stdin):
@@ -298,7 +309,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "What `config.model` takes; absent: the base that the first adapter names.")
-    flags.DEFINE_multi_string("adapter", [], f"Folder of a trained adapter, or {BASE}; again for more of them.")
+    define_path("adapter", f"Folder of a trained adapter, or {BASE}; again for more of them.", several=True)
+    flags.DEFINE_bool("allow_download", False, "Download the base that the adapter names if it is not in the cache.")
     flags.DEFINE_multi_string("prompt", [], "A question; again for more. Absent: lines of standard input.")
     _about = f"The messages around a question: {', '.join(TEMPLATES)}. Absent: each adapter's own, else plain."
     flags.DEFINE_string("template", None, _about)

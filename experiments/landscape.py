@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from experiments.answering import answer, grades_of, lower_answer, step_key
 from experiments.charts import draw_landscape
-from experiments.cli import fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.compilation import compile_together
 from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax.data import Prompt, padded_width
-from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.files import write_atomically
 from tinylora_jax.io.trained import open_adapter
 
 FLAGS = flags.FLAGS
@@ -170,8 +170,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file(
         "config", None, "Model, questions, samples; as for experiments.grpo.", lock_config=True
     )
-    flags.DEFINE_multi_string("adapter", None, "Folder of a trained adapter; a second one spans a plane.")
-    flags.DEFINE_string("output", None, "The .json to write; the .png lies beside it.")
+    define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
+    define_path("output", "The .json to write; the .png lies beside it.")
     flags.DEFINE_integer("points", 21, "Points on each axis.", lower_bound=2)
     flags.DEFINE_float("low", -1.0, "First coordinate: multiples of the vector.")
     flags.DEFINE_float("high", 3.0, "Last coordinate.")

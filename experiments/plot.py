@@ -16,6 +16,7 @@ which --redraw draws it again.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -26,15 +27,16 @@ import numpy as np
 from absl import app, flags
 
 from experiments.charts import draw_curves
-from experiments.cli import fail, parse_flags, reporting_errors, tell
+from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell
 from experiments.curves import mean_curves
 from experiments.picture import Run, draw
-from tinylora_jax.io.run_log import write_atomically
+from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "run.png"  # of the picture, in the workdir
+_MAX_JSON_BYTES = 2**28  # a line of metrics has a kilobyte
 CURVES = "curves.png"  # of the curves of a sweep, in its workdir
 _GRPO = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
 _SFT = ("loss", "grad_norm", "entropy", "length", "v_norm", "update_s")
@@ -78,11 +80,11 @@ def read_run(workdir: Path) -> Run:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        found = read_json(path, _MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
         raise PlotError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise PlotError(f"{path} is damaged: expected an object, found {type(found).__name__}")
@@ -98,21 +100,24 @@ def _accuracies(path: Path, found: Any) -> dict[str, float] | None:
 
 
 def _number(where: object, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+    if not is_number(value) or not abs(value) < 1e300:
         raise PlotError(f"{where} is damaged: expected a finite number, found {str(value)[:40]!r}")
     return float(value)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The steps of metrics.jsonl; of a last line without its end, which a run may be writing, nothing is kept."""
-    *lines, torn = path.read_bytes().split(b"\n")
+    try:
+        *lines, torn = read_at_most(path, _MAX_JSON_BYTES).split(b"\n")
+    except (OSError, ValueError) as error:
+        raise PlotError(f"{path} cannot be read: {error}") from error
     del torn
     rows: list[dict[str, Any]] = []
     for index, line in enumerate(lines):
         where = f"{path} line {index + 1}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise PlotError(f"{where} is damaged: {error}") from error
         if not isinstance(row, dict) or row.get("step") != index:
             raise PlotError(f"{where} is damaged: expected step {index}, found {str(row)[:40]!r}")
@@ -151,9 +156,9 @@ def plot(workdir: Path, output: Path | None = None) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")  # who looks while it is written sees the old one
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    write_atomically(path, picture.getvalue(), durable=False)  # who looks while it is written sees the old one
 
 
 def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
@@ -198,11 +203,36 @@ def _drawn(workdirs: Sequence[Path], output: Path | None) -> Path:
         return plot(workdirs[0], output)
     if workdirs:
         return plot_curves(workdirs, output)
-    curves = _json(Path(FLAGS.redraw))
-    if not {"curves", "metric", "untrained", "model"} <= curves.keys():
-        raise PlotError(f"{FLAGS.redraw} holds no curves; expected a JSON that this command wrote")
-    _save(draw_curves(curves), output)
+    _save(draw_curves(checked_curves(Path(FLAGS.redraw))), output)
     return output
+
+
+def checked_curves(path: Path) -> dict[str, Any]:
+    """Curves that this command wrote, read for drawing them again.
+
+    Raises:
+      PlotError: the file is damaged or holds something else; names the field.
+    """
+    result = _json(path)
+    if not {"curves", "metric", "untrained", "model"} <= result.keys():
+        raise PlotError(f"{path} holds no curves; expected a JSON that this command wrote")
+    curves, before, model = result["curves"], result["untrained"], result["model"]
+    numbers = lambda x: isinstance(x, list) and all(is_number(each) and abs(each) < 1e15 for each in x)
+    wrong = [] if result["metric"] in ("reward", "loss") else ["metric"]
+    wrong += [] if before is None or numbers([before]) else ["untrained"]
+    wrong += [] if model is None or isinstance(model, str) else ["model"]
+    wrong += [] if isinstance(curves, list) and curves else ["curves"]
+    for index, curve in enumerate([] if wrong else curves):
+        ok = isinstance(curve, dict) and isinstance(curve.get("label"), str) and isinstance(curve.get("runs"), list)
+        ok = ok and all(numbers(curve.get(name)) for name in ("mean", "steps", "trained")) and curve["steps"]
+        ok = ok and isinstance(curve.get("values"), list) and all(map(numbers, curve["values"]))
+        ok = ok and len(curve["values"]) == len(curve["runs"]) == len(curve["steps"])
+        ok = ok and 1 <= len(curve["mean"]) <= min(map(len, curve["values"])) == max(map(len, curve["values"]))
+        ok = ok and (curve.get("se", 0) is None or numbers(curve.get("se")))
+        wrong += [] if ok else [f"curves[{index}]"]
+    if wrong:
+        raise PlotError(f"{path} is damaged: {', '.join(wrong[:3])} is not as this command wrote it")
+    return result
 
 
 def main(argv: Sequence[str]) -> None:
@@ -226,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_multi_string("workdir", None, "Folder of a run or a sweep; several make one picture.")
-    flags.DEFINE_string("redraw", None, "Draw the curves of this JSON again.")
-    flags.DEFINE_string("output", None, "The .png to write; default: run.png in the workdir, curves.png in a sweep's.")
+    define_path("workdir", "Folder of a run or a sweep; several make one picture.", several=True)
+    define_path("redraw", "Draw the curves of this JSON again.")
+    define_path("output", "The .png to write; default: run.png in the workdir, curves.png in a sweep's.")
     app.run(main, flags_parser=parse_flags)

@@ -22,12 +22,13 @@ import numpy as np
 from absl import app, flags
 
 from experiments.charts import draw_accuracy
-from experiments.cli import fail, parse_flags, reporting_errors
-from tinylora_jax.io.run_log import write_atomically
+from experiments.cli import define_path, fail, parse_flags, reporting_errors
+from tinylora_jax.files import expand, is_number, open_regular, parse_json, read_json, write_atomically
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
 
 FLAGS = flags.FLAGS
 _PRECISION = "float32"  # of v, in runs of versions that knew no other
+_MAX_JSON_BYTES = 2**26
 _SETTING = ("method", "rank", "tying", "u", "n_tie", "precision", "learning_rate")  # all but the seed
 
 
@@ -37,10 +38,10 @@ class ReportError(ValueError):
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        return read_json(path, _MAX_JSON_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ReportError(f"{path} is missing; expected the --workdir of a finished run or sweep") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path} is damaged ({error})") from error
 
 
@@ -51,12 +52,13 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ReportError(f"{path} is missing; the run did not end") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is damaged ({error!r})") from error
 
 
 def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open_regular(path) as file:
+        return [parse_json(line) for line in file if line.strip()]
 
 
 def _greedy(path: Path) -> dict[int, bool]:
@@ -70,7 +72,8 @@ def _training(path: Path) -> float:
     with _naming(path):
         rows = _lines(path)
         last = rows[-max(1, len(rows) // 4) :]
-        found = float(np.mean([row["reward"] if "reward" in row else -row["loss"] for row in last])) if rows else np.nan
+        values = [row["reward"] if "reward" in row else -row["loss"] for row in last]
+        found = float(np.mean(values)) if values and all(map(is_number, values)) else np.nan
     if not np.isfinite(found):
         raise ReportError(f"{path} is damaged (the reward or loss of its last steps is not finite, or it is empty)")
     return found
@@ -208,6 +211,46 @@ def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     }
 
 
+def checked_report(path: Path) -> dict[str, Any]:
+    """A report that this command wrote, read for drawing it again.
+
+    Raises:
+      ReportError: the file is damaged or holds something else; names the field.
+    """
+    result = _read(path)
+    if not (isinstance(result, dict) and {"runs", "untrained"} <= result.keys()):
+        raise ReportError(f"{path} is no report; expected a JSON that this command wrote")
+    rows = result["runs"]
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        raise ReportError(f"{path}: runs: expected a list of objects, one or more")
+    shares = ("accuracy", "low", "high")
+    _require(path, "untrained", result["untrained"], shares, 0, 1)
+    for index, row in enumerate(rows):
+        where = f"runs[{index}]"
+        _require(path, where, row, shares, 0, 1)
+        _require(path, where, row, ("params",), 1, 1e15)
+        _require(path, where, row, ("training", "learning_rate", "seed", "difference", "p"), -1e15, 1e15)
+        wrong = [name for name in ("series", "method") if not isinstance(row.get(name), str)]
+        wrong += ["precision"] if not isinstance(row.get("precision", _PRECISION), str) else []
+        wrong += [name for name in _SETTING if isinstance(row.get(name, ""), list | dict)]
+        if wrong or "u" not in row or "tying" not in row or "rank" not in row or not isinstance(row["params"], int):
+            raise ReportError(
+                f"{path}: {where} is no run: {', '.join(wrong) or 'a field'} is missing or not as written"
+            )
+        if not isinstance(row["tying"], str | None):
+            raise ReportError(f"{path}: {where}: tying: expected a text or null")
+    return result
+
+
+def _require(path: Path, where: str, row: Any, names: Sequence[str], low: float, high: float) -> None:
+    for name in names:
+        value = row.get(name) if isinstance(row, dict) else None
+        if not (is_number(value) and low <= value <= high):
+            raise ReportError(
+                f"{path}: {where}: {name}: expected a number from {low:g} to {high:g}, found {value!r:.40}"
+            )
+
+
 def _name(row: dict[str, Any]) -> str:
     """A run in words: its method, and what is not the default of u, tying and precision."""
     words = [row["series"], row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
@@ -248,14 +291,12 @@ def main(argv: Sequence[str]) -> None:
         fail("give --runs, once or more, or --redraw")
     with reporting_errors():
         if FLAGS.redraw:
-            result = _read(Path(FLAGS.redraw))
-            if not (isinstance(result, dict) and {"runs", "untrained"} <= result.keys()):
-                raise ReportError(f"{FLAGS.redraw} is no report; expected a JSON that this command wrote")
+            result = checked_report(Path(FLAGS.redraw))
         else:
             pairs = [text.partition(":") for text in FLAGS.runs]
             if wrong := [text for text, (name, _, path) in zip(FLAGS.runs, pairs, strict=True) if not (name and path)]:
                 raise ReportError(f"--runs={wrong[0]}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
-            result = report([run for name, _, path in pairs for run in read_runs(name, Path(path))])
+            result = report([run for name, _, path in pairs for run in read_runs(name, expand(path))])
         drawn, text = points(result["runs"]), table(result)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, json.dumps(result, indent=1) + "\n")
@@ -265,7 +306,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
-    flags.DEFINE_string("redraw", None, "Draw the picture of this JSON again.")
-    flags.DEFINE_string("output", None, "The .json to write; the .png lies beside it.")
+    define_path("redraw", "Draw the picture of this JSON again.")
+    define_path("output", "The .json to write; the .png lies beside it.")
     flags.mark_flag_as_required("output")
     app.run(main, flags_parser=parse_flags)

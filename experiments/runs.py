@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import hosts
-from experiments.cli import fail, reporting_errors, tell, use_compilation_cache
+from experiments.cli import define_path, fail, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
 from experiments.launch import launch
@@ -240,6 +240,7 @@ def run(
     finished = time.perf_counter()
 
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
+    folder.check()
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
     after, answers = evaluate(task, trainer.placed(saved), questions, seed=config.seed, between=stop.check, **how)
     folder.write_rows("answers_after.jsonl", answers)
@@ -273,7 +274,7 @@ def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any
 def define_flags() -> None:
     """Defines the flags of a command that trains."""
     config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run: created, or continued.")
+    define_path("workdir", "Folder of the run: created, or continued.")
     hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
 

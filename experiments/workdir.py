@@ -70,6 +70,10 @@ class Workdir:
         """Writes JSON lines, all or nothing."""
         on_first(lambda: self._log.write_rows(name, rows))
 
+    def check(self) -> None:
+        """Refuses to go on in a workdir that was deleted or exchanged."""
+        on_first(lambda: self._log.check())
+
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint's state, as arrays of the host, and its record; None before the first.
 

@@ -66,6 +66,13 @@ collect_ignore = [
 ]  # set their own number of devices
 
 
+def pytest_addoption(parser):
+    """Options of tests/fuzz, which only this file can define."""
+    parser.addoption("--minutes", type=float, default=1.0, help="How long `-m fuzz` takes.")
+    parser.addoption("--fuzz_seed", type=int, default=None, help="Of the damage; absent: another one every time.")
+    parser.addoption("--fuzz_log", default=None, help="A file to which finds are added when they are found.")
+
+
 def pytest_configure(config):
     """Turns warnings into errors."""
     for line in _WARNINGS:

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.cli import reporting_errors, tell
+from experiments.cli import define_path, reporting_errors, tell
 from experiments.meshes import active_mesh, parse_mesh, use_mesh
 from experiments.shapes import SHAPES, architecture
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
@@ -38,10 +38,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("runs", 3, "Timed runs after the warm-up; medians are reported.", lower_bound=1)
     flags.DEFINE_string("mesh", "1,1,1", "data,fsdp,tensor: the first so many devices are used, and no other.")
-    flags.DEFINE_string("json", None, "Also write the result to this file.")
+    define_path("json", "Also write the result to this file.")
     writable = lambda path: path is None or Path(path).parent.is_dir() and not Path(path).is_dir()
     flags.register_validator("json", writable, "expected a file in a folder that exists")
-    flags.DEFINE_string("profile", None, "Write a trace of one run to this folder (TensorBoard, Perfetto).")
+    define_path("profile", "Write a trace of one run to this folder (TensorBoard, Perfetto).")
 
 
 @contextmanager

@@ -406,3 +406,34 @@ def test_only_floats_are_adapted():
 def test_specs_that_mean_nothing_are_refused(wrong):
     with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):  # TypeError: the type-checking hook
         TinyLoRA(**wrong)
+
+
+class Box:
+    """What some frameworks keep a weight in; JAX knows nothing of it, so it is a leaf."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("use", [apply, merge])
+def test_factors_of_other_weights_are_refused(use):
+    tree = lambda seed: {"a": {"up_proj": {"kernel": jax.random.normal(jax.random.key(seed), (64, 96))}}}
+    one, other = tree(0), tree(1)
+    factors = factorize(one, TinyLoRA(targets=(".*kernel",)))
+    v = jnp.ones((factors.num_groups, factors.spec.u))
+    with pytest.raises(ValueError, match="factors are of other weights: .*a/up_proj/kernel.*factorize this tree"):
+        use(other, factors, v)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        use(jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), one), factors, v)
+    jax.jit(use)(other, factors, v)  # of what is not known yet nothing is said
+    jax.jit(lambda v: use(one, factors, v))(v)
+    with pytest.raises(ValueError, match="factors are of other weights"):
+        jax.jit(lambda v: use(other, factors, v))(v)
+
+
+def test_a_box_is_called_by_its_name():
+    tree = {"a": {"up_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 96))}}}
+    factors = factorize(tree, TinyLoRA(targets=(".*kernel",)))
+    boxed = jax.tree.map(Box, tree)
+    with pytest.raises(ValueError, match="a/up_proj/kernel is a Box, expected an array: take it out of its box"):
+        apply(boxed, factors, jnp.ones((factors.num_groups, factors.spec.u)))

@@ -3,7 +3,10 @@
 import gzip
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,3 +259,74 @@ def test_rows_are_kept_by_a_column(tmp_path, write):
     for bad in ("level", "=3", "level=", "a,b=1"):
         with pytest.raises(DataError, match="keep like 'level=3,4,5'"):
             DataSpec(source, keep=bad)
+
+
+def peak_of(source, **options):
+    """The error of loading a source in a process of its own, and by how many MB its memory grew."""
+    code = (
+        "import resource, sys, pyarrow.parquet, pyarrow.compute\n"
+        "from tinylora_jax.data import DataError, DataSpec, load_questions\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before, said = peak(), 'nothing'\n"
+        f"try: load_questions(DataSpec({source!r}, **{options!r}))\n"
+        "except DataError as error: said = str(error)\n"
+        "print(peak() - before); print(said)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    grown, said = result.stdout.splitlines()
+    return int(grown), said
+
+
+def test_a_parquet_bomb_is_refused_before_it_goes_off(tmp_path):
+    text = pyarrow.array(["x" * (1 << 20)] * 1000).dictionary_encode()
+    table = pyarrow.table({"question": text, "answer": ["1"] * 1000})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 19
+    for options in ({}, {"limit": 4}):
+        grown, said = peak_of(str(tmp_path / "a.parquet"), **options)
+        assert "no file of questions has so much in it" in said and grown < 300
+
+
+def test_a_parquet_file_of_long_pages_is_refused(tmp_path):
+    table = pyarrow.table({"question": ["x" * (1 << 20)] * 200, "answer": ["1"] * 200})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    grown, said = peak_of(str(tmp_path / "a.parquet"))
+    assert "no file of questions is so" in said and grown < 300
+
+
+@pytest.mark.parametrize("kind", ["blank", "rows", "fields"])
+def test_a_small_archive_of_many_bytes_is_refused(tmp_path, kind):
+    row = {"blank": b"\n", "rows": b'{"question": "1", "answer": "1"}\n', "fields": b"[" * (1 << 23) + b"\n"}[kind]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 9) as file:
+        for _ in range(200):
+            file.write(row * max(1, (1 << 20) // len(row)))
+    grown, said = peak_of(str(tmp_path / "a.jsonl.gz"))
+    assert "no file of questions has so much" in said or "longer than" in said, said
+    assert grown < 2000
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "NaN", "1" * 5000])
+def test_numbers_beyond_all_bounds_are_one_error(tmp_path, number):
+    (tmp_path / "a.jsonl").write_text(f'{{"question": "a?", "answer": {number}}}\n')
+    with pytest.raises(DataError, match="column 'answer'|not valid JSON"):
+        load_questions(DataSpec(str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="is a named pipe, expected a file"):
+        load_questions(DataSpec(str(path)))
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="is a device, expected a file"):
+        load_questions(DataSpec(str(path)))
+
+
+def test_variables_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUESTIONS", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl")
+    assert len(load_questions(DataSpec("$QUESTIONS/a.jsonl"))) == 5
+    with pytest.raises(DataError, match="the variable .NOWHERE is not set"):
+        load_questions(DataSpec("$NOWHERE/a.jsonl"))

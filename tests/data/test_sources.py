@@ -1,11 +1,14 @@
 """Sources behind optional packages and the network: reasoning-gym, and the hub with its client replaced."""
 
+import json
 import sys
 
 import datasets
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
 
-from tinylora_jax.data import DataError, DataSpec, Question, load_questions
+from tinylora_jax.data import DataError, DataSpec, Question, load_questions, sources
 
 
 @pytest.fixture
@@ -60,6 +63,10 @@ def test_hub_columns_are_named(hub):
             "BuilderConfig 'x' not found; check the name, its config",
         ),
         (datasets.exceptions.DatasetGenerationError("broken"), "cannot load"),
+        (HTTPError("peer closed connection"), "the connection broke; run the same command again"),
+        (datasets.exceptions.DatasetNotFoundError("'x' is a gated dataset on the Hub."), "accept its licence.*log in"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "not the hub but, for instance, a proxy"),
+        (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supported; check the name"),
     ],
 )
 def test_hub_failures_are_one_clear_error(hub, error, said):
@@ -89,3 +96,22 @@ def test_missing_reasoning_gym_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(DataError, match="pip install 'reasoning-gym"):
         load_questions(DataSpec("reasoning-gym:chain_sum"))
+
+
+def test_a_cached_data_set_does_not_wait_for_a_hub_that_fails(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "_hub_answers", lambda name: False)
+    seen, load = [], hub.load
+
+    def loading(*args, **options):
+        seen.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        return load(*args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", loading)
+    assert len(load_questions(DataSpec("openai/gsm8k:main"))) == 3
+    assert seen == [(True, True)] and not constants.HF_HUB_OFFLINE
+    hub.error = ConnectionError("not in the cache")
+    with pytest.raises(DataError, match="hub could not be reached"):
+        load_questions(DataSpec("openai/gsm8k:main"))
+    assert seen[1:] == [(True, True), (False, False)]

@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from experiments import grpo, learning, sft
+from experiments import grpo, learning, runs, sft
 from experiments.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax.data import DataError, DataSpec, load_questions
 from tinylora_jax.io import pretrained
@@ -57,6 +61,15 @@ OUT_OF_RANGE = {
     "samples_kept": [-1],
     "seed": [-1, 2**32],
 }
+TOO_LARGE = {
+    "samples": 2**31,
+    "batch_size": 2**40,
+    "epochs": 10**400,
+    "max_new_tokens": 2**21,
+    "adapter.u": 2**31,
+    "grpo.stream_tokens": 2**63,
+    "train_data.limit": 2**70,
+}
 
 
 def put(config, field, value):
@@ -78,6 +91,13 @@ def test_a_value_out_of_range_is_named(config, field, value):
     assert problems[0] == "the config has problems:" and len(problems) >= 2
     assert all(line.startswith("  config.") for line in problems[1:])
     assert field.split(".")[0] in str(caught.value) and field.split(".")[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize("field", TOO_LARGE)
+def test_a_count_beyond_all_bounds_is_named(config, field):
+    put(config, field, TOO_LARGE[field])
+    with pytest.raises(ConfigError, match=f"config.{re.escape(field)}=[0-9]+: expected at most [0-9]+"):
+        parse(config)
 
 
 def test_several_problems_at_once(config, command_line, tmp_path):
@@ -347,3 +367,65 @@ def test_a_workdir_that_is_refused_is_not_touched(finished, config, command_line
     before = listing()
     fails(command_line(config, finished.workdir), "config.samples: 2 there, 4 now")
     assert listing() == before
+
+
+@pytest.mark.parametrize("name", ["samples", "checkpoints", "adapter", "lock", "tensorboard"])
+def test_a_link_in_a_workdir_is_not_followed(config, command_line, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(victim)
+    fails(command_line(config, tmp_path / "run"), f"run/{name} is a link.*remove it")
+    assert not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "nested", "list"])
+def test_a_workdir_with_anything_in_place_of_a_file(config, command_line, tmp_path, name, kind):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / name
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "endless":
+            path.symlink_to("/dev/zero")
+        case "nested":
+            path.write_text("[" * 100_000)
+        case "list":
+            path.write_text("[1]")
+    fails(command_line(config, tmp_path / "run"), f"run/{name} is damaged")
+
+
+def test_paths_of_flags_are_expanded(processes, tmp_path, monkeypatch):
+    processes.env |= {"HOME": str(tmp_path), "RUNS": str(tmp_path / "runs")}
+    for given, found in (("~/no-run", tmp_path / "no-run"), ("$RUNS/none", tmp_path / "runs" / "none")):
+        fails(processes.run("plot", f"--workdir={given}", config=False), f"{found} is no folder")
+    unknown = processes.run("plot", "--workdir=$NO_SUCH_VARIABLE/run", config=False)
+    assert unknown.code == 1 and "the variable $NO_SUCH_VARIABLE is not set" in unknown.err
+    assert "Traceback" not in unknown.err
+
+
+def test_a_signal_while_loading_is_heeded_at_once(processes, tmp_path):
+    process = processes.start("grpo", f"--workdir={tmp_path / 'run'}")
+    for line in process.stderr:
+        if line.startswith("loading"):
+            break
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM" in out
+    assert time.monotonic() - started < 5
+
+
+def test_a_workdir_that_is_deleted_meanwhile_is_not_complete(config, command_line, tmp_path, monkeypatch):
+    save = runs._save
+
+    def deleting(folder, *args):
+        shutil.rmtree(tmp_path / "run")
+        return save(folder, *args)
+
+    monkeypatch.setattr(runs, "_save", deleting)
+    fails(command_line(config, tmp_path / "run"), "was deleted or replaced while the run was writing there")
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -77,7 +77,7 @@ def answering(adapters):
 
 def flags(**changes):
     values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": None, "max_new_tokens": NEW}
-    values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32"}
+    values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32", "allow_download": False}
     return SimpleNamespace(**values | changes)
 
 
@@ -279,14 +279,18 @@ def test_what_is_wrong_with_the_input_is_said(adapters, model_folder, other_mode
     config = tmp_path / "nameless" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     theirs = write_peft(tmp_path / "theirs", other_model_folder)
-    (tmp_path / "renamed" / "adapter.json").write_text(
-        (tmp_path / "renamed" / "adapter.json").read_text().replace(model, "moved-away")
-    )
+    description = json.loads((tmp_path / "renamed" / "adapter.json").read_text())
+    del description["description_sha256"]  # as an older version would have written it
+    description["base"] = "moved-away"
+    (tmp_path / "renamed" / "adapter.json").write_text(json.dumps(description))
     cases = [
         (flags(), "--model is missing"),
         (flags(model=model, adapter=[str(tmp_path / "no")]), "no/adapter.json is missing"),
         (flags(model=str(tmp_path / "no")), "no' is not a model"),
-        (flags(adapter=[renamed]), "moved-away.*--model says where it is"),
+        (
+            flags(adapter=[renamed]),
+            "moved-away.*not in the cache.*--allow_download fetches it, or --model says where it is",
+        ),
         (flags(adapter=[adapters[0]] * 2), "is given twice"),
         (flags(adapter=[adapters[0], rank]), "rank adapts rank 3 and 14 weights, .*one/adapter rank 2 and 14 .*each"),
         (flags(adapter=[adapters[0], few]), "few adapts rank 2 and 4 weights, .*one/adapter rank 2 and 14"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 
 import jax
@@ -294,15 +295,53 @@ def test_a_row_that_is_gone_is_missed(saved):
 
 
 def test_a_description_of_before_there_was_a_digest_is_read(saved):
-    edit(saved, structure_sha256=KeyError)
+    edit(saved, structure_sha256=KeyError, description_sha256=KeyError)
     assert read_adapter(saved)[0].n_tie >= 1
+
+
+def test_every_field_is_under_the_checksum(saved):
+    description = json.loads((saved / "adapter.json").read_text())
+    for changes in (
+        {"base": "another/model"},
+        {"about": {"config": {"template": "boxed"}}},
+        {"base_fingerprint": {"dtype": "float32", "weights": {}}},
+        {"unknown": 1},
+    ):
+        edit(saved, **changes)
+        with pytest.raises(AdapterError, match="altered: one of its fields"):
+            read_adapter(saved)
+        (saved / "adapter.json").write_text(json.dumps(description))
+    read_adapter(saved)
+
+
+@pytest.mark.parametrize("name", ["vector.bin", "adapter.json"])
+def test_what_is_no_file_is_refused_at_once(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(AdapterError, match=f"{name} is a named pipe, expected a file"):
+        read_adapter(saved)
+    (saved / name).unlink()
+    (saved / name).symlink_to("/dev/zero")
+    with pytest.raises(AdapterError, match=f"{name} is a device, expected a file"):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize("name", ["vector.bin", "adapter.json", "vector.bin.tmp"])
+def test_a_link_is_replaced_and_not_followed(saved, factors, tmp_path, name):
+    (tmp_path / "victim").write_text("mine")
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(tmp_path / "victim")
+    save_adapter(saved, factors, vector(factors), "base")
+    assert (tmp_path / "victim").read_text() == "mine" and not (saved / name).is_symlink()
+    read_adapter(saved)
 
 
 def test_no_pattern_of_a_file_is_matched(saved, qwen2):
     # As a regular expression, this would backtrack for longer than anybody waits.
     path = "(l|a|y|e|r|s|.|..)*(l|a|y|e|r|s|.|..)*(/|.)*(/|.)*!"
     leaves = json.loads((saved / "adapter.json").read_text())["leaves"]
-    edit(saved, leaves=[leaves[0] | {"path": path}, *leaves[1:]], structure_sha256=KeyError)
+    older = {"structure_sha256": KeyError, "description_sha256": KeyError}
+    edit(saved, leaves=[leaves[0] | {"path": path}, *leaves[1:]], **older)
     started = time.monotonic()
     with pytest.raises(ValueError, match="matches no leaf"):
         load_adapter(saved, qwen2.params)

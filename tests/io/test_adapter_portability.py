@@ -22,6 +22,7 @@ from tinylora_jax.io.adapter_file import (
     read_adapter,
     save_adapter,
 )
+from tinylora_jax.io.adapter_json import readable, tables_sha256, whole_sha256
 from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.trained import open_adapter, read_together
 
@@ -133,6 +134,13 @@ def saved(tmp_path):
     return tmp_path / "a", params
 
 
+def sign(folder):
+    """Gives a description that was changed the checksum of the change."""
+    description = json.loads((folder / "adapter.json").read_text())
+    description["description_sha256"] = whole_sha256(description, tables_sha256(description))
+    (folder / "adapter.json").write_text(readable(description))
+
+
 def put_factors(folder, change):
     """Rewrites the factors with a digest that agrees: a forger would do so too."""
     path = folder / "factors.safetensors"
@@ -140,6 +148,7 @@ def put_factors(folder, change):
     description = json.loads((folder / "adapter.json").read_text())
     description["factors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "adapter.json").write_text(json.dumps(description))
+    sign(folder)
 
 
 NAMES = {k: f"b/kernel.{k}" for k in "USV"}
@@ -184,6 +193,7 @@ def test_factors_of_a_module_that_is_not_adapted(saved, name):
         (folder / "adapter.json").read_text().replace('"modules": ["b/kernel"]', json.dumps({"modules": [name]})[1:-1])
     )
     (folder / "adapter.json").write_text(text)
+    sign(folder)
     with pytest.raises(AdapterError, match="which is not adapted"):
         load_adapter(folder, params)
 
@@ -278,6 +288,7 @@ def test_damaged_projections_are_refused(with_P, damage, agrees):
     path.write_bytes(damage(path.read_bytes()))
     if agrees:
         (folder / "adapter.json").write_text((folder / "adapter.json").read_text().replace(before, digest()))
+        sign(folder)
     with pytest.raises(AdapterError, match=f"factors.safetensors {'is damaged' if agrees else 'was altered'}"):
         load_adapter(folder, params)
 
@@ -298,6 +309,7 @@ def test_projections_of_a_module_that_is_not_adapted(with_P, name):
     folder, params, _ = with_P
     text = (folder / "adapter.json").read_text()
     (folder / "adapter.json").write_text(text.replace('["a/kernel", "b/kernel"]', json.dumps(["a/kernel", name])))
+    sign(folder)
     with pytest.raises(AdapterError, match=f"adapter.json: factors of '{name}', which is not adapted"):
         load_adapter(folder, params)
 

@@ -1,10 +1,14 @@
 """Checkpoints: restoring inverts saving, incomplete ones do not count, foreign ones are named."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
@@ -160,3 +164,60 @@ def test_a_failed_write_leaves_the_step_before(checkpoints, monkeypatch):
     with pytest.raises(CheckpointError, match="the checkpoint of step 2.*No space left.*earlier steps are"):
         checkpoints.save(2, state(2), {})
     assert_same(checkpoints.restore(state())[0], state(1))
+
+
+def test_a_record_in_which_anything_changed_is_damaged(checkpoints, tmp_path):
+    checkpoints.save(1, state(), RECORD)
+    (path,) = checkpoints.directory.rglob("record/metadata")
+    text, rng = path.read_bytes(), np.random.default_rng(0)
+    for number in range(40):
+        changed = bytearray(text)
+        changed[rng.integers(len(text))] ^= 1 << int(rng.integers(8))
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(checkpoints.directory, copy)
+        (copy / path.relative_to(checkpoints.directory)).write_bytes(changed)
+        damaged = Checkpoints(copy)
+        try:
+            found, record = damaged.restore(state(1))
+        except CheckpointError as error:
+            assert "is damaged" in str(error)
+        else:  # a space in the JSON
+            assert record == RECORD
+            assert_same(found, state())
+        finally:
+            damaged.close()
+
+
+def test_a_checkpoint_of_before_there_was_a_checksum_is_read(checkpoints):
+    named = {"v": np.arange(3.0, dtype=np.float32)}
+    items = {"state": ocp.args.StandardSave(named), "record": ocp.args.JsonSave(RECORD)}
+    checkpoints._manager.save(1, args=ocp.args.Composite(**items))
+    found, record = checkpoints.restore({"v": jnp.zeros(3)})
+    assert record == RECORD and np.array_equal(found["v"], named["v"])
+
+
+def test_a_full_disk_says_nothing_else(tmp_path):
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "import numpy as np; from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints\n"
+        "kept = Checkpoints(Path(sys.argv[1])); kept.save(1, {'v': np.ones(3)}, {})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: kept.save(2, {'v': np.ones(3000)}, {})\n"
+        "except CheckpointError as error: print('refused', kept.latest_step())"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "refused 1\n", result.stderr
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_is_no_file_is_refused_at_once(checkpoints, kind):
+    checkpoints.save(1, state(), RECORD)
+    for path in sorted(path for path in checkpoints.directory.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        with pytest.raises(CheckpointError, match=f"{path.name} is a .*, expected a file; remove it"):
+            Checkpoints(checkpoints.directory)
+        path.unlink()
+        path.write_bytes(data)

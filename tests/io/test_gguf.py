@@ -474,3 +474,21 @@ def test_block_formats_agree_with_the_gguf_library(tmp_path):
     for name, value in expected.items():
         assert tensors[name].shape == (3, 256)
         np.testing.assert_array_equal(tensors[name].read(), value)
+
+
+def test_bytes_that_were_added_or_lost_anywhere_are_one_error(tmp_path):
+    path = _write(tmp_path / "m.gguf")
+    raw, end = path.read_bytes(), _header_end(path)
+    places = [end - 1, end, end + 5, (end + len(raw)) // 2, len(raw) - 3, len(raw)]
+    for place in places:
+        for count in (1, 4, 31, 32, 64):
+            for changed in (raw[:place] + b"\1" * count + raw[place:], raw[: place - count] + raw[place:]):
+                path.write_bytes(changed)
+                with pytest.raises(ValueError, match="m.gguf is not a readable GGUF file"):
+                    load_gguf(path)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="m.gguf is a named pipe; expected a .gguf file"):
+        load_gguf(tmp_path / "m.gguf")

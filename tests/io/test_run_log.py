@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import stat
 import subprocess
 import sys
 
@@ -157,3 +160,46 @@ def test_pages_hold_any_text_in_any_locale(log):
     result = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (log.workdir / "other" / "samples" / "000000.txt").read_bytes() == "\U0001f600".encode()
+
+
+def test_a_damaged_line_does_not_take_the_later_ones_with_it(log, caplog):
+    rows = [json.dumps({"step": step}) for step in range(5)]
+    path = log.workdir / "metrics.jsonl"
+    path.write_text("\n".join([rows[0], '{"step": 1,', "[" * 5000, rows[2], rows[3], rows[4][:6]]))
+    log.start(4)
+    assert steps(log) == [0, 2, 3]
+    told = [record.getMessage() for record in caplog.records]
+    assert [re.search(r"metrics.jsonl, line (\d) is damaged", line)[1] for line in told] == ["2", "3"]
+
+
+def test_links_are_not_followed(log, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    log.start(0)
+    (log.workdir / "samples").mkdir()
+    for name in ("summary.json", "summary.json.tmp", "samples/000001.txt", "samples/000001.txt.tmp"):
+        (log.workdir / name).symlink_to(victim)
+    log.write_json("summary.json", {"a": 1})
+    log.samples(1, "page")
+    (log.workdir / "metrics.jsonl").unlink()
+    (log.workdir / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(WorkdirError, match="metrics.jsonl is a link"):
+        log.metrics(1, {"reward": 1.0})
+    assert victim.read_text() == "mine" and log.read_json("summary.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_workdir_that_was_deleted_or_replaced_is_an_error(log, again):
+    shutil.rmtree(log.workdir)
+    if again:
+        RunLog(log.workdir, CONFIG).close()
+    with pytest.raises(WorkdirError, match="was deleted or replaced while the run was writing there"):
+        log.write_json("summary.json", {})
+
+
+def test_what_is_written_survives_a_power_cut(tmp_path, monkeypatch):
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(stat.S_ISDIR(os.fstat(fd).st_mode)), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("renamed"), replace(*names)))
+    write_atomically(tmp_path / "x", "text")
+    assert calls == [False, "renamed", True], "the bytes, then the name, then the folder that holds it"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinylora_jax.adapters.belonging import check_weights
 from tinylora_jax.adapters.factors import Factors, LeafFactors
 from tinylora_jax.adapters.kernel import AdaptedKernel
 from tinylora_jax.adapters.spec import lora_xs
@@ -102,11 +103,16 @@ def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]
 
 def _check_tree(params: Any, factors: Factors) -> None:
     """Refuses a tree other than the factorized one: a reshaped update would fit any weight of equal size."""
-    shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items() if path in factors.leaves}
+    weights = {path: leaf for path, leaf in leaves_by_path(params).items() if path in factors.leaves}
+    shapes = {path: np.shape(leaf) for path, leaf in weights.items()}
     problems = []
     for path, leaf in factors.leaves.items():
         if path not in shapes:
             problems.append(f"{path} is missing")
+        elif not hasattr(weights[path], "dtype"):
+            problems.append(
+                f"{path} is a {type(weights[path]).__name__}, expected an array: take it out of its box first"
+            )
         elif len(shapes[path]) != len(leaf.target.layout.split()):
             problems.append(f"{path} has shape {shapes[path]}, but its layout is {leaf.target.layout!r}")
         else:
@@ -116,6 +122,7 @@ def _check_tree(params: Any, factors: Factors) -> None:
                 problems.append(f"{path} has [layers, out, in] = {sizes}, expected {expected}")
     if problems:
         raise ValueError("this is not the tree that was factorized:\n  " + "\n  ".join(problems[:20]))
+    check_weights(weights, factors)
 
 
 def _check_vector(factors: Factors, v: jax.Array, ranks: tuple[int, ...]) -> None:

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-import jinja2
-
-from tinylora_jax.data.sources import DataError
+from tinylora_jax.data.chat_template import render_within_bounds
 
 _SLOT = "{question}"
 
@@ -92,6 +90,9 @@ def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> lis
 
     Returns:
       Token ids, with a beginning-of-sequence token where the model expects one, exactly once.
+
+    Raises:
+      DataError: the model's chat template fails, or does not end in time.
     """
     messages = [] if template.system is None else [{"role": "system", "content": template.system}]
     for asked, answered in template.shots:
@@ -100,10 +101,8 @@ def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> lis
     messages.append({"role": "user", "content": template.user.replace(_SLOT, question)})
     if tokenizer.chat_template is None:
         return _ids(tokenizer.encode("\n\n".join(filter(None, (m["content"] for m in messages)))))
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise DataError(f"the model's chat template cannot render a prompt ({error}); mend or remove it") from error
+    apply = lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = render_within_bounds(tokenizer.chat_template, apply)
     # Chat templates write the beginning-of-sequence token themselves (Llama's does).
     return _ids(tokenizer.encode(text, add_special_tokens=False))
 

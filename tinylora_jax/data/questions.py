@@ -19,9 +19,12 @@ from tinylora_jax.data.sources import (
     read_parquet,
     require_columns,
 )
+from tinylora_jax.files import expand, is_number
 
 DEFAULT_GENERATED = 1024
 MAX_REPORTED = 5
+MAX_TEXT = 1 << 20
+"""Characters of a question or an answer; no model reads a longer one."""
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 """What names of files of questions end in."""
@@ -119,7 +122,9 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
     >>> load_questions(DataSpec("arithmetic", split="test", limit=1))
     (Question(id=0, question='What is 36 + 27?', answer='63', solution='36 + 27 = 63\\n#### 63'),)
     """
-    questions, problems = [], []
+    questions: list[Question] = []
+    problems: list[str] = []
+    unusable = 0
     asked, answered, *solved = _columns(spec)
     for row_index, row in enumerate(_read(spec), start=spec.start):
         kept, values = spec.kept
@@ -132,10 +137,11 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
             worked = [_as_text(column, row[column]) for column in solved] or ([given] if "####" in given else [None])
             questions.append(Question(row_index, _as_text(asked, row[asked]), answer, worked[0]))
         except DataError as error:
-            problems.append(f"row {row_index}: {error}")
-    if problems:
-        shown = "; ".join(problems[:MAX_REPORTED]) + ("; ..." if len(problems) > MAX_REPORTED else "")
-        raise DataError(f"{spec.source} has {len(problems)} unusable rows: {shown}. Mend or remove them")
+            unusable += 1
+            problems += [f"row {row_index}: {error}"] if unusable <= MAX_REPORTED else []
+    if unusable:
+        shown = "; ".join(problems) + ("; ..." if unusable > MAX_REPORTED else "")
+        raise DataError(f"{spec.source} has {unusable} unusable rows: {shown}. Mend or remove them")
     if not questions:
         which = f" with {spec.keep}" if spec.keep else ""
         raise DataError(f"{spec.source} (split {spec.split!r}) has no rows{which} from row {spec.start} on")
@@ -202,9 +208,12 @@ def _read(spec: DataSpec) -> Iterator[Row]:
     if source.startswith(_REASONING_GYM):
         task, count = source.removeprefix(_REASONING_GYM), spec.limit or DEFAULT_GENERATED
         return generate_reasoning_gym(task, spec.split, spec.seed, spec.start, count)
-    path = Path(source).expanduser()
+    try:
+        path = expand(source)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if source.endswith(FILE_SUFFIXES):
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{source}: no such file (in {Path.cwd()})")
         rows = read_parquet(path, columns) if source.endswith(".parquet") else read_jsonl(path)
         return itertools.islice(rows, spec.start, None if spec.limit is None else spec.start + spec.limit)
@@ -220,13 +229,14 @@ def _read(spec: DataSpec) -> Iterator[Row]:
 
 def _as_text(column: str, value: object) -> str:
     """A text or a plain number as stripped text that any tokenizer can encode."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not isinstance(value, str) and not is_number:
+    if not isinstance(value, str) and not is_number(value):
         shown = "null" if value is None else f"of type {type(value).__name__}"
         raise DataError(f"column {column!r} is {shown}, expected a text or a finite number")
     text = str(value).strip()
     if not text:
         raise DataError(f"column {column!r} is empty")
+    if len(text) > MAX_TEXT:
+        raise DataError(f"column {column!r} has {len(text)} characters, expected at most {MAX_TEXT}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -6,18 +6,29 @@ wrong with bytes from outside into one `DataError`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import hashlib
 import itertools
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-MAX_LINE_BYTES = 1 << 24
-"""A longer line of JSON is refused: a small gzip file can hold one of many gigabytes."""
+from tinylora_jax.files import open_regular, parse_json
+
+# A small compressed file can hold many gigabytes, and JSON takes up to 30 times its size once it is parsed.
+MAX_LINE_BYTES = 1 << 22
+"""A longer line of JSON is refused."""
+
+MAX_ROWS = 1 << 22
+"""More rows of one source are refused; `limit` reads fewer."""
+
+_MAX_BLANK_LINES = 1 << 20
+_EXPANSION, _FREE_BYTES = 100, 1 << 26  # a file may grow a hundredfold, and to 64 MB whatever its size
+_BATCH_ROWS, _MAX_BATCH_BYTES = 256, 1 << 26
+_PROBE_S = 5  # seconds that the hub has to answer anything
 
 Row: TypeAlias = Mapping[str, object]
 
@@ -48,14 +59,21 @@ def read_jsonl(path: Path) -> Iterator[Row]:
       One object per line.
 
     Raises:
-      DataError: a line is no JSON object (its number is named), or the file is truncated or unreadable.
+      DataError: a line is no JSON object (its number is named), the file is truncated or unreadable, or it is larger
+        inside than any file of questions is.
     """
-    number = 0
+    number = blank = size = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as raw:
+            most = _FREE_BYTES + _EXPANSION * path.stat().st_size
+            file = gzip.open(raw, "rb") if path.suffix == ".gz" else raw
             while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if line.strip():
+                number, size = number + 1, size + len(line)
+                blank += not line.strip()
+                if blank > _MAX_BLANK_LINES or size > most or number - blank > MAX_ROWS:
+                    what = f"{number - blank} rows and {blank} blank lines, {size} bytes"
+                    raise DataError(f"{path}: no file of questions has so much in it ({what}); set limit, or split it")
+                if line.strip() or len(line) > MAX_LINE_BYTES:
                     yield _parse_line(line, f"{path}, line {number}")
     except (OSError, EOFError, zlib.error) as error:
         advice = "the file is truncated or not what its name says; fetch it again"
@@ -64,10 +82,10 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 def _parse_line(line: bytes, where: str) -> Row:
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; is this a file of JSON lines?")
+        raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; is this a file of JSON lines of questions?")
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an endless integer, endless nesting
+        row = parse_json(line.decode("utf-8-sig"))
+    except ValueError as error:  # bad UTF-8, bad JSON, an endless integer, endless nesting
         raise DataError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
@@ -85,18 +103,66 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
       One row at a time.
 
     Raises:
-      DataError: the file is corrupt or lacks a column.
+      DataError: the file is corrupt, lacks a column, or is larger inside than any file of questions is.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            require_columns(str(path), file.schema_arrow.names, columns)
-            for batch in file.iter_batches(columns=list(columns)):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
+        with open_regular(path) as raw:
+            outer = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
+            require_columns(str(path), outer.schema_arrow.names, columns)
+            wanted = [i for i in range(len(outer.schema)) if outer.schema.column(i).path.split(".")[0] in columns]
+            _check_parquet_size(path, outer, wanted)
+            # Left as Parquet stores them, equal texts are in memory once until their row is read.
+            leaves = (outer.schema.column(i) for i in wanted)
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            file = pyarrow.parquet.ParquetFile(
+                raw, metadata=outer.metadata, read_dictionary=texts or None, pre_buffer=False
+            )
+            yield from _parquet_rows(path, file, columns)
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({str(error):.300}); fetch it again") from error
+
+
+def _check_parquet_size(path: Path, file: Any, wanted: Iterable[int]) -> None:
+    """Refuses a file whose columns say that they are far larger than the file."""
+    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    chunks = [group.column(index) for group in groups for index in wanted]
+    size = sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in chunks)
+    if size > _FREE_BYTES + _EXPANSION * path.stat().st_size:
+        raise DataError(
+            f"{path}: {size} bytes of columns in a file of {path.stat().st_size}; no file of questions is so"
+        )
+
+
+def _parquet_rows(path: Path, file: Any, columns: tuple[str, ...]) -> Iterator[Row]:
+    """Rows one by one; no batch is turned into Python objects before its size is known."""
+    number = 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns), use_threads=False):
+        size = sum(map(_decoded_bytes, batch.columns))
+        if size > _MAX_BATCH_BYTES or number > MAX_ROWS:
+            what = f"{size} bytes in the {len(batch)} rows from row {number} on"
+            raise DataError(f"{path}: no file of questions has so much in it ({what}); set limit, or split it")
+        number += len(batch)
+        yield from batch.to_pylist()
+
+
+def _decoded_bytes(array: Any) -> int:
+    """What an Arrow array takes once each of its texts stands for itself."""
+    import pyarrow
+    import pyarrow.compute
+
+    if isinstance(array, pyarrow.DictionaryArray):
+        lengths = pyarrow.compute.binary_length(array.dictionary)
+        return array.nbytes + (pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0)
+    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray):
+        return array.nbytes + _decoded_bytes(array.flatten())
+    if isinstance(array, pyarrow.StructArray):
+        return sum(map(_decoded_bytes, array.flatten()))
+    return array.nbytes
 
 
 def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limit: int | None) -> Iterator[Row]:
@@ -115,21 +181,82 @@ def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limi
     Raises:
       DataError: the hub cannot be reached, or has no such data set, config, split or column.
     """
+    dataset = _load_hub(source, split)
+    require_columns(f"{source}, split {split!r},", dataset.column_names, columns)
+    stop = len(dataset) if limit is None else min(len(dataset), start + limit)
+    if stop - start > MAX_ROWS:
+        raise DataError(f"{source} has {stop - start} rows; expected at most {MAX_ROWS}, set limit to read fewer")
+    if start < stop:  # `select` refuses an empty range at the end
+        yield from dataset.select_columns(list(columns)).select(range(start, stop))
+
+
+def _load_hub(source: str, split: str) -> Any:
     import datasets
+    from huggingface_hub.errors import HTTPError
 
     name, _, config = source.partition(":")
+    load = lambda: datasets.load_dataset(name, config or None, split=split)
     try:
-        dataset = datasets.load_dataset(name, config or None, split=split)
+        if not _hub_answers(name):
+            # The library would ask again for most of a minute before it looks into its cache.
+            with _offline(), contextlib.suppress(OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError):
+                return load()
+        return load()
     except ConnectionError as error:
         advice = "check the network and HF_HUB_OFFLINE, or pass a .jsonl, .jsonl.gz or .parquet file"
         raise DataError(f"the Hugging Face hub could not be reached for {source!r} ({error}); {advice}") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        advice = "check the name, its config (owner/name:config) and the split"
-        raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {error}; {advice}") from error
-    require_columns(f"{source}, split {split!r},", dataset.column_names, columns)
-    stop = len(dataset) if limit is None else min(len(dataset), start + limit)
-    if start < stop:  # `select` refuses an empty range at the end
-        yield from dataset.select_columns(list(columns)).select(range(start, stop))
+    except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
+        advice = _advice(error) or "check the name, its config (owner/name:config) and the split"
+        raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {error!s:.500}; {advice}") from error
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about a failure of the hub that the name is not to blame for."""
+    from huggingface_hub.errors import GatedRepoError, HTTPError
+
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and len(causes) < 8:
+        causes.append(cause)
+    if any(isinstance(each, GatedRepoError) or "gated" in str(each) for each in causes):
+        return (
+            "accept its licence on its page at huggingface.co, then log in here with `hf auth login`, or set HF_TOKEN"
+        )
+    if any(type(each).__name__ == "JSONDecodeError" for each in causes):
+        return "what answered is not the hub but, for instance, a proxy or the login page of a network"
+    if any(isinstance(each, HTTPError) for each in causes):
+        return "the connection broke; run the same command again, or pass a .jsonl, .jsonl.gz or .parquet file"
+    return ""
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub says anything of a data set, yes or no, within seconds; not asked where it is switched off."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        response = get_session().get(f"{constants.ENDPOINT}/api/datasets/{name}", timeout=_PROBE_S)
+    except (OSError, HTTPError):
+        return False
+    return response.status_code < 500
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keeps the hub's libraries to their cache inside the `with` block."""
+    import datasets
+    from huggingface_hub import constants
+
+    holders = (constants, datasets.config)
+    before = [holder.HF_HUB_OFFLINE for holder in holders]
+    try:
+        for holder in holders:
+            holder.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.HF_HUB_OFFLINE = value
 
 
 def generate_reasoning_gym(task: str, split: str, seed: int, start: int, count: int) -> Iterator[Row]:

@@ -9,8 +9,8 @@ ADAPTER_FORMAT.md describes all three.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors, TinyLoRA, factorize
 from tinylora_jax.adapters.targets import natural
+from tinylora_jax.files import open_regular, parse_json, write_atomically
 from tinylora_jax.io.adapter_json import (
     DTYPES,
     MAX_JSON_BYTES,
@@ -31,7 +32,10 @@ from tinylora_jax.io.adapter_json import (
     parse_text,
     read_text,
     readable,
+    structure_sha256,
+    tables_sha256,
     version_of,
+    whole_sha256,
 )
 from tinylora_jax.io.fingerprint import base_fingerprint, differences, probes
 from tinylora_jax.io.own_factors import FACTORS, pack_factors, unpack_factors
@@ -78,20 +82,23 @@ def save_adapter(
         "factors": kept,
         "about": about,
         "structure_sha256": "",
+        "description_sha256": "",
         "leaves": _describe_leaves(factors),
         "base_fingerprint": fingerprint,
     }
-    description["structure_sha256"] = _structure(description)
+    description = parse_json(readable(description))  # as a reader will see it: without tuples, with texts for names
+    description["structure_sha256"] = structure_sha256(description)
+    description["description_sha256"] = whole_sha256(description, tables_sha256(description))
     text = readable(description).encode()
     if len(text) > MAX_JSON_BYTES:
         raise AdapterError(f"the description has {len(text)} bytes, at most {MAX_JSON_BYTES} are read; shorten `about`")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _VECTOR).write_bytes(data)
+    write_atomically(folder / _VECTOR, data)
     if kept is None:
         (folder / FACTORS).unlink(missing_ok=True)
     else:
-        (folder / FACTORS).write_bytes(packed)
-    (folder / _DESCRIPTION).write_bytes(text)
+        write_atomically(folder / FACTORS, packed)
+    write_atomically(folder / _DESCRIPTION, text)
 
 
 def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
@@ -169,25 +176,32 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"[:300]
         raise AdapterError(f"{path} is malformed ({problem}); export the adapter again") from error
-    if description.get("structure_sha256", (saved := _structure(description))) != saved:  # older files have none
+    if description.get("structure_sha256", (saved := structure_sha256(description))) != saved:  # older files have none
         raise AdapterError(f"{path} was altered: its spec, shape or leaves are not those saved; copy it again")
-    return spec, jnp.asarray(_read_vector(folder, dtype, shape, description["sha256"])), description
+    v = jnp.asarray(_read_vector(folder, dtype, shape, description["sha256"]))
+    _check_whole(path, description, tables_sha256(description))
+    return spec, v, description
 
 
-def _structure(description: Mapping[str, Any]) -> str:
-    """SHA-256 of what says which weights are adapted, and how: no other number would miss a row that is gone."""
-    parts = [description[name] for name in ("spec", "shape", "leaves")]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _check_whole(path: Path, head: Mapping[str, Any], tables: str) -> None:
+    """Refuses a description other than the one saved, in whatever field; older files have no checksum of all."""
+    if head.get("description_sha256", (saved := whole_sha256(head, tables))) != saved:
+        raise AdapterError(f"{path} was altered: one of its fields is not as it was saved; copy it again")
 
 
 def _read_vector(folder: Path, dtype: np.dtype, shape: tuple[int, int], sha256: str) -> Float[np.ndarray, "groups u"]:
     path = folder / _VECTOR
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing; an adapter is {_VECTOR} and {_DESCRIPTION} in one folder")
-    expected, found = dtype.itemsize * math.prod(shape), path.stat().st_size
+    expected = dtype.itemsize * math.prod(shape)
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            data = file.read() if found == expected else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(f"{path} is missing; an adapter is {_VECTOR} and {_DESCRIPTION} in one folder") from error
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error}") from error
     if found != expected:
         raise AdapterError(f"{path} has {found} bytes, expected {expected} for {shape} {dtype}; copy it again")
-    data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise AdapterError(f"{path} was altered: its SHA-256 is not the one in {_DESCRIPTION}; copy it again")
     v = np.frombuffer(data, dtype).astype(np.float32).reshape(shape)
@@ -316,6 +330,7 @@ class AdapterReader:
         self.factors, self._params = factors, params
         self._first: tuple[Path, Any] | None = None  # the first adapter, and what it says of factors of its own
         self._fitting: dict[bytes, dict[str, Any]] = {}
+        self._digests: dict[bytes, str] = {}
 
     def read(self, folder: Path) -> Float[np.ndarray, "groups u"]:
         """The vector of an adapter, float32; stacked, `[rows, groups, u]`, they give each row its own.
@@ -333,6 +348,7 @@ class AdapterReader:
             except AdapterError:  # the tables stand elsewhere than at its end
                 short = {}
             if known == {name: short.get(name) for name in self._SHARED}:
+                _check_whole(path, short, self._digests[tables])
                 return _read_vector(folder, DTYPES[short["dtype"]], tuple(short["shape"]), short.get("sha256", ""))
         spec, v, description = read_adapter(folder)
         shared = {name: description[name] for name in self._SHARED}
@@ -343,9 +359,10 @@ class AdapterReader:
             raise AdapterError(f"{folder}: {error}") from error
         self._first = self._first or (folder, shared["factors"])
         if key:
-            self._fitting[tables] = shared
+            self._fitting[tables], self._digests[tables] = shared, tables_sha256(description)
             if len(self._fitting) > self._MOST_TABLES:
-                del self._fitting[next(iter(self._fitting))]
+                oldest = next(iter(self._fitting))
+                del self._fitting[oldest], self._digests[oldest]
         return np.asarray(v)
 
     def _check_alike(self, folder: Path, spec: TinyLoRA, shared: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from tinylora_jax.adapters import Target, TinyLoRA
+from tinylora_jax.files import open_regular, parse_json
 from tinylora_jax.io.fingerprint import NUM_PROBES, NUM_SIGNED
 
 FORMAT_VERSION = 3
@@ -59,12 +61,15 @@ def read_at_most(path: Path, most: int, absent: str, larger: str) -> bytes:
       larger: what follows "… is larger than".
 
     Raises:
-      AdapterError: it is absent or too large.
+      AdapterError: it is absent, no file or too large.
     """
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing{absent}")
-    with path.open("rb") as file:
-        data = file.read(most + 1)
+    try:
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(f"{path} is missing{absent}") from error
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error}") from error
     if len(data) > most:
         raise AdapterError(f"{path} is larger than {larger}")
     return data
@@ -91,8 +96,8 @@ def parse_text(path: Path, text: bytes) -> dict[str, Any]:
       AdapterError: it is not strict JSON, or of another format.
     """
     try:
-        description = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        description = parse_json(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except ValueError as error:
         raise AdapterError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(description, dict) or description.get("format") != "tinylora":
         raise AdapterError(f"{path} does not describe a TinyLoRA adapter")
@@ -114,6 +119,26 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def structure_sha256(description: Mapping[str, Any]) -> str:
+    """SHA-256 of what says which weights are adapted, and how: no other number would miss a row that is gone."""
+    return _sha256([description[name] for name in ("spec", "shape", "leaves")])
+
+
+def tables_sha256(description: Mapping[str, Any]) -> str:
+    """SHA-256 of the two tables: of leaves, and of the base model's weights."""
+    return _sha256([description["leaves"], description["base_fingerprint"]])
+
+
+def whole_sha256(head: Mapping[str, Any], tables: str) -> str:
+    """SHA-256 of a description: of all fields but its tables, and of `tables_sha256`."""
+    outside = ("leaves", "base_fingerprint", "description_sha256", "end")
+    return _sha256([{name: value for name, value in head.items() if name not in outside}, tables])
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def describe_spec(spec: TinyLoRA) -> dict[str, Any]:

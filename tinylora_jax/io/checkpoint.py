@@ -1,12 +1,17 @@
 """Checkpoints of the trained state after every step: tiny, atomic, exact.
 
 Orbax writes each step into a temporary folder and renames it when complete, so a process killed at any
-moment leaves the last complete step.
+moment leaves the last complete step. Each step is on the disk before the next one begins, which a power cut leaves too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from tinylora_jax.adapters.targets import path_string
+from tinylora_jax.files import check_tree, sync_tree
+
+_RECORD, _SHA256 = "record", "sha256"  # fields of the JSON beside the state
+_OLDER = "data"  # older checkpoints hold the bare record instead, which has this field
 
 
 class CheckpointError(RuntimeError):
@@ -26,6 +35,27 @@ def _named(state: Any) -> dict[str, np.ndarray]:
     """The leaves of a state by path, on the host."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {path_string(path).replace("/", "."): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _digest(state: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a checkpoint restores: names, types, shapes and bytes of the state, and the record."""
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, array in sorted(state.items()):
+        found.update(f"\n{name} {_describe(array)} ".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what Orbax's threads and event loops print of an error, which is raised here too, from the terminal."""
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    loop = logging.getLogger("asyncio")
+    before, loop.disabled = loop.disabled, True
+    try:
+        yield
+    finally:
+        threading.excepthook, loop.disabled = hook, before
 
 
 class Checkpoints:
@@ -50,9 +80,16 @@ class Checkpoints:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            check_tree(self.directory)
+            with _quiet():
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self.directory}: {error}") from error
+        except Exception as error:  # Orbax looks into each step, and raises whatever its parsers do
+            raise CheckpointError(
+                f"a checkpoint in {self.directory} is damaged ({_said(error)}). Delete the newest folder there to"
+                " continue from the step before it."
+            ) from error
 
     def latest_step(self) -> int | None:
         """The newest complete step; None before the first."""
@@ -64,10 +101,14 @@ class Checkpoints:
         Raises:
           CheckpointError: the disk is full or the folder cannot be written; earlier steps are intact.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), record=ocp.args.JsonSave(record))
+        named = _named(state)
+        signed = {_RECORD: record, _SHA256: _digest(named, json.loads(json.dumps(record)))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(named), record=ocp.args.JsonSave(signed))
         try:
-            self._manager.save(step, args=items)
-            self._manager.wait_until_finished()
+            with _quiet():
+                self._manager.save(step, args=items)
+                self._manager.wait_until_finished()
+            sync_tree(self.directory / str(step))
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
             raise CheckpointError(
                 f"cannot write the checkpoint of step {step} to {self.directory}: {error}."
@@ -90,11 +131,12 @@ class Checkpoints:
         folder = self.directory / str(step)
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            found, record = restored["state"], restored["record"]
-        except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+            with _quiet():
+                restored = self._manager.restore(step, args=items)
+            found, record = _verified(restored["state"], restored["record"])
+        except Exception as error:  # Orbax and its parsers raise whatever they stumble over
             raise CheckpointError(
-                f"the checkpoint {folder} is damaged ({type(error).__name__}: {str(error)[:300]})."
+                f"the checkpoint {folder} is damaged ({_said(error)})."
                 " Delete that folder to continue from the step before it."
             ) from error
         expected = _named(like)
@@ -111,6 +153,27 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The state and the record as they were saved.
+
+    Raises:
+      KeyError, TypeError or ValueError: they are not, by their checksum. An older checkpoint has none.
+    """
+    if not isinstance(state, dict) or not isinstance(stored, dict):
+        raise TypeError(f"expected two objects, found {type(state).__name__} and {type(stored).__name__}")
+    arrays = {name: np.asarray(leaf) for name, leaf in state.items()}
+    if _RECORD not in stored and _SHA256 not in stored and _OLDER in stored:
+        return arrays, stored
+    record = stored[_RECORD]
+    if len(stored) != 2 or stored[_SHA256] != _digest(arrays, record):
+        raise ValueError("its checksum is another one")
+    return arrays, record
 
 
 def _describe(array: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
+from tinylora_jax.files import kind_of
 from tinylora_jax.io.weights import LazyTensor
 
 _VERSIONS = (2, 3)
@@ -113,8 +115,12 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
       FileNotFoundError: there is no such file.
       ValueError: the file is not GGUF, is truncated, or contradicts itself; says where.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{os.fspath(path)} is missing; expected a .gguf file")
+    try:
+        mode = Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{os.fspath(path)} is missing; expected a .gguf file") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{os.fspath(path)} is {kind_of(mode)}; expected a .gguf file")
     if Path(path).stat().st_size < 4:
         raise ValueError(f"{os.fspath(path)} is not a GGUF file: it is {Path(path).stat().st_size} bytes long")
     cursor = _Cursor(np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray))
@@ -147,8 +153,39 @@ def _parse(cursor: _Cursor) -> GGUFFile:
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, expected a power of two")
-    start = -(-cursor.offset // alignment) * alignment
-    return GGUFFile(metadata, {name: _lazy(cursor.data, name, start, *info) for name, info in infos.items()})
+    start = _aligned(cursor.offset, alignment)
+    _check_padding(cursor.data, cursor.offset, start, "the header")
+    tensors = {name: _lazy(cursor.data, name, start, *info) for name, info in infos.items()}
+    _check_tiling(cursor.data, start, alignment, infos)
+    return GGUFFile(metadata, tensors)
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _check_padding(data: np.ndarray, begin: int, end: int, what: str) -> None:
+    if data[begin:end].any():
+        raise ValueError(f"the padding behind {what}, bytes {begin} to {end}, is not zero: bytes were added or lost")
+
+
+def _check_tiling(
+    data: np.ndarray, start: int, alignment: int, infos: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType, int]]
+) -> None:
+    """Refuses tensors that do not lie one behind the other up to the end of the file.
+
+    The format has nothing between them but zeros up to the alignment, so bytes that were inserted, lost or added show.
+    """
+    end = start
+    for name, (shape, kind, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+        expected = _aligned(end - start, alignment)
+        if offset != expected:
+            raise ValueError(f"{name} begins at byte {offset} of the tensors, expected {expected}")
+        _check_padding(data, end, start + offset, f"what precedes {name}")
+        end = start + offset + _num_bytes(shape, kind)
+    if infos and len(data) not in (end, start + _aligned(end - start, alignment)):
+        raise ValueError(f"the tensors end at byte {end}, the file has {len(data)}: bytes were added")
+    _check_padding(data, end, len(data), "the tensors")
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], GGMLQuantizationType, int]]:
@@ -165,6 +202,11 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], GGMLQuant
     return name, (tuple(reversed(dims)), GGMLQuantizationType(kind), offset)
 
 
+def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * block_bytes
+
+
 def _lazy(
     data: np.ndarray, name: str, start: int, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
 ) -> LazyTensor:
@@ -177,7 +219,7 @@ def _lazy(
         )
     row_bytes = shape[-1] // block * block_bytes
     begin = start + offset
-    end = begin + math.prod(shape[:-1]) * row_bytes
+    end = begin + _num_bytes(shape, kind)
     if end > len(data):
         raise ValueError(f"truncated: {name} ends at byte {end}, the file has {len(data)}")
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tinylora_jax.files import is_number
 from tinylora_jax.models.config import ModelConfig, Rope
 
 # What transformers assumes for an absent field (transformers 5.23, configuration_*.py).
@@ -97,11 +98,10 @@ class _Reader:
     def number(self, name: str, default: float | None, low: float, high: float = math.inf) -> float:
         """A finite number in [low, high]; absent, it is `default` (None: required)."""
         value = self.values.get(name, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if good and math.isfinite(value) and low <= value <= high:
+        if is_number(value) and low <= value <= high:
             return float(value)
         limit = "" if high == math.inf else f" and at most {high:g}"
-        self.problems.append(f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r}")
+        self.problems.append(f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r:.80}")
         return math.nan  # compares false with everything, so one mistake is reported once
 
     def size(self, name: str, default: int | None, high: int = _MAX_SIZE) -> int:
@@ -109,14 +109,14 @@ class _Reader:
         value = self.values.get(name, default)
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= high:
             return value
-        self.problems.append(f"{self.where}{name}: expected an integer from 1 to {high}, got {value!r}")
+        self.problems.append(f"{self.where}{name}: expected an integer from 1 to {high}, got {value!r:.80}")
         return 1
 
     def flag(self, name: str, default: bool) -> bool:
         """True or False."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
-            self.problems.append(f"{self.where}{name}: expected true or false, got {value!r}")
+            self.problems.append(f"{self.where}{name}: expected true or false, got {value!r:.80}")
         return value is True
 
     def fixed(self, expected: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class _Reader:
         for name, only in expected.items():
             value = self.values.get(name)
             if value is not None and value != only:
-                self.problems.append(f"{self.where}{name}={value!r} is not supported; expected {only!r}")
+                self.problems.append(f"{self.where}{name}={value!r:.80} is not supported; expected {only!r}")
 
     def unknown(self, known: frozenset[str]) -> None:
         """Names outside `known` that are set; null sets nothing."""
@@ -151,7 +151,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _DEFAULTS:
-        raise ValueError(f"model_type={family!r} is not supported; expected one of {', '.join(_DEFAULTS)}")
+        raise ValueError(f"model_type={family!r:.80} is not supported; expected one of {', '.join(_DEFAULTS)}")
     problems: list[str] = []
     reader = _Reader(config, problems)
     reader.fixed(_FIXED)
@@ -249,7 +249,7 @@ def _rope(reader: _Reader, max_positions: int) -> Rope:
         return _llama3(inner, theta, max_positions)
     if kind == "yarn":
         return _yarn(inner, theta, max_positions)
-    reader.problems.append(f"RoPE type {kind!r} is not supported; expected default, linear, llama3 or yarn")
+    reader.problems.append(f"RoPE type {kind!r:.80} is not supported; expected default, linear, llama3 or yarn")
     return Rope()
 
 

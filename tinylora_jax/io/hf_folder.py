@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Factors
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.adapters.tinylora import merge_leaf
+from tinylora_jax.files import write_atomically
 from tinylora_jax.io.pretrained import Pretrained
 from tinylora_jax.io.safetensors_file import write_safetensors
 from tinylora_jax.io.weights import LazyTensor, name_tensors
@@ -166,4 +167,4 @@ def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor], dtype: DTypeL
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(values, indent=2) + "\n")

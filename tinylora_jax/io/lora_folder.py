@@ -8,7 +8,6 @@ refused, and a summary of the training. A folder without it, PEFT's own, is read
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tinylora_jax.adapters import LoRA, LoRAPolicy, Target
 from tinylora_jax.adapters.lora import Matrices
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.fetch import fetch
+from tinylora_jax.files import is_number, write_atomically
 from tinylora_jax.io.adapter_file import check_base
 from tinylora_jax.io.huggingface import read_json
 from tinylora_jax.io.peft import CONFIG, PREFIX, WEIGHTS, PeftError, in_order, is_module, tree_path
@@ -100,7 +100,7 @@ def save_lora(
     config = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": 0.0}
     write_folder(folder, base, names, config, tensors)
     training = {"base_fingerprint": fingerprint, "about": about}
-    (folder / _TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / _TRAINING, json.dumps(training, indent=1) + "\n")
 
 
 def is_lora(folder: Path) -> bool:
@@ -120,7 +120,7 @@ def read_lora(folder: Path) -> LoRAFolder:
     rank, alpha, base = config.get("r"), config.get("lora_alpha", 8), config.get("base_model_name_or_path")
     if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
         raise PeftError(f"{folder / CONFIG}: r={rank!r:.60}, expected an integer from 1 to {_MOST_RANK}")
-    if type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
+    if not (is_number(alpha) and alpha > 0):
         raise PeftError(f"{folder / CONFIG}: lora_alpha={alpha!r:.60}, expected a number above 0")
     if base is not None and not isinstance(base, str):
         raise PeftError(f"{folder / CONFIG}: base_model_name_or_path={base!r:.60}, expected a name or null")

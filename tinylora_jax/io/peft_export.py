@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Factors
 from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.fetch import fetch
+from tinylora_jax.files import write_atomically
 from tinylora_jax.io.peft import CONFIG, MODULES, PREFIX, WEIGHTS, PeftError, in_order
 from tinylora_jax.io.safetensors_file import write_safetensors
 from tinylora_jax.io.weights import LazyTensor
@@ -52,7 +53,7 @@ def write_folder(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS, {n: LazyTensor(x.shape, lambda x=x: x) for n, x in tensors.items()}, "float32")
-    (folder / CONFIG).write_text(json.dumps({**config, **common}, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / CONFIG, json.dumps({**config, **common}, indent=1) + "\n")
 
 
 def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:

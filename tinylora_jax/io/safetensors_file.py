@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from tinylora_jax.files import open_regular, parse_json, replacing
 from tinylora_jax.io.weights import LazyTensor
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,10 +34,11 @@ def open_safetensors(path: Path) -> Iterator[dict[str, LazyTensor]]:
     """
     _check_size(path)
     try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            yield {name: _tensor(file, name, path) for name in file.keys()}
-    except SafetensorError as error:
+        file = safe_open(os.fspath(path), framework="numpy")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a valid safetensors file ({error}); fetch it again") from error
+    with file as opened:
+        yield {name: _tensor(opened, name, path) for name in opened.keys()}
 
 
 def _tensor(file: Any, name: str, path: Path) -> LazyTensor:
@@ -62,8 +64,8 @@ def _read(read: Callable[[], np.ndarray], name: str, path: Path) -> np.ndarray:
 
 def _check_size(path: Path) -> None:
     """Compares the file's length with what its header promises: the usual damage is a cut download."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(
@@ -74,10 +76,10 @@ def _check_size(path: Path) -> None:
             raise ValueError(f"{path}: a header of {length} bytes, expected at most {_MAX_HEADER_BYTES}")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
     if size != expected:
         raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again")
@@ -105,7 +107,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTyp
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # the format aligns what follows
     try:
-        with path.open("wb") as file:
+        with replacing(path) as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for name, tensor in tensors.items():
                 values = np.asarray(tensor.read(), dtype, order="C")
@@ -113,4 +115,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTyp
                     raise ValueError(f"{name}: expected {tensor.shape}, got {values.shape}")
                 file.write(values.reshape(-1).view(np.uint8).data)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from error
+        raise OSError(f"{error.strerror or error}; make room or choose another folder") from error
