@@ -26,11 +26,13 @@ from experiments.outlines import policy_outline
 from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
 from tinylora_jax.adapters import Policy, TinyLoRA, init, select
-from tinylora_jax.adapters.batches import BATCH_BYTES, batches, num_triplets
-from tinylora_jax.adapters.svd import jnp_svd, subspace_svd
+from tinylora_jax.adapters.batches import BATCH_BYTES, batches, svd_shapes
+from tinylora_jax.adapters.svd import jnp_svd
+from tinylora_jax.adapters.svd_device import mesh_of, subspace_svd
+from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.io.weights import param_shapes
 from tinylora_jax.models import KVCache, ModelConfig
-from tinylora_jax.models.sharding import heads_axes, kernel_spec, outline_everywhere, placed_outline
+from tinylora_jax.models.sharding import heads_axes, outline_everywhere, placed_outline
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.rollout.generate import decode_step, empty_state
 from tinylora_jax.training import Gradient, Plan, Step, Streams, init_state
@@ -212,19 +214,14 @@ def factorizations(case: Case) -> Iterator[Program]:
     """
     if case.config.svd == "exact":
         return
-    policy = case.policy()
-    svd = jnp_svd if case.config.svd == "jnp" else subspace_svd  # which `auto` means on a TPU
-    seen = set()
-    for modules in batches(select(policy.params, case.specs.adapter.targets), BATCH_BYTES):
-        num_in, num_out = modules[0].shape
-        shape = (len(modules), num_out, num_in)
-        if shape in seen:
-            continue
-        seen.add(shape)
-        into, out = kernel_spec(case.mesh, modules[0].path, (num_in, num_out))
-        W = jax.ShapeDtypeStruct(shape, case.dtype, sharding=NamedSharding(case.mesh, P(None, out, into)))
-        lower = partial(svd.lower, W, rank=num_triplets(modules[0], case.specs.adapter.rank))
-        yield Program(f"factorize {len(modules)} x {num_out} x {num_in}", lower, 0.0, 0)
+    leaves, rank = leaves_by_path(case.policy().params), case.specs.adapter.rank
+    parts = batches(select(case.policy().params, case.specs.adapter.targets), BATCH_BYTES)
+    for W, triplets in svd_shapes(leaves, parts, rank):
+        if case.config.svd == "jnp":
+            lower = partial(jnp_svd.lower, W, triplets)
+        else:  # which `auto` means on a TPU, where there is no float64
+            lower = partial(subspace_svd.lower, W, triplets, "float32", mesh=mesh_of(W))
+        yield Program(f"factorize {' x '.join(map(str, W.shape))}", lower, 0.0, 0)
 
 
 def rollout(case: Case) -> Program:

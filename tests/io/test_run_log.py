@@ -203,3 +203,12 @@ def test_what_is_written_survives_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("renamed"), replace(*names)))
     write_atomically(tmp_path / "x", "text")
     assert calls == [False, "renamed", True], "the bytes, then the name, then the folder that holds it"
+
+
+def test_a_run_may_go_on_with_another_mesh_and_other_slots(tmp_path):
+    """They say how it lies on its devices; earlier versions also had other defaults for them."""
+    config = {"seed": 0, "slots": 0, "mesh": {"data": 0, "tensor": 1}}
+    RunLog(tmp_path, config).close()
+    RunLog(tmp_path, config | {"slots": 8, "mesh": {"data": 0, "tensor": 0}}).close()
+    with pytest.raises(WorkdirError, match="config.seed: 0 there, 1 now"):
+        RunLog(tmp_path, config | {"seed": 1})

@@ -45,6 +45,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def _is_of_devices(name: str) -> bool:
+    """Whether a field says how a run lies on its devices, not what it computes: it may go on elsewhere."""
+    return name == "slots" or name.startswith("mesh.")
+
+
 class RunLog:
     """Opens a run's folder, or refuses one that another config made.
 
@@ -122,7 +127,7 @@ class RunLog:
         differ = [
             f"config.{name:.200}: {before.get(name, '(absent)')!r:.200} there, {now.get(name, '(absent)')!r:.200} now"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name, missing) != now.get(name, missing)
+            if before.get(name, missing) != now.get(name, missing) and not _is_of_devices(name)
         ]
         if differ:
             raise WorkdirError(
