@@ -67,7 +67,11 @@ collect_ignore = [
 
 
 def pytest_addoption(parser):
-    """Options of tests/fuzz, which only this file can define."""
+    """Options of tests/fuzz and of the kills, which only this file can define."""
+    parser.addoption(
+        "--kills", type=int, default=20, help="How many processes tests/experiments/test_many_kills.py kills."
+    )
+    parser.addoption("--kill_seed", type=int, default=None, help="Of their moments; absent: another one every time.")
     parser.addoption("--minutes", type=float, default=1.0, help="How long `-m fuzz` takes.")
     parser.addoption("--fuzz_seed", type=int, default=None, help="Of the damage; absent: another one every time.")
     parser.addoption("--fuzz_log", default=None, help="A file to which finds are added when they are found.")
