@@ -78,6 +78,7 @@ def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Ite
     tell(f"loading {config.model}")
     adapter, mesh = adapter or specs.adapter, active_mesh()
     opened = open_model(config.model, config.dtype)
+    open_model.cache_clear()  # another run of this process may find other files there
     slots = slots_of(config, opened.outline.config)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
         policy = policy_outline(opened.outline.params, adapter, mesh)

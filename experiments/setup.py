@@ -182,8 +182,9 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
+    slots = slots_of(config, model.config)
     policy = make_policy(model.params, policy_of or specs.adapter, config.svd)
-    return make_task(config, specs, model, policy, slots_of(config, model.config))
+    return make_task(config, specs, model, policy, slots)
 
 
 def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:

@@ -215,9 +215,7 @@ def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
 def _draw(scores: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """`sample`, where the scores lie: they are larger than anything else in a step."""
     axes = vocabulary_axes(scores.shape[1])
-    if not axes:
-        return sample(split_rows(scores, AXES), uniform, sampling)
-    if sampling.truncates:  # a sort of the whole vocabulary: each device does it for some rows
+    if not axes or sampling.truncates:  # which sorts the whole vocabulary: each device does it for some rows
         return sample(split_rows(scores, AXES), uniform, sampling)
     return over_vocabulary(lambda scores, uniform: sample(scores, uniform, sampling, axes), scores, uniform)
 
@@ -328,7 +326,7 @@ def generate(
       key: key of this step, or one for every prompt.
       sampling: how tokens are picked.
       samples: completions per prompt; they share one prefill.
-      slots: completions decoded at once; 0, or more than there are, takes all.
+      slots: completions decoded at once, on all devices together; 0, or more than there are, takes all.
 
     Returns:
       The completions.
