@@ -22,7 +22,7 @@ from tinylora_jax.files import open_regular, parse_json
 MAX_LINE_BYTES = 1 << 22
 """A longer line of JSON is refused."""
 
-MAX_ROWS = 1 << 22
+MAX_ROWS = 1 << 20
 """More rows of one source are refused; `limit` reads fewer."""
 
 _MAX_BLANK_LINES = 1 << 20
