@@ -134,6 +134,16 @@ def test_a_few_cases(name, sound, tmp_path):
     assert outcomes["error"] and not finds, "\n\n".join(finds[:5])
 
 
+# Damage that once did worse than an error: (subject, seed, number).
+FOUND = [("parquet", 3, 1224)]  # pyarrow ended the process
+
+
+@pytest.mark.parametrize(("name", "seed", "number"), FOUND)
+def test_what_was_found_is_an_error_now(name, seed, number, sound, tmp_path):
+    outcome, problem = one_case(name, sound(name), tmp_path, seed, number)
+    assert outcome == "error" and problem is None, problem
+
+
 def test_a_few_gradings():
     finds = [problem for number in range(150) if (problem := grade_something(0, number, SECONDS))]
     assert not finds, "\n".join(finds[:5])

@@ -113,7 +113,7 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             outer = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
             require_columns(str(path), outer.schema_arrow.names, columns)
             wanted = [i for i in range(len(outer.schema)) if outer.schema.column(i).path.split(".")[0] in columns]
-            _check_parquet_size(path, outer, wanted)
+            _check_parquet_size(path, outer)
             # Left as Parquet stores them, equal texts are in memory once until their row is read.
             leaves = (outer.schema.column(i) for i in wanted)
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
@@ -127,11 +127,13 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file ({str(error):.300}); fetch it again") from error
 
 
-def _check_parquet_size(path: Path, file: Any, wanted: Iterable[int]) -> None:
-    """Refuses a file whose columns say that they are far larger than the file."""
+def _check_parquet_size(path: Path, file: Any) -> None:
+    """Refuses a file whose row groups say that they are far larger than the file.
+
+    Of the groups, not of their columns: pyarrow ends the process where a column's damaged metadata is looked at.
+    """
     groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-    chunks = [group.column(index) for group in groups for index in wanted]
-    size = sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in chunks)
+    size = sum(max(group.total_byte_size, group.num_rows) for group in groups)
     if size > _FREE_BYTES + _EXPANSION * path.stat().st_size:
         raise DataError(
             f"{path}: {size} bytes of columns in a file of {path.stat().st_size}; no file of questions is so"
