@@ -6,7 +6,8 @@ import math
 import time
 from random import Random
 
-from tests.fuzz.mutator import damaged_bytes
+from mutator import damaged_bytes
+
 from tinylora_jax.rewards import Grade, RewardError, load_reward
 
 _PIECES = (

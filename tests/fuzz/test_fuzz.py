@@ -21,10 +21,9 @@ from random import Random
 
 import pytest
 from absl import logging
-
-from tests.fuzz.graders import grade_something
-from tests.fuzz.mutator import copied, damage
-from tests.fuzz.subjects import SUBJECTS
+from graders import grade_something
+from mutator import copied, damage
+from subjects import SUBJECTS
 
 # Orbax leaves coroutines behind when it fails to read; damage moves numbers to where NumPy warns of them.
 pytestmark = pytest.mark.filterwarnings(
