@@ -85,6 +85,7 @@ def test_a_whole_step_is_timed_in_its_phases(processes, tmp_path):
     assert table["seconds from launch to the first trained step"] > table["seconds"]
 
 
+@pytest.mark.slow
 def test_several_runs_are_timed_against_one(processes, tmp_path):
     result = tmp_path / "result.json"
     ran = processes.run("benchmarks.population", "--members=2", "--steps=1", f"--json={result}")
@@ -120,6 +121,7 @@ def peft_logits(processes, result, *flags):
 FORMS = ("our import", "our conversion", "PEFT of our export")
 
 
+@pytest.mark.slow
 def test_logits_are_peft_s(processes, model_folder, tmp_path):
     flags = (f"--model={model_folder}", "--sizes=0.3,1", "--u=2", "--groups=3", "--prompts=2")
     table = peft_logits(processes, tmp_path / "result.json", *flags)

@@ -40,7 +40,7 @@ def compiled(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("method", ["tinylora", "lora", "full"])
+@pytest.mark.parametrize("method", ["tinylora", "lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_runs_was_compiled_from_shapes(config, stop, tmp_path, compiled, method):
     config.method, config.eval_samples, config.svd = method, 3, "subspace"
     grpo.run(config, tmp_path / "run", stop)
@@ -61,6 +61,7 @@ def test_so_it_is_for_sft_and_for_a_population(config, stop, tmp_path, compiled)
     assert (STEPS | FACTORS) & set(compiled.late) == {"jit(update)"}, "the small one that every member has of its own"
 
 
+@pytest.mark.slow
 def test_so_it_is_on_a_mesh(processes, tmp_path, monkeypatch):
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_LOG_COMPILES": "1"}
     monkeypatch.setattr(processes, "env", processes.env | settings)

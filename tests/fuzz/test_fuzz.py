@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 SECONDS = 2.0
 FREE_BYTES, EXPANSION = 300 * 2**20, 200  # of memory, beside so many times the size of what is read
 SHORT = {"adapter and model": 8, "tokenizer": 20, "template": 25, "checkpoint": 20, "GGUF": 40}  # else:
-CASES = 60
+CASES = 30
 
 
 class Hang(BaseException):
