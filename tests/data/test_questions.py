@@ -294,7 +294,7 @@ def test_a_parquet_file_of_long_pages_is_refused(tmp_path):
     assert "no file of questions is so" in said and grown < 300
 
 
-@pytest.mark.parametrize("kind", ["blank", "rows", "fields"])
+@pytest.mark.parametrize("kind", ["blank", pytest.param("rows", marks=pytest.mark.slow), "fields"])
 def test_a_small_archive_of_many_bytes_is_refused(tmp_path, kind):
     row = {"blank": b"\n", "rows": b'{"question": "1", "answer": "1"}\n', "fields": b"[" * (1 << 23) + b"\n"}[kind]
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", 9) as file:

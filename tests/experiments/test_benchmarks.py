@@ -44,6 +44,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 def test_portability_is_measured_through_the_file(processes, tmp_path):
     result = tmp_path / "result.json"
     ran = processes.run("benchmarks.portability", "--model=random:tiny", f"--json={result}", config=False)

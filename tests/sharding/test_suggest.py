@@ -31,6 +31,7 @@ def test_eight_chips_of_v5e_hold_all_completions_and_four_hold_a_half():
     assert how(found("v5e:2x4", "v5e:2x2")) == how([*four, *eight]), "fewer devices are cheaper"
 
 
+@pytest.mark.slow
 def test_of_equally_many_devices_the_topology_named_first_is_tried_first():
     for names in (("v5e:2x4", "v6e:2x4"), ("v6e:2x4", "v5e:2x4")):
         tried = list(dict.fromkeys(candidate.topology.name for candidate in found(*names)))
