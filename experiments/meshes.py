@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.cli import tell
@@ -63,6 +64,8 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
 def slots_of(config: ConfigDict, model: ModelConfig) -> int:
     """Completions that a run decodes at once on the mesh in use, 0 for all; says how it lies on its devices."""
     memory, mesh = device_bytes(), active_mesh()
+    if memory is None and jax.default_backend() != "cpu":  # an accelerator that does not say what it has: all at once
+        return config.slots
     devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
     found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels())
     if found.num_bytes is not None:
@@ -103,6 +106,12 @@ def plan_streams(
         if shapes[-1].tokens * streams <= 2 * whole:
             break
     return shapes, streams
+
+
+def placed(tree: Any) -> Any:
+    """Arrays of the host, or of one device, on every device of the mesh in use."""
+    mesh = active_mesh()
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def describe(mesh: Mesh | None) -> Sequence[int]:

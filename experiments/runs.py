@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from absl import flags
 from grain import DatasetIterator
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from experiments.cli import define_path, fail, reporting_errors, tell, use_compi
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.hosts import is_first, on_first
 from experiments.launch import launch
-from experiments.meshes import active_mesh, plan_streams, use_fitting_mesh
+from experiments.meshes import active_mesh, placed, plan_streams, use_fitting_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
@@ -91,8 +90,7 @@ class Trainer(ABC):
 
     def placed(self, tree: Any) -> Any:
         """A state, or what was trained, of the host on every device."""
-        mesh = active_mesh()
-        return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        return placed(tree)
 
     @abstractmethod
     def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:

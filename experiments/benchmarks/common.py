@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.cli import define_path, reporting_errors, tell
-from experiments.meshes import active_mesh, parse_mesh, use_mesh
+from experiments.meshes import active_mesh, parse_mesh, placed, use_mesh
+from experiments.setup import make_policy
 from experiments.shapes import SHAPES, architecture
-from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
+from tinylora_jax.adapters import Policy, TinyLoRA, init
 from tinylora_jax.io.pretrained import load_pretrained
 from tinylora_jax.io.weights import param_shapes
 from tinylora_jax.models import ModelConfig
-from tinylora_jax.models.sharding import param_shardings, policy_shardings
+from tinylora_jax.models.sharding import MeshSpec, param_shardings
 
 FLAGS = flags.FLAGS
 
@@ -55,8 +56,15 @@ def measuring(alone: bool = False) -> Iterator[None]:
         count = len(devices())
         if alone and count > 1:
             raise ValueError(f"--mesh={FLAGS.mesh}: this benchmark runs on one device; leave --mesh out")
-        with use_mesh(parse_mesh(FLAGS.mesh), devices()), jax.default_device(devices()[0] if count == 1 else None):
+        with use_devices(parse_mesh(FLAGS.mesh), devices()):
             yield
+
+
+@contextmanager
+def use_devices(spec: MeshSpec, chosen: Sequence[jax.Device]) -> Iterator[None]:
+    """The mesh of these devices around what is measured, or the one device, whichever others there are."""
+    with use_mesh(spec, chosen), jax.default_device(chosen[0] if len(chosen) == 1 else None):
+        yield
 
 
 def devices() -> list[jax.Device]:
@@ -97,12 +105,8 @@ def load() -> Model:
     """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
     source = FLAGS.model
     config, params, tokenizer, stops = _load(source)
-    policy = Policy(params, factorize(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13))))
-    v = init(policy.factors) + 0.01  # not zero, so that the update is no multiplication by nothing
-    mesh = active_mesh()
-    if mesh is not None:
-        policy = jax.device_put(policy, policy_shardings(mesh, policy))
-        v = jax.device_put(v, NamedSharding(mesh, PartitionSpec()))
+    policy = make_policy(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "auto")
+    v = placed(init(policy.factors) + 0.01)  # not zero, so that the update is no multiplication by nothing
     return Model(source, config, policy, v, tokenizer, stops)
 
 

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict, config_flags
 from experiments.benchmarks import common
 from experiments.benchmarks.grpo_step import timed_steps
 from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.meshes import use_mesh
 from tinylora_jax.models.sharding import AXES, MeshSpec
 
 FLAGS = flags.FLAGS
@@ -35,7 +34,7 @@ def measure(config: ConfigDict, axis: str, count: int, work: str) -> dict[str, f
     config.batch_size *= count // min(map(int, FLAGS.devices)) if work == "n-fold" else 1
     tell(f"{count} devices, {config.batch_size} x {config.samples} completions")
     chosen = jax.devices()[:count]
-    with use_mesh(spec_of(axis, count), chosen), jax.default_device(chosen[0] if count == 1 else None):
+    with common.use_devices(spec_of(axis, count), chosen):
         median = timed_steps(config, FLAGS.steps, FLAGS.questions).median
     gc.collect()  # the weights of this mesh make room for those of the next
     return {**{phase: median[phase] for phase in _PHASES}, "tokens_per_s": median["tokens"] / median["step_s"]}

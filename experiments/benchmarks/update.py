@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import app, flags
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, use_compilation_cache
-from experiments.meshes import active_mesh, plan_streams
+from experiments.meshes import active_mesh, placed, plan_streams
 from experiments.shapes import matrix_params
 from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, pack
 from tinylora_jax.training.grpo import grpo_loss, wants_remat
@@ -61,9 +60,7 @@ def main(argv: Sequence[str]) -> None:
         shapes, streams = plan_streams(active_mesh(), *bounds, grpo.stream_tokens)
         plan = Plan(model.config, grpo, 1.0, bounds[3], shapes, streams)
         optimizer = Optimizer(1e-3).transform()
-        step, state = Step(Gradient(plan), optimizer), init_state(model.v, optimizer)
-        if active_mesh() is not None:
-            state = jax.device_put(state, NamedSharding(active_mesh(), PartitionSpec()))
+        step, state = Step(Gradient(plan), optimizer), placed(init_state(model.v, optimizer))
         timing = common.measure(lambda index: step(state, model.policy, batch))
         parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams)
         tokens = int(batch.mask.sum() + batch.lengths.sum())

@@ -264,3 +264,11 @@ def test_long_prompts_are_prefilled_in_parts(qwen2, adapted, prompts, reference,
     got = run(qwen2.config, adapted, prompts, samples=2)  # three prompts at once, then one and two of padding
     np.testing.assert_array_equal(got.tokens, reference.tokens)
     np.testing.assert_allclose(got.logprobs, reference.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 16, 32, 64])
+@pytest.mark.parametrize("slots_of_a_group", [1, 2, 16])
+def test_the_last_group_that_waits_can_have_enough_empty_slots(groups, slots_of_a_group):
+    """Else a loop would decode empty slots for ever."""
+    enough = importlib.import_module("tinylora_jax.rollout.generate")._worth_an_admission
+    assert 1 <= enough(groups * slots_of_a_group, groups) <= slots_of_a_group

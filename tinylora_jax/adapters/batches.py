@@ -92,9 +92,7 @@ def oriented_stack(
       where: target and layer of each module.
       place: sharding of the result; None leaves it to the compiler.
     """
-    if (
-        place is not None
-    ):  # whole on every device for a moment, as they must be anyway: said to XLA, it warns of nothing
+    if place is not None:  # XLA gathers the weights anyway; unless it is told to, it warns of it
         leaves = jax.lax.with_sharding_constraint(leaves, NamedSharding(place.mesh, PartitionSpec()))
     pairs = zip(leaves, where, strict=True)
     stacked = jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -193,7 +192,7 @@ def _einsum(subscripts: str, *arrays: jax.Array) -> jax.Array:
 def _product(W: jax.Array, X: jax.Array, transposed: bool = False) -> jax.Array:
     """W X, or Wᵀ X, exact to the dtype of X: long sums are cut into parts that are added outside the matrix units."""
     length = W.shape[1 if transposed else 2]
-    parts = 1 if X.dtype == jnp.float64 else length // math.gcd(length, _part(length))
+    parts = 1 if X.dtype == jnp.float64 else length // _part(length)
     split = lambda x, axis: x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
     W, X = split(W, 1 if transposed else 2), split(X, 1)
     subscripts = "bgrc,bgrk->bgck" if transposed else "brgc,bgck->bgrk"

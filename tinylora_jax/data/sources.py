@@ -112,11 +112,11 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         with open_regular(path) as raw:
             outer = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
             require_columns(str(path), outer.schema_arrow.names, columns)
-            wanted = [i for i in range(len(outer.schema)) if outer.schema.column(i).path.split(".")[0] in columns]
             _check_parquet_size(path, outer)
             # Left as Parquet stores them, equal texts are in memory once until their row is read.
-            leaves = (outer.schema.column(i) for i in wanted)
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            leaves = [outer.schema.column(i) for i in range(len(outer.schema))]
+            wanted = (leaf for leaf in leaves if leaf.path.split(".")[0] in columns)
+            texts = [leaf.path for leaf in wanted if leaf.physical_type == "BYTE_ARRAY"]
             file = pyarrow.parquet.ParquetFile(
                 raw, metadata=outer.metadata, read_dictionary=texts or None, pre_buffer=False
             )

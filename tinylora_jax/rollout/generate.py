@@ -299,6 +299,14 @@ def _sizes(slots: int, shards: int) -> list[int]:
     return sizes
 
 
+def _worth_an_admission(size: int, groups: int) -> int:
+    """How many empty slots of a pool are filled at once: an admission costs less than a step.
+
+    One group alone can have so many, since it may be the last that waits.
+    """
+    return max(1, size // max(16, groups))
+
+
 @partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
 def generate(
     config: ModelConfig,
@@ -345,7 +353,7 @@ def generate(
     share = total // groups
     sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-        enough = max(1, size // 16)  # empty slots that are worth an admission: it costs less than a step
+        enough = _worth_an_admission(size, groups)
 
         def room(state: _State) -> jax.Array:  # empty slots that somebody waits for
             empty = jnp.sum((state.slots.completion == total).reshape(groups, -1), axis=1)
