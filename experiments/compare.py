@@ -19,9 +19,9 @@ from typing import Any
 
 from absl import app
 
-from experiments.cli import fail, reporting_errors, tell
-from experiments.scoring import GRADES
-from tinylora_jax.data.sources import DataError, read_jsonl
+from experiments.common.cli import fail, reporting_errors, tell
+from experiments.common.eval_metrics import GRADES
+from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.files import expand, is_number, read_json
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
 

@@ -24,17 +24,17 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments import hosts
-from experiments.answering import Answers, answer, lower_answer, step_key
-from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.compilation import compile_together
-from experiments.meshes import use_fitting_mesh
-from experiments.scoring import Row, sampled_summary, summary, table
-from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
-from tinylora_jax.adapters.policy import Trained
+from experiments.common import multihost as hosts
+from experiments.common.answering import Answers, answer, lower_answer, step_key
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.compilation import compile_together
+from experiments.common.eval_metrics import Row, sampled_summary, summary, table
+from experiments.common.meshes import use_fitting_mesh
+from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from tinylora_jax.adapters import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
 from tinylora_jax.files import write_atomically
-from tinylora_jax.io.saving import open_trained
+from tinylora_jax.io import open_trained
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling
 

@@ -24,13 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.screen import Screen, TextStream
+from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.terminal import Screen, TextStream
 from tinylora_jax.adapters import CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
-from tinylora_jax.io.huggingface import NotInCacheError
-from tinylora_jax.io.pretrained import Pretrained, load_pretrained
-from tinylora_jax.io.trained import Trained, open_adapter, read_together
+from tinylora_jax.io import Pretrained, Trained, load_pretrained, open_adapter, read_together
+from tinylora_jax.io.hf import NotInCacheError
 from tinylora_jax.rollout import Sampling, stream
 
 FLAGS = flags.FLAGS

@@ -19,15 +19,15 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments import runs
-from experiments.answering import answer, lower_answer, step_key
-from experiments.cli import parse_flags
-from experiments.hosts import is_first
-from experiments.learning import Learner, answers_page
+from experiments.common import runs
+from experiments.common.answering import answer, lower_answer, step_key
+from experiments.common.cli import parse_flags
+from experiments.common.learning import Learner, answers_page
+from experiments.common.multihost import is_first
+from experiments.common.preemption import StopRequests
+from experiments.common.runs import Stepped, plan_of
+from experiments.common.setup import Specs, Task
 from experiments.plot import try_plot
-from experiments.runs import Stepped, plan_of
-from experiments.setup import Specs, Task
-from experiments.stopping import StopRequests
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import Gradient, TrainState
 

@@ -24,14 +24,14 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.answering import answer, grades_of, lower_answer, step_key
-from experiments.charts import draw_landscape
-from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.compilation import compile_together
-from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from experiments.common.answering import answer, grades_of, lower_answer, step_key
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.compilation import compile_together
+from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from experiments.plotting.charts import draw_landscape
 from tinylora_jax.data import Prompt, padded_width
 from tinylora_jax.files import write_atomically
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io import open_adapter
 
 FLAGS = flags.FLAGS
 _ROWS = 2048  # completions decoded together, about

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.charts import draw_accuracy
-from experiments.cli import define_path, fail, parse_flags, reporting_errors
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors
+from experiments.plotting.charts import draw_accuracy
 from tinylora_jax.files import expand, is_number, open_regular, parse_json, read_json, write_atomically
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
 

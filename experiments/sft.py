@@ -22,13 +22,13 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments import runs
-from experiments.cli import TrainingError, parse_flags
-from experiments.hosts import is_first
+from experiments.common import runs
+from experiments.common.cli import TrainingError, parse_flags
+from experiments.common.multihost import is_first
+from experiments.common.preemption import StopRequests
+from experiments.common.runs import Stepped, plan_of
+from experiments.common.setup import Specs, Task
 from experiments.plot import try_plot
-from experiments.runs import Stepped, plan_of
-from experiments.setup import Specs, Task
-from experiments.stopping import StopRequests
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
 from tinylora_jax.training import SFT_OBJECTIVE, Gradient, Step, TrainState, solutions_batch
 

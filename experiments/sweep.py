@@ -29,12 +29,19 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.cli import TrainingError, define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.evaluate import evaluate, lower_evaluation
-from experiments.launch import launch
-from experiments.learning import answers_page
-from experiments.plot import try_plot
-from experiments.population import (
+from experiments.common.cli import (
+    TrainingError,
+    define_path,
+    fail,
+    parse_flags,
+    reporting_errors,
+    tell,
+    use_compilation_cache,
+)
+from experiments.common.eval_metrics import Row
+from experiments.common.launch import launch
+from experiments.common.learning import answers_page
+from experiments.common.population import (
     Member,
     Population,
     combinations,
@@ -43,17 +50,16 @@ from experiments.population import (
     parse_member,
     parse_variation,
 )
-from experiments.runs import num_steps, summary_of_config
-from experiments.scoring import Row
-from experiments.setup import Task, as_json, load_graded_questions, make_prompts, parse
-from experiments.stopping import Stopped, StopRequests
+from experiments.common.preemption import Stopped, StopRequests
+from experiments.common.runs import num_steps, summary_of_config
+from experiments.common.setup import Task, as_json, load_graded_questions, make_prompts, parse
+from experiments.evaluate import evaluate, lower_evaluation
+from experiments.plot import try_plot
 from tinylora_jax.adapters import retie
 from tinylora_jax.data import make_pipeline, padded_width
 from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import read_adapter, save_adapter
-from tinylora_jax.io.checkpoint import Checkpoints
-from tinylora_jax.io.fingerprint import base_fingerprint
-from tinylora_jax.io.run_log import RunLog
+from tinylora_jax.io import Checkpoints, RunLog
+from tinylora_jax.io.adapter import base_fingerprint, read_adapter, save_adapter
 from tinylora_jax.training import TrainState
 
 FLAGS = flags.FLAGS

@@ -7,7 +7,10 @@ import pytest
 
 import tinylora_jax
 from tinylora_jax import data, models, rewards, rollout, training
-from tinylora_jax.io import adapter_file, peft, peft_export, pretrained
+from tinylora_jax.io import _pretrained as pretrained
+from tinylora_jax.io.adapter import _file as adapter_file
+from tinylora_jax.io.peft import _export as peft_export
+from tinylora_jax.io.peft import _tinylora as peft
 
 FRONT_DOORS = [
     *(getattr(tinylora_jax, name) for name in tinylora_jax.__all__),
@@ -36,6 +39,6 @@ def test_the_package_says_where_to_begin():
     text = pydoc.render_doc("tinylora_jax", renderer=pydoc.plaintext)
     for name in tinylora_jax.__all__:
         assert name in text
-    for line in ("factors = factorize(params, TinyLoRA(", "v = init(factors)", "io.pretrained.load_pretrained"):
+    for line in ("factors = factorize(params, TinyLoRA(", "v = init(factors)", "io.load_pretrained"):
         assert line in text
     assert "factors: its factors." in text  # of `apply` and `merge`, in full

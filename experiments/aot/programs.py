@@ -18,27 +18,30 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from experiments.answering import lower_rollout
 from experiments.aot import hlo
-from experiments.cli import tell
-from experiments.meshes import plan_streams
-from experiments.outlines import policy_outline
-from experiments.setup import Specs, sampling_of
-from experiments.shapes import matrix_params
-from tinylora_jax.adapters import Policy, TinyLoRA, init, select
-from tinylora_jax.adapters.batches import BATCH_BYTES, batches, svd_shapes
-from tinylora_jax.adapters.svd import jnp_svd
-from tinylora_jax.adapters.svd_device import mesh_of, subspace_svd
-from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.io.weights import param_shapes
-from tinylora_jax.models import KVCache, ModelConfig
-from tinylora_jax.models.sharding import heads_axes, outline_everywhere, placed_outline
-from tinylora_jax.rollout import Sampling
-from tinylora_jax.rollout.generate import decode_step, empty_state
-from tinylora_jax.training import Gradient, Plan, Step, Streams, init_state
-from tinylora_jax.training.batch import Shape
-from tinylora_jax.training.grpo import wants_remat
-from tinylora_jax.training.step import empty_parts
+from experiments.common.abstract import policy_outline
+from experiments.common.answering import lower_rollout
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import tell
+from experiments.common.meshes import plan_streams
+from experiments.common.setup import Specs, sampling_of
+from tinylora_jax.adapters import (
+    BATCH_BYTES,
+    Policy,
+    TinyLoRA,
+    batches,
+    init,
+    jnp_svd,
+    leaves_by_path,
+    mesh_of,
+    select,
+    subspace_svd,
+    svd_shapes,
+)
+from tinylora_jax.io.hf import param_shapes
+from tinylora_jax.models import KVCache, ModelConfig, heads_axes, outline_everywhere, placed_outline
+from tinylora_jax.rollout import Sampling, decode_step, empty_state
+from tinylora_jax.training import Gradient, Plan, Shape, Step, Streams, empty_parts, init_state, wants_remat
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"

@@ -10,7 +10,7 @@ import jax
 from experiments.aot import estimate
 from experiments.aot.chips import Topology
 from experiments.aot.programs import Build, Case, Compiled
-from experiments.meshes import describe
+from experiments.common.meshes import describe
 
 
 def _program(compiled: Compiled, topology: Topology) -> dict[str, Any]:

@@ -23,11 +23,10 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, peers
-from experiments.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
 from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import AdapterReader, save_adapter
-from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.io.adapter import AdapterReader, base_fingerprint, save_adapter
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.rollout import Completions, Sampling, generate
 

@@ -17,12 +17,12 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.launch import launch
+from experiments.common.preemption import StopRequests
+from experiments.common.setup import Task, make_prompts, parse
 from experiments.grpo import Trainer
-from experiments.launch import launch
-from experiments.setup import Task, make_prompts, parse
-from experiments.shapes import matrix_params
-from experiments.stopping import StopRequests
 from tinylora_jax.data import load_questions, make_pipeline
 
 FLAGS = flags.FLAGS

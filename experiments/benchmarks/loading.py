@@ -2,8 +2,8 @@
 
 python -m experiments.benchmarks.loading --model=/data/qwen2.5-7b --mesh=1,1,8
 
-On several hosts the flags of `experiments.hosts` are added. On a CPU the shards are host memory too: what is in use at
-most is compared with shards and largest tensor together. Linux: memory is read from /proc.
+On several hosts the flags of `experiments.common.multihost` are added. On a CPU the shards are host memory
+too: what is in use at most is compared with shards and largest tensor together. Linux: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import jax
 from absl import app, flags
 
-from experiments import hosts
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors
-from experiments.meshes import active_mesh, parse_mesh, use_mesh
-from tinylora_jax.io.pretrained import open_pretrained
-from tinylora_jax.models.sharding import param_shardings
+from experiments.common import multihost as hosts
+from experiments.common.cli import parse_flags, reporting_errors
+from experiments.common.meshes import active_mesh, parse_mesh, use_mesh
+from tinylora_jax.io import open_pretrained
+from tinylora_jax.models import param_shardings
 
 FLAGS = flags.FLAGS
 T = TypeVar("T")

@@ -30,10 +30,10 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, tunix_peer
-from experiments.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors
-from tinylora_jax.io.peft_export import export_tinylora
-from tinylora_jax.io.pretrained import resolve_gguf
+from tinylora_jax.io import resolve_gguf
+from tinylora_jax.io.peft import export_tinylora
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling, generate
 from tinylora_jax.training import (

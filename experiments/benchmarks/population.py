@@ -13,10 +13,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
-from experiments.compilation import compile_together
-from experiments.population import Population, free_spec, member_configs
-from experiments.setup import load_task, make_prompts, parse
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.compilation import compile_together
+from experiments.common.population import Population, free_spec, member_configs
+from experiments.common.setup import load_task, make_prompts, parse
 from tinylora_jax.adapters import adapt
 from tinylora_jax.data import load_questions, make_pipeline, padded_width
 

@@ -24,12 +24,10 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, tell, use_compilation_cache
-from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, select
-from tinylora_jax.adapters.targets import leaves_by_path
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, leaves_by_path, select
 from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import check_fit, read_adapter, save_adapter
-from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.io.adapter import base_fingerprint, check_fit, read_adapter, save_adapter
 
 FLAGS = flags.FLAGS
 LIMIT = 1e-3  # relative difference of ΔW that is promised

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
 from experiments.benchmarks.grpo_step import timed_steps
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
-from tinylora_jax.models.sharding import AXES, MeshSpec
+from experiments.common.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.models import AXES, MeshSpec
 
 FLAGS = flags.FLAGS
 WORK = {"same": "the same work", "n-fold": "n-fold work"}

@@ -12,11 +12,10 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
-from experiments.meshes import active_mesh, placed, plan_streams
-from experiments.shapes import matrix_params
-from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, pack
-from tinylora_jax.training.grpo import grpo_loss, wants_remat
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.meshes import active_mesh, placed, plan_streams
+from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, grpo_loss, init_state, pack, wants_remat
 
 FLAGS = flags.FLAGS
 

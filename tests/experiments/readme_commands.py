@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags
 
-from experiments.setup import parse
+from experiments.common.setup import parse
 
 
 def problem(module, *arguments):

@@ -12,11 +12,12 @@ import time
 import numpy as np
 import pytest
 
-from experiments import grpo, learning, runs, sft
-from experiments.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
+from experiments import grpo, sft
+from experiments.common import learning, runs
+from experiments.common.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax.data import DataError, DataSpec, load_questions
-from tinylora_jax.io import pretrained
-from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.io import _pretrained as pretrained
+from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints
 
 NAN, INF = math.nan, math.inf
 

@@ -11,12 +11,12 @@ import pytest
 from tiny_rewards import even
 
 from experiments import evaluate as cli
-from experiments.answering import answer, step_key
+from experiments.common.answering import answer, step_key
+from experiments.common.setup import load_task, make_prompts, parse
 from experiments.evaluate import evaluate
-from experiments.setup import load_task, make_prompts, parse
 from tinylora_jax.adapters import TinyLoRA, factorize, init
 from tinylora_jax.data import load_questions
-from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
+from tinylora_jax.io.adapter._file import AdapterError, read_adapter, save_adapter
 from tinylora_jax.rollout import Sampling
 
 NO_SUITE = {"suite": None, "suite_folder": None}

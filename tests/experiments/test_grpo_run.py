@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo, runs
-from experiments.answering import answer, step_key
-from experiments.setup import load_task, make_prompts, parse
+from experiments import grpo
+from experiments.common import runs
+from experiments.common.answering import answer, step_key
+from experiments.common.setup import load_task, make_prompts, parse
 from tinylora_jax.data import load_questions, padded_width
-from tinylora_jax.io.adapter_file import read_adapter
-from tinylora_jax.io.checkpoint import Checkpoints
+from tinylora_jax.io._checkpoint import Checkpoints
+from tinylora_jax.io.adapter._file import read_adapter
 
 METRICS = {
     *("step", "loss", "grad_norm", "v_norm", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance"),

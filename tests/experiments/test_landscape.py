@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from experiments import landscape
-from experiments.answering import answer, grades_of, step_key
-from experiments.charts import draw_accuracy, draw_landscape
+from experiments.common.answering import answer, grades_of, step_key
+from experiments.common.setup import ConfigError, load_task, make_prompts, parse
 from experiments.landscape import grid, orthogonal
-from experiments.setup import ConfigError, load_task, make_prompts, parse
+from experiments.plotting.charts import draw_accuracy, draw_landscape
 from tinylora_jax.data import load_questions, padded_width
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io._trained import open_adapter
 
 
 def is_blank(path):

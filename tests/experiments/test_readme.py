@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.image
 from packaging.requirements import Requirement
 
-from tinylora_jax.io.pretrained import _PACKAGES
+from tinylora_jax.io._pretrained import _PACKAGES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

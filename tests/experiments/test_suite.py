@@ -7,9 +7,9 @@ import pytest
 
 from experiments import compare as comparison
 from experiments import evaluate as cli
+from experiments.common.eval_metrics import sampled_summary, summary, table
+from experiments.common.setup import ConfigError
 from experiments.compare import CompareError, compare, read
-from experiments.scoring import sampled_summary, summary, table
-from experiments.setup import ConfigError
 from tinylora_jax.data import DataError, parse_suite
 from tinylora_jax.metrics import estimate
 

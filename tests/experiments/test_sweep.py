@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import grpo, learning, sweep
+from experiments import grpo, sweep
+from experiments.common import learning
+from experiments.common.population import combinations, member_configs, parse_member, parse_variation
+from experiments.common.setup import ConfigError
 from experiments.plot import plot, plot_curves, read_run
-from experiments.population import combinations, member_configs, parse_member, parse_variation
-from experiments.setup import ConfigError
 
 VARY = ["optimizer.learning_rate=0.05,0.01", "seed=0,3"]
 TYINGS = ["adapter.n_tie=14,1", "adapter.u=1,2"]

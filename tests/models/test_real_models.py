@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from experiments.answering import step_key
+from experiments.common.answering import step_key
+from experiments.common.setup import load_task, make_prompts, parse
 from experiments.configs import demo
 from experiments.grpo import Trainer
-from experiments.setup import load_task, make_prompts, parse
 from tinylora_jax.data import get_template, load_questions, pad_prompts, padded_width, render
-from tinylora_jax.io import pretrained
+from tinylora_jax.io import _pretrained as pretrained
 from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
 from tinylora_jax.training import Batch, score

@@ -19,8 +19,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from experiments.aot.programs import Case, compile_program, rollout, step  # noqa: E402
+from experiments.common.setup import parse  # noqa: E402
 from experiments.configs import base  # noqa: E402
-from experiments.setup import parse  # noqa: E402
 from tinylora_jax.models import ModelConfig, attention  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
 

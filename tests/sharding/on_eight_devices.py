@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import FAMILIES, _randomized  # noqa: E402
 
-from experiments.meshes import plan_streams  # noqa: E402
+from experiments.common.meshes import plan_streams  # noqa: E402
 from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
 from tinylora_jax.rollout import Sampling, generate  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.batches import (
@@ -24,6 +24,8 @@ from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.svd import SVD, compile_svds, is_undetermined, mismatch, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, select, tie_groups
 from tinylora_jax.fetch import fetch
+
+_LOG = logging.getLogger(__name__)
 
 _FOREIGN = 0.02  # by how much given triplets may miss: those of the weight in float32 miss it by 4e-3 in bfloat16
 
@@ -110,7 +112,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
         raise ValueError(f"{len(broken)} weights are not finite: {', '.join(broken[:5])}; load the model again")
     undetermined = tuple(module.name for module in known if is_undetermined(found[module], spec.rank))
     if undetermined:
-        logging.warning(
+        _LOG.warning(
             "%d of %d weights do not determine their factors, since singular values are close or a sign is not sure: "
             "%s. A saved adapter holds these factors, and so stays portable",
             *(len(undetermined), len(modules), _some(undetermined)),

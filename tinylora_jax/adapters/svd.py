@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.svd_device import mesh_of, subspace_svd, tolerances, work_dtype
 from tinylora_jax.adapters.svd_host import leading_triplets_of
 from tinylora_jax.fetch import fetch
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SVD_METHODS = ("auto", "exact", "subspace", "jnp")
@@ -79,7 +81,7 @@ def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     out = np.promote_types(W.dtype, np.float32)
     missed = np.flatnonzero(~(error <= tolerances(dtype)[1]))  # NaN among them
     if missed.size:
-        logging.warning(
+        _LOG.warning(
             "%d of %d matrices of %d x %d did not converge on the device (largest error %.1e): decomposing these on"
             " the host",
             *(missed.size, *W.shape, np.max(error[missed])),

@@ -209,7 +209,7 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
       dtype: of every leaf.
 
     Returns:
-      The tree of `tinylora_jax.io.weights.parameter_names`, kernels `[in, out]`.
+      The tree of `tinylora_jax.io.hf._weights.parameter_names`, kernels `[in, out]`.
     """
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(seed)))[1]))
     return make()

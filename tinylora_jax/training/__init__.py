@@ -1,13 +1,17 @@
 """Losses, the trained state and the jitted GRPO step."""
 
 from tinylora_jax.training.batch import Batch as Batch
+from tinylora_jax.training.batch import Shape as Shape
 from tinylora_jax.training.batch import Streams as Streams
 from tinylora_jax.training.batch import pack as pack
 from tinylora_jax.training.batch import stream_shapes as stream_shapes
 from tinylora_jax.training.batch import unpack as unpack
 from tinylora_jax.training.grpo import GRPO as GRPO
+from tinylora_jax.training.grpo import Metrics as Metrics
 from tinylora_jax.training.grpo import Plan as Plan
+from tinylora_jax.training.grpo import grpo_loss as grpo_loss
 from tinylora_jax.training.grpo import score as score
+from tinylora_jax.training.grpo import wants_remat as wants_remat
 from tinylora_jax.training.logprobs import stream_logprobs as stream_logprobs
 from tinylora_jax.training.losses import group_advantages as group_advantages
 from tinylora_jax.training.sft import SFT_OBJECTIVE as SFT_OBJECTIVE
@@ -18,3 +22,4 @@ from tinylora_jax.training.state import init_state as init_state
 from tinylora_jax.training.step import Gradient as Gradient
 from tinylora_jax.training.step import Objective as Objective
 from tinylora_jax.training.step import Step as Step
+from tinylora_jax.training.step import empty_parts as empty_parts

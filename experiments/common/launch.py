@@ -1,0 +1,83 @@
+"""The start of a run: programs compile, and prompts are made, while the weights are read.
+
+    with launch(config, specs) as start:
+        prompts = make_prompts(config, questions, start.outline)
+        task = start.finish(programs lowered for start.outline)
+
+All that programs depend on stands in a file's header and the config. What runs on the devices, the factorization, waits
+until everything is compiled: see `compile_together`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+
+from jax.stages import Lowered
+from ml_collections import ConfigDict
+
+from experiments.common.abstract import policy_outline
+from experiments.common.cli import tell
+from experiments.common.compilation import compile_together
+from experiments.common.fitting import open_model
+from experiments.common.meshes import active_mesh, slots_of
+from experiments.common.setup import Specs, Task, make_policy, make_task
+from tinylora_jax.adapters import Spec, TinyLoRA, lower_factorize
+from tinylora_jax.io.hf import Reading
+from tinylora_jax.models import param_shardings
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A task whose weights are being read.
+
+    Attributes:
+      config: of the run.
+      specs: the same, parsed.
+      adapter: what is trained.
+      outline: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
+      reading: the weights.
+    """
+
+    config: ConfigDict
+    specs: Specs
+    adapter: Spec
+    outline: Task
+    reading: Reading
+
+    def finish(self, programs: Iterable[Lowered] = ()) -> Task:
+        """The task, loaded and factorized, when these programs (of its outline) are compiled.
+
+        Raises:
+          ValueError: a weight cannot be read or adapted.
+        """
+        tell("compiling")
+        compile_together(chain(programs, self._factorization()), self.reading.check)
+        model = replace(self.outline.pretrained, params=self.reading.result())
+        policy = make_policy(model.params, self.adapter, self.config.svd)
+        return make_task(self.config, self.specs, model, policy, self.outline.slots)
+
+    def _factorization(self) -> Iterable[Lowered]:
+        if not isinstance(self.adapter, TinyLoRA):
+            return ()
+        return lower_factorize(self.outline.policy.params, self.adapter, self.config.svd)
+
+
+@contextmanager
+def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Iterator[Launch]:
+    """Reads a model's weights inside the `with` block; `adapter` stands in for the config's.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`, or the adapter does not fit the model.
+    """
+    tell(f"loading {config.model}")
+    adapter, mesh = adapter or specs.adapter, active_mesh()
+    opened = open_model(config.model, config.dtype)
+    open_model.cache_clear()  # another run of this process may find other files there
+    slots = slots_of(config, opened.outline.config)
+    with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
+        policy = policy_outline(opened.outline.params, adapter, mesh)
+        yield Launch(config, specs, adapter, make_task(config, specs, opened.outline, policy, slots), reading)

@@ -1,0 +1,301 @@
+"""A run from its config to its summary, whatever it learns from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+from grain import DatasetIterator
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments.common import multihost as hosts
+from experiments.common.cli import define_path, fail, reporting_errors, tell, use_compilation_cache
+from experiments.common.launch import launch
+from experiments.common.meshes import active_mesh, placed, plan_streams, use_fitting_mesh
+from experiments.common.multihost import is_first, on_first
+from experiments.common.preemption import Stopped, StopRequests
+from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
+from experiments.common.workdir import Workdir
+from experiments.evaluate import evaluate, lower_evaluation
+from tinylora_jax.adapters import Policy, Trained
+from tinylora_jax.data import Prompt, make_pipeline, padded_width
+from tinylora_jax.fetch import fetch
+from tinylora_jax.io import save_trained
+from tinylora_jax.io.adapter import base_fingerprint
+from tinylora_jax.models import outline_everywhere
+from tinylora_jax.training import Plan, TrainState, init_state
+
+Totals = dict[str, float]
+
+_SHOWN = ("loss", "reward", "length", "tokens_per_s")  # of the metrics, while it runs
+
+_SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # kept in adapter.json
+
+
+class Stepped(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+      state: after it.
+      metrics: to log.
+      page: readable completions.
+      tokens: how many were generated.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+    page: str = ""
+    tokens: int = 0
+
+
+class Trainer(ABC):
+    """One run's fixed parts, and the step they make.
+
+    Args:
+      config: of the run.
+      specs: the same, parsed.
+      task: the model, or its outline (see `launch`) until `task` is set to the loaded one: programs are the same.
+      prompts: to train on.
+      steps: length of the learning-rate schedule, in steps.
+      stop: asked between the phases of a step.
+    """
+
+    def __init__(
+        self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
+    ):
+        self.config, self.specs, self.task, self.stop = config, specs, task, stop
+        self.width, self.optimizer = padded_width(prompts), optimizer_of(specs, steps)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        return self.placed(init_state(self.task.policy.init(), self.optimizer))
+
+    def state_outline(self) -> TrainState:
+        """Its shapes and places."""
+        make = lambda policy: init_state(policy.init(), self.optimizer)
+        return outline_everywhere(jax.eval_shape(make, self.task.policy))
+
+    def placed(self, tree: Any) -> Any:
+        """A state, or what was trained, of the host on every device."""
+        return placed(tree)
+
+    @abstractmethod
+    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+        """The programs of a step from a state, or from its outline, to be compiled before the first."""
+
+    @abstractmethod
+    def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+        """What one batch of prompts teaches.
+
+        Raises:
+          TrainingError: the loss, the gradient or v is not finite.
+        """
+
+
+MakeTrainer = Callable[[ConfigDict, Specs, Task, Sequence[Prompt], int, StopRequests], Trainer]
+
+
+def optimizer_of(specs: Specs, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many rollouts."""
+    updates = steps * specs.grpo.updates_per_rollout
+    return dataclasses.replace(specs.optimizer, total_updates=updates).transform()
+
+
+def plan_of(
+    config: ConfigDict, specs: Specs, task: Task, width: int, samples: int | None = None, longest: int | None = None
+) -> Plan:
+    """What the update of a run is compiled for.
+
+    Args:
+      config: of the run.
+      specs: the same, parsed.
+      task: the model.
+      width: of padded prompts.
+      samples: completions a prompt; None: the config's.
+      longest: tokens of a completion; None: the config's.
+    """
+    samples, longest = samples or config.samples, longest or config.max_new_tokens
+    bounds = (config.batch_size, width, samples, longest)
+    shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
+    return Plan(task.model, specs.grpo, config.temperature, longest, shapes, streams)
+
+
+def summary_of_config(config: ConfigDict) -> dict[str, Any]:
+    """What an adapter's description keeps of its run."""
+    kept = {name: config[name] for name in _SUMMARY}
+    return kept | {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
+
+
+def num_steps(config: ConfigDict, num_prompts: int) -> int:
+    """Rollouts of a run.
+
+    Raises:
+      ConfigError: there are fewer prompts than a batch needs.
+    """
+    steps = num_prompts // config.batch_size * config.epochs
+    steps = min(steps, config.max_steps) if config.max_steps else steps
+    if steps < 1:
+        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts; lower it")
+    return steps
+
+
+def train(
+    trainer: Trainer, data: DatasetIterator, steps: int, folder: Workdir, started: float
+) -> tuple[TrainState, Totals]:
+    """Runs the steps that are still to do, each saved when it is done.
+
+    Returns:
+      The final state, and totals over the whole run, interruptions included.
+    """
+    config, state = trainer.config, trainer.initial_state()
+    totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
+    saved = folder.restore(state)
+    if saved is not None:
+        state, record = trainer.placed(saved[0]), saved[1]
+        data.set_state(record["data"])
+        totals = record["totals"]
+        tell(f"continuing after step {int(state.step)} of {steps}")
+    first, before = int(state.step), totals["wall_s"]
+    folder.start(first)
+    quiet = not is_first()
+    with closing(folder), tqdm(total=steps, initial=first, desc="training", unit="step", disable=quiet) as bar:
+        for index in range(first, steps):
+            trainer.stop.check()
+            state, metrics, page, tokens = trainer.step(state, index, next(data))
+            totals["tokens"] += tokens
+            totals["rollout_s"] += metrics.get("rollout_s", 0.0)
+            totals["wall_s"] = before + time.perf_counter() - started
+            due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
+            record = {"data": data.get_state(), "totals": totals} if due else None
+            folder.keep(index, state, record, metrics, page)
+            shown = {name: f"{metrics[name]:.3g}" for name in _SHOWN if name in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+    return state, totals
+
+
+def run(
+    config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer, experiment: str
+) -> dict[str, Any]:
+    """Trains one adapter, from the config to the summary; continues what the workdir holds.
+
+    Args:
+      config: see `experiments/configs/base.py`.
+      workdir: see `RunLog`.
+      stop: says when to stop early.
+      make_trainer: of what is learned from.
+      experiment: `grpo` or `sft`; a workdir of the one is refused to the other.
+
+    Returns:
+      The summary.
+    """
+    started = time.perf_counter()
+    specs = parse(config)
+    folder = Workdir(workdir, as_json(config, experiment))
+    done = folder.read("summary.json")
+    if done is not None:
+        tell(f"{workdir} is complete; choose another --workdir to train again")
+        return done
+    train_questions = load_graded_questions(specs.train_data, config.reward)
+    eval_questions = load_graded_questions(specs.eval_data, config.reward)
+    num_steps(config, len(train_questions))  # refuses too few before the slow part
+    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    with launch(config, specs) as start:
+        prompts = make_prompts(config, train_questions, start.outline)
+        questions = make_prompts(config, eval_questions, start.outline)
+        steps = num_steps(config, len(prompts))
+        trainer = make_trainer(config, specs, start.outline, prompts, steps, stop)
+        outline = trainer.state_outline()
+        to_train = trainer.lower(outline) if folder.saved_steps() < steps else ()
+        task = start.finish(chain(to_train, lower_evaluation(start.outline, outline.v, questions, **how)))
+    trainer.task = task
+    folder.claim()
+    initial = trainer.initial_state()
+
+    before = folder.read("eval_before.json")
+    if before is None:
+        before, answers = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
+        folder.write_rows("answers_before.jsonl", answers)
+        folder.write("eval_before.json", before)
+    tell(f"before training: {json.dumps(before)}")
+    del initial  # of all weights it is gigabytes
+
+    data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
+    state, totals = train(trainer, data, steps, folder, started)
+    finished = time.perf_counter()
+
+    about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
+    folder.check()
+    saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
+    after, answers = evaluate(task, trainer.placed(saved), questions, seed=config.seed, between=stop.check, **how)
+    folder.write_rows("answers_after.jsonl", answers)
+    summary = {
+        "model": task.name,
+        "params": task.policy.num_params,
+        "bytes_bf16": 2 * task.policy.num_params,
+        "steps": steps,
+        "eval_before": before,
+        "eval_after": after,
+        "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
+    }
+    if totals["rollout_s"]:
+        summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
+    folder.write("summary.json", summary)
+    return summary
+
+
+def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
+    """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
+    policy, v, fingerprint = task.policy_to_save(), fetch(v), base_fingerprint(task.policy.params)
+
+    def write() -> list[list[float]] | None:
+        saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)
+        return np.asarray(saved).tolist() if isinstance(policy, Policy) else None
+
+    found = on_first(write)
+    return v if found is None else np.asarray(found, np.float32)  # the others are float32 in their files
+
+
+def define_flags() -> None:
+    """Defines the flags of a command that trains."""
+    config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
+    define_path("workdir", "Folder of the run: created, or continued.")
+    hosts.define_flags()
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], dict[str, Any]]) -> dict[str, Any]:
+    """Runs what the flags say, to the end or until it is asked to stop, which ends the program.
+
+    Args:
+      values: of the flags of `define_flags`.
+      run: from config, workdir and stop to the summary.
+
+    Returns:
+      The summary.
+    """
+    use_compilation_cache()
+    if not values.workdir:
+        fail("--workdir is empty; name a folder for the run")
+    workdir, stop = Path(values.workdir), StopRequests()
+    with reporting_errors(workdir):
+        hosts.connect(values)
+        try:
+            with use_fitting_mesh(values.config, parse(values.config).mesh):
+                return run(values.config, workdir, stop)
+        except Stopped as stopped:
+            if is_first():
+                print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
+            raise SystemExit(stopped.exit_code) from None

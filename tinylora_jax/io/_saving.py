@@ -1,0 +1,107 @@
+"""What was trained, by whatever method, as a folder and back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tinylora_jax.adapters import Adapted, FullPolicy, LoRAPolicy, Policy
+from tinylora_jax.adapters.policy import Trained
+from tinylora_jax.adapters.targets import leaves_by_path
+from tinylora_jax.fetch import fetch
+from tinylora_jax.io._pretrained import Pretrained, load_pretrained
+from tinylora_jax.io._trained import open_adapter
+from tinylora_jax.io.adapter._file import AdapterError, save_adapter
+from tinylora_jax.io.hf._export import write_model
+from tinylora_jax.io.peft._lora import is_lora, read_lora, save_lora
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was trained, before its base model is loaded.
+
+    Attributes:
+      v: what `policy` gives the weights at.
+      base: name of the base model; None if the folder does not say.
+      policy: from the base model's tree and a method for `truncated_svd`; refuses the tree of another model.
+    """
+
+    v: Trained
+    base: str | None
+    policy: Callable[[Any, str], Adapted]
+
+
+def save_trained(
+    folder: Path,
+    model: Pretrained,
+    policy: Adapted,
+    v: Trained,
+    fingerprint: Mapping[str, Any],
+    dtype: str = "bfloat16",
+    **about: Any,
+) -> Trained:
+    """Writes what was trained in the form that others load too.
+
+    TinyLoRA and LoRA-XS: `vector.bin` and `adapter.json`; LoRA: a PEFT folder; all weights: a model folder in float32.
+
+    Args:
+      folder: made, or replaced if it holds the same kind.
+      model: the base model.
+      policy: of which v is trained.
+      v: what was trained.
+      fingerprint: of the base weights, `fingerprint.base_fingerprint`.
+      dtype: of `vector.bin`.
+      **about: JSON-serializable; a summary of the training.
+
+    Returns:
+      v as the folder holds it.
+    """
+    match policy:
+        case Policy():
+            save_adapter(folder, fetch(policy.factors), jnp.asarray(v), model.name, dtype, fingerprint, **about)
+        case LoRAPolicy():
+            save_lora(folder, policy.spec, v, model.name, fingerprint, **about)
+        case _:
+            _save_model(folder, model, v)
+    return open_trained(folder).v
+
+
+def _save_model(folder: Path, model: Pretrained, v: Mapping[str, Any]) -> None:
+    fresh = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed here
+    fresh.mkdir(parents=True)
+    write_model(fresh, model, lambda path, leaf: v[path])
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def open_trained(folder: Path) -> Opened:
+    """Opens what `save_trained` wrote, a PEFT folder of LoRA or TinyLoRA, or a model folder.
+
+    Raises:
+      AdapterError, PeftError, ValueError: a file is absent, damaged or altered, or holds something else.
+    """
+    if is_lora(folder):
+        lora = read_lora(folder)
+        return Opened(lora.v, lora.base, lora.policy)
+    if (folder / "config.json").is_file():
+        tree = load_pretrained(str(folder), jnp.float32).params
+        v = leaves_by_path(tree)
+        return Opened(v, None, lambda params, method: _full_policy(folder, params, v))
+    adapter = open_adapter(folder)
+    return Opened(adapter.v, adapter.base, adapter.policy)
+
+
+def _full_policy(folder: Path, params: Any, v: Mapping[str, jax.Array]) -> FullPolicy:
+    expected = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    found = {path: np.shape(leaf) for path, leaf in v.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise AdapterError(f"{folder} holds another architecture's weights: {wrong[0][0]} and {len(wrong) - 1} more")
+    return FullPolicy(params)
