@@ -20,10 +20,8 @@ from ml_collections import ConfigDict
 
 from experiments.aot import hlo
 from experiments.common.abstract import policy_outline
-from experiments.common.answering import lower_rollout
 from experiments.common.architectures import matrix_params
 from experiments.common.cli import tell
-from experiments.common.meshes import plan_streams
 from experiments.common.setup import Specs, sampling_of
 from tinylora_jax.adapters import (
     BATCH_BYTES,
@@ -41,7 +39,7 @@ from tinylora_jax.adapters import (
 from tinylora_jax.io.hf import param_shapes
 from tinylora_jax.models import KVCache, ModelConfig, heads_axes, outline_everywhere, placed_outline
 from tinylora_jax.rollout import Sampling, decode_step, empty_state
-from tinylora_jax.training import Gradient, Plan, Shape, Step, Streams, empty_parts, init_state, wants_remat
+from tinylora_jax.training import Bounds, Gradient, Plan, Shape, Step, Streams, empty_parts, init_state, plan_update
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
@@ -92,12 +90,8 @@ class Case:
     def plan(self) -> Plan:
         """Of the update; whether blocks are recomputed is decided by the memory of the device compiled for."""
         c = self.config
-        bounds = (c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
-        shapes, streams = plan_streams(self.mesh, *bounds, self.specs.grpo.stream_tokens)
-        plan = Plan(self.model, self.specs.grpo, c.temperature, c.max_new_tokens, shapes, streams)
-        with jax.set_mesh(self.mesh):
-            remat = "on" if wants_remat(plan, self.dtype, self.device_bytes) else "off"
-        return replace(plan, grpo=replace(plan.grpo, remat=remat))
+        bounds = Bounds(c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
+        return plan_update(self.model, self.specs.grpo, c.temperature, bounds, self.dtype, self.mesh, self.device_bytes)
 
     def policy(self) -> Policy:
         """Shapes and places of weights and factors."""

@@ -13,10 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments.common.cli import tell
 from experiments.common.fitting import device_bytes, fit, open_model
-from tinylora_jax.models import DATA, FSDP, MeshSpec, ModelConfig
-from tinylora_jax.training import Shape, stream_shapes
-
-_ROOM = 2  # places in a row for each token: a TPU computes all of them, where a GPU skips those of no token
+from tinylora_jax.models import MeshSpec, ModelConfig
 
 
 def parse_mesh(text: str) -> MeshSpec:
@@ -85,25 +82,6 @@ def active_mesh() -> Mesh | None:
     """The mesh in use."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
-
-
-def plan_streams(
-    mesh: Mesh | None, prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, stream_tokens: int
-) -> tuple[tuple[Shape, ...], int]:
-    """The shapes of an update's streams, and how many of them run at once.
-
-    One for every device, shorter ones if it takes that to give each of them something; where even the shortest are
-    too many for the longest rollout, one for every group of devices that share a layer's weights.
-    """
-    bounds = (prompts, prompt_tokens, samples, completion_tokens)
-    if mesh is None:
-        return stream_shapes(*bounds, stream_tokens), 1
-    whole = prompts * (prompt_tokens + samples * completion_tokens)
-    for streams in (mesh.size, mesh.shape[DATA] * mesh.shape[FSDP]):
-        shapes = stream_shapes(*bounds, min(stream_tokens, -(-whole // streams)), _ROOM)
-        if shapes[-1].tokens * streams <= 2 * whole:
-            break
-    return shapes, streams
 
 
 def placed(tree: Any) -> Any:

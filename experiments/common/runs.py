@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
@@ -22,8 +23,9 @@ from tqdm import tqdm
 
 from experiments.common import multihost as hosts
 from experiments.common.cli import define_path, fail, reporting_errors, tell, use_compilation_cache
+from experiments.common.fitting import device_bytes
 from experiments.common.launch import launch
-from experiments.common.meshes import active_mesh, placed, plan_streams, use_fitting_mesh
+from experiments.common.meshes import active_mesh, placed, use_fitting_mesh
 from experiments.common.multihost import is_first, on_first
 from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
@@ -35,7 +37,7 @@ from tinylora_jax.fetch import fetch
 from tinylora_jax.io import save_trained
 from tinylora_jax.io.adapter import base_fingerprint
 from tinylora_jax.models import outline_everywhere
-from tinylora_jax.training import Plan, TrainState, init_state
+from tinylora_jax.training import Bounds, Plan, TrainState, init_state, plan_update
 
 Totals = dict[str, float]
 
@@ -127,9 +129,9 @@ def plan_of(
       longest: tokens of a completion; None: the config's.
     """
     samples, longest = samples or config.samples, longest or config.max_new_tokens
-    bounds = (config.batch_size, width, samples, longest)
-    shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
-    return Plan(task.model, specs.grpo, config.temperature, longest, shapes, streams)
+    bounds = Bounds(config.batch_size, width, samples, longest)
+    dtype = jnp.dtype(config.dtype)
+    return plan_update(task.model, specs.grpo, config.temperature, bounds, dtype, active_mesh(), device_bytes())
 
 
 def summary_of_config(config: ConfigDict) -> dict[str, Any]:
