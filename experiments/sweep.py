@@ -29,6 +29,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from experiments.common.answering import readable_page
 from experiments.common.cli import (
     TrainingError,
     define_path,
@@ -40,7 +41,6 @@ from experiments.common.cli import (
 )
 from experiments.common.eval_metrics import Row
 from experiments.common.launch import launch
-from experiments.common.learning import answers_page
 from experiments.common.population import (
     Member,
     Population,
@@ -57,9 +57,9 @@ from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
 from tinylora_jax.adapters import retie
 from tinylora_jax.data import make_pipeline, padded_width
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io import Checkpoints, RunLog
 from tinylora_jax.io.adapter import base_fingerprint, read_adapter, save_adapter
+from tinylora_jax.multihost import to_host
 from tinylora_jax.training import TrainState
 
 FLAGS = flags.FLAGS
@@ -106,7 +106,7 @@ class Folder:
 
 
 def train(
-    population: Population, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
+    population: Population, task: Task, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
 ) -> tuple[dict[str, TrainState], dict[str, str]]:
     """Runs the steps that are still to do, each saved when it is done.
 
@@ -130,13 +130,13 @@ def train(
             if not live:
                 raise TrainingError(f"all members diverged: {json.dumps(dropped)}")
             prompts = {name: next(iterator) for name, iterator in data.items()}
-            for name, result in population.step(states, index, prompts, live).items():
+            for name, result in population.step(task, states, index, prompts, live).items():
                 if isinstance(result, TrainingError):
                     dropped[name] = str(result).split(";")[0]
                     tell(f"dropped {name}: {dropped[name]}")
                     continue
-                states[name], metrics, answers = result
-                page = answers_page(prompts[name], answers, config.samples, config.samples_kept)
+                states[name], metrics, graded = result
+                page = readable_page(prompts[name], graded, config.samples_kept)
                 folder.keep(name, index, states[name], metrics, page)
             record = {"step": index + 1, "dropped": dropped}
             record["data"] = {name: iterator.get_state() for name, iterator in data.items()}
@@ -180,8 +180,7 @@ def run(
         population = Population(configs, specs, start.outline, padded_width(prompts), steps)
         base = jax.eval_shape(start.outline.policy.init)
         evaluation = lower_evaluation(start.outline, base, questions, **how)
-        task = start.finish(chain(population.lower(population.initial_states()), evaluation))
-    population.task = task
+        task = start.finish(chain(population.lower(start.outline, population.initial_states()), evaluation))
     judge = partial(evaluate, task, prompts=questions, between=stop.check, **how)
     folder.claim()
     with closing(folder):
@@ -192,7 +191,7 @@ def run(
             folder.log.write_json("eval_before.json", before)
         tell(f"before training: {json.dumps(before)}")
         data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
-        states, dropped = train(population, data, steps, folder, stop)
+        states, dropped = train(population, task, data, steps, folder, stop)
         trained = time.perf_counter()
         about = {"steps": steps, "eval_before": before}
         fingerprint = base_fingerprint(task.policy.params)
@@ -221,7 +220,7 @@ def _finish(
     done = log.read_json("summary.json")
     if done is None:
         saved, policy = folder.member(member.name) / "adapter", task.policy_to_save()
-        factors = fetch(retie(policy.params, policy.factors, member.factors.spec))
+        factors = to_host(retie(policy.params, policy.factors, member.factors.spec))
         told = {**about, "config": summary_of_config(member.config)}
         save_adapter(saved, factors, v, task.name, member.config.save_dtype, fingerprint, **told)
         point = member.point(np.asarray(read_adapter(saved)[1], np.float32))

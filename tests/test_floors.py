@@ -21,8 +21,9 @@ BELOW = {
     "io": {"adapters", "models"},
     "rollout": {"adapters", "models"},
     "training": {"adapters", "models"},
+    "rl": {"adapters", "data", "models", "rewards", "rollout", "training"},
 }
-GROUND = {"fetch", "files"}  # two modules: one needs JAX alone, the other nothing
+GROUND = {"files", "multihost"}  # two modules: one needs nothing, the other JAX alone
 # The library without what a floor above needs: all that `import tinylora_jax` may ask for is JAX and its own needs.
 FOR_OTHERS = (
     *("absl", "datasets", "etils", "flax", "gguf", "grain", "jinja2", "matplotlib", "ml_collections", "optax"),
@@ -37,6 +38,7 @@ WITHOUT = {
     "models": {"transformers", "datasets", "optax"},
     "rollout": {"transformers", "datasets", "optax"},
     "training": {"transformers", "datasets"},
+    "rl": {"transformers", "datasets"},
 }
 
 

@@ -38,8 +38,9 @@ from tinylora_jax.adapters import (
 )
 from tinylora_jax.io.hf import param_shapes
 from tinylora_jax.models import KVCache, ModelConfig, heads_axes, outline_everywhere, placed_outline
+from tinylora_jax.rl import lower_rollout
 from tinylora_jax.rollout import Sampling, decode_step, empty_state
-from tinylora_jax.training import Bounds, Gradient, Plan, Shape, Step, Streams, empty_parts, init_state, plan_update
+from tinylora_jax.training import Bounds, Plan, Shape, Streams, Update, empty_parts, init_state, plan_update
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
@@ -286,12 +287,12 @@ def updates(case: Case) -> Iterator[Program]:
 
 
 def _update(case: Case, plan: Plan, stream: Shape, part: Streams) -> Program:
-    gradient = Gradient(plan)
+    update = Update(plan, case.specs.optimizer.transform())
 
     def lower() -> jax.stages.Lowered:
         v = case.vector()
-        total = case.whole(jax.eval_shape(gradient.zeros, v))
-        return gradient.accumulate.lower(total, v, case.policy(), case.whole(part))
+        total = case.whole(jax.eval_shape(update.zeros, v))
+        return update.accumulate.lower(total, v, case.policy(), case.whole(part))
 
     tokens = plan.streams * stream.tokens
     name = f"update, rows of {stream.places} ({plan.streams} x {stream.tokens} tokens)"
@@ -305,8 +306,8 @@ def optimizer(case: Case) -> Program:
         transform = case.specs.optimizer.transform()
         v = case.vector()
         state = case.whole(jax.eval_shape(lambda v: init_state(v, transform), v))
-        step = Step(Gradient(case.plan()), transform)
-        return step.update.lower(state, case.whole(jax.eval_shape(step.gradient.zeros, v)))
+        update = Update(case.plan(), transform)
+        return update.apply.lower(state, case.whole(jax.eval_shape(update.zeros, v)))
 
     return Program("optimizer", lower, 0.0, 0)
 

@@ -66,13 +66,13 @@ def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
     with launch(config, specs) as start:
         prompts = make_prompts(config, loaded, start.outline)
         trainer = Trainer(config, specs, start.outline, prompts, steps + 1, StopRequests())
-        trainer.task = task = start.finish(trainer.lower(trainer.state_outline()))
+        task = start.finish(trainer.lower(start.outline, trainer.state_outline(start.outline.policy)))
     ready = first = seconds_since_launch()
     data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + steps)
-    state, found = trainer.initial_state(), []
+    state, found = trainer.initial_state(task.policy), []
     for index in range(1 + steps):
         started = time.perf_counter()
-        state, metrics, _, generated = trainer.step(state, index, next(data))
+        state, metrics, _, generated = trainer.step(task, state, index, next(data))
         found.append(metrics | {"step_s": time.perf_counter() - started, "tokens": generated})
         first = seconds_since_launch() if index == 0 else first
     median = {name: statistics.median(step[name] for step in found[1:]) for name in found[0]}

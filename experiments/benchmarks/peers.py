@@ -39,10 +39,9 @@ from tinylora_jax.rollout import Sampling, generate
 from tinylora_jax.training import (
     GRPO,
     Batch,
-    Gradient,
     Optimizer,
     Plan,
-    Step,
+    Update,
     group_advantages,
     init_state,
     stream_shapes,
@@ -145,7 +144,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float,
     shapes = stream_shapes(count, width, samples, longest, GRPO().stream_tokens)
     plan = Plan(model.config, GRPO(skip_without_signal=False), 1.0, longest, shapes)
     optimizer = Optimizer(1e-3).transform()
-    step, state = Step(Gradient(plan), optimizer), init_state(model.v, optimizer)
+    step, state = Update(plan, optimizer), init_state(model.v, optimizer)
     reward, lengths = load_reward("boxed"), []
 
     @jax.jit

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from experiments.benchmarks import common
 from experiments.common.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, leaves_by_path, select
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter import base_fingerprint, check_fit, read_adapter, save_adapter
+from tinylora_jax.multihost import to_host
 
 FLAGS = flags.FLAGS
 LIMIT = 1e-3  # relative difference of ΔW that is promised
@@ -57,7 +57,7 @@ def by_numpy(params: Any, like: Factors) -> Oracle:
 
 def apart(one: Factors, other: Factors) -> dict[str, float]:
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of every module at v = 1, in float64, without forming ΔW."""
-    found, one, other = {}, fetch(one), fetch(other)
+    found, one, other = {}, to_host(one), to_host(other)
     for path, leaf in one.leaves.items():
         sides = [
             [np.asarray(x, np.float64) for x in (f.U[0] * f.S[0] @ f.P[0].sum(axis=0), f.V[0])]

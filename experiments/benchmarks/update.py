@@ -20,10 +20,9 @@ from tinylora_jax.training import (
     GRPO,
     Batch,
     Bounds,
-    Gradient,
     Optimizer,
     Plan,
-    Step,
+    Update,
     grpo_loss,
     init_state,
     pack,
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         grpo = GRPO(stream_tokens=FLAGS.stream_tokens, remat=FLAGS.remat)
         plan = plan_update(model.config, grpo, 1.0, bounds, common.dtype(), active_mesh(), device_bytes())
         optimizer = Optimizer(1e-3).transform()
-        step, state = Step(Gradient(plan), optimizer), placed(init_state(model.v, optimizer))
+        step, state = Update(plan, optimizer), placed(init_state(model.v, optimizer))
         timing = common.measure(lambda index: step(state, model.policy, batch))
         parts = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams))
         tokens = int(batch.mask.sum() + batch.lengths.sum())

@@ -14,9 +14,11 @@ import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from experiments.common import multihost as hosts
+from experiments.common import multihost
 from tinylora_jax.files import expand, write_atomically
 from tinylora_jax.io import CheckpointError, WorkdirError
+from tinylora_jax.multihost import HostError, is_first, several
+from tinylora_jax.training import DivergenceError
 
 _INTERRUPTED = 130  # as a shell reports SIGINT
 # What follows the name of a base model that only an adapter names: its maker chose what would be downloaded.
@@ -28,6 +30,14 @@ NOT_IN_CACHE = (
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last good state is kept."""
+
+    @classmethod
+    def at_step(cls, index: int, error: DivergenceError) -> TrainingError:
+        """The error of a run whose step diverged, with what to do about it."""
+        return cls(
+            f"step {index} is not finite ({error.values}); the state before it is kept. Lower"
+            " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
+        )
 
 
 class _PathParser(flags.ArgumentParser):
@@ -64,14 +74,14 @@ def use_compilation_cache() -> None:
 
 def tell(message: str) -> None:
     """Prints a line for the person watching, without tearing a progress bar; of several processes the first does."""
-    if hosts.is_first():
+    if is_first():
         tqdm.write(message, file=sys.stderr)
 
 
 def fail(problem: str, code: int = 1) -> NoReturn:
     """Ends the program with one message, and an exit code that says so."""
     print(f"error: {problem}", file=sys.stderr)
-    hosts.leave(code)
+    multihost.leave(code)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -110,13 +120,13 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
         fail(str(error))
     except MemoryError:
         fail(f"the memory is full; lower the sizes, or free some{_keep_traceback(log_folder)}")
-    except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, hosts.HostError) as error:
+    except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, HostError) as error:
         fail(f"{error}{_keep_traceback(log_folder)}")
     except KeyboardInterrupt as error:
         where = " ".join(["interrupted", *getattr(error, "__notes__", ())])
         fail(f"{where}; what was saved is kept{_keep_traceback(log_folder)}", _INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
-        if not hosts.several() or "RESOURCE_EXHAUSTED" in str(error):
+        if not several() or "RESOURCE_EXHAUSTED" in str(error):
             raise
         fail(
             f"the connection to the other processes broke, so one of them has ended: its own message says why"
@@ -125,7 +135,7 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
 
 
 def _keep_traceback(folder: Path | None) -> str:
-    if folder is None or not folder.is_dir() or not hosts.is_first():
+    if folder is None or not folder.is_dir() or not is_first():
         return ""
     with suppress(OSError):  # the disk may be what failed
         write_atomically(folder / "error.log", traceback.format_exc().encode("utf-8", "replace"))

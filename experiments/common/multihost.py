@@ -1,32 +1,22 @@
 """One run on several hosts: every process runs the same program, the first one alone reads and writes the workdir.
 
-    --multihost                                  on every host of a TPU pod, which says who is who
-    --multihost --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0        anywhere else
-
-All devices form one mesh. What a process learns alone, the others learn from it: `on_first` for what the first one
-read or wrote, `collect` for what each computed of its share.
+--multihost                                  on every host of a TPU pod, which says who is who
+--multihost --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0        anywhere else
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
-T = TypeVar("T")
+from tinylora_jax.multihost import HostError, several
+
 _HEARTBEAT_S = 60  # a host that was silent for so long is lost
 _GOODBYE_S = 15  # and for so long the others are waited for at the end
-
-
-class HostError(RuntimeError):
-    """Another process of the run failed."""
 
 
 def define_flags() -> None:
@@ -77,56 +67,6 @@ def connect(values: flags.FlagValues) -> None:
                 " --num_processes and --process_id, or leave --multihost out"
             ) from error
         raise HostError(f"cannot join the other processes at {values.coordinator}: {error}") from error
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return not several() or jax.process_index() == 0
-
-
-def several() -> bool:
-    """Whether there are other processes."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def share(count: int) -> range:
-    """Which of `count` things are this process's: as many as the others', within one."""
-    processes, index = (jax.process_count(), jax.process_index()) if several() else (1, 0)
-    return range(count * index // processes, count * (index + 1) // processes)
-
-
-def collect(items: Sequence[Any]) -> list[Any]:
-    """All processes' items, in the order of the processes. What they are, JSON can hold."""
-    if not several():
-        return list(items)
-    data = np.frombuffer(json.dumps(list(items)).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [item for row, size in zip(rows, sizes, strict=True) for item in json.loads(row[:size].tobytes())]
-
-
-def on_first(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process; every one gets its result, which JSON can hold, or its error.
-
-    Raises:
-      HostError: elsewhere than in the first process, whatever it raised there.
-    """
-    if not several():
-        return work()
-    error, outcome = None, []
-    if is_first():
-        try:
-            outcome = [{"value": work()}]
-        except Exception as raised:  # raised again below, when the others know of it
-            error, outcome = raised, [{"error": f"{type(raised).__name__}: {raised}"}]
-    outcome = collect(outcome)[0]
-    if error is not None:
-        raise error
-    if "error" in outcome:
-        raise HostError(f"process 0 failed: {outcome['error']}")
-    return outcome["value"]
 
 
 def leave(code: int) -> NoReturn:

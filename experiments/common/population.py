@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.common.answering import Answers, draw, grade, lower_answer, step_key
+from experiments.common.answering import lower_answer
 from experiments.common.cli import TrainingError
-from experiments.common.learning import Learner
 from experiments.common.runs import optimizer_of, plan_of
 from experiments.common.setup import ConfigError, Specs, Task, parse
+from tinylora_jax import rl
 from tinylora_jax.adapters import Factors, TinyLoRA, Trained, coordinates, init, lora_xs, retie
 from tinylora_jax.data import Prompt
-from tinylora_jax.training import Gradient, TrainState, init_state
+from tinylora_jax.training import DivergenceError, TrainState, init_state
 
 VARIED = ("seed", "method", "optimizer.", "adapter.")
 """What members may differ by: fields, or groups of them."""
@@ -132,27 +132,26 @@ class Member:
     """One run of a population.
 
     Args:
-      name: in the sweep.
-      config: as if it were alone.
-      factors: of its own spec.
-      free: those of LoRA-XS, in whose space all members lie.
-      gradient: shared by all.
-      steps: of the run.
+      name: name in the sweep.
+      config: configuration, as if the run were alone.
+      factors: factors of the member's own spec.
+      free: factors of LoRA-XS, in whose space all members lie.
+      learner: learner whose compiled gradient all members share.
+      steps: steps of the run.
     """
 
-    def __init__(self, name: str, config: ConfigDict, factors: Factors, free: Factors, gradient: Gradient, steps: int):
+    def __init__(self, name: str, config: ConfigDict, factors: Factors, free: Factors, learner: rl.Learner, steps: int):
         self.name, self.config, self.factors = name, config, _ties_of(factors)
-        self.optimizer = optimizer_of(parse(config), steps)
-        point = partial(coordinates, _ties_of(free), self.factors)
-        self.learner = Learner(gradient, self.optimizer, config.samples, point)
+        self._optimizer = optimizer_of(parse(config), steps)
+        self.learner = learner.with_optimizer(self._optimizer, partial(coordinates, _ties_of(free), self.factors))
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(init(self.factors), self.optimizer)
+        return init_state(init(self.factors), self._optimizer)
 
     def point(self, v: Trained) -> jax.Array:
         """The coordinates of v."""
-        return self.learner.update.point(v)
+        return self.learner.point(v)
 
 
 def _ties_of(factors: Factors) -> Factors:
@@ -165,26 +164,24 @@ def _ties_of(factors: Factors) -> Factors:
 
 
 class Population:
-    """The members of a sweep, and the step they make together.
+    """The members of a sweep, and the step they make together; it holds no weights, as a `Trainer` holds none.
 
     Args:
-      configs: of the members, by name.
-      specs: of any member.
-      task: the model adapted by LoRA-XS of the members' rank (`free_spec`), or its outline (see `launch`) until `task`
-        is set to the loaded one.
-      width: of padded prompts.
-      steps: of every member's run.
+      configs: configurations of the members, by name.
+      specs: parsed configuration of any member.
+      task: task adapted by LoRA-XS of the members' rank (`free_spec`), loaded or abstract.
+      width: padded length of the prompts.
+      steps: steps of every member's run.
     """
 
     def __init__(self, configs: Mapping[str, ConfigDict], specs: Specs, task: Task, width: int, steps: int):
-        self.task, self.width = task, width
-        self.config = next(iter(configs.values()))
-        gradient = Gradient(plan_of(self.config, specs, task, width))
-        # Of an outline's factors nothing but the ties is there; these are made anew.
+        self.width, self.config = width, next(iter(configs.values()))
+        learner = rl.Learner(plan_of(self.config, specs, task.model, width), optimizer_of(specs, steps))
+        # Of abstract factors nothing but the ties is there; these are made anew.
         tied = partial(retie, task.policy.params, task.policy.factors)
         free = tied(task.policy.factors.spec)
         self.members = {
-            name: Member(name, config, tied(parse(config).adapter), free, gradient, steps)
+            name: Member(name, config, tied(parse(config).adapter), free, learner, steps)
             for name, config in configs.items()
         }
 
@@ -192,50 +189,52 @@ class Population:
         """Every member's state before the first step."""
         return {name: member.initial_state() for name, member in self.members.items()}
 
-    def lower(self, states: Mapping[str, TrainState]) -> Iterator[jax.stages.Lowered]:
+    def lower(self, task: Task, states: Mapping[str, TrainState]) -> Iterator[jax.stages.Lowered]:
         """The programs of a step."""
         names = list(self.members)
         count = len(names) * self.config.batch_size
-        v = jnp.zeros((count, *init(self.task.policy.factors).shape), jnp.float32)
+        v = jnp.zeros((count, *init(task.policy.factors).shape), jnp.float32)
         key = jnp.broadcast_to(jax.random.key(0), (count,))
-        yield lower_answer(self.task, v, count, self.width, self.task.sampling, self.config.samples, key)
-        yield from self.members[names[0]].learner.update.lower(states[names[0]], self.task.policy)
+        yield lower_answer(task, v, count, self.width, task.sampling, self.config.samples, key)
+        yield from self.members[names[0]].learner.lower(states[names[0]], task.policy)
 
     def step(
         self,
+        task: Task,
         states: Mapping[str, TrainState],
         index: int,
         prompts: Mapping[str, Sequence[Prompt]],
         live: Collection[str],
-    ) -> dict[str, tuple[TrainState, dict[str, float], Answers] | TrainingError]:
+    ) -> dict[str, tuple[TrainState, dict[str, float], rl.GradedRollout] | TrainingError]:
         """One rollout of all members, and the updates of each on its own part.
 
         Args:
-          states: of all members.
-          index: of the step.
-          prompts: of each.
-          live: those that learn. The others keep their rows, so that nothing is compiled anew.
+          task: loaded task.
+          states: states of all members.
+          index: index of the step.
+          prompts: prompts of each member.
+          live: members that learn. The others keep their rows, so that nothing is compiled anew.
 
         Returns:
-          For each that learns its next state, metrics and answers; or the error of one that diverged.
+          For each that learns its next state, metrics and graded rollout; or the error of one that diverged.
         """
         names, size = list(self.members), self.config.batch_size
         rows = lambda x: jnp.repeat(jnp.stack(x), size, axis=0)
         v = rows([self.members[name].point(states[name].v) for name in names])
-        keys = rows([step_key(self.members[name].config.seed, "train", index) for name in names])
+        keys = rows([rl.step_key(self.members[name].config.seed, "train", index) for name in names])
         together = [prompt for name in names for prompt in prompts[name]]
-        drawn = draw(self.task, v, together, keys, self.task.sampling, self.config.samples, self.width)
+        sampling, samples = task.sampling, self.config.samples
+        drawn = rl.rollout(task.model, task.policy, v, together, keys, sampling, samples, self.width, task.slots)
         underway, found = {}, {}
         for place, name in enumerate(names):  # the devices learn from one member's answers while the next are graded
             if name in live:
-                own = drawn.part(place * size, size, self.config.samples)
-                answers = grade(self.task, own, prompts[name], self.config.samples)
-                underway[name] = self.members[name].learner.begin(self.task.policy, states[name], answers)
+                graded = rl.grade(drawn.part(place * size, size), task.reward, task.tokenizer)
+                underway[name] = self.members[name].learner.begin(states[name], task.policy, graded)
         for name, each in underway.items():
             try:
-                found[name] = *self.members[name].learner.finish(each, index), each.answers
-            except TrainingError as error:
-                found[name] = error
+                found[name] = *self.members[name].learner.finish(each), each.graded
+            except DivergenceError as error:
+                found[name] = TrainingError.at_step(index, error)
         return found
 
 

@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 
 from experiments.common.cli import tell
-from experiments.common.multihost import collect, several
+from tinylora_jax.multihost import collect, several
 
 
 class Stopped(Exception):

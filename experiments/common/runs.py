@@ -21,23 +21,22 @@ from grain import DatasetIterator
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.common import multihost as hosts
-from experiments.common.cli import define_path, fail, reporting_errors, tell, use_compilation_cache
+from experiments.common import multihost
+from experiments.common.cli import TrainingError, define_path, fail, reporting_errors, tell, use_compilation_cache
 from experiments.common.fitting import device_bytes
 from experiments.common.launch import launch
 from experiments.common.meshes import active_mesh, placed, use_fitting_mesh
-from experiments.common.multihost import is_first, on_first
 from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.common.workdir import Workdir
 from experiments.evaluate import evaluate, lower_evaluation
-from tinylora_jax.adapters import Policy, Trained
+from tinylora_jax.adapters import Adapted, Policy, Trained
 from tinylora_jax.data import Prompt, make_pipeline, padded_width
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io import save_trained
 from tinylora_jax.io.adapter import base_fingerprint
-from tinylora_jax.models import outline_everywhere
-from tinylora_jax.training import Bounds, Plan, TrainState, init_state, plan_update
+from tinylora_jax.models import ModelConfig, outline_everywhere
+from tinylora_jax.multihost import is_first, on_first, to_host
+from tinylora_jax.training import Bounds, DivergenceError, Plan, TrainState, init_state, plan_update
 
 Totals = dict[str, float]
 
@@ -63,46 +62,42 @@ class Stepped(NamedTuple):
 
 
 class Trainer(ABC):
-    """One run's fixed parts, and the step they make.
+    """What a run's steps are made of: sizes, programs and the optimizer, but no weights.
+
+    It is made of a task whose weights are still being read, and its steps take the loaded one: their programs are the
+    same.
 
     Args:
-      config: of the run.
-      specs: the same, parsed.
-      task: the model, or its outline (see `launch`) until `task` is set to the loaded one: programs are the same.
-      prompts: to train on.
+      config: run configuration.
+      specs: parsed run configuration.
+      prompts: training prompts.
       steps: length of the learning-rate schedule, in steps.
-      stop: asked between the phases of a step.
+      stop: stop requests, checked between the phases of a step.
     """
 
-    def __init__(
-        self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
-    ):
-        self.config, self.specs, self.task, self.stop = config, specs, task, stop
+    def __init__(self, config: ConfigDict, specs: Specs, prompts: Sequence[Prompt], steps: int, stop: StopRequests):
+        self.config, self.specs, self.stop = config, specs, stop
         self.width, self.optimizer = padded_width(prompts), optimizer_of(specs, steps)
 
-    def initial_state(self) -> TrainState:
+    def initial_state(self, policy: Adapted) -> TrainState:
         """The state before the first step."""
-        return self.placed(init_state(self.task.policy.init(), self.optimizer))
+        return placed(init_state(policy.init(), self.optimizer))
 
-    def state_outline(self) -> TrainState:
-        """Its shapes and places."""
+    def state_outline(self, policy: Adapted) -> TrainState:
+        """The shapes and places of the initial state."""
         make = lambda policy: init_state(policy.init(), self.optimizer)
-        return outline_everywhere(jax.eval_shape(make, self.task.policy))
-
-    def placed(self, tree: Any) -> Any:
-        """A state, or what was trained, of the host on every device."""
-        return placed(tree)
+        return outline_everywhere(jax.eval_shape(make, policy))
 
     @abstractmethod
-    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+    def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """The programs of a step from a state, or from its outline, to be compiled before the first."""
 
     @abstractmethod
-    def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
         """What one batch of prompts teaches.
 
         Raises:
-          TrainingError: the loss, the gradient or v is not finite.
+          DivergenceError: the loss, the gradient or v is not finite.
         """
 
 
@@ -116,22 +111,27 @@ def optimizer_of(specs: Specs, steps: int) -> optax.GradientTransformation:
 
 
 def plan_of(
-    config: ConfigDict, specs: Specs, task: Task, width: int, samples: int | None = None, longest: int | None = None
+    config: ConfigDict,
+    specs: Specs,
+    model: ModelConfig,
+    width: int,
+    samples: int | None = None,
+    longest: int | None = None,
 ) -> Plan:
     """What the update of a run is compiled for.
 
     Args:
-      config: of the run.
-      specs: the same, parsed.
-      task: the model.
-      width: of padded prompts.
-      samples: completions a prompt; None: the config's.
-      longest: tokens of a completion; None: the config's.
+      config: run configuration.
+      specs: parsed run configuration.
+      model: architecture.
+      width: padded length of the prompts.
+      samples: completions per prompt; None for the configuration's.
+      longest: most tokens of a completion; None for the configuration's.
     """
     samples, longest = samples or config.samples, longest or config.max_new_tokens
     bounds = Bounds(config.batch_size, width, samples, longest)
     dtype = jnp.dtype(config.dtype)
-    return plan_update(task.model, specs.grpo, config.temperature, bounds, dtype, active_mesh(), device_bytes())
+    return plan_update(model, specs.grpo, config.temperature, bounds, dtype, active_mesh(), device_bytes())
 
 
 def summary_of_config(config: ConfigDict) -> dict[str, Any]:
@@ -154,18 +154,18 @@ def num_steps(config: ConfigDict, num_prompts: int) -> int:
 
 
 def train(
-    trainer: Trainer, data: DatasetIterator, steps: int, folder: Workdir, started: float
+    trainer: Trainer, task: Task, data: DatasetIterator, steps: int, folder: Workdir, started: float
 ) -> tuple[TrainState, Totals]:
     """Runs the steps that are still to do, each saved when it is done.
 
     Returns:
       The final state, and totals over the whole run, interruptions included.
     """
-    config, state = trainer.config, trainer.initial_state()
+    config, state = trainer.config, trainer.initial_state(task.policy)
     totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
     saved = folder.restore(state)
     if saved is not None:
-        state, record = trainer.placed(saved[0]), saved[1]
+        state, record = placed(saved[0]), saved[1]
         data.set_state(record["data"])
         totals = record["totals"]
         tell(f"continuing after step {int(state.step)} of {steps}")
@@ -175,7 +175,10 @@ def train(
     with closing(folder), tqdm(total=steps, initial=first, desc="training", unit="step", disable=quiet) as bar:
         for index in range(first, steps):
             trainer.stop.check()
-            state, metrics, page, tokens = trainer.step(state, index, next(data))
+            try:
+                state, metrics, page, tokens = trainer.step(task, state, index, next(data))
+            except DivergenceError as error:
+                raise TrainingError.at_step(index, error) from error
             totals["tokens"] += tokens
             totals["rollout_s"] += metrics.get("rollout_s", 0.0)
             totals["wall_s"] = before + time.perf_counter() - started
@@ -219,12 +222,11 @@ def run(
         questions = make_prompts(config, eval_questions, start.outline)
         steps = num_steps(config, len(prompts))
         trainer = make_trainer(config, specs, start.outline, prompts, steps, stop)
-        outline = trainer.state_outline()
-        to_train = trainer.lower(outline) if folder.saved_steps() < steps else ()
+        outline = trainer.state_outline(start.outline.policy)
+        to_train = trainer.lower(start.outline, outline) if folder.saved_steps() < steps else ()
         task = start.finish(chain(to_train, lower_evaluation(start.outline, outline.v, questions, **how)))
-    trainer.task = task
     folder.claim()
-    initial = trainer.initial_state()
+    initial = trainer.initial_state(task.policy)
 
     before = folder.read("eval_before.json")
     if before is None:
@@ -235,13 +237,13 @@ def run(
     del initial  # of all weights it is gigabytes
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
-    state, totals = train(trainer, data, steps, folder, started)
+    state, totals = train(trainer, task, data, steps, folder, started)
     finished = time.perf_counter()
 
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
     folder.check()
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
-    after, answers = evaluate(task, trainer.placed(saved), questions, seed=config.seed, between=stop.check, **how)
+    after, answers = evaluate(task, placed(saved), questions, seed=config.seed, between=stop.check, **how)
     folder.write_rows("answers_after.jsonl", answers)
     summary = {
         "model": task.name,
@@ -260,7 +262,7 @@ def run(
 
 def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
     """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
-    policy, v, fingerprint = task.policy_to_save(), fetch(v), base_fingerprint(task.policy.params)
+    policy, v, fingerprint = task.policy_to_save(), to_host(v), base_fingerprint(task.policy.params)
 
     def write() -> list[list[float]] | None:
         saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)
@@ -274,7 +276,7 @@ def define_flags() -> None:
     """Defines the flags of a command that trains."""
     config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
     define_path("workdir", "Folder of the run: created, or continued.")
-    hosts.define_flags()
+    multihost.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -293,7 +295,7 @@ def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], di
         fail("--workdir is empty; name a folder for the run")
     workdir, stop = Path(values.workdir), StopRequests()
     with reporting_errors(workdir):
-        hosts.connect(values)
+        multihost.connect(values)
         try:
             with use_fitting_mesh(values.config, parse(values.config).mesh):
                 return run(values.config, workdir, stop)

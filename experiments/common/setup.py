@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.common.cli import tell
 from experiments.common.meshes import active_mesh, slots_of
-from experiments.common.multihost import is_first
 from tinylora_jax.adapters import SVD_METHODS, Adapted, Full, LoRA, Policy, Spec, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io import Pretrained, flat, load_pretrained
 from tinylora_jax.models import MeshSpec, ModelConfig, head_kernel, param_shardings, policy_shardings
+from tinylora_jax.multihost import is_first, to_host
 from tinylora_jax.rewards import Reward, load_reward, unpayable
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
@@ -95,7 +94,7 @@ class Task:
         """The policy with the names of what is undetermined; its factors are the host's."""
         if not isinstance(self.policy, Policy):
             return self.policy
-        factors = replace(fetch(self.policy.factors), undetermined=self.undetermined)
+        factors = replace(to_host(self.policy.factors), undetermined=self.undetermined)
         return replace(self.policy, factors=factors)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.common.multihost import on_first, several
 from tinylora_jax.io import CheckpointError, Checkpoints, RunLog
+from tinylora_jax.multihost import on_first, several
 from tinylora_jax.training import TrainState
 
 _VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone

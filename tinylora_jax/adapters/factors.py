@@ -23,7 +23,7 @@ from tinylora_jax.adapters.batches import (
 from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.svd import SVD, compile_svds, is_undetermined, mismatch, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, select, tie_groups
-from tinylora_jax.fetch import fetch
+from tinylora_jax.multihost import to_host
 
 _LOG = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Fact
         if not given:
             continue
         leaf = leaves[path]
-        mixed = SVD(*(np.array(x) for x in fetch((leaf.U, leaf.S, leaf.V))))
+        mixed = SVD(*(np.array(x) for x in to_host((leaf.U, leaf.S, leaf.V))))
         for layer, svd in given.items():
             W = oriented_stack((weights[path],), ((members[layer].target, members[layer].layer),))[0]
             if not _is_of(W, svd, mixed.S[layer]):
@@ -232,7 +232,7 @@ def _decompose(
         arguments, place = stack_arguments(leaves, batch)
         W = oriented_stack(*arguments, place=place)
         svd = truncated_svd(W, num_triplets(batch[0], rank), method)
-        svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
+        svd = svd if traced else to_host(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tinylora_jax.adapters import Adapted, FullPolicy, LoRAPolicy, Policy
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io._pretrained import Pretrained, load_pretrained
 from tinylora_jax.io._trained import open_adapter
 from tinylora_jax.io.adapter._file import AdapterError, save_adapter
 from tinylora_jax.io.hf._export import write_model
 from tinylora_jax.io.peft._lora import is_lora, read_lora, save_lora
+from tinylora_jax.multihost import to_host
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def save_trained(
     """
     match policy:
         case Policy():
-            save_adapter(folder, fetch(policy.factors), jnp.asarray(v), model.name, dtype, fingerprint, **about)
+            save_adapter(folder, to_host(policy.factors), jnp.asarray(v), model.name, dtype, fingerprint, **about)
         case LoRAPolicy():
             save_lora(folder, policy.spec, v, model.name, fingerprint, **about)
         case _:

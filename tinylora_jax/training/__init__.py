@@ -21,7 +21,8 @@ from tinylora_jax.training.sft import solutions_batch as solutions_batch
 from tinylora_jax.training.state import Optimizer as Optimizer
 from tinylora_jax.training.state import TrainState as TrainState
 from tinylora_jax.training.state import init_state as init_state
-from tinylora_jax.training.step import Gradient as Gradient
-from tinylora_jax.training.step import Objective as Objective
-from tinylora_jax.training.step import Step as Step
-from tinylora_jax.training.step import empty_parts as empty_parts
+from tinylora_jax.training.update import DivergenceError as DivergenceError
+from tinylora_jax.training.update import Objective as Objective
+from tinylora_jax.training.update import Update as Update
+from tinylora_jax.training.update import empty_parts as empty_parts
+from tinylora_jax.training.update import finite_metrics as finite_metrics

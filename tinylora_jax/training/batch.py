@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tinylora_jax.fetch import fetch
 from tinylora_jax.models import Packing
+from tinylora_jax.multihost import to_host
 
 _ALIGN = 32  # stream lengths are multiples of this
 _ROOM = 3  # places in a stream's rows for each of its tokens: rows may be a third full
@@ -278,5 +278,5 @@ def unpack(parts: Sequence[Streams], values: Sequence[jax.Array | np.ndarray], b
     out = np.zeros(batch.completions.size, np.float32)
     for part, value in zip(parts, values, strict=True):
         there = part.source >= 0
-        out[part.source[there]] = fetch(value)[there]
+        out[part.source[there]] = to_host(value)[there]
     return out.reshape(batch.completions.shape)

@@ -19,7 +19,7 @@ _ROOM = 2  # places in a row for each token: a TPU computes all of them, where a
 _SHARE = 0.6  # of the device's memory for activations; the 7B without recomputation has 45 GB of v5p's 95 in use
 _UNKNOWN_BYTES = 8e9  # where the device does not say
 # Shorter streams are a little slower, but recomputing the blocks costs a third of the update.
-_SHORTER = (1, 0.75, 0.5)
+_SHORTER = (1.0, 0.75, 0.5)
 
 
 class Bounds(NamedTuple):
@@ -108,9 +108,9 @@ def plan_update(
 
     memory = _SHARE * (_UNKNOWN_BYTES if device_bytes is None else device_bytes)
     if grpo.remat == "auto":
-        for share in _SHORTER if device_bytes is not None else (1,):
+        for share in _SHORTER if device_bytes is not None else (1.0,):
             plan = planned(share)
             if activation_bytes(plan, dtype, mesh) <= memory:
                 return plan
-        return replace(planned(1), remat=True)
-    return planned(1)
+        return replace(planned(1.0), remat=True)
+    return planned(1.0)

@@ -13,7 +13,7 @@ from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.training.batch import Batch, Streams
 from tinylora_jax.training.grpo import Metrics, Plan
 from tinylora_jax.training.logprobs import stream_logprobs
-from tinylora_jax.training.step import Objective
+from tinylora_jax.training.update import Objective
 
 
 def sft_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[Float[Array, ""], Metrics]:

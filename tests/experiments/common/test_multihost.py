@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.common import multihost as hosts
+from tinylora_jax import multihost as hosts
 from tinylora_jax.io.adapter._file import read_adapter
 
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.grpo.remat=on")

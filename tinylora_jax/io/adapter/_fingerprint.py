@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Factors
 from tinylora_jax.adapters.projections import standard_normals
 from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.fetch import fetch
+from tinylora_jax.multihost import to_host
 
 NUM_SIGNED = 4
 NUM_PROBES = 6
@@ -92,7 +92,7 @@ def base_fingerprint(params: Any) -> dict[str, Any]:
         sides = signs("rows", W.size // max(columns, 1)), signs("columns", columns)
         found[path] = _numbers(W, *(side.astype(np.float32) for side in sides))
     dtypes = {str(W.dtype) for W in leaves.values()}
-    rows = {path: [float(f"{x:.7g}") for x in row] for path, row in fetch(found).items()}
+    rows = {path: [float(f"{x:.7g}") for x in row] for path, row in to_host(found).items()}
     return {"dtype": dtypes.pop() if len(dtypes) == 1 else "mixed", "weights": rows}
 
 

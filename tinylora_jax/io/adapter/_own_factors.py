@@ -15,8 +15,8 @@ from safetensors.numpy import load, save
 from tinylora_jax.adapters import Factors, exchange
 from tinylora_jax.adapters.rebase import places_of, with_projections
 from tinylora_jax.adapters.svd import SVD
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io.adapter._description import AdapterError, read_at_most
+from tinylora_jax.multihost import to_host
 
 FACTORS = "factors.safetensors"
 _MAX_HEADER = 1000  # of a safetensors file, for each of its tensors
@@ -30,7 +30,7 @@ def pack_factors(factors: Factors) -> tuple[dict[str, Any] | None, bytes]:
       The description's field `factors`, and the bytes of the file; None and nothing if all can be computed again.
     """
     places, drawn_otherwise, tensors = places_of(factors), [], {}
-    host = {path: fetch(leaf) for path, leaf in factors.leaves.items()}
+    host = {path: to_host(leaf) for path, leaf in factors.leaves.items()}
     for name in factors.undetermined:
         path, layer = places[name]
         tensors |= {f"{name}.{k}": np.ascontiguousarray(getattr(host[path], k)[layer], np.float32) for k in SVD._fields}

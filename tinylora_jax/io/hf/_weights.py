@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from tinylora_jax.fetch import fetch
 from tinylora_jax.models.config import ModelConfig
+from tinylora_jax.multihost import to_host
 
 Path = tuple[str | int, ...]
 Placement = Callable[[Any], Any]
@@ -191,7 +191,7 @@ def name_tensors(
     """
 
     def read(path: Path) -> np.ndarray:
-        leaf = fetch(change("/".join(map(str, path)), _at(params, path)))
+        leaf = to_host(change("/".join(map(str, path)), _at(params, path)))
         return leaf.T if path[-1] == "kernel" else leaf
 
     return {

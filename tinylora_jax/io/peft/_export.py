@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors
 from tinylora_jax.adapters.factors import LeafFactors
-from tinylora_jax.fetch import fetch
 from tinylora_jax.files import write_atomically
 from tinylora_jax.io.hf._safetensors import write_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor
 from tinylora_jax.io.peft._tinylora import CONFIG, MODULES, PREFIX, WEIGHTS, PeftError, in_order
+from tinylora_jax.multihost import to_host
 
 _OUR_SEED = 42  # PEFT's own default; never used, since P is in the file
 
@@ -35,7 +35,7 @@ def torch_name(path: str) -> str:
 
 def _by_module(factors: Factors) -> dict[str, LeafFactors]:
     """The factors of each module, as arrays of the host, in PEFT's order."""
-    leaves = {torch_name(path): fetch(leaf) for path, leaf in factors.leaves.items()}
+    leaves = {torch_name(path): to_host(leaf) for path, leaf in factors.leaves.items()}
     return {name: leaves[name] for name in in_order(list(leaves))}
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from tinylora_jax.adapters import LoRA, LoRAPolicy, Target
 from tinylora_jax.adapters.lora import Matrices
 from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.fetch import fetch
 from tinylora_jax.files import is_number, write_atomically
 from tinylora_jax.io.adapter._file import check_base
 from tinylora_jax.io.hf._hub import read_json
 from tinylora_jax.io.hf._safetensors import open_safetensors
 from tinylora_jax.io.peft._export import torch_name, write_folder
 from tinylora_jax.io.peft._tinylora import CONFIG, PREFIX, WEIGHTS, PeftError, in_order, is_module, tree_path
+from tinylora_jax.multihost import to_host
 
 _TRAINING = "training.json"
 _MAX_JSON_BYTES = 2**20
@@ -90,7 +90,7 @@ def save_lora(
     Raises:
       PeftError: an adapted weight is not a linear map of a block.
     """
-    pairs = {torch_name(path): fetch(pair) for path, pair in v.items()}
+    pairs = {torch_name(path): to_host(pair) for path, pair in v.items()}
     names = in_order(list(pairs))
     tensors = {
         f"{PREFIX}{name}.lora_{letter}.weight": pairs[name][side].T if side == "right" else pairs[name][side]

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Factors, Target, TinyLoRA
 from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.fetch import fetch
 from tinylora_jax.io.hf._hub import read_json
 from tinylora_jax.io.hf._safetensors import open_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor
 from tinylora_jax.io.peft._torch_random import normals
+from tinylora_jax.multihost import to_host
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, in torch's order
 _KNOWN = re.compile(rf"model\.layers\.(0|[1-9]\d{{0,5}})\.(self_attn|mlp)\.({'|'.join(MODULES)})")
@@ -218,7 +218,7 @@ def _check_shapes(
 def _alignment(W: Float[Array, "in out"], A: Float[np.ndarray, "r in"], B: Float[np.ndarray, "out r"]) -> float:
     """The share of ‖W Aᵀ‖ that lies in the span of B, A's rows made orthonormal: 1 for singular directions of W."""
     rows, columns = np.linalg.qr(A.T)[0], np.linalg.qr(B)[0]
-    image = np.asarray(fetch(_image(W, rows.astype(W.dtype))), np.float32)
+    image = np.asarray(to_host(_image(W, rows.astype(W.dtype))), np.float32)
     size = np.linalg.norm(image)
     return float(np.linalg.norm(columns.T @ image) / size) if size else 1.0
 
