@@ -42,7 +42,7 @@ class AdaptedKernel:
 
 _HALF = (jnp.bfloat16, jnp.float16)
 _PARTS = 4  # of a long sum
-_RIDES = True
+_WIDE_FROM = 3072  # inputs: 3,584 decode 4 % faster with their updates as rows of the product, 896 2 % slower
 _FEW_ROWS = 512  # up to which its products leave multiprocessors idle
 _UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above, a product
 
@@ -231,12 +231,12 @@ def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
     bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
     rights = [k.right.astype(k.base.dtype) for k in kernels if isinstance(k, AdaptedKernel)]
     updates, widths = tuple(_Update.of(kernel) for kernel in kernels), tuple(base.shape[1] for base in bases)
-    joined = jnp.concatenate(bases, axis=1) if _RIDES and rights else None
-    if joined is not None and _in_one_product(joined, joined):
+    joined = jnp.concatenate(bases, axis=1)
+    if rights and joined.shape[0] >= _WIDE_FROM and _in_one_product(joined, joined):
         left = jax.scipy.linalg.block_diag(*(update.left for update in updates))
         return FusedKernel(_widened(joined, left.T), updates, widths, jnp.concatenate(rights, axis=1))
-    columns = [*bases, *rights]
-    padding = jnp.zeros((columns[0].shape[0], -sum(c.shape[1] for c in columns) % 64), columns[0].dtype)
+    columns = [joined, *rights]
+    padding = jnp.zeros((joined.shape[0], -sum(c.shape[1] for c in columns) % 64), joined.dtype)
     return FusedKernel(jnp.concatenate([*columns, padding], axis=1), updates, widths)
 
 
