@@ -25,7 +25,7 @@ from experiments.common.compilation import compile_together
 from experiments.common.fitting import open_model
 from experiments.common.meshes import active_mesh, slots_of
 from experiments.common.setup import Specs, Task, make_policy, make_task
-from tinylora_jax.adapters import Spec, TinyLoRA, lower_factorize
+from tinylora_jax.adapters import Spec, lower_adapt
 from tinylora_jax.io.hf import Reading
 from tinylora_jax.models import param_shardings
 
@@ -55,15 +55,11 @@ class Launch:
           ValueError: a weight cannot be read or adapted.
         """
         tell("compiling")
-        compile_together(chain(programs, self._factorization()), self.reading.check)
+        adapting = lower_adapt(self.outline.policy.params, self.adapter, self.config.svd)
+        compile_together(chain(programs, adapting), self.reading.check)
         model = replace(self.outline.pretrained, params=self.reading.result())
         policy = make_policy(model.params, self.adapter, self.config.svd)
         return make_task(self.config, self.specs, model, policy, self.outline.slots)
-
-    def _factorization(self) -> Iterable[Lowered]:
-        if not isinstance(self.adapter, TinyLoRA):
-            return ()
-        return lower_factorize(self.outline.policy.params, self.adapter, self.config.svd)
 
 
 @contextmanager

@@ -244,6 +244,6 @@ def free_spec(config: ConfigDict, specs: Specs) -> TinyLoRA:
     Raises:
       ConfigError: the config trains something else than TinyLoRA or LoRA-XS.
     """
-    if not isinstance(specs.adapter, TinyLoRA):
+    if config.method not in ("tinylora", "lora_xs"):
         raise ConfigError(f"config.method={config.method!r}: a sweep in one program trains 'tinylora' or 'lora_xs'")
     return lora_xs(specs.adapter.rank, specs.adapter.targets)

@@ -30,7 +30,7 @@ from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.common.workdir import Workdir
 from experiments.evaluate import evaluate, lower_evaluation
-from tinylora_jax.adapters import Adapted, Policy, Trained
+from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, make_pipeline, padded_width
 from tinylora_jax.io import save_trained
 from tinylora_jax.io.adapter import base_fingerprint
@@ -264,12 +264,15 @@ def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any
     """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
     policy, v, fingerprint = task.policy_to_save(), to_host(v), base_fingerprint(task.policy.params)
 
-    def write() -> list[list[float]] | None:
+    def write() -> list[Any] | None:
         saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)
-        return np.asarray(saved).tolist() if isinstance(policy, Policy) else None
+        if all(map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(v))):
+            return None  # large ones are saved in float32, and need not be told to the other processes
+        return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(saved)]
 
     found = on_first(write)
-    return v if found is None else np.asarray(found, np.float32)  # the others are float32 in their files
+    leaves, structure = jax.tree.flatten(v)
+    return v if found is None else jax.tree.unflatten(structure, [np.asarray(leaf, np.float32) for leaf in found])
 
 
 def define_flags() -> None:

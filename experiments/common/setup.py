@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.common.cli import tell
 from experiments.common.meshes import active_mesh, slots_of
-from tinylora_jax.adapters import SVD_METHODS, Adapted, Full, LoRA, Policy, Spec, Target, TinyLoRA, adapt, lora_xs
+from tinylora_jax.adapters import SVD_METHODS, Adapted, Full, LoRA, Spec, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
 from tinylora_jax.io import Pretrained, flat, load_pretrained
 from tinylora_jax.models import MeshSpec, ModelConfig, head_kernel, param_shardings, policy_shardings
@@ -92,10 +92,8 @@ class Task:
 
     def policy_to_save(self) -> Adapted:
         """The policy with the names of what is undetermined; its factors are the host's."""
-        if not isinstance(self.policy, Policy):
-            return self.policy
-        factors = replace(to_host(self.policy.factors), undetermined=self.undetermined)
-        return replace(self.policy, factors=factors)
+        name = lambda factors: replace(to_host(factors), undetermined=self.undetermined)
+        return self.policy.map_frozen(lambda params: params, name)
 
 
 def parse(config: ConfigDict) -> Specs:
@@ -184,7 +182,7 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
 
 def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:
     """Weights with what adapts them, on the devices of the mesh; `how` is a spec, or makes it of weights and `svd`."""
-    if callable(how) or isinstance(how, TinyLoRA):
+    if callable(how) or how.needs_svd:
         tell("factorizing its weights")
     policy = how(params, svd) if callable(how) else adapt(params, how, svd)
     mesh = active_mesh()
@@ -198,17 +196,14 @@ def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapt
       ValueError: an adapter stands on the head.
     """
     jax.eval_shape(lambda policy: head_kernel(model.config, policy(policy.init())), policy)
-    undetermined: tuple[str, ...] = ()
-    if isinstance(policy, Policy):
-        undetermined = policy.factors.undetermined
-        policy = replace(policy, factors=replace(policy.factors, undetermined=()))
+    unnamed = policy.map_frozen(lambda params: params, lambda factors: replace(factors, undetermined=()))
     return Task(
         pretrained=model,
-        policy=policy,
+        policy=unnamed,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,
         slots=slots,
-        undetermined=undetermined,
+        undetermined=policy.undetermined,
     )
 
 

@@ -12,6 +12,7 @@ from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
 from tinylora_jax.adapters.kernel import fuse as fuse
 from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
+from tinylora_jax.adapters.kernel import map_shared as map_shared
 from tinylora_jax.adapters.kernel import matmul as matmul
 from tinylora_jax.adapters.kernel import rows_marked as rows_marked
 from tinylora_jax.adapters.kernel import select_rows as select_rows
@@ -27,6 +28,7 @@ from tinylora_jax.adapters.policy import Policy as Policy
 from tinylora_jax.adapters.policy import Spec as Spec
 from tinylora_jax.adapters.policy import Trained as Trained
 from tinylora_jax.adapters.policy import adapt as adapt
+from tinylora_jax.adapters.policy import lower_adapt as lower_adapt
 from tinylora_jax.adapters.rebase import CombinationError as CombinationError
 from tinylora_jax.adapters.rebase import combine as combine
 from tinylora_jax.adapters.rebase import own_triplets as own_triplets

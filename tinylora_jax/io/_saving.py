@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,39 @@ def save_trained(
     Returns:
       v as the folder holds it.
     """
-    match policy:
-        case Policy():
-            save_adapter(folder, to_host(policy.factors), jnp.asarray(v), model.name, dtype, fingerprint, **about)
-        case LoRAPolicy():
-            save_lora(folder, policy.spec, v, model.name, fingerprint, **about)
-        case _:
-            _save_model(folder, model, v)
+    _write(policy, folder, model, v, fingerprint, dtype, about)
     return open_trained(folder).v
 
 
-def _save_model(folder: Path, model: Pretrained, v: Mapping[str, Any]) -> None:
+_About = Mapping[str, Any]
+
+
+@singledispatch
+def _write(
+    policy: Adapted, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
+) -> None:
+    """Writes v of a policy; a further kind of policy registers its own way."""
+    raise TypeError(f"there is no file format for a {type(policy).__name__}")
+
+
+@_write.register
+def _write_vector(
+    policy: Policy, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
+) -> None:
+    save_adapter(folder, to_host(policy.factors), jnp.asarray(v), model.name, dtype, fingerprint, **about)
+
+
+@_write.register
+def _write_matrices(
+    policy: LoRAPolicy, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
+) -> None:
+    save_lora(folder, policy.spec, v, model.name, fingerprint, **about)
+
+
+@_write.register
+def _write_weights(
+    policy: FullPolicy, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
+) -> None:
     fresh = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed here
     fresh.mkdir(parents=True)

@@ -24,10 +24,10 @@ class Packing:
       lengths: int32 `[B, R]`.
     """
 
-    positions: jax.Array
-    tokens_at: jax.Array
-    places_of: jax.Array
-    lengths: jax.Array
+    positions: Int[Array, "streams tokens"]
+    tokens_at: Int[Array, "streams rows places"]
+    places_of: Int[Array, "streams tokens samples"]
+    lengths: Int[Array, "streams rows"]
 
 
 def _pick(x: jax.Array, index: jax.Array) -> jax.Array:

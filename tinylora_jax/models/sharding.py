@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinylora_jax.adapters import Adapted, AdaptedKernel, Factors, Policy
+from tinylora_jax.adapters import Adapted, Factors, map_shared
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 _ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
@@ -278,10 +279,7 @@ def whole(weight: Any) -> Any:
     mesh = current_mesh()
     if mesh is None or TENSOR not in _ROWS.get():
         return weight
-    gather = lambda x: jax.lax.with_sharding_constraint(x, P())
-    if isinstance(weight, AdaptedKernel):  # its core belongs to the rows
-        return replace(weight, base=gather(weight.base), right=gather(weight.right), left=gather(weight.left))
-    return gather(weight)
+    return map_shared(lambda x: jax.lax.with_sharding_constraint(x, P()), weight)
 
 
 def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -340,10 +338,7 @@ def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:
 
 def policy_shardings(mesh: Mesh, policy: Adapted) -> Adapted:
     """Where a policy's weights, and factors if it has some, lie."""
-    params = param_shardings(mesh, policy.params)
-    if isinstance(policy, Policy):
-        return Policy(params, factor_shardings(mesh, policy.factors))
-    return replace(policy, params=params)
+    return policy.map_frozen(partial(param_shardings, mesh), partial(factor_shardings, mesh))
 
 
 def outline_everywhere(tree: Any, mesh: Mesh | None = None) -> Any:

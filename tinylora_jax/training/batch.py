@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from tinylora_jax.models import Packing
 from tinylora_jax.multihost import to_host
+
+AnyArray: TypeAlias = jax.Array | np.ndarray
 
 _ALIGN = 32  # stream lengths are multiples of this
 _ROOM = 3  # places in a stream's rows for each of its tokens: rows may be a third full
@@ -35,14 +38,14 @@ class Batch:
       ref_logprobs: float32 `[N, G, T]` under v = 0; None without KL.
     """
 
-    prompts: np.ndarray
-    lengths: np.ndarray
-    completions: np.ndarray
-    mask: np.ndarray
-    rollout_logprobs: np.ndarray
-    advantages: np.ndarray
-    old_logprobs: np.ndarray | None = None
-    ref_logprobs: np.ndarray | None = None
+    prompts: Int[np.ndarray, "prompts prompt_tokens"]
+    lengths: Int[np.ndarray, " prompts"]
+    completions: Int[np.ndarray, "prompts samples tokens"]
+    mask: Bool[np.ndarray, "prompts samples tokens"]
+    rollout_logprobs: Float[np.ndarray, "prompts samples tokens"]
+    advantages: Float[np.ndarray, "prompts samples"]
+    old_logprobs: Float[np.ndarray, "prompts samples tokens"] | None = None
+    ref_logprobs: Float[np.ndarray, "prompts samples tokens"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -62,15 +65,15 @@ class Streams:
       ref_logprobs: float32 or None.
     """
 
-    tokens: jax.Array | np.ndarray
+    tokens: Int[AnyArray, "streams tokens"]
     packing: Packing
-    source: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
-    weights: jax.Array | np.ndarray
-    advantages: jax.Array | np.ndarray
-    rollout_logprobs: jax.Array | np.ndarray
-    old_logprobs: jax.Array | np.ndarray | None = None
-    ref_logprobs: jax.Array | np.ndarray | None = None
+    source: Int[AnyArray, "streams tokens"]
+    mask: Bool[AnyArray, "streams tokens"]
+    weights: Float[AnyArray, "streams tokens"]
+    advantages: Float[AnyArray, "streams tokens"]
+    rollout_logprobs: Float[AnyArray, "streams tokens"]
+    old_logprobs: Float[AnyArray, "streams tokens"] | None = None
+    ref_logprobs: Float[AnyArray, "streams tokens"] | None = None
 
 
 class _Unit(NamedTuple):
@@ -167,8 +170,24 @@ def _put(stream: _Stream, prompt: int, length: int, rest: np.ndarray, ends: np.n
     return rest[count:]
 
 
-def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shape) -> tuple[np.ndarray, ...]:
-    """Tokens, source, positions, tokens_at, places_of and row lengths of one stream."""
+class _Laid(NamedTuple):
+    """Tokens and their places, of one stream or, stacked, of several: fields as in `Streams` and `Packing`."""
+
+    tokens: Int[np.ndarray, "*streams tokens"]
+    source: Int[np.ndarray, "*streams tokens"]
+    positions: Int[np.ndarray, "*streams tokens"]
+    tokens_at: Int[np.ndarray, "*streams rows places"]
+    places_of: Int[np.ndarray, "*streams tokens samples"]
+    lengths: Int[np.ndarray, "*streams rows"]
+
+    @classmethod
+    def stack(cls, laid: Sequence[_Laid]) -> _Laid:
+        """Several streams as one."""
+        return cls(*(np.stack(arrays) for arrays in zip(*laid, strict=True)))
+
+
+def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shape) -> _Laid:
+    """Puts the tokens of units into one stream, and says where each stands."""
     none = shape.rows * shape.places
     tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
     source = np.full(shape.tokens, -1, np.int32)
@@ -196,7 +215,7 @@ def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shap
             lengths[row] = length + end
             at, row = at + end, row + 1
         start += length
-    return tokens, source, positions, tokens_at, places_of, lengths
+    return _Laid(tokens, source, positions, tokens_at, places_of, lengths)
 
 
 def pack(
@@ -229,7 +248,7 @@ def pack(
         left = left & (rows > shape.places)
         for first in range(0, len(bins), streams):
             laid = [_lay_out(units, batch, ends, shape) for units in bins[first : first + streams]]
-            yield _part(batch, weights, [np.stack(x) for x in zip(*laid, strict=True)])
+            yield _part(batch, weights, _Laid.stack(laid))
 
 
 def empty_part(shape: Shape, streams: int = 1, *, old: bool = False, ref: bool = False) -> Streams:
@@ -253,16 +272,16 @@ def empty_part(shape: Shape, streams: int = 1, *, old: bool = False, ref: bool =
         ref_logprobs=zeros if ref else None,
     )
     laid = [_lay_out((), batch, np.zeros(zeros.shape[:2], int), shape)] * streams
-    return _part(batch, zeros, [np.stack(x) for x in zip(*laid, strict=True)])
+    return _part(batch, zeros, _Laid.stack(laid))
 
 
-def _part(batch: Batch, weights: np.ndarray, laid: Sequence[np.ndarray]) -> Streams:
-    tokens, source, *layout = laid
+def _part(batch: Batch, weights: np.ndarray, laid: _Laid) -> Streams:
+    source = laid.source
     spread = np.broadcast_to(batch.advantages[:, :, None], batch.mask.shape)
     per_token = lambda x: None if x is None else np.where(source >= 0, x.reshape(-1)[source], 0)
     return Streams(
-        tokens=tokens,
-        packing=Packing(*layout),
+        tokens=laid.tokens,
+        packing=Packing(laid.positions, laid.tokens_at, laid.places_of, laid.lengths),
         source=source,
         mask=per_token(batch.mask).astype(bool),
         weights=per_token(weights),

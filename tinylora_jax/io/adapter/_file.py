@@ -340,6 +340,8 @@ class AdapterReader:
         """
         path = folder / _DESCRIPTION
         text = read_text(path)
+        # Parsing the tables of each of a thousand adapters would take most of the time. So they are compared as bytes,
+        # and only the few fields before them are parsed, closed by a brace of our own.
         head, key, tables = text.partition(_TABLES)
         known = self._fitting.get(tables) if key else None
         if known:
