@@ -28,7 +28,7 @@ from experiments.common import multihost
 from experiments.common.answering import answer, lower_answer
 from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.common.compilation import compile_together
-from experiments.common.eval_metrics import Row, sampled_summary, summary, table
+from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
 from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax import rl
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
         if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    tell(table(result.get("sets") or {result["data"]: result}))
+    tell(accuracy_table(result.get("sets") or {result["data"]: result}))
     if is_first():
         print(json.dumps(result))
 

@@ -174,13 +174,13 @@ def run(
     num_steps(config, len(train_questions))
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs, free) as start:
-        prompts = make_prompts(config, train_questions, start.outline)
-        questions = make_prompts(config, eval_questions, start.outline)
+        prompts = make_prompts(config, train_questions, start.abstract)
+        questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
-        population = Population(configs, specs, start.outline, padded_width(prompts), steps)
-        base = jax.eval_shape(start.outline.policy.init)
-        evaluation = lower_evaluation(start.outline, base, questions, **how)
-        task = start.finish(chain(population.lower(start.outline, population.initial_states()), evaluation))
+        population = Population(configs, specs, start.abstract, padded_width(prompts), steps)
+        base = jax.eval_shape(start.abstract.policy.init)
+        evaluation = lower_evaluation(start.abstract, base, questions, **how)
+        task = start.finish(chain(population.lower(start.abstract, population.initial_states()), evaluation))
     judge = partial(evaluate, task, prompts=questions, between=stop.check, **how)
     folder.claim()
     with closing(folder):
@@ -232,7 +232,7 @@ def _finish(
     return {"member": member.name, **kept, "dropped": None}
 
 
-def table(summary: Mapping[str, Any]) -> str:
+def members_table(summary: Mapping[str, Any]) -> str:
     """The members, the best first, below the untrained model."""
     percent = lambda result: f"{result['strict']:>8.1%} {result['lenient']:>8.1%}"
     lines = [f"{'':40} {'params':>7} {'strict':>8} {'lenient':>8}"]
@@ -257,7 +257,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"stopped by {stopped}; the same command continues the sweep in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
     try_plot(workdir)
-    print(table(summary))
+    print(members_table(summary))
     print(json.dumps(summary))
 
 

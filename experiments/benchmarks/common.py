@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.common.architectures import SHAPES, architecture
 from experiments.common.cli import define_path, reporting_errors, tell
-from experiments.common.meshes import active_mesh, parse_mesh, placed, use_mesh
+from experiments.common.meshes import active_mesh, parse_mesh, replicate, use_mesh
 from experiments.common.setup import make_policy
 from tinylora_jax.adapters import Policy, TinyLoRA, init
 from tinylora_jax.io import load_pretrained
@@ -105,7 +105,7 @@ def load() -> Model:
     source = FLAGS.model
     config, params, tokenizer, stops = _load(source)
     policy = make_policy(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "auto")
-    v = placed(init(policy.factors) + 0.01)  # not zero, so that the update is no multiplication by nothing
+    v = replicate(init(policy.factors) + 0.01)  # not zero, so that the update is no multiplication by nothing
     return Model(source, config, policy, v, tokenizer, stops)
 
 

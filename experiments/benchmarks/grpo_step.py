@@ -64,9 +64,9 @@ def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
     specs = dataclasses.replace(specs, train_data=dataclasses.replace(specs.train_data, limit=questions))
     loaded = load_questions(specs.train_data)
     with launch(config, specs) as start:
-        prompts = make_prompts(config, loaded, start.outline)
-        trainer = Trainer(config, specs, start.outline, prompts, steps + 1, StopRequests())
-        task = start.finish(trainer.lower(start.outline, trainer.state_outline(start.outline.policy)))
+        prompts = make_prompts(config, loaded, start.abstract)
+        trainer = Trainer(config, specs, start.abstract, prompts, steps + 1, StopRequests())
+        task = start.finish(trainer.lower(start.abstract, trainer.abstract_state(start.abstract.policy)))
     ready = first = seconds_since_launch()
     data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + steps)
     state, found = trainer.initial_state(task.policy), []

@@ -44,7 +44,7 @@ from tinylora_jax.training import (
     Update,
     group_advantages,
     init_state,
-    stream_shapes,
+    sequence_shapes,
 )
 
 FLAGS = flags.FLAGS
@@ -141,7 +141,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float,
     prompts, samples, longest = padded(rows), FLAGS.samples, FLAGS.new_tokens
     sampling = Sampling(longest, stop_tokens=model.stop_tokens)
     count, width = prompts[1].shape
-    shapes = stream_shapes(count, width, samples, longest, GRPO().stream_tokens)
+    shapes = sequence_shapes(count, width, samples, longest, GRPO().stream_tokens)
     plan = Plan(model.config, GRPO(skip_without_signal=False), 1.0, longest, shapes)
     optimizer = Optimizer(1e-3).transform()
     step, state = Update(plan, optimizer), init_state(model.v, optimizer)

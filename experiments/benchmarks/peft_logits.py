@@ -153,7 +153,7 @@ def converted(model: Pretrained, folder: Path, output: Path) -> tuple[dict[str, 
     rows = {
         "to our own folder, model loaded too: seconds": wrote - started,
         "our own folder: bytes": size,
-        "our own folder: modules whose directions it holds": len(factors.undetermined),
+        "our own folder: modules whose directions it holds": len(factors.ill_conditioned),
         "our own folder, read and factorized: seconds": loaded - wrote,
         "our own folder: largest relative difference of a module's ΔW": max(apart_from_peft.values()),
     }

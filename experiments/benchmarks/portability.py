@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         rows |= {"modules": len(gaps), "smallest gap": min(gaps.values())}
         for label, found in factors.items():
             errors = apart(oracle.factors, found)
-            sure = {module: error for module, error in errors.items() if module not in found.undetermined}
+            sure = {module: error for module, error in errors.items() if module not in found.ill_conditioned}
             rows |= {
                 f"{label}: largest error of ΔW": max(errors.values()),
                 f"{label}: modules above {LIMIT}": sum(error > LIMIT for error in errors.values()),
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
                 f"{label}: largest error × gap where determined": max(
                     (error * gaps[module] for module, error in sure.items()), default=0.0
                 ),
-                f"{label}: undetermined": list(found.undetermined),
+                f"{label}: undetermined": list(found.ill_conditioned),
             }
         fingerprint = base_fingerprint(params)
         for label, mine in (factors | {"NumPy float64": oracle.factors}).items():

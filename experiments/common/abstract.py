@@ -8,10 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from tinylora_jax.adapters import Adapted, Spec, adapt
-from tinylora_jax.models import placed_outline, policy_shardings
+from tinylora_jax.models import abstract_at, policy_shardings
 
 
-def policy_outline(params: Any, spec: Spec, mesh: Mesh | None) -> Adapted:
+def abstract_policy(params: Any, spec: Spec, mesh: Mesh | None) -> Adapted:
     """What `adapt` makes of weights, where it lies on a mesh.
 
     Args:
@@ -23,4 +23,4 @@ def policy_outline(params: Any, spec: Spec, mesh: Mesh | None) -> Adapted:
       ValueError: the spec does not fit the tree.
     """
     policy = jax.eval_shape(lambda params: adapt(params, spec), params)
-    return policy if mesh is None else jax.tree.map(placed_outline, policy, policy_shardings(mesh, policy))
+    return policy if mesh is None else jax.tree.map(abstract_at, policy, policy_shardings(mesh, policy))

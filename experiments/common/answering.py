@@ -11,7 +11,7 @@ from experiments.common.setup import Task
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import Prompt, PromptArrays
-from tinylora_jax.models import outline_everywhere
+from tinylora_jax.models import abstract_everywhere
 from tinylora_jax.rollout import Sampling
 
 
@@ -49,7 +49,7 @@ def lower_answer(
       samples: completions per prompt.
       key: key of the sampling noise, or its shape; None for a single key.
     """
-    key = outline_everywhere(jax.eval_shape(lambda: jax.random.key(0))) if key is None else key
+    key = abstract_everywhere(jax.eval_shape(lambda: jax.random.key(0))) if key is None else key
     arrays = PromptArrays(
         np.zeros(prompts, np.uint32), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32)
     )

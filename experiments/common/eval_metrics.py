@@ -43,7 +43,7 @@ def sampled_summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
     return result
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several sets as text, in percent."""
     lines = []
     for name, result in results.items():

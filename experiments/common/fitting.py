@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tinylora_jax.io import Opened, open_pretrained
+from tinylora_jax.io import OpenedModel, open_pretrained
 from tinylora_jax.io.hf import param_shapes
 from tinylora_jax.models import MeshSpec, ModelConfig, heads_axes, param_shardings
 
@@ -42,7 +42,7 @@ class Fit:
 
 
 @lru_cache(maxsize=1)
-def open_model(source: str, dtype: str) -> Opened:
+def open_model(source: str, dtype: str) -> OpenedModel:
     """`open_pretrained`, once for the choice of a mesh and for the run."""
     return open_pretrained(source, jnp.dtype(dtype))
 

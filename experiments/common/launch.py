@@ -1,8 +1,8 @@
 """The start of a run: programs compile, and prompts are made, while the weights are read.
 
     with launch(config, specs) as start:
-        prompts = make_prompts(config, questions, start.outline)
-        task = start.finish(programs lowered for start.outline)
+        prompts = make_prompts(config, questions, start.abstract)
+        task = start.finish(programs lowered for start.abstract)
 
 All that programs depend on stands in a file's header and the config. What runs on the devices, the factorization, waits
 until everything is compiled: see `compile_together`.
@@ -19,7 +19,7 @@ from itertools import chain
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
-from experiments.common.abstract import policy_outline
+from experiments.common.abstract import abstract_policy
 from experiments.common.cli import tell
 from experiments.common.compilation import compile_together
 from experiments.common.fitting import open_model
@@ -38,28 +38,28 @@ class Launch:
       config: of the run.
       specs: the same, parsed.
       adapter: what is trained.
-      outline: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
+      abstract: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
       reading: the weights.
     """
 
     config: ConfigDict
     specs: Specs
     adapter: Spec
-    outline: Task
+    abstract: Task
     reading: Reading
 
     def finish(self, programs: Iterable[Lowered] = ()) -> Task:
-        """The task, loaded and factorized, when these programs (of its outline) are compiled.
+        """The task, loaded and factorized, when these programs (of its abstract task) are compiled.
 
         Raises:
           ValueError: a weight cannot be read or adapted.
         """
         tell("compiling")
-        adapting = lower_adapt(self.outline.policy.params, self.adapter, self.config.svd)
+        adapting = lower_adapt(self.abstract.policy.params, self.adapter, self.config.svd)
         compile_together(chain(programs, adapting), self.reading.check)
-        model = replace(self.outline.pretrained, params=self.reading.result())
+        model = replace(self.abstract.pretrained, params=self.reading.result())
         policy = make_policy(model.params, self.adapter, self.config.svd)
-        return make_task(self.config, self.specs, model, policy, self.outline.slots)
+        return make_task(self.config, self.specs, model, policy, self.abstract.slots)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Ite
     adapter, mesh = adapter or specs.adapter, active_mesh()
     opened = open_model(config.model, config.dtype)
     open_model.cache_clear()  # another run of this process may find other files there
-    slots = slots_of(config, opened.outline.config)
+    slots = slots_of(config, opened.abstract.config)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
-        policy = policy_outline(opened.outline.params, adapter, mesh)
-        yield Launch(config, specs, adapter, make_task(config, specs, opened.outline, policy, slots), reading)
+        policy = abstract_policy(opened.abstract.params, adapter, mesh)
+        yield Launch(config, specs, adapter, make_task(config, specs, opened.abstract, policy, slots), reading)

@@ -52,7 +52,7 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
     memory, devices = device_bytes(), jax.devices()
     if len(devices) == 1 or memory is None or spec.tensor:
         return use_mesh(spec)
-    model = open_model(config.model, config.dtype).outline.config
+    model = open_model(config.model, config.dtype).abstract.config
     return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
 
 
@@ -84,7 +84,7 @@ def active_mesh() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
-def placed(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Arrays of the host, or of one device, on every device of the mesh in use."""
     mesh = active_mesh()
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))

@@ -25,7 +25,7 @@ from experiments.common import multihost
 from experiments.common.cli import TrainingError, define_path, fail, reporting_errors, tell, use_compilation_cache
 from experiments.common.fitting import device_bytes
 from experiments.common.launch import launch
-from experiments.common.meshes import active_mesh, placed, use_fitting_mesh
+from experiments.common.meshes import active_mesh, replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.common.workdir import Workdir
@@ -34,7 +34,7 @@ from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, make_pipeline, padded_width
 from tinylora_jax.io import save_trained
 from tinylora_jax.io.adapter import base_fingerprint
-from tinylora_jax.models import ModelConfig, outline_everywhere
+from tinylora_jax.models import ModelConfig, abstract_everywhere
 from tinylora_jax.multihost import is_first, on_first, to_host
 from tinylora_jax.training import Bounds, DivergenceError, Plan, TrainState, init_state, plan_update
 
@@ -81,16 +81,16 @@ class Trainer(ABC):
 
     def initial_state(self, policy: Adapted) -> TrainState:
         """The state before the first step."""
-        return placed(init_state(policy.init(), self.optimizer))
+        return replicate(init_state(policy.init(), self.optimizer))
 
-    def state_outline(self, policy: Adapted) -> TrainState:
+    def abstract_state(self, policy: Adapted) -> TrainState:
         """The shapes and places of the initial state."""
         make = lambda policy: init_state(policy.init(), self.optimizer)
-        return outline_everywhere(jax.eval_shape(make, policy))
+        return abstract_everywhere(jax.eval_shape(make, policy))
 
     @abstractmethod
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
-        """The programs of a step from a state, or from its outline, to be compiled before the first."""
+        """The programs of a step from a state, or from its shapes, to be compiled before the first."""
 
     @abstractmethod
     def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
@@ -165,7 +165,7 @@ def train(
     totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
     saved = folder.restore(state)
     if saved is not None:
-        state, record = placed(saved[0]), saved[1]
+        state, record = replicate(saved[0]), saved[1]
         data.set_state(record["data"])
         totals = record["totals"]
         tell(f"continuing after step {int(state.step)} of {steps}")
@@ -218,13 +218,13 @@ def run(
     num_steps(config, len(train_questions))  # refuses too few before the slow part
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs) as start:
-        prompts = make_prompts(config, train_questions, start.outline)
-        questions = make_prompts(config, eval_questions, start.outline)
+        prompts = make_prompts(config, train_questions, start.abstract)
+        questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
-        trainer = make_trainer(config, specs, start.outline, prompts, steps, stop)
-        outline = trainer.state_outline(start.outline.policy)
-        to_train = trainer.lower(start.outline, outline) if folder.saved_steps() < steps else ()
-        task = start.finish(chain(to_train, lower_evaluation(start.outline, outline.v, questions, **how)))
+        trainer = make_trainer(config, specs, start.abstract, prompts, steps, stop)
+        abstract = trainer.abstract_state(start.abstract.policy)
+        to_train = trainer.lower(start.abstract, abstract) if folder.saved_steps() < steps else ()
+        task = start.finish(chain(to_train, lower_evaluation(start.abstract, abstract.v, questions, **how)))
     folder.claim()
     initial = trainer.initial_state(task.policy)
 
@@ -243,7 +243,7 @@ def run(
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
     folder.check()
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
-    after, answers = evaluate(task, placed(saved), questions, seed=config.seed, between=stop.check, **how)
+    after, answers = evaluate(task, replicate(saved), questions, seed=config.seed, between=stop.check, **how)
     folder.write_rows("answers_after.jsonl", answers)
     summary = {
         "model": task.name,

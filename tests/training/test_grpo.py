@@ -21,7 +21,7 @@ from tinylora_jax.training import (
     init_state,
     pack,
     score,
-    stream_shapes,
+    sequence_shapes,
 )
 from tinylora_jax.training.grpo import grpo_loss
 from tinylora_jax.training.losses import token_weights
@@ -54,7 +54,7 @@ def make_batch(config, seed=0):
 
 
 def plan_of(config, grpo=FULL, temperature=0.9, stream_tokens=10_000):
-    return Plan(config, grpo, temperature, MAX_TOKENS, stream_shapes(N, P, G, T, stream_tokens))
+    return Plan(config, grpo, temperature, MAX_TOKENS, sequence_shapes(N, P, G, T, stream_tokens))
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +70,16 @@ def scored(qwen2, policy, v):
 
 
 @partial(jax.jit, static_argnames="plan")
-def compiled(v, plan, policy, part):
-    return jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, part)
+def compiled(v, plan, policy, microbatch):
+    return jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, microbatch)
 
 
 def loss_and_gradient(v, config, policy, batch, loss_type=FULL.loss_type):
     """((loss, sums), gradient) under `FULL`; loss types differ by their weights alone, so nothing recompiles."""
     weights = np.asarray(token_weights(jnp.asarray(batch.mask), loss_type, MAX_TOKENS))
     plan = plan_of(config)
-    (part,) = pack(batch, weights, plan.shapes)
-    return compiled(v, plan, policy, part)
+    (microbatch,) = pack(batch, weights, plan.shapes)
+    return compiled(v, plan, policy, microbatch)
 
 
 def naive(grpo, logprobs, batch):
@@ -203,8 +203,8 @@ def test_a_split_batch_gives_the_same_update(qwen2, policy, v, scored, sgd_step)
     plan = plan_of(qwen2.config, stream_tokens=1)
     assert len(list(pack(batch, np.zeros((N, G, T), np.float32), plan.shapes))) > 1
     split = Update(plan, SGD)
-    (whole, metrics), (parts, split_metrics) = (f(init_state(v, SGD), policy, batch) for f in (sgd_step, split))
-    np.testing.assert_allclose(parts.v, whole.v, rtol=1e-4, atol=1e-5)
+    (whole, metrics), (microbatches, split_metrics) = (f(init_state(v, SGD), policy, batch) for f in (sgd_step, split))
+    np.testing.assert_allclose(microbatches.v, whole.v, rtol=1e-4, atol=1e-5)
     for name, value in metrics.items():
         assert split_metrics[name] == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
     assert split.accumulate._cache_size() == 1
@@ -275,16 +275,16 @@ def test_only_v_is_differentiated():
     wide = lambda *s: np.ones(s, np.float32)
     mask = np.ones((2, 4, 16), bool)
     batch = Batch(ids(2, 16), np.full(2, 16, np.int32), ids(2, 4, 16), mask, -wide(2, 4, 16), wide(2, 4))
-    plan = Plan(config, GRPO(remat="off"), 1.0, 16, stream_shapes(2, 16, 4, 16, 10_000))
-    (part,) = pack(batch, wide(2, 4, 16), plan.shapes)
+    plan = Plan(config, GRPO(remat="off"), 1.0, 16, sequence_shapes(2, 16, 4, 16, 10_000))
+    (microbatch,) = pack(batch, wide(2, 4, 16), plan.shapes)
     params = jax.eval_shape(lambda: init_params(config))
     factors = jax.eval_shape(lambda params: factorize(params, TinyLoRA(n_tie=2)), params)
 
-    def loss(v, params, factors, part):
-        return grpo_loss(v, plan, Policy(params, factors), part)[0]
+    def loss(v, params, factors, microbatch):
+        return grpo_loss(v, plan, Policy(params, factors), microbatch)[0]
 
     def flops(f):
-        compiled = jax.jit(f).lower(init(factors), params, factors, part).compile()
+        compiled = jax.jit(f).lower(init(factors), params, factors, microbatch).compile()
         return compiled.cost_analysis()["flops"]
 
     forward = flops(loss)

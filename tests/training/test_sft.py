@@ -12,7 +12,7 @@ import pytest
 from tinylora_jax import init
 from tinylora_jax.adapters import Full, LoRA, adapt
 from tinylora_jax.models import forward, logits
-from tinylora_jax.training import GRPO, SFT_OBJECTIVE, Plan, Update, init_state, solutions_batch, stream_shapes
+from tinylora_jax.training import GRPO, SFT_OBJECTIVE, Plan, Update, init_state, sequence_shapes, solutions_batch
 
 P, T = 5, 6
 PROMPTS = np.array([[3, 5, 7, 9, 11], [13, 2, 4, 0, 0], [8, 0, 0, 0, 0]], np.int32)
@@ -26,7 +26,7 @@ SGD = optax.sgd(1.0)
 
 def plan_of(config, stream_tokens=10_000):
     grpo = GRPO(loss_type="dapo", skip_without_signal=False, remat="off")
-    return Plan(config, grpo, 1.0, T, stream_shapes(3, P, 1, T, stream_tokens))
+    return Plan(config, grpo, 1.0, T, sequence_shapes(3, P, 1, T, stream_tokens))
 
 
 def batch():

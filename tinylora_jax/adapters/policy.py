@@ -36,7 +36,7 @@ class Adapted(Protocol):
       rows_apart: whether v may have a leading axis, with one adapter for each row of a batch.
       trains_head: whether the output head is among what is trained.
       num_params: how many numbers are trained.
-      undetermined: `Factors.undetermined`; empty where nothing is decomposed.
+      ill_conditioned: `Factors.ill_conditioned`; empty where nothing is decomposed.
     """
 
     params: Any
@@ -51,7 +51,7 @@ class Adapted(Protocol):
     def num_params(self) -> int: ...
 
     @property
-    def undetermined(self) -> tuple[str, ...]: ...
+    def ill_conditioned(self) -> tuple[str, ...]: ...
 
     def __call__(self, v: Trained) -> Any: ...
 
@@ -107,9 +107,9 @@ class Policy:
         return self.factors.num_params
 
     @property
-    def undetermined(self) -> tuple[str, ...]:
-        """`Factors.undetermined`."""
-        return self.factors.undetermined
+    def ill_conditioned(self) -> tuple[str, ...]:
+        """`Factors.ill_conditioned`."""
+        return self.factors.ill_conditioned
 
 
 @jax.tree_util.register_dataclass
@@ -127,7 +127,7 @@ class LoRAPolicy:
 
     rows_apart = False
     trains_head = False
-    undetermined = ()
+    ill_conditioned = ()
 
     def __call__(self, v: Matrices) -> Any:
         """The adapted weights at v, unmerged."""
@@ -171,7 +171,7 @@ class FullPolicy:
 
     rows_apart = False
     trains_head = True
-    undetermined = ()
+    ill_conditioned = ()
 
     def __call__(self, v: dict[str, Any]) -> Any:
         """The weights at v in the base's dtypes."""

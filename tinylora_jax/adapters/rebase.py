@@ -89,7 +89,7 @@ def rebase(factors: Factors, onto: Factors) -> tuple[Factors, dict[str, float]]:
         leaves[path] = replace(
             onto.leaves[path], P=jnp.asarray(np.stack([P for P, _ in moved]), jnp.float32), groups=leaf.groups
         )
-    return Factors(leaves, factors.spec, onto.undetermined), missed
+    return Factors(leaves, factors.spec, onto.ill_conditioned), missed
 
 
 def _check_alike(factors: Factors, onto: Factors) -> None:
@@ -138,7 +138,7 @@ def own_triplets(
     Returns:
       Factors whose tie groups are those of their spec, and the vector, which repeats a row where one group became
       several. Where the weight's triplets are not the directions of the given factors (they are not determined, or
-      were rounded), the given ones are kept, and the module counts as undetermined.
+      were rounded), the given ones are kept, and the module counts as ill-conditioned.
 
     Raises:
       ValueError: the given directions are not singular ones of the weights, or the spec ties modules that had

@@ -92,7 +92,7 @@ def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     return canonical_signs(SVD(*(jnp.asarray(part, out) for part in found)))
 
 
-def is_undetermined(svd: SVD, rank: int) -> bool:
+def is_ill_conditioned(svd: SVD, rank: int) -> bool:
     """Whether another computation in float32 may find other singular vectors of a matrix, so that ΔW is another.
 
     The vectors of neighbouring singular values mix by rounding over gap, and a column of U whose largest entries of

@@ -36,16 +36,16 @@ _END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A pretrained model of which all is known but the weights: what a GGUF's header or a folder's small files say.
 
     Attributes:
-      outline: the model, with a `jax.ShapeDtypeStruct` for every weight.
+      abstract: the model, with a `jax.ShapeDtypeStruct` for every weight.
       path: of the file or folder.
       tensors: opens the weights, by Hugging Face name.
     """
 
-    outline: Pretrained
+    abstract: Pretrained
     path: Path
     tensors: Callable[[], AbstractContextManager[Mapping[str, LazyTensor]]]
 
@@ -57,7 +57,7 @@ class Opened:
           FileNotFoundError: the weights are absent.
           ValueError: they are damaged, or not those of the config.
         """
-        config, dtype = self.outline.config, self.outline.params["norm"]["scale"].dtype
+        config, dtype = self.abstract.config, self.abstract.params["norm"]["scale"].dtype
         with self.tensors() as tensors, reading_tree(config, tensors, dtype, place, str(self.path)) as reading:
             yield reading
 
@@ -83,10 +83,10 @@ def load_pretrained(
     """
     opened = open_pretrained(source, dtype, download)
     with opened.reading(place) as reading:
-        return replace(opened.outline, params=reading.result())
+        return replace(opened.abstract, params=reading.result())
 
 
-def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True) -> Opened:
+def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True) -> OpenedModel:
     """The part of `load_pretrained` that takes no time; takes its arguments, and raises what it raises."""
     gguf = resolve_gguf(source)
     if gguf is not None:
@@ -103,15 +103,15 @@ def resolve_gguf(source: str) -> Path | None:
     return expand(source) if source.endswith(".gguf") else None
 
 
-def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> Opened:
+def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> OpenedModel:
     model = load_gguf(path)
     _check_vocabulary(model.tokenizer, model.config, path)
     stops = _stop_tokens(model.tokenizer, model.stop_tokens, model.config)
-    outline = Pretrained(model.config, param_shapes(model.config, dtype), model.tokenizer, stops, name)
-    return Opened(outline, path, lambda: nullcontext(model.tensors))
+    abstract = Pretrained(model.config, param_shapes(model.config, dtype), model.tokenizer, stops, name)
+    return OpenedModel(abstract, path, lambda: nullcontext(model.tensors))
 
 
-def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> Opened:
+def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> OpenedModel:
     check_links(folder)
     try:
         hf_config = read_json(folder / "config.json")
@@ -121,8 +121,8 @@ def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> Opened:
     tokenizer = _folder_tokenizer(folder)
     _check_vocabulary(tokenizer, config, folder)
     stops = _stop_tokens(tokenizer, stop_ids(folder), config)
-    outline = Pretrained(config, param_shapes(config, dtype), tokenizer, stops, name, hf_config)
-    return Opened(outline, folder, lambda: open_tensors(folder))
+    abstract = Pretrained(config, param_shapes(config, dtype), tokenizer, stops, name, hf_config)
+    return OpenedModel(abstract, folder, lambda: open_tensors(folder))
 
 
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

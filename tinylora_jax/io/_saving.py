@@ -25,7 +25,7 @@ from tinylora_jax.multihost import to_host
 
 
 @dataclass(frozen=True)
-class Opened:
+class SavedPolicy:
     """What was trained, before its base model is loaded.
 
     Attributes:
@@ -105,7 +105,7 @@ def _write_weights(
     fresh.rename(folder)
 
 
-def open_trained(folder: Path) -> Opened:
+def open_trained(folder: Path) -> SavedPolicy:
     """Opens what `save_trained` wrote, a PEFT folder of LoRA or TinyLoRA, or a model folder.
 
     Raises:
@@ -113,13 +113,13 @@ def open_trained(folder: Path) -> Opened:
     """
     if is_lora(folder):
         lora = read_lora(folder)
-        return Opened(lora.v, lora.base, lora.policy)
+        return SavedPolicy(lora.v, lora.base, lora.policy)
     if (folder / "config.json").is_file():
         tree = load_pretrained(str(folder), jnp.float32).params
         v = leaves_by_path(tree)
-        return Opened(v, None, lambda params, method: _full_policy(folder, params, v))
+        return SavedPolicy(v, None, lambda params, method: _full_policy(folder, params, v))
     adapter = open_adapter(folder)
-    return Opened(adapter.v, adapter.base, adapter.policy)
+    return SavedPolicy(adapter.v, adapter.base, adapter.policy)
 
 
 def _full_policy(folder: Path, params: Any, v: Mapping[str, jax.Array]) -> FullPolicy:

@@ -18,7 +18,7 @@ from tinylora_jax.io.peft._tinylora import PeftError, is_peft, peft_factors, rea
 
 
 @dataclass(frozen=True)
-class Trained:
+class SavedAdapter:
     """A trained adapter whose base model is not loaded yet.
 
     Attributes:
@@ -71,7 +71,7 @@ class Trained:
         return Policy(params, self.factors(params, method))
 
 
-def open_adapter(folder: Path) -> Trained:
+def open_adapter(folder: Path) -> SavedAdapter:
     """Reads an adapter without its base model; a folder with `adapter_config.json` is PEFT's.
 
     Raises:
@@ -80,7 +80,7 @@ def open_adapter(folder: Path) -> Trained:
     if is_peft(folder):
         adapter = read_tinylora(folder)
         factors = lambda params, method: peft_factors(adapter, params)
-        return Trained(folder, adapter.v, adapter.base, adapter.spec, factors, kind=folder.resolve(), foreign=True)
+        return SavedAdapter(folder, adapter.v, adapter.base, adapter.spec, factors, kind=folder.resolve(), foreign=True)
     spec, v, description = read_adapter(folder)
     factors = partial(factors_of, folder, spec, v, description)
     dtype = (description["base_fingerprint"] or {}).get("dtype")
@@ -88,10 +88,10 @@ def open_adapter(folder: Path) -> Trained:
     about = description.get("about")
     about = about if isinstance(about, dict) else {}
     kind = spec, json.dumps(description["factors"], sort_keys=True)
-    return Trained(folder, v, description["base"], spec, factors, dtype, about, kind)
+    return SavedAdapter(folder, v, description["base"], spec, factors, dtype, about, kind)
 
 
-def read_together(params: Any, adapters: Sequence[Trained]) -> tuple[Factors, list[np.ndarray]]:
+def read_together(params: Any, adapters: Sequence[SavedAdapter]) -> tuple[Factors, list[np.ndarray]]:
     """Adapters of one base model, ours and PEFT's, for one batch.
 
     Args:
@@ -105,7 +105,7 @@ def read_together(params: Any, adapters: Sequence[Trained]) -> tuple[Factors, li
       AdapterError, PeftError: an adapter is damaged or belongs to another base model.
       CombinationError: they cannot share a batch.
     """
-    kinds: dict[Hashable, list[Trained]] = {}
+    kinds: dict[Hashable, list[SavedAdapter]] = {}
     for adapter in adapters:
         kinds.setdefault(adapter.kind, []).append(adapter)
     found: dict[Path, tuple[Factors, Any]] = {}

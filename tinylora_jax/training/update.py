@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
-from tinylora_jax.models.sharding import outline_everywhere, split_streams
-from tinylora_jax.training.batch import Batch, Streams, empty_part, pack
+from tinylora_jax.models.sharding import abstract_everywhere, split_microbatch
+from tinylora_jax.training.batch import Batch, Microbatch, empty_microbatch, pack
 from tinylora_jax.training.grpo import SUMS, Metrics, Plan, grpo_loss
 from tinylora_jax.training.losses import token_weights
 from tinylora_jax.training.state import TrainState
@@ -27,7 +27,7 @@ Totals = tuple[jax.Array, Metrics, Trained]
 """Loss, sums of metrics over tokens, and gradient."""
 
 
-Loss = Callable[[Trained, Plan, Adapted, Streams], tuple[jax.Array, Metrics]]
+Loss = Callable[[Trained, Plan, Adapted, Microbatch], tuple[jax.Array, Metrics]]
 """From v, the plan, the policy and a microbatch to a scalar loss and sums of metrics over tokens."""
 
 
@@ -100,13 +100,13 @@ class Update:
         if plan.grpo.kl_coef or not plan.grpo.skip_without_signal or not wanted.any():
             wanted = None
         total = self.zeros(v)
-        for part in pack(batch, weights, plan.shapes, plan.streams, wanted):
-            total = self.accumulate(total, v, policy, part)
-            self._uncompiled.discard(part.packing.tokens_at.shape[1:])
+        for microbatch in pack(batch, weights, plan.shapes, plan.sequences, wanted):
+            total = self.accumulate(total, v, policy, microbatch)
+            self._uncompiled.discard(microbatch.packing.tokens_at.shape[1:])
         # The next batch may need shapes that the first one does not: they are compiled now, on microbatches of nothing.
-        for part in empty_parts(plan) if self._uncompiled else ():
-            if part.packing.tokens_at.shape[1:] in self._uncompiled:
-                total = self.accumulate(total, v, policy, part)
+        for microbatch in empty_microbatches(plan) if self._uncompiled else ():
+            if microbatch.packing.tokens_at.shape[1:] in self._uncompiled:
+                total = self.accumulate(total, v, policy, microbatch)
         self._uncompiled.clear()
         return total
 
@@ -122,20 +122,20 @@ class Update:
           state: state, or its shapes.
           policy: policy, or its shapes.
         """
-        point = outline_everywhere(jax.eval_shape(self.point, state.v))
-        total = outline_everywhere(jax.eval_shape(self.zeros, point))
-        for part in empty_parts(self.plan):
-            yield self.accumulate.lower(total, point, policy, part)
+        point = abstract_everywhere(jax.eval_shape(self.point, state.v))
+        total = abstract_everywhere(jax.eval_shape(self.zeros, point))
+        for microbatch in empty_microbatches(self.plan):
+            yield self.accumulate.lower(total, point, policy, microbatch)
         yield self.apply.lower(state, total)
 
 
-def _accumulate(plan: Plan, loss: Loss, total: Totals, v: Trained, policy: Adapted, part: Streams) -> Totals:
+def _accumulate(plan: Plan, loss: Loss, total: Totals, v: Trained, policy: Adapted, microbatch: Microbatch) -> Totals:
     """Totals with those of one more microbatch."""
-    # One v for each stream, and their gradients summed at the end: devices exchange one gradient of the size of v.
-    part = split_streams(part)
-    spread = plan.streams > 1 and policy.rows_apart
-    own = jax.tree.map(lambda x: jnp.broadcast_to(x, (plan.streams, *x.shape)), v) if spread else v
-    (value, sums), grad = jax.value_and_grad(loss, has_aux=True)(own, plan, policy, part)
+    # One v for each sequence, and their gradients summed at the end: devices exchange one gradient of the size of v.
+    microbatch = split_microbatch(microbatch)
+    spread = plan.sequences > 1 and policy.rows_apart
+    own = jax.tree.map(lambda x: jnp.broadcast_to(x, (plan.sequences, *x.shape)), v) if spread else v
+    (value, sums), grad = jax.value_and_grad(loss, has_aux=True)(own, plan, policy, microbatch)
     grad = jax.tree.map(lambda g, x: g.reshape(-1, *x.shape).sum(axis=0), grad, v)
     return jax.tree.map(jnp.add, total, (value, sums, grad))
 
@@ -191,7 +191,7 @@ def finite_metrics(metrics: Metrics, among: Sequence[str] = ()) -> dict[str, flo
     return values
 
 
-def empty_parts(plan: Plan) -> list[Streams]:
-    """A part without a token for every shape of a plan."""
+def empty_microbatches(plan: Plan) -> list[Microbatch]:
+    """A microbatch without a token for every shape of a plan."""
     fields: dict[str, Any] = {"old": plan.grpo.updates_per_rollout > 1, "ref": bool(plan.grpo.kl_coef)}
-    return [empty_part(shape, plan.streams, **fields) for shape in plan.shapes]
+    return [empty_microbatch(shape, plan.sequences, **fields) for shape in plan.shapes]

@@ -83,8 +83,10 @@ def test_modules_that_are_not_determined_change_no_program(config, model_folder,
     save_file(tensors, folder / "model.safetensors")
     config.model, config.max_steps = str(folder), 1
     task = load_task(config, parse(config))
-    assert task.undetermined == task.policy_to_save().factors.undetermined == ("layers/1/self_attn/q_proj/kernel",)
-    assert task.policy.factors.undetermined == ()
+    assert (
+        task.ill_conditioned == task.policy_to_save().factors.ill_conditioned == ("layers/1/self_attn/q_proj/kernel",)
+    )
+    assert task.policy.factors.ill_conditioned == ()
     grpo.run(config, tmp_path / "run", stop)
     assert not STEPS & set(compiled.late)
     assert "layers/1/self_attn/q_proj/kernel" in (tmp_path / "run" / "adapter" / "adapter.json").read_text()

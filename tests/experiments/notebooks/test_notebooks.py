@@ -138,7 +138,7 @@ def interactive(config_file, processes, monkeypatch, capsys):
 
     def call(workdir, *flags, **options):
         capsys.readouterr()
-        plan = notebook.Plan(str(config_file), flags, "", "", ())
+        plan = notebook.Session(str(config_file), flags, "", "", ())
         result = notebook.train(plan, workdir, **options)
         return SimpleNamespace(summary=result, out=capsys.readouterr().out, drawn=drawn)
 

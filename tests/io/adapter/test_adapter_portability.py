@@ -76,7 +76,7 @@ def test_degenerate_factors_travel_with_the_adapter(name, tmp_path, caplog):
     params = tree(DEGENERATE[name])
     with caplog.at_level(logging.WARNING, logger="absl"):
         here = factorize(params, SPEC)
-    assert here.undetermined == ("b/kernel",)
+    assert here.ill_conditioned == ("b/kernel",)
     assert "1 of 2 weights do not determine their factors" in caplog.text and "b/kernel" in caplog.text
     there = turned(here, params, DEGENERATE[name])
     v = ones(here)
@@ -86,7 +86,7 @@ def test_degenerate_factors_travel_with_the_adapter(name, tmp_path, caplog):
     for method in ("exact", "subspace"):
         loaded, same = load_adapter(tmp_path / "x", params, method)
         assert max(far(delta(there, v), delta(loaded, same)).values()) < 1e-4
-        assert loaded.undetermined == ("b/kernel",)
+        assert loaded.ill_conditioned == ("b/kernel",)
     save_adapter(tmp_path / "y", loaded, same, "base", "float32", base_fingerprint(params))
     again, _ = load_adapter(tmp_path / "y", params)
     assert far(delta(loaded, v), delta(again, v))["b/kernel"] == 0
@@ -100,14 +100,14 @@ def test_a_sign_that_is_not_sure_is_undetermined():
     u[[2, 7]] = 1, -1
     W = np.outer(np.eye(COLUMNS)[3], u) + 0.3 * np.outer(np.eye(COLUMNS)[5], np.eye(ROWS)[9])
     params = {"a": {"kernel": jnp.asarray(W, jnp.float32)}}
-    assert factorize(params, TinyLoRA(rank=1, targets=("a/kernel",))).undetermined == ("a/kernel",)
+    assert factorize(params, TinyLoRA(rank=1, targets=("a/kernel",))).ill_conditioned == ("a/kernel",)
 
 
 @pytest.mark.parametrize("spectrum", [SURE, np.zeros(COLUMNS)], ids=["separate", "zero"])
 def test_what_is_determined_brings_no_file(spectrum, tmp_path):
     params = tree(spectrum)
     exact, fast = (factorize(params, SPEC, method) for method in ("exact", "subspace"))
-    assert exact.undetermined == fast.undetermined == ()
+    assert exact.ill_conditioned == fast.ill_conditioned == ()
     save_adapter(tmp_path, exact, ones(exact), "base", "float32", base_fingerprint(params))
     assert {path.name for path in tmp_path.iterdir()} == {"adapter.json", "vector.bin"}
     loaded, v = load_adapter(tmp_path, params, "subspace")
@@ -118,7 +118,7 @@ def test_what_is_determined_brings_no_file(spectrum, tmp_path):
 def test_one_layer_of_a_stack():
     layers = jnp.stack([tree(s)["b"]["kernel"] for s in (SURE, DEGENERATE["pair"], SURE)])
     factors = factorize({"w": layers}, TinyLoRA(targets=(Target("w", "layer in out"),)))
-    assert factors.undetermined == ("w[1]",)
+    assert factors.ill_conditioned == ("w[1]",)
     leaf = factors.leaves["w"]
     flipped = SVD(*(np.asarray(x) for x in (-leaf.U[1], leaf.S[1], -leaf.V[1])))
     new = exchange({"w": layers}, factors, {"w[1]": flipped}).leaves["w"]

@@ -31,7 +31,7 @@ def pack_factors(factors: Factors) -> tuple[dict[str, Any] | None, bytes]:
     """
     places, drawn_otherwise, tensors = places_of(factors), [], {}
     host = {path: to_host(leaf) for path, leaf in factors.leaves.items()}
-    for name in factors.undetermined:
+    for name in factors.ill_conditioned:
         path, layer = places[name]
         tensors |= {f"{name}.{k}": np.ascontiguousarray(getattr(host[path], k)[layer], np.float32) for k in SVD._fields}
     for name, (path, layer) in places.items():
@@ -42,7 +42,7 @@ def pack_factors(factors: Factors) -> tuple[dict[str, Any] | None, bytes]:
     if not tensors:
         return None, b""
     data = save(tensors)
-    kept = {"modules": list(factors.undetermined), "sha256": hashlib.sha256(data).hexdigest()}
+    kept = {"modules": list(factors.ill_conditioned), "sha256": hashlib.sha256(data).hexdigest()}
     return kept | ({"projections": drawn_otherwise} if drawn_otherwise else {}), data
 
 
