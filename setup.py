@@ -44,6 +44,7 @@ setup(
         # replacing a CPU build with the newest CUDA one.
         "test": [
             "pytest>=8",
+            "mypy>=1.15",
             "beartype>=0.19",
             "hypothesis>=6",
             "torch==2.13.0",

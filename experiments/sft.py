@@ -55,7 +55,7 @@ class Trainer(runs.Trainer):
         solutions = encode_solutions(prompts, task.tokenizer, config.reward, ends, config.max_new_tokens)
         self.solutions = {prompt.id: tokens for prompt, tokens in zip(prompts, solutions, strict=True)}
         self.longest = -(-max(map(len, solutions)) // _MULTIPLE) * _MULTIPLE
-        plan = dataclasses.replace(plan_of(config, specs, task, self.width, 1, self.longest), temperature=1.0)
+        plan = dataclasses.replace(plan_of(config, specs, task.model, self.width, 1, self.longest), temperature=1.0)
         self.update = Update(plan, self, SFT_OBJECTIVE.optimizer)
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:

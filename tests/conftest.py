@@ -60,6 +60,7 @@ _WARNINGS = (
 
 
 collect_ignore = [
+    "type_checking/user_code.py",
     "sharding/on_eight_devices.py",
     "sharding/load_on_eight_devices.py",
     "sharding/decode_on_eight_devices.py",

@@ -39,7 +39,8 @@ class Adapted(Protocol):
       ill_conditioned: `Factors.ill_conditioned`; empty where nothing is decomposed.
     """
 
-    params: Any
+    @property
+    def params(self) -> Any: ...
 
     @property
     def rows_apart(self) -> bool: ...

@@ -57,8 +57,8 @@ def plan(
     """
     bounds = Bounds(len(prompts), padded_width(prompts), samples, sampling.max_new_tokens)
     mesh, memory = jax.sharding.get_mesh(), jax.local_devices()[0].memory_stats() or {}
-    mesh = None if mesh.empty else mesh
-    return plan_update(config, grpo, sampling.temperature, bounds, dtype, mesh, memory.get("bytes_limit"))
+    devices = None if mesh.empty else mesh
+    return plan_update(config, grpo, sampling.temperature, bounds, dtype, devices, memory.get("bytes_limit"))
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ class Learner:
         batch = Batch(
             prompts=graded.arrays.tokens,
             lengths=graded.arrays.lengths,
-            completions=completions.tokens.reshape(shape),
+            completions=np.reshape(completions.tokens, shape),
             mask=mask.reshape(shape),
-            rollout_logprobs=completions.logprobs.reshape(shape),
-            advantages=group_advantages(graded.rewards(), grpo.normalize_std),
+            rollout_logprobs=np.reshape(completions.logprobs, shape),
+            advantages=np.asarray(group_advantages(graded.rewards(), grpo.normalize_std)),
         )
         scores = lambda v: score(self.plan, policy, v, batch)
         if grpo.updates_per_rollout > 1:

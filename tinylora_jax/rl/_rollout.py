@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from tinylora_jax.rollout import Completions, Sampling, generate
 class Decoder(Protocol):
     """The one method of a tokenizer that grading needs."""
 
-    def decode(self, token_ids: np.ndarray, /, *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: np.ndarray, /, *, skip_special_tokens: bool) -> Any: ...
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "samples", "slots"))
@@ -82,7 +82,7 @@ class Rollout:
         rows = slice(first * self.samples, (first + count) * self.samples)
         own = {name: getattr(self.completions, name)[rows] for name in ("tokens", "logprobs", "lengths", "stopped")}
         portion = float(own["lengths"].sum()) / max(1, self.num_tokens)
-        steps = np.maximum(1, np.round(self.completions.slot_steps * portion)).astype(np.int32)
+        steps: Any = np.maximum(1, np.round(self.completions.slot_steps * portion)).astype(np.int32)
         arrays = PromptArrays(*(x[prompts] for x in self.arrays))
         return Rollout(self.prompts[prompts], arrays, Completions(**own, slot_steps=steps), self.seconds * portion)
 
