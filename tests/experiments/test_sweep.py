@@ -79,7 +79,7 @@ def test_members_differ_and_are_compared(swept):
     assert len({tuple(v) for v in last.values()}) == 4
     strict = [row["eval_after"]["strict"] for row in summary["members"]]
     assert strict == sorted(strict, reverse=True)
-    assert "untrained" in sweep.table(summary)
+    assert "untrained" in sweep.members_table(summary)
 
 
 def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch, capsys):
