@@ -78,7 +78,9 @@ class Gradient:
         for part in pack(batch, weights, plan.shapes, plan.streams, wanted):
             total = self.accumulate(total, v, policy, part)
             self._uncompiled.discard(part.packing.tokens_at.shape[1:])
-        for part in empty_parts(plan) if self._uncompiled else ():  # shapes that the first batch does not need may be needed by the next
+        for part in (
+            empty_parts(plan) if self._uncompiled else ()
+        ):  # shapes that the first batch does not need may be needed by the next
             if part.packing.tokens_at.shape[1:] in self._uncompiled:
                 total = self.accumulate(total, v, policy, part)
         self._uncompiled.clear()
