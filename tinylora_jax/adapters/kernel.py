@@ -42,7 +42,7 @@ class AdaptedKernel:
 
 _HALF = (jnp.bfloat16, jnp.float16)
 _PARTS = 4  # of a long sum
-_WIDE_FROM = 3072  # inputs: 3,584 decode 4 % faster with their updates as rows of the product, 896 2 % slower
+_WIDE_FROM = 2048  # inputs: updates as rows of the product decode 3,584 4 % faster, 2,048 2 %, 1,536 not, 896 slower
 _FEW_ROWS = 512  # up to which its products leave multiprocessors idle
 _UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above, a product
 
