@@ -35,7 +35,6 @@ from experiments.common.cli import (
     define_path,
     fail,
     parse_flags,
-    reporting_errors,
     tell,
     use_compilation_cache,
 )
@@ -50,9 +49,10 @@ from experiments.common.population import (
     parse_member,
     parse_variation,
 )
-from experiments.common.preemption import Stopped, StopRequests
-from experiments.common.runs import num_steps, summary_of_config
-from experiments.common.setup import Task, as_json, load_graded_questions, make_prompts, parse
+from experiments.common.preemption import StopRequests
+from experiments.common.runs import num_steps, questions_of, stoppable, summary_of_config
+from experiments.common.setup import Task, as_json, make_prompts, parse
+from experiments.common.workdir import logged_vector
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
 from tinylora_jax.adapters import retie
@@ -63,7 +63,6 @@ from tinylora_jax.multihost import to_host
 from tinylora_jax.training import TrainState
 
 FLAGS = flags.FLAGS
-_VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone
 
 
 class Folder:
@@ -95,8 +94,7 @@ class Folder:
     def keep(self, name: str, index: int, state: TrainState, metrics: Mapping[str, float], page: str) -> None:
         """Logs a finished step of a member."""
         self.members[name].samples(index, page)
-        vector = {"v": np.asarray(state.v).ravel().tolist()} if state.v.size <= _VECTOR_NUMBERS else {}
-        self.members[name].metrics(index, {**metrics, **vector})
+        self.members[name].metrics(index, {**metrics, **logged_vector(state.v)})
 
     def close(self) -> None:
         """Closes the files."""
@@ -169,9 +167,7 @@ def run(
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
-    train_questions = load_graded_questions(specs.train_data, config.reward)
-    eval_questions = load_graded_questions(specs.eval_data, config.reward)
-    num_steps(config, len(train_questions))
+    train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs, free) as start:
         prompts = make_prompts(config, train_questions, start.abstract)
@@ -249,13 +245,9 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     if not FLAGS.workdir:
         fail("--workdir is empty; name a folder for the sweep")
-    workdir, stop = Path(FLAGS.workdir), StopRequests()
-    with reporting_errors(workdir):
-        try:
-            summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member)
-        except Stopped as stopped:
-            print(f"stopped by {stopped}; the same command continues the sweep in {workdir}", flush=True)
-            raise SystemExit(stopped.exit_code) from None
+    workdir = Path(FLAGS.workdir)
+    with stoppable(workdir, "sweep") as stop:
+        summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member)
     try_plot(workdir)
     print(members_table(summary))
     print(json.dumps(summary))

@@ -7,7 +7,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from experiments.common.setup import ConfigError, Specs, Task, as_json, load_gra
 from experiments.common.workdir import Workdir
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained
-from tinylora_jax.data import Prompt, make_pipeline, padded_width
+from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
 from tinylora_jax.io import save_trained
 from tinylora_jax.io.adapter import base_fingerprint
 from tinylora_jax.models import ModelConfig, abstract_everywhere
@@ -153,6 +153,36 @@ def num_steps(config: ConfigDict, num_prompts: int) -> int:
     return steps
 
 
+def questions_of(config: ConfigDict, specs: Specs) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """The questions to train on and those to evaluate on, graded once; refuses too few before the slow part.
+
+    Raises:
+      ConfigError: there are fewer questions than a batch needs, or the reward can never pay most of them.
+    """
+    to_train = load_graded_questions(specs.train_data, config.reward)
+    to_evaluate = load_graded_questions(specs.eval_data, config.reward)
+    num_steps(config, len(to_train))
+    return to_train, to_evaluate
+
+
+@contextmanager
+def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
+    """What a training command runs in: an error that a user can mend, or a request to stop, ends it with one line.
+
+    Args:
+      workdir: folder that keeps the traceback of an error.
+      what: what the same command continues, such as `run`.
+    """
+    stop = StopRequests()
+    with reporting_errors(workdir):
+        try:
+            yield stop
+        except Stopped as stopped:
+            if is_first():
+                print(f"stopped by {stopped}; the same command continues the {what} in {workdir}", flush=True)
+            raise SystemExit(stopped.exit_code) from None
+
+
 def train(
     trainer: Trainer, task: Task, data: DatasetIterator, steps: int, folder: Workdir, started: float
 ) -> tuple[TrainState, Totals]:
@@ -213,9 +243,7 @@ def run(
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
-    train_questions = load_graded_questions(specs.train_data, config.reward)
-    eval_questions = load_graded_questions(specs.eval_data, config.reward)
-    num_steps(config, len(train_questions))  # refuses too few before the slow part
+    train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs) as start:
         prompts = make_prompts(config, train_questions, start.abstract)
@@ -296,13 +324,8 @@ def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], di
     use_compilation_cache()
     if not values.workdir:
         fail("--workdir is empty; name a folder for the run")
-    workdir, stop = Path(values.workdir), StopRequests()
-    with reporting_errors(workdir):
+    workdir = Path(values.workdir)
+    with stoppable(workdir, "run") as stop:
         multihost.connect(values)
-        try:
-            with use_fitting_mesh(values.config, parse(values.config).mesh):
-                return run(values.config, workdir, stop)
-        except Stopped as stopped:
-            if is_first():
-                print(f"stopped by {stopped}; the same command continues the run in {workdir}", flush=True)
-            raise SystemExit(stopped.exit_code) from None
+        with use_fitting_mesh(values.config, parse(values.config).mesh):
+            return run(values.config, workdir, stop)

@@ -17,6 +17,12 @@ from tinylora_jax.training import TrainState
 _VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone
 
 
+def logged_vector(v: Any) -> dict[str, Any]:
+    """What the log of a step keeps of v: all of a short vector, nothing of anything longer."""
+    short = isinstance(v, jax.Array) and v.size <= _VECTOR_NUMBERS
+    return {"v": np.asarray(v).ravel().tolist()} if short else {}
+
+
 class Workdir:
     """A run's log, results and checkpoints; every method is called by all processes together.
 
@@ -113,8 +119,7 @@ class Workdir:
 
         def write() -> None:
             self._log.samples(step, page)
-            short = isinstance(state.v, jax.Array) and state.v.size <= _VECTOR_NUMBERS
-            self._log.metrics(step, {**metrics, **({"v": np.asarray(state.v).ravel().tolist()} if short else {})})
+            self._log.metrics(step, {**metrics, **logged_vector(state.v)})
             if record is not None:
                 self._checkpoints.save(step + 1, state, record)
 
