@@ -56,7 +56,7 @@ class Trainer(runs.Trainer):
         self.solutions = {prompt.id: tokens for prompt, tokens in zip(prompts, solutions, strict=True)}
         self.longest = -(-max(map(len, solutions)) // _MULTIPLE) * _MULTIPLE
         plan = dataclasses.replace(plan_of(config, specs, task.model, self.width, 1, self.longest), temperature=1.0)
-        self.update = Update(plan, self, SFT_OBJECTIVE.optimizer)
+        self.update = Update(plan, self.optimizer, SFT_OBJECTIVE)
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """The programs of a step, to be compiled before the first."""
