@@ -1,4 +1,4 @@
-"""Answers prompts with a model, one adapter of it or several in one batch, and prints while it generates.
+"""Prompts a model with one or more adapters in one batch, and prints answers as they are generated.
 
     python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --prompt='What is 2 + 3?'
     python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'

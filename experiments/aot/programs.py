@@ -1,4 +1,4 @@
-"""The programs of a run for a mesh of devices that need not exist: lowered from shapes, compiled, measured."""
+"""Lowers, compiles and measures the programs of a run for devices that need not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the notebooks in `colab/` call: what suits the machine, where a run is kept, and the commands, watched.
+"""The notebooks' helpers: a setup that suits the machine, the run's folder, watched commands.
 
 The kernel itself computes on the CPU alone: a TPU belongs to one process at a time, and the commands need it.
 """

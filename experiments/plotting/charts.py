@@ -1,4 +1,4 @@
-"""Pictures of results: a landscape of rewards, curves over steps, and accuracy against the number of parameters."""
+"""Pictures of results: reward landscapes, curves over steps, accuracy against parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether weights are those that factors were computed from: shapes alone do not tell two models apart."""
+"""Checks that factors were computed from these weights; equal shapes alone do not show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is frozen of TinyLoRA and computed once: the singular triplets of every adapted weight, P and the tie groups."""
+"""The frozen part of TinyLoRA: singular triplets of every adapted weight, P and the tie groups."""
 
 from __future__ import annotations
 

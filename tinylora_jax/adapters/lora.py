@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685), the baseline with two trained matrices a module, as transforms of a pytree of weights.
+"""LoRA (arXiv 2106.09685), the baseline that trains two matrices per module.
 
     ΔW = (α / r) B A        B `[out, r]` starts at zero, A `[r, in]` random
 

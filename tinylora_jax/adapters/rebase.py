@@ -1,4 +1,4 @@
-"""Factors of another make in terms of a weight's own singular triplets, and several adapters in terms of the same.
+"""Expresses foreign factors by a weight's own singular triplets, so that adapters can share a batch.
 
 An update B (Σᵢ vᵢ Pᵢ) A whose B and A span the weight's leading singular directions is one of ours with other P:
 

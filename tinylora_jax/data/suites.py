@@ -1,4 +1,4 @@
-"""The evaluation sets by name: where the hub has them, what they are called as files, and how they are graded."""
+"""Evaluation sets by name: their hub ids, file names and graders."""
 
 from __future__ import annotations
 

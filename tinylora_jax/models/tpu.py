@@ -1,4 +1,4 @@
-"""What a TPU does differently: where a plain program would scatter or hold every score, a Pallas kernel.
+"""Pallas kernels for TPUs, where a plain program would scatter or hold every score.
 
 The platform is that of the surrounding mesh, so programs compile for a TPU on a machine that has none.
 """

@@ -1,4 +1,4 @@
-r"""The reward `math`: the right value in the last `\boxed{}`, by algebra where text and numbers do not decide."""
+r"""The reward `math`: the right value in the last `\boxed{}`, compared by algebra if needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes that compare by algebra: each request has a limit of time and memory, and none stops the run.
+"""Worker processes that compare by algebra, each request within limits of time and memory.
 
 A worker is the program `math_worker.py`. It survives what kills the answer of a request; should it die or fall silent
 itself, it is replaced.

@@ -1,4 +1,4 @@
-"""A graded rollout, and its cut into sequences of one static size, whatever the lengths of its completions."""
+"""A graded rollout as arrays, and its packing into sequences of one static size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""factors.safetensors: what an adapter's factors hold that neither its base model nor its seed determines."""
+"""Reads and writes factors.safetensors: factors that neither base model nor seed determines."""
 
 from __future__ import annotations
 
