@@ -28,7 +28,7 @@ class Workdir:
 
     Args:
       path: see `RunLog`.
-      config: of the run.
+      config: run configuration.
     """
 
     _log: RunLog

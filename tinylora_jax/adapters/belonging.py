@@ -32,7 +32,7 @@ def check_weights(weights: Mapping[str, Any], factors: Factors) -> None:
 
     Args:
       weights: leaves of the tree by path, of the shapes that the factors fit.
-      factors: of `factorize`, or of a file.
+      factors: factors computed by `factorize` or read from a file.
 
     Raises:
       ValueError: names the weights.

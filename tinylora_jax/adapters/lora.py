@@ -30,7 +30,7 @@ class LoRA:
       rank: r.
       alpha: α; the update is scaled by α / r.
       targets: regular expressions over leaf paths, or `Target`s laid out `layer… in… out…`.
-      seed: of A.
+      seed: seed of the matrices A.
 
     >>> LoRA(rank=0)
     Traceback (most recent call last):

@@ -20,8 +20,8 @@ class EvalSet:
 
     Attributes:
       name: what results call it.
-      data: its questions.
-      reward: its grader.
+      data: questions of the set.
+      reward: reward that grades the set.
       samples: sampled answers a question; None leaves it to the config.
       files: names, without suffix, under which a folder may have it.
     """

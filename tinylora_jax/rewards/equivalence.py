@@ -38,7 +38,7 @@ class Gold:
     """A gold answer.
 
     Attributes:
-      node: its structure.
+      node: structure of the answer.
       text: cleaned of spelling and units.
       relative: numbers may miss it by this share of its size.
       absolute: or by so much.

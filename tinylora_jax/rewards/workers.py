@@ -81,7 +81,7 @@ class Workers:
     Args:
       limit_s: seconds of processor time for a request.
       memory_bytes: for a request.
-      count: of workers; 0 is one for each core this process may use, at most 8.
+      count: number of workers; 0 is one for each core this process may use, at most 8.
     """
 
     def __init__(self, limit_s: float = 3.0, memory_bytes: int = 1 << 30, count: int = 0):

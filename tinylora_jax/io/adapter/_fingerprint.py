@@ -41,7 +41,7 @@ def probes(factors: Factors) -> dict[str, list[list[float]]]:
     last, ‖ΔW‖.
 
     Args:
-      factors: of a model.
+      factors: factors of a model's weights.
 
     Returns:
       By leaf path, one row per layer.

@@ -20,7 +20,7 @@ def normals(seed: int, shape: Sequence[int], std: float = 1.0) -> np.ndarray:
 
     Args:
       seed: any integer; torch seeds its engine by the lowest 32 bits.
-      shape: of the result.
+      shape: shape of the result.
       std: standard deviation.
 
     Returns:
