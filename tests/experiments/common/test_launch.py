@@ -15,7 +15,7 @@ from experiments.common.compilation import compile_together
 from experiments.common.launch import launch
 from experiments.common.setup import load_task, parse
 
-STEPS = {"jit(_rollout)", "jit(accumulate)", "jit(update)"}  # the programs of a step and of evaluation
+STEPS = {"jit(_generate)", "jit(_accumulate)", "jit(_apply)"}  # the programs of a step and of evaluation
 FACTORS = {"jit(subspace_svd)", "jit(oriented_stack)"}  # the exact method is not compiled on a CPU
 
 
@@ -45,7 +45,7 @@ def test_what_runs_was_compiled_from_shapes(config, stop, tmp_path, compiled, me
     config.method, config.eval_samples, config.svd = method, 3, "subspace"
     grpo.run(config, tmp_path / "run", stop)
     wanted = STEPS | (FACTORS if method == "tinylora" else set())
-    assert wanted <= set(compiled.early) and compiled.early.count("jit(_rollout)") == 3
+    assert wanted <= set(compiled.early) and compiled.early.count("jit(_generate)") == 3
     assert compiled.late and not (STEPS | FACTORS) & set(compiled.late)
 
 
@@ -58,7 +58,7 @@ def test_so_it_is_for_sft_and_for_a_population(config, stop, tmp_path, compiled)
     compiled.now = compiled.early
     sweep.run(config, ["seed=0,1"], tmp_path / "sweep", stop)
     assert STEPS | FACTORS <= set(compiled.early)
-    assert (STEPS | FACTORS) & set(compiled.late) == {"jit(update)"}, "the small one that every member has of its own"
+    assert (STEPS | FACTORS) & set(compiled.late) == {"jit(_apply)"}, "the small one that every member has of its own"
 
 
 @pytest.mark.slow
