@@ -1,4 +1,4 @@
-"""Compiles every program of a run for a TPU, on a machine that has none, and says what to expect of it.
+"""Compiles every program of a run for a TPU, on a machine without one, and reports estimates.
 
     python -m experiments.compile --config=experiments/configs/gsm8k_qwen2_5_7b.py --topology=v5e:2x4
 

@@ -1,4 +1,4 @@
-"""Architectures known without their files: for random weights and for compiling, where values do not matter."""
+"""Architectures known without their files: for random weights and for compiling."""
 
 from __future__ import annotations
 

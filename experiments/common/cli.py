@@ -53,7 +53,7 @@ def define_path(name: str, help_text: str, several: bool = False) -> None:
     """Defines a flag that takes a path, in which `~` and `$NAME` are expanded.
 
     Args:
-      name: of the flag; absent it is None.
+      name: name of the flag, whose default is None.
       help_text: what it is for.
       several: whether the flag may be repeated, and holds a list.
     """

@@ -1,4 +1,4 @@
-"""Where rows come from: JSON lines, Parquet, the Hugging Face hub, reasoning-gym, and built-in arithmetic.
+"""Sources of rows: JSON lines, Parquet, the Hugging Face hub, reasoning-gym and arithmetic.
 
 Each reader yields rows (mappings from column to value) in the order of the source, and turns whatever can go
 wrong with bytes from outside into one `DataError`.

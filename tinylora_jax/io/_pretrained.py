@@ -41,7 +41,7 @@ class OpenedModel:
 
     Attributes:
       abstract: the model, with a `jax.ShapeDtypeStruct` for every weight.
-      path: of the file or folder.
+      path: path of the file or folder.
       tensors: opens the weights, by Hugging Face name.
     """
 

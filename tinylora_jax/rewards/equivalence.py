@@ -1,4 +1,4 @@
-r"""Mathematical answers: read as lists, tuples, intervals and matrices of atoms, and compared without evaluating any.
+r"""Compares mathematical answers (lists, tuples, intervals, matrices) without evaluating any.
 
 Two answers are equal when their structures are and their atoms are, pair by pair. Most atoms are decided here:
 numbers, words, numerals of a base. What only algebra can decide is left open (`open_pairs`) for whoever can
@@ -38,7 +38,7 @@ class Gold:
     """A gold answer.
 
     Attributes:
-      node: its structure.
+      node: structure of the answer.
       text: cleaned of spelling and units.
       relative: numbers may miss it by this share of its size.
       absolute: or by so much.

@@ -68,7 +68,7 @@ class PeftTinyLoRA:
 
     Attributes:
       folder: where it lies.
-      config: its `adapter_config.json`, checked.
+      config: checked content of `adapter_config.json`.
       modules: torch's names of the adapted modules, in PEFT's order.
       groups: tie group of each.
       stored_projections: whether P is in the file; else it is drawn as PEFT draws it.
