@@ -28,6 +28,9 @@ _BASED = re.compile(
 )
 _E_NOTATION = re.compile(r"([-+]?[0-9]++(?:\.[0-9]*+)?)[eE]([-+]?[0-9]{1,3})\Z")
 _TOLERANCE = re.compile(r"\s*+\(tolerance ([0-9.eE+-]++)\)\Z")
+# A time of the day is no ratio: 10:20 is not 11:22.
+_CLOCK = re.compile(r"0?((?:[0-9]|1[0-9]|2[0-4]):[0-5][0-9](?::[0-5][0-9])?)")
+_WRITTEN_OUT = re.compile(r"-?[0-9]++(?: [0-9]++/[0-9]++| ?\\frac[^%]++)|-?[0-9]*+\.[0-9]*+\\(?:overline|bar)[^%]++")
 _BASES = {name: str(n) for n, name in enumerate("two three four five six seven eight nine ten".split(), start=2)}
 
 Known: TypeAlias = Mapping[tuple[str, str], bool]
@@ -154,9 +157,22 @@ def _values(left: str, right: str) -> tuple[str, str]:
     relations = [not each and RELATION.search(side) for each, side in zip(assigned, sides, strict=True)]
     if len(names) == 1 and not any(relations):
         sides = tuple(each[1] if each else side for each, side in zip(assigned, sides, strict=True))
+    sides = tuple(_written_out(side) for side in sides)
     # An e alone is Euler's number to algebra.
     left, right = (_E_NOTATION.sub(r"\1 \\cdot 10^{\2}", side) for side in sides)
     return left, right
+
+
+def _written_out(atom: str) -> str:
+    r"""A mixed number or a repeating decimal, which algebra cannot read, as a fraction.
+
+    >>> _written_out("1 1/2"), _written_out("x")
+    ('\\frac{3}{2}', 'x')
+    """
+    value = value_of(atom) if _WRITTEN_OUT.fullmatch(atom) else None
+    if value is None:
+        return atom
+    return rf"{'-' * (value < 0)}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
 
 
 def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
@@ -164,6 +180,9 @@ def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
         return False
     if normalize(left) == normalize(right) != "":
         return True
+    clocks = _CLOCK.fullmatch(left), _CLOCK.fullmatch(right)
+    if any(clocks):
+        return all(clocks) and len({m[1] for m in clocks if m}) == 1
     bases = _BASED.fullmatch(left), _BASED.fullmatch(right)
     if any(bases):
         return all(bases) and len({(m["digits"].lower().lstrip("0"), _base(m)) for m in bases if m}) == 1

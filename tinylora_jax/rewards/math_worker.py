@@ -31,6 +31,7 @@ _IMAGINARY = re.compile(r"(?<![\\A-Za-z])i(?![A-Za-z])")
 _INDEX_I = re.compile(r"_\s?\{?\s?i|i\s?=")
 _APART = re.compile(r"(?<![_^])(?<![A-Za-z])[0-9.]\s+[0-9.]")
 _BASED = re.compile(r"(?<![_A-Za-z0-9.])[0-9.]++\s?_")
+_TWICE = re.compile(r"!\s?!")
 _RESPELLED = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -44,6 +45,9 @@ _RESPELLED = tuple(
         (r"\\frac\s?([0-9]|(?<=\s)[A-Za-z])\s?\{", r"\\frac{\1}{"),
         (r"(\\frac\s?\{[^{}]*+\})\s?([0-9](?![0-9])|[A-Za-z])", r"\1{\2}"),
         (r"\\sqrt\s?([0-9A-Za-z])(?![0-9])", r"\\sqrt{\1}"),
+        (r"\\binom\s?([0-9])\s?([0-9])", r"\\binom{\1}{\2}"),
+        (r"\{?\s?([0-9A-Za-z]++)\s?\\choose\s?([0-9A-Za-z]++)\s?\}?", r"\\binom{\1}{\2}"),
+        (r"(?<![\^_0-9.])([0-9]++)\s?(\\frac\{[0-9]++\}\{[0-9]++\})", r"(\1+\2)"),  # a mixed number
         (r"\*\*", "^"),
         (r"\^\s?\(([^()]*+)\)", r"^{\1}"),
     )
@@ -117,7 +121,8 @@ def _parse(latex: str):
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from sympy import I, Symbol
 
-    if _APART.search(latex) or _BASED.search(latex):  # the converter would take 1 2 for 1 + 2, and 12_5 for 12
+    # The converter would take 1 2 for 1 + 2, 12_5 for 12, and the double factorial for a factorial of one.
+    if _APART.search(latex) or _BASED.search(latex) or _TWICE.search(latex):
         return None
     is_complex = _IMAGINARY.search(latex) is not None and not _INDEX_I.search(latex)
     if is_complex:
