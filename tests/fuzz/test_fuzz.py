@@ -33,10 +33,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 SECONDS = 2.0
 FREE_BYTES, EXPANSION = 300 * 2**20, 200  # of memory, beside so many times the size of what is read
-SHORT = {"adapter and model": 8, "tokenizer": 20, "template": 25, "checkpoint": 20, "GGUF": 40}  # else:
+SHORT = {"adapter and model": 8, "tokenizer": 20, "template": 25, "parquet": 10, "checkpoint": 20, "GGUF": 40}  # else:
 CASES = 30
 TURN_S = 0.5  # of a subject in a round, times its weight
-WEIGHTS = {"template": 4, "GGUF": 2, "checkpoint": 2, "graders by algebra": 3, "right and wrong answers": 6}
+WEIGHTS = {
+    "template": 4,
+    "parquet": 3,
+    "GGUF": 2,
+    "checkpoint": 2,
+    "graders by algebra": 3,
+    "right and wrong answers": 6,
+}
 
 
 class Hang(BaseException):
