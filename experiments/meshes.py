@@ -14,11 +14,7 @@ from ml_collections import ConfigDict
 from experiments.cli import tell
 from experiments.fitting import device_bytes, fit, open_model
 from tinylora_jax.models import ModelConfig
-from tinylora_jax.models.sharding import DATA, FSDP, MeshSpec
-from tinylora_jax.training import stream_shapes
-from tinylora_jax.training.batch import Shape
-
-_ROOM = 2  # places in a row for each token: a TPU computes all of them, where a GPU skips those of no token
+from tinylora_jax.models.sharding import MeshSpec
 
 
 def parse_mesh(text: str) -> MeshSpec:
@@ -87,25 +83,6 @@ def active_mesh() -> Mesh | None:
     """The mesh in use."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
-
-
-def plan_streams(
-    mesh: Mesh | None, prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, stream_tokens: int
-) -> tuple[tuple[Shape, ...], int]:
-    """The shapes of an update's streams, and how many of them run at once.
-
-    One for every device, shorter ones if it takes that to give each of them something; where even the shortest are
-    too many for the longest rollout, one for every group of devices that share a layer's weights.
-    """
-    bounds = (prompts, prompt_tokens, samples, completion_tokens)
-    if mesh is None:
-        return stream_shapes(*bounds, stream_tokens), 1
-    whole = prompts * (prompt_tokens + samples * completion_tokens)
-    for streams in (mesh.size, mesh.shape[DATA] * mesh.shape[FSDP]):
-        shapes = stream_shapes(*bounds, min(stream_tokens, -(-whole // streams)), _ROOM)
-        if shapes[-1].tokens * streams <= 2 * whole:
-            break
-    return shapes, streams
 
 
 def placed(tree: Any) -> Any:

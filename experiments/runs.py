@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
@@ -23,9 +24,10 @@ from tqdm import tqdm
 from experiments import hosts
 from experiments.cli import define_path, fail, reporting_errors, tell, use_compilation_cache
 from experiments.evaluate import evaluate, lower_evaluation
+from experiments.fitting import device_bytes
 from experiments.hosts import is_first, on_first
 from experiments.launch import launch
-from experiments.meshes import active_mesh, placed, plan_streams, use_fitting_mesh
+from experiments.meshes import active_mesh, placed, use_fitting_mesh
 from experiments.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.stopping import Stopped, StopRequests
 from experiments.workdir import Workdir
@@ -36,7 +38,7 @@ from tinylora_jax.fetch import fetch
 from tinylora_jax.io.fingerprint import base_fingerprint
 from tinylora_jax.io.saving import save_trained
 from tinylora_jax.models.sharding import outline_everywhere
-from tinylora_jax.training import Plan, TrainState, init_state
+from tinylora_jax.training import Bounds, Plan, TrainState, init_state, plan_update
 
 Totals = dict[str, float]
 
@@ -128,9 +130,9 @@ def plan_of(
       longest: tokens of a completion; None: the config's.
     """
     samples, longest = samples or config.samples, longest or config.max_new_tokens
-    bounds = (config.batch_size, width, samples, longest)
-    shapes, streams = plan_streams(active_mesh(), *bounds, specs.grpo.stream_tokens)
-    return Plan(task.model, specs.grpo, config.temperature, longest, shapes, streams)
+    bounds = Bounds(config.batch_size, width, samples, longest)
+    dtype = jnp.dtype(config.dtype)
+    return plan_update(task.model, specs.grpo, config.temperature, bounds, dtype, active_mesh(), device_bytes())
 
 
 def summary_of_config(config: ConfigDict) -> dict[str, Any]:

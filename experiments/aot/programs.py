@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from experiments.answering import lower_rollout
 from experiments.aot import hlo
 from experiments.cli import tell
-from experiments.meshes import plan_streams
 from experiments.outlines import policy_outline
 from experiments.setup import Specs, sampling_of
 from experiments.shapes import matrix_params
@@ -35,9 +34,8 @@ from tinylora_jax.models import KVCache, ModelConfig
 from tinylora_jax.models.sharding import heads_axes, outline_everywhere, placed_outline
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.rollout.generate import decode_step, empty_state
-from tinylora_jax.training import Gradient, Plan, Step, Streams, init_state
+from tinylora_jax.training import Bounds, Gradient, Plan, Step, Streams, init_state, plan_update
 from tinylora_jax.training.batch import Shape
-from tinylora_jax.training.grpo import wants_remat
 from tinylora_jax.training.step import empty_parts
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
@@ -89,12 +87,10 @@ class Case:
     def plan(self) -> Plan:
         """Of the update; whether blocks are recomputed is decided by the memory of the device compiled for."""
         c = self.config
-        bounds = (c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
-        shapes, streams = plan_streams(self.mesh, *bounds, self.specs.grpo.stream_tokens)
-        plan = Plan(self.model, self.specs.grpo, c.temperature, c.max_new_tokens, shapes, streams)
-        with jax.set_mesh(self.mesh):
-            remat = "on" if wants_remat(plan, self.dtype, self.device_bytes) else "off"
-        return replace(plan, grpo=replace(plan.grpo, remat=remat))
+        bounds = Bounds(c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
+        return plan_update(
+            self.model, self.specs.grpo, c.temperature, bounds, self.dtype, self.mesh, self.device_bytes
+        )
 
     def policy(self) -> Policy:
         """Shapes and places of weights and factors."""

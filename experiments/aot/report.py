@@ -68,7 +68,7 @@ def _update(case: Case, topology: Topology, compiled: Compiled) -> dict[str, Any
         "mfu": compiled.model_flops / topology.chip.flops / seconds.total,
         "all_reduce_bytes": reduced,
         "gradient_bytes": 4 * case.vector().size,
-        "remat": plan.grpo.remat,
+        "remat": plan.remat,
     }
 
 

@@ -13,10 +13,11 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.cli import parse_flags, use_compilation_cache
-from experiments.meshes import active_mesh, placed, plan_streams
+from experiments.fitting import device_bytes
+from experiments.meshes import active_mesh, placed
 from experiments.shapes import matrix_params
-from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, pack
-from tinylora_jax.training.grpo import grpo_loss, wants_remat
+from tinylora_jax.training import GRPO, Batch, Bounds, Gradient, Optimizer, Plan, Step, init_state, pack, plan_update
+from tinylora_jax.training.grpo import grpo_loss
 
 FLAGS = flags.FLAGS
 
@@ -54,15 +55,14 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     with common.measuring():
         model = common.load()
-        bounds = (FLAGS.prompts, FLAGS.prompt_tokens, FLAGS.samples, FLAGS.new_tokens)
-        batch = natural_batch(model.config.vocab_size, bounds[0], bounds[2], bounds[1], bounds[3])
+        bounds = Bounds(FLAGS.prompts, FLAGS.prompt_tokens, FLAGS.samples, FLAGS.new_tokens)
+        batch = natural_batch(model.config.vocab_size, bounds.prompts, bounds.samples, *bounds[1::2])
         grpo = GRPO(stream_tokens=FLAGS.stream_tokens, remat=FLAGS.remat)
-        shapes, streams = plan_streams(active_mesh(), *bounds, grpo.stream_tokens)
-        plan = Plan(model.config, grpo, 1.0, bounds[3], shapes, streams)
+        plan = plan_update(model.config, grpo, 1.0, bounds, common.dtype(), active_mesh(), device_bytes())
         optimizer = Optimizer(1e-3).transform()
         step, state = Step(Gradient(plan), optimizer), placed(init_state(model.v, optimizer))
         timing = common.measure(lambda index: step(state, model.policy, batch))
-        parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams)
+        parts = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams))
         tokens = int(batch.mask.sum() + batch.lengths.sum())
         matrices, rate = matrix_params(model.config), common.matrix_rate(common.dtype())
         peak, count = common.peak_bytes(), len(common.devices())
@@ -73,11 +73,11 @@ def main(argv: Sequence[str]) -> None:
             "model": model.name,
             "dtype": str(common.dtype()),
             "parameters": model.policy.factors.num_params,
-            "prompts × samples": f"{bounds[0]} × {bounds[2]}",
+            "prompts × samples": f"{bounds.prompts} × {bounds.samples}",
             "tokens of prompts and completions": tokens,
-            "streams": f"{len(parts)} x {streams} of {plan.shapes[-1].tokens} tokens, {plan.shapes[-1].rows} rows",
-            "stream tokens in use": tokens / (len(parts) * streams * plan.shapes[-1].tokens),
-            "remat": wants_remat(plan, common.dtype()),
+            "streams": f"{len(parts)} x {plan.streams} of {plan.shapes[-1].tokens} tokens, {plan.shapes[-1].rows} rows",
+            "stream tokens in use": tokens / (len(parts) * plan.streams * plan.shapes[-1].tokens),
+            "remat": plan.remat,
             "seconds": timing.median_s,
             "first call, seconds": timing.first_s,
             "tokens per second": tokens / timing.median_s,

@@ -37,7 +37,7 @@ def trainer(config, params, prompts, lengths, completions, ends, temperature):
     mask = np.arange(width) < np.asarray(ends).reshape(n, samples, 1)
     zeros = np.zeros(mask.shape, np.float32)
     batch = Batch(np.asarray(prompts), np.asarray(lengths), np.asarray(completions), mask, zeros, zeros[:, :, 0])
-    parts = pack(batch, zeros, stream_shapes(n, prompts.shape[1], samples, width, 10_000))
+    parts = list(pack(batch, zeros, stream_shapes(n, prompts.shape[1], samples, width, 10_000)))
     return unpack(parts, [_scores(config, params, p.tokens, p.packing, p.mask, temperature)[0] for p in parts], batch)
 
 

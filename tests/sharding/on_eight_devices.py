@@ -22,11 +22,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import FAMILIES, _randomized  # noqa: E402
 
-from experiments.meshes import plan_streams  # noqa: E402
 from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
 from tinylora_jax.rollout import Sampling, generate  # noqa: E402
-from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state  # noqa: E402
+from tinylora_jax.training import GRPO, Batch, Bounds, Gradient, Optimizer, Plan, Step, init_state, plan_streams  # noqa: E402
 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
 
@@ -63,8 +62,8 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
         rollout_logprobs=completions.logprobs.reshape(shape),
         advantages=np.random.default_rng(2).standard_normal(shape[:2]).astype(np.float32),
     )
-    shapes, streams = plan_streams(mesh, PROMPTS, WIDTH, SAMPLES, NEW, 64)
-    plan = Plan(config, GRPO(remat="on" if mesh else "off"), 1.0, NEW, shapes, streams)
+    shapes, streams = plan_streams(mesh, Bounds(PROMPTS, WIDTH, SAMPLES, NEW), 64)
+    plan = Plan(config, GRPO(), 1.0, NEW, shapes, streams, remat=bool(mesh))
     optimizer = Optimizer(1e-2).transform()
     step, state = Step(Gradient(plan), optimizer), init_state(v, optimizer)
     if mesh is not None:

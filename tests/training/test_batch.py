@@ -44,7 +44,7 @@ def test_every_token_once_in_rows_of_prompt_and_completion(case):
     batch = rollout(1, *bounds)
     shapes = stream_shapes(prompts, prompt_tokens, samples, new_tokens, stream_tokens)
     assert len(shapes) == (2 if new_tokens > 2000 else 1)
-    parts = pack(batch, 2 * batch.rollout_logprobs, shapes, streams)
+    parts = list(pack(batch, 2 * batch.rollout_logprobs, shapes, streams))
     ends = np.where(batch.mask, np.arange(1, new_tokens + 1), 0).max(-1)
 
     seen = np.concatenate([p.source[p.source >= 0] for p in parts])
@@ -85,7 +85,7 @@ def test_only_what_is_wanted():
     (part,) = pack(batch, batch.rollout_logprobs, shapes, wanted=wanted)
     found = {(i, j) for i, j, _ in zip(*np.unravel_index(part.source[part.source >= 0], batch.mask.shape), strict=True)}
     assert found == {(2, 0), (2, 1), (2, 2), (2, 3), (4, 1)}
-    assert pack(batch, batch.rollout_logprobs, shapes, wanted=np.zeros((6, 4), bool)) == []
+    assert list(pack(batch, batch.rollout_logprobs, shapes, wanted=np.zeros((6, 4), bool))) == []
 
 
 def test_streams_of_a_realistic_rollout_are_mostly_full():
@@ -102,7 +102,7 @@ def test_streams_of_a_realistic_rollout_are_mostly_full():
         batch.advantages,
     )
     shapes = stream_shapes(64, 320, 4, 512, 8192)
-    parts = pack(batch, batch.rollout_logprobs, shapes)
+    parts = list(pack(batch, batch.rollout_logprobs, shapes))
     used = (ends.sum() + batch.lengths.sum()) / sum(p.tokens.size for p in parts)
     assert used > 0.85
 
@@ -110,7 +110,7 @@ def test_streams_of_a_realistic_rollout_are_mostly_full():
 @pytest.fixture
 def packed():
     batch = rollout(4, 3, 2, 5, 6)
-    parts = pack(batch, batch.rollout_logprobs, stream_shapes(3, 5, 2, 6, 1), 2)
+    parts = list(pack(batch, batch.rollout_logprobs, stream_shapes(3, 5, 2, 6, 1), 2))
     return jax.tree.map(jnp.asarray, parts[0])
 
 
@@ -178,4 +178,4 @@ def test_groups_are_divided_rather_than_leave_streams_half_empty():
     )
     shapes = stream_shapes(9, 45, 8, 16, 448)
     assert shapes[0].tokens == 448
-    assert len(pack(batch, batch.rollout_logprobs, shapes)) == 4  # 1557 tokens, and a few prompts twice
+    assert len(list(pack(batch, batch.rollout_logprobs, shapes))) == 4  # 1557 tokens, and a few prompts twice

@@ -97,7 +97,7 @@ def packed(prompts, completions, lengths, ends, tokens=10_000, streams=1):
     mask = np.arange(T) < ends[:, :, None]
     zeros = np.zeros(mask.shape, np.float32)
     batch = Batch(prompts, lengths.astype(np.int32), completions, mask, zeros, np.zeros(mask.shape[:2], np.float32))
-    return batch, pack(batch, zeros, stream_shapes(N, P, G, T, tokens), streams)
+    return batch, list(pack(batch, zeros, stream_shapes(N, P, G, T, tokens), streams))
 
 
 @partial(jax.jit, static_argnames=("config", "temperature", "remat"))

@@ -108,18 +108,23 @@ def subspace_svd(
 
     def cycle(X: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The next block, and the error of this one."""
-        WX = _product(W, X)
-        Y = _product(W, WX, transposed=True)
-        error = _residual(X, WX, Y, rank)
-        basis, images = X, WX
-        for step in range(1, steps):
-            X = _orthonormal(Y, basis)
+
+        def expand(step, carry):
+            X, basis, images, error = carry
             WX = _product(W, X)
-            basis, images = jnp.concatenate([basis, X], axis=2), jnp.concatenate([images, WX], axis=2)
-            if step < steps - 1:
-                Y = _product(W, WX, transposed=True)
+            Y = _product(W, WX, transposed=True)
+            place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=step * width, axis=2)
+            basis, images = place(basis, X), place(images, WX)
+            error = jnp.where(step == 0, _residual(X, WX, Y, rank), error)
+            return _orthonormal(Y, basis), basis, images, error
+
+        # One loop over a basis of full width, zeros where nothing is yet: unrolled, a GPU's compiler tried tilings for
+        # some forty different products, which took most of a cold start.
+        empty = jnp.zeros((*X.shape[:2], steps * width), dtype), jnp.zeros((*W.shape[:2], steps * width), dtype)
+        carry = X, *empty, jnp.zeros(X.shape[:1], dtype)
+        _, basis, images, error = jax.lax.fori_loop(0, steps, expand, carry)
         small = jnp.linalg.eigh(_einsum("brk,brl->bkl", images, images))[1][..., ::-1][..., :width]
-        return _orthonormal(_einsum("bck,bkl->bcl", basis, small)), error
+        return _orthonormal(_einsum("bck,bkl->bcl", basis, small), jnp.zeros_like(basis)), error
 
     def body(carry):
         count, X, best, finished = carry
@@ -128,8 +133,8 @@ def subspace_svd(
         X = jnp.where(finished[:, None, None], X, new)
         return count + 1, X, jnp.minimum(error, best), finished
 
-    start = jax.random.normal(jax.random.key(0), (1, columns, width), dtype)
-    X = _orthonormal(jnp.broadcast_to(start, (W.shape[0], columns, width)))
+    start = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, columns, width), dtype), (*W.shape[::2], width))
+    X = _orthonormal(start, jnp.zeros((*W.shape[::2], steps * width), dtype))
     nothing = jnp.full((W.shape[0],), jnp.inf, dtype), jnp.zeros((W.shape[0],), bool)
     unfinished = lambda carry: (carry[0] < max_cycles) & ~jnp.all(carry[3])
     X = jax.lax.while_loop(unfinished, body, (jnp.int32(0), X, *nothing))[1]
@@ -166,23 +171,24 @@ def _residual(X: jax.Array, WX: jax.Array, Y: jax.Array, rank: int) -> jax.Array
     return jnp.max(off, axis=1)
 
 
-def _orthonormal(Y: jax.Array, basis: jax.Array | None = None) -> jax.Array:
+def _orthonormal(Y: jax.Array, basis: jax.Array) -> jax.Array:
     """An orthonormal basis of the columns of each matrix, orthogonal to those of `basis`: three rounds of Cholesky QR.
 
-    A column of zeros stays one.
+    A column of zeros stays one, and columns of zeros in the basis count for nothing.
     """
     eye = jnp.eye(Y.shape[2], dtype=Y.dtype)
-    eps = float(jnp.finfo(Y.dtype).eps)
-    for shift in (100 * eps * Y.shape[2], 100 * eps * Y.shape[2], 0.0):
-        if basis is not None:
-            Y = Y - _einsum("bck,bkl->bcl", basis, _einsum("bck,bcl->bkl", basis, Y))
+    shifts = 100 * jnp.finfo(Y.dtype).eps * Y.shape[2] * jnp.array([1, 1, 0], Y.dtype)
+
+    def one_round(index, Y):
+        Y = Y - _einsum("bck,bkl->bcl", basis, _einsum("bck,bcl->bkl", basis, Y))
         norms = jnp.linalg.norm(Y, axis=1, keepdims=True)
         Y = Y / jnp.maximum(norms, jnp.finfo(Y.dtype).tiny ** 0.5)
         gram = _einsum("bck,bcl->bkl", Y, Y)
         empty = jnp.diagonal(gram, axis1=1, axis2=2) < 0.5
-        L = jnp.linalg.cholesky(gram + (shift + empty[:, None].astype(Y.dtype)) * eye)
-        Y = jax.lax.linalg.triangular_solve(L, Y, lower=True, transpose_a=True)
-    return Y
+        L = jnp.linalg.cholesky(gram + (shifts[index] + empty[:, None].astype(Y.dtype)) * eye)
+        return jax.lax.linalg.triangular_solve(L, Y, lower=True, transpose_a=True)
+
+    return jax.lax.fori_loop(0, 3, one_round, Y)
 
 
 def _einsum(subscripts: str, *arrays: jax.Array) -> jax.Array:

@@ -10,6 +10,9 @@ from tinylora_jax.training.grpo import Plan as Plan
 from tinylora_jax.training.grpo import score as score
 from tinylora_jax.training.logprobs import stream_logprobs as stream_logprobs
 from tinylora_jax.training.losses import group_advantages as group_advantages
+from tinylora_jax.training.plan import Bounds as Bounds
+from tinylora_jax.training.plan import plan_streams as plan_streams
+from tinylora_jax.training.plan import plan_update as plan_update
 from tinylora_jax.training.sft import SFT_OBJECTIVE as SFT_OBJECTIVE
 from tinylora_jax.training.sft import solutions_batch as solutions_batch
 from tinylora_jax.training.state import Optimizer as Optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -147,9 +147,11 @@ def _fill(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: Shape) -> l
     sizes = np.where(wanted, ends, 0).sum(axis=1) + batch.lengths
     for prompt in np.argsort(-sizes, kind="stable").tolist():
         length, rest = int(batch.lengths[prompt]), np.flatnonzero(wanted[prompt])
-        whole = [s for s in streams if s.fitting(length, ends[prompt, rest]) == rest.size][:1]
-        for stream in whole or streams:
-            rest = _put(stream, prompt, length, rest, ends)
+        together, shortest = int(sizes[prompt]), length + 1
+        whole = next((s for s in streams if s.tokens >= together and s.rows >= rest.size), None)
+        for stream in streams if whole is None else [whole]:
+            if rest.size and stream.rows and stream.tokens >= shortest:
+                rest = _put(stream, prompt, length, rest, ends)
         while rest.size:
             streams.append(_Stream(shape.tokens, shape.rows))
             rest = _put(streams[-1], prompt, length, rest, ends)
@@ -203,8 +205,10 @@ def pack(
     shapes: Sequence[Shape],
     streams: int = 1,
     wanted: np.ndarray | None = None,
-) -> list[Streams]:
+) -> Iterator[Streams]:
     """Cuts a rollout into parts of `streams` streams each, first-fit by length.
+
+    A part is laid out when it is asked for, so that the devices work on one while the host makes the next.
 
     Args:
       batch: the rollout.
@@ -213,21 +217,19 @@ def pack(
       streams: B, streams a part.
       wanted: bool `[N, G]`, completions to take; None takes all.
 
-    Returns:
+    Yields:
       The parts; none if no completion is wanted. Those of one shape run one compiled program.
     """
     ends = np.where(batch.mask, np.arange(1, batch.mask.shape[2] + 1), 0).max(axis=-1)
     left = np.ones(ends.shape, bool) if wanted is None else wanted
     rows = batch.lengths[:, None] + ends
-    parts = []
     for shape in shapes:
         bins = _fill(batch, ends, left & (rows <= shape.places), shape)
         bins += [[] for _ in range(-len(bins) % streams)]
         left = left & (rows > shape.places)
         for first in range(0, len(bins), streams):
             laid = [_lay_out(units, batch, ends, shape) for units in bins[first : first + streams]]
-            parts.append(_part(batch, weights, [np.stack(x) for x in zip(*laid, strict=True)]))
-    return parts
+            yield _part(batch, weights, [np.stack(x) for x in zip(*laid, strict=True)])
 
 
 def empty_part(shape: Shape, streams: int = 1, *, old: bool = False, ref: bool = False) -> Streams:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.models import ModelConfig
-from tinylora_jax.models.sharding import AXES, current_mesh, dividing, split_streams
+from tinylora_jax.models.sharding import split_streams
 from tinylora_jax.training.batch import Batch, Shape, Streams, pack, unpack
 from tinylora_jax.training.logprobs import stream_logprobs
 from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3
@@ -36,7 +36,7 @@ class GRPO:
       tis_cap: cap of truncated importance sampling; 0 turns it off.
       updates_per_rollout: optimizer updates on each rollout.
       stream_tokens: tokens differentiated at once; rollouts are packed into streams of this many.
-      remat: recompute activations in the backward pass: `on`, `off`, or `auto`, which asks the device's memory.
+      remat: recompute activations in the backward pass: `on`, `off`, or `auto`: if they would not fit (`fit_update`).
       skip_without_signal: leave out groups whose rewards are all equal: their gradient is zero unless there is a KL
         term. Metrics over tokens (entropy, delta_prob, …) then cover the other groups alone, unless there are none.
     """
@@ -78,6 +78,7 @@ class Plan:
       max_tokens: longest completion allowed (`dr_grpo`).
       shapes: of the streams; see `stream_shapes`.
       streams: streams differentiated at once.
+      remat: whether the activations of a block are recomputed in the backward pass.
     """
 
     config: ModelConfig
@@ -86,33 +87,7 @@ class Plan:
     max_tokens: int
     shapes: tuple[Shape, ...]
     streams: int = 1
-
-
-_SHARE = 0.6  # of the device's memory for activations; the 7B without recomputation has 45 GB of v5p's 95 in use
-_UNKNOWN_BYTES = 8e9  # where the device does not say
-
-
-def wants_remat(plan: Plan, dtype: jnp.dtype, device_bytes: float | None = None) -> bool:
-    """Whether blocks are recomputed in the backward pass: if what they would store takes too much memory.
-
-    Args:
-      plan: of the update.
-      dtype: of the weights.
-      device_bytes: a device's memory; None asks the device.
-    """
-    if plan.grpo.remat != "auto":
-        return plan.grpo.remat == "on"
-    c = plan.config
-    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    # A block keeps its two norms' inputs and outputs, q, k, v twice (streams and rows), the mixed heads, and four
-    # arrays of the MLP's width.
-    per_token = c.num_layers * dtype.itemsize * (6 * c.hidden_size + 4 * heads + 4 * c.intermediate_size)
-    if device_bytes is None:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        device_bytes = stats.get("bytes_limit", _UNKNOWN_BYTES)
-    mesh = current_mesh()
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dividing(mesh, AXES, plan.streams))
-    return plan.streams // shards * plan.shapes[0].tokens * per_token > _SHARE * device_bytes
+    remat: bool = False
 
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
@@ -133,7 +108,7 @@ def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
     Returns:
       float32 `[N, G, T]`, 0 outside the mask's completions.
     """
-    parts = pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams)
+    parts = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams))
     return unpack(parts, [_score(plan.config, policy, v, part, plan.temperature) for part in parts], batch)
 
 
@@ -150,9 +125,8 @@ def grpo_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[F
       The loss and, per metric, its sum over the tokens of the mask.
     """
     grpo, params = plan.grpo, policy(v)
-    remat = wants_remat(plan, params["embed_tokens"]["embedding"].dtype)
     logprobs, entropy = stream_logprobs(
-        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, remat, policy.trains_head
+        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, plan.remat, policy.trains_head
     )
     # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
     quiet = lambda x: jnp.where(part.mask, x, 0.0)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.training.batch import Batch, Streams
-from tinylora_jax.training.grpo import Metrics, Plan, wants_remat
+from tinylora_jax.training.grpo import Metrics, Plan
 from tinylora_jax.training.logprobs import stream_logprobs
 from tinylora_jax.training.step import Objective
 
@@ -26,9 +26,8 @@ def sft_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[Fl
       part: of a batch of `solutions_batch`.
     """
     params = policy(v)
-    remat = wants_remat(plan, params["embed_tokens"]["embedding"].dtype)
     logprobs, entropy = stream_logprobs(
-        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, remat, policy.trains_head
+        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, plan.remat, policy.trains_head
     )
     quiet = lambda x: jnp.where(part.mask, x, 0.0)
     sums = {"tokens": jnp.sum(quiet(jnp.ones_like(logprobs))), "entropy": jnp.sum(quiet(entropy))}

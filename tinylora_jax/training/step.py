@@ -54,6 +54,7 @@ class Gradient:
 
     def __init__(self, plan: Plan, objective: Objective = GRPO_OBJECTIVE):
         self.plan, self.objective = plan, objective
+        self._uncompiled = {(shape.rows, shape.places) for shape in plan.shapes}
 
         def accumulate(total: Totals, v: Trained, policy: Adapted, part: Streams) -> Totals:
             # A vector for each stream, and their sum at the end: devices exchange one gradient of the size of v.
@@ -73,13 +74,14 @@ class Gradient:
         wanted = np.asarray(batch.advantages) != 0
         if plan.grpo.kl_coef or not plan.grpo.skip_without_signal or not wanted.any():
             wanted = None
-        parts = pack(batch, weights, plan.shapes, plan.streams, wanted)
-        if not self.accumulate._cache_size():
-            used = {part.packing.tokens_at.shape[2] for part in parts}
-            parts += [part for part in empty_parts(plan) if part.packing.tokens_at.shape[2] not in used]
         total = self.zeros(v)
-        for part in parts:
+        for part in pack(batch, weights, plan.shapes, plan.streams, wanted):
             total = self.accumulate(total, v, policy, part)
+            self._uncompiled.discard(part.packing.tokens_at.shape[1:])
+        for part in empty_parts(plan) if self._uncompiled else ():  # shapes that the first batch does not need may be needed by the next
+            if part.packing.tokens_at.shape[1:] in self._uncompiled:
+                total = self.accumulate(total, v, policy, part)
+        self._uncompiled.clear()
         return total
 
     def zeros(self, v: Trained) -> Totals:
