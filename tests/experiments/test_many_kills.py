@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# At the demo's temperature the samples of a prompt are alike after a few tokens, and nothing would be learned.
 DEMO = (
     f"--config={ROOT / 'experiments' / 'configs' / 'demo.py'}",
-    *("--config.max_steps=6", "--config.batch_size=2", "--config.samples=2", "--config.max_new_tokens=6"),
+    *("--config.max_steps=4", "--config.batch_size=2", "--config.samples=2", "--config.max_new_tokens=6"),
+    *("--config.temperature=4.0", "--config.reward=tiny_rewards:even"),
     *("--config.eval_data.limit=4", "--config.eval_batch_size=4", "--config.grpo.stream_tokens=128"),
 )
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.grpo.remat=on")
@@ -49,6 +51,7 @@ def outlive(launch, tmp_path, traces, kills, victims):
     whole_life = time.monotonic() - started
     expected = traces(tmp_path / "undisturbed")
     assert traces(tmp_path / "compiling") == expected
+    assert len({tuple(row["v"]) for row in expected["rows"]}) > 1, "v must move, or its bits say nothing"
     while done < count:
         workdir = tmp_path / f"run_{finished}"
         processes = launch(workdir)
@@ -59,6 +62,7 @@ def outlive(launch, tmp_path, traces, kills, victims):
         codes = end(processes)
         hit = codes.count(-signal.SIGKILL)
         done += hit
+        print(f"{done} killed, {finished} runs finished", flush=True)
         if not hit:
             assert codes == [0] * victims, codes
             assert traces(workdir) == expected, f"run {finished} of seed {seed}"

@@ -20,7 +20,10 @@ from tinylora_jax.rewards.structure import RELATION, Group, Node, assignment, re
 from tinylora_jax.rewards.words import is_word, words_equal
 
 _APPROXIMATION = Fraction(2, 10**6)
-"""What a decimal may miss a number by that no decimal writes: 0.333333 is 1/3, 0.3333 is not."""
+"""What a decimal may miss a number by that no decimal writes, but less than one in its last place.
+
+0.333333 is 1/3, 0.3333 is not, and neither is 159449 or 159449.0 the number 159449 1/7.
+"""
 
 _BASED = re.compile(
     r"(?P<digits>[0-9A-Fa-f]++(?:\.[0-9A-Fa-f]++)?)\s?_\s?"
@@ -203,9 +206,11 @@ def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
 def _close(gold: Gold, wanted: Fraction, found: Fraction) -> bool:
     if abs(wanted - found) <= max(abs(wanted) * gold.relative, gold.absolute):
         return True
-    if _terminates(wanted.denominator) == _terminates(found.denominator):
+    decimals = [value for value in (wanted, found) if _terminates(value.denominator)]
+    if len(decimals) != 1 or decimals[0].denominator == 1:
         return False
-    return abs(wanted - found) <= abs(wanted) * _APPROXIMATION
+    places = next(n for n in itertools.count(1) if 10**n % decimals[0].denominator == 0)
+    return abs(wanted - found) <= min(abs(wanted) * _APPROXIMATION, Fraction(1, 10**places))
 
 
 def _terminates(denominator: int) -> bool:
