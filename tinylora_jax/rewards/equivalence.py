@@ -20,7 +20,7 @@ from tinylora_jax.rewards.structure import RELATION, Group, Node, assignment, re
 from tinylora_jax.rewards.words import is_word, words_equal
 
 _APPROXIMATION = Fraction(2, 10**6)
-"""What a decimal may miss a number by that no decimal writes, but less than one in its last place.
+"""What a decimal may miss a number by that no decimal writes, cut or rounded behind its last digit.
 
 0.333333 is 1/3, 0.3333 is not, and neither is 159449 or 159449.0 the number 159449 1/7.
 """
@@ -210,7 +210,9 @@ def _close(gold: Gold, wanted: Fraction, found: Fraction) -> bool:
     if len(decimals) != 1 or decimals[0].denominator == 1:
         return False
     places = next(n for n in itertools.count(1) if 10**n % decimals[0].denominator == 0)
-    return abs(wanted - found) <= min(abs(wanted) * _APPROXIMATION, Fraction(1, 10**places))
+    exact, gap = wanted + found - decimals[0], abs(wanted - found)
+    whole = 1 if abs(decimals[0]) < abs(exact) else 2  # it may be cut behind its last digit, or rounded
+    return gap <= min(abs(wanted) * _APPROXIMATION, Fraction(1, whole * 10**places))
 
 
 def _terminates(denominator: int) -> bool:

@@ -174,9 +174,9 @@ def _stands_for(written: str, value) -> bool:
     number = _number(value, _DIGITS) if decimal else None
     if number is None or not number.is_real or value.has(Float):
         return True
-    places = len(decimal[1].rstrip("0"))
-    gap = abs(number - Rational(written.strip()))
-    return bool(gap <= abs(number) * _EXACT or (places and gap < Rational(1, 10**places)))
+    places, given = len(decimal[1].rstrip("0")), Rational(written.strip())
+    gap, parts = abs(number - given), 1 if abs(given) < abs(number) else 2
+    return bool(gap <= abs(number) * _EXACT or (places and gap <= Rational(1, parts * 10**places)))
 
 
 def _found_in(text: str) -> str:
