@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from tinylora_jax.data.pipeline import Prompt
-from tinylora_jax.data.prompts import Tokenizer
+from tinylora_jax.data.prompts import Tokenizer, encode
 from tinylora_jax.data.sources import DataError
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -53,7 +53,7 @@ def encode_solutions(
             " config.train_data.solution_column"
         )
     texts = (solution_text(prompt.solution or "", prompt.answer, reward) for prompt in prompts)
-    found = tuple((*map(int, tokenizer.encode(text, add_special_tokens=False)), stop_token) for text in texts)
+    found = tuple((*encode(tokenizer, text, add_special_tokens=False), stop_token) for text in texts)
     long = {prompt.id: len(tokens) for prompt, tokens in zip(prompts, found, strict=True) if len(tokens) > max_tokens}
     if long:
         raise DataError(
