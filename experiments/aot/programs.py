@@ -88,9 +88,7 @@ class Case:
         """Of the update; whether blocks are recomputed is decided by the memory of the device compiled for."""
         c = self.config
         bounds = Bounds(c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
-        return plan_update(
-            self.model, self.specs.grpo, c.temperature, bounds, self.dtype, self.mesh, self.device_bytes
-        )
+        return plan_update(self.model, self.specs.grpo, c.temperature, bounds, self.dtype, self.mesh, self.device_bytes)
 
     def policy(self) -> Policy:
         """Shapes and places of weights and factors."""
