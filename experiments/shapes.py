@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tinylora_jax.io.hf_config import parse_config
+from tinylora_jax.io.huggingface import read_json
 from tinylora_jax.models import ModelConfig
 
 _FIELDS = (
@@ -84,8 +84,8 @@ def architecture(model: str) -> ModelConfig:
         path = path / "config.json"
     if path.is_file():
         try:
-            return parse_config(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:  # JSON's own errors are among these
+            return parse_config(read_json(path))
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     name = shape_name(model)
     if name is None:
