@@ -10,7 +10,8 @@ from tinylora_jax.data.prompts import Tokenizer, encode
 from tinylora_jax.data.sources import DataError
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_ENDINGS = {"hash": ("####", "#### {}"), "boxed": (r"\boxed", r"\boxed{{{}}}"), "math": (r"\boxed", r"\boxed{{{}}}")}
+_BOX = (r"\boxed", r"\boxed{{{}}}")
+_ENDINGS = {"hash": ("####", "#### {}"), "boxed": _BOX, "math": _BOX, "minerva": _BOX}
 MAX_REPORTED = 5
 
 

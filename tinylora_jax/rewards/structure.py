@@ -58,11 +58,11 @@ _BETWEEN = re.compile(
 )
 _MIRRORED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
 _LOW, _HIGH = r"-\infty", r"\infty"
-_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})++(?:\.[0-9]++)?%?")
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})++(?:\.[0-9]++)?%?")
 _ONE_OR_MORE = re.compile(rf"(?:[^=<>,]++=\s?)?{_THOUSANDS.pattern}")
 # A comma without a space before or behind it makes a list without spaces; a bracket opens a list of its own.
 _RUN_OR_BRACKET = re.compile(
-    r"(?P<run>(?<![0-9A-Za-z.,_])(?<!_\{)[0-9]{1,3}(?:,[0-9]{3})++(?![0-9]|,\S))|(?P<opens>\\\{|[(\[])|\\\}|[)\]]"
+    r"(?P<run>(?<![0-9A-Za-z.,_])(?<!_\{)[1-9][0-9]{0,2}(?:,[0-9]{3})++(?![0-9]|,\S))|(?P<opens>\\\{|[(\[])|\\\}|[)\]]"
 )
 
 
