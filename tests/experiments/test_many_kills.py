@@ -23,6 +23,7 @@ DEMO = (
     *("--config.temperature=4.0", "--config.reward=tiny_rewards:even"),
     *("--config.eval_data.limit=4", "--config.eval_batch_size=4", "--config.grpo.stream_tokens=128"),
 )
+FIRST = "metrics.jsonl"  # is written anew when training begins or goes on
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.grpo.remat=on")
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,11 @@ def outlive(launch, tmp_path, traces, kills, victims):
     while done < count:
         workdir = tmp_path / f"run_{finished}"
         processes = launch(workdir)
-        wait(processes, rng.uniform(0, whole_life))
+        if rng.random() < 0.5:  # half of all lives end in training and saving, however long this machine loads now
+            wait(processes, 300, until=newer_than(workdir / FIRST, time.time()))
+            wait(processes, rng.uniform(0, whole_life / 2))
+        else:
+            wait(processes, rng.uniform(0, whole_life))
         chosen = [process for process in rng.sample(processes, rng.randint(1, victims)) if process.poll() is None]
         for process in chosen:
             process.kill()
@@ -72,9 +77,14 @@ def outlive(launch, tmp_path, traces, kills, victims):
     print(f"{done} processes killed, {finished + 1} runs finished: 0 bits differ")
 
 
-def wait(processes, seconds):
+def newer_than(path, moment):
+    """Whether a file was written after a moment: a function to ask again and again."""
+    return lambda: path.exists() and path.stat().st_mtime > moment
+
+
+def wait(processes, seconds, until=lambda: False):
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes) and not until():
         time.sleep(0.01)
 
 
