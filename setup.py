@@ -9,7 +9,8 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["tinylora_jax*", "experiments*"]),
+    packages=find_packages(include=["tinylora_jax*"]),
+    package_data={"tinylora_jax": ["py.typed", "io/adapter/ADAPTER_FORMAT.md"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -43,6 +44,7 @@ setup(
         # replacing a CPU build with the newest CUDA one.
         "test": [
             "pytest>=8",
+            "mypy>=1.15",
             "beartype>=0.19",
             "hypothesis>=6",
             "torch==2.13.0",

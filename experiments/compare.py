@@ -19,9 +19,9 @@ from typing import Any
 
 from absl import app
 
-from experiments.cli import fail, reporting_errors, tell
-from experiments.scoring import GRADES
-from tinylora_jax.data.sources import DataError, read_jsonl
+from experiments.common.cli import fail, reporting_errors, tell
+from experiments.common.eval_metrics import GRADES
+from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.files import expand, is_number, read_json
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
 
@@ -138,7 +138,7 @@ def _difference(first: list[float], second: list[float], mode: str) -> Differenc
     return compare_right_or_wrong(first, second) if one_answer or len(first) == 1 else compare_means(first, second)
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
+def differences_table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
     """Differences in points."""
     width = 1 + max([15, *map(len, found)])
     lines = [f"{'set':<{width}}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
         ours, theirs = first.decoding.get(name), second.decoding.get(name)
         if ours != theirs:
             tell(f"note: {name} is {ours} in the first and {theirs} in the second")
-    tell(table(found))
+    tell(differences_table(found))
     as_json = {
         name: {
             mode: {grade: dataclasses.asdict(each) for grade, each in grades.items()} for mode, grades in modes.items()

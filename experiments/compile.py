@@ -30,13 +30,13 @@ from experiments.aot.chips import Topology, larger, topology  # noqa: E402
 from experiments.aot.programs import Case, compile_all  # noqa: E402
 from experiments.aot.report import print_table, summary  # noqa: E402
 from experiments.aot.suggest import search  # noqa: E402
-from experiments.cli import define_path, parse_flags, reporting_errors  # noqa: E402
-from experiments.fitting import fit  # noqa: E402
-from experiments.meshes import parse_mesh  # noqa: E402
-from experiments.setup import parse  # noqa: E402
-from experiments.shapes import architecture  # noqa: E402
+from experiments.common.architectures import architecture  # noqa: E402
+from experiments.common.cli import define_path, parse_flags, reporting_errors  # noqa: E402
+from experiments.common.fitting import fit  # noqa: E402
+from experiments.common.meshes import parse_mesh  # noqa: E402
+from experiments.common.setup import parse  # noqa: E402
 from tinylora_jax.files import write_atomically
-from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
+from tinylora_jax.models import MeshSpec  # noqa: E402
 
 PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
 

@@ -24,17 +24,19 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments import hosts
-from experiments.answering import Answers, answer, lower_answer, step_key
-from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.compilation import compile_together
-from experiments.meshes import use_fitting_mesh
-from experiments.scoring import Row, sampled_summary, summary, table
-from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
-from tinylora_jax.adapters.policy import Trained
+from experiments.common import multihost
+from experiments.common.answering import answer, lower_answer
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.compilation import compile_together
+from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
+from experiments.common.meshes import use_fitting_mesh
+from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from tinylora_jax import rl
+from tinylora_jax.adapters import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
 from tinylora_jax.files import write_atomically
-from tinylora_jax.io.saving import open_trained
+from tinylora_jax.io import open_trained
+from tinylora_jax.multihost import is_first
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling
 
@@ -71,12 +73,12 @@ def evaluate(
             desc=f"evaluating ({mode})",
             leave=False,
             unit="batch",
-            disable=not hosts.is_first(),
+            disable=not is_first(),
         ):
             between()
             batch = list(prompts[start : start + batch_size])
             filler = [batch[0]] * (batch_size - len(batch))  # the last batch runs the same program
-            answers = answer(task, v, batch + filler, step_key(seed, "eval", 0), sampling, count, width)
+            answers = answer(task, v, batch + filler, rl.step_key(seed, "eval", 0), sampling, count, width)
             rows += _rows(mode, batch, answers, count)
     result = {"questions": len(prompts), **summary([row for row in rows if row["mode"] == "greedy"])}
     if samples:
@@ -98,7 +100,7 @@ def lower_evaluation(
         yield lower_answer(task, v, min(batch_size, len(prompts)), padded_width(prompts), sampling, count)
 
 
-def _rows(mode: str, prompts: Sequence[Prompt], answers: Answers, samples: int) -> list[Row]:
+def _rows(mode: str, prompts: Sequence[Prompt], answers: rl.GradedRollout, samples: int) -> list[Row]:
     return [
         {
             "mode": mode,
@@ -182,18 +184,18 @@ def main(argv: Sequence[str]) -> None:
     with reporting_errors():
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-        hosts.connect(FLAGS)
+        multihost.connect(FLAGS)
         if FLAGS.suite_folder is not None and FLAGS.suite is None:
             fail("--suite_folder without --suite; name the sets, such as --suite=gsm8k,math500")
         folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
         suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
         with use_fitting_mesh(FLAGS.config, parse(FLAGS.config).mesh):
             result, rows = run(FLAGS.config, adapter, suite)
-        if output is not None and hosts.is_first():
+        if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    tell(table(result.get("sets") or {result["data"]: result}))
-    if hosts.is_first():
+    tell(accuracy_table(result.get("sets") or {result["data"]: result}))
+    if is_first():
         print(json.dumps(result))
 
 
@@ -204,6 +206,6 @@ if __name__ == "__main__":
     define_path("output", "Write the result to this .json, and every answer to the .jsonl beside it.")
     flags.DEFINE_string("suite", None, "Sets to evaluate on, separated by commas: names, files or hub ids.")
     define_path("suite_folder", "Has the named sets as files; absent, they come from the hub.")
-    hosts.define_flags()
+    multihost.define_flags()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

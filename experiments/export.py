@@ -20,15 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
-from tinylora_jax.io.adapter_file import save_adapter
-from tinylora_jax.io.fingerprint import base_fingerprint
-from tinylora_jax.io.hf_folder import export_merged, rounding_loss
-from tinylora_jax.io.huggingface import NotInCacheError
-from tinylora_jax.io.new_folder import new_folder
-from tinylora_jax.io.peft_export import export_lora, export_tinylora
-from tinylora_jax.io.pretrained import Pretrained, load_pretrained
-from tinylora_jax.io.trained import Trained, open_adapter
+from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
+from tinylora_jax.io.adapter import base_fingerprint, save_adapter
+from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
+from tinylora_jax.io.peft import export_lora, export_tinylora
 
 FLAGS = flags.FLAGS
 _PEFT = {"peft-tinylora": export_tinylora, "peft-lora": export_lora}
@@ -83,7 +79,7 @@ def export(
         export_merged(folder, pretrained, factors, trained.v, dtype)
 
 
-def _save(folder: Path, trained: Trained, pretrained: Pretrained, base: str, dtype: str) -> None:
+def _save(folder: Path, trained: SavedAdapter, pretrained: Pretrained, base: str, dtype: str) -> None:
     """Our own folder: P, and only what else cannot be computed again, travel with the vector."""
     factors, v = trained.own(pretrained.params)
     v = np.asarray(v)

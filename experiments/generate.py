@@ -24,13 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.screen import Screen, TextStream
+from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.terminal import Screen, TextStream
 from tinylora_jax.adapters import CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
-from tinylora_jax.io.huggingface import NotInCacheError
-from tinylora_jax.io.pretrained import Pretrained, load_pretrained
-from tinylora_jax.io.trained import Trained, open_adapter, read_together
+from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, open_adapter, read_together
+from tinylora_jax.io.hf import NotInCacheError
 from tinylora_jax.rollout import Sampling, stream
 
 FLAGS = flags.FLAGS
@@ -136,7 +135,7 @@ def load(
     return Answering(base, shown, templates, Policy(base.params, factors), vectors)
 
 
-def _check_alike(adapters: Mapping[str, Trained], model: str | None) -> None:
+def _check_alike(adapters: Mapping[str, SavedAdapter], model: str | None) -> None:
     """Says which adapters cannot share a batch before anything is loaded."""
     for first, one in list(adapters.items())[:1]:
         for name, other in adapters.items():
@@ -153,7 +152,7 @@ def _check_alike(adapters: Mapping[str, Trained], model: str | None) -> None:
                 )
 
 
-def _templates(names: Sequence[str], adapters: Sequence[Trained | None], given: str | None) -> tuple[str, ...]:
+def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], given: str | None) -> tuple[str, ...]:
     """The template of each adapter: the one given, or its own; for one that names none the first that is named."""
     if given is not None:
         get_template(given)

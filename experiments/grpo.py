@@ -19,17 +19,17 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments import runs
-from experiments.answering import answer, lower_answer, step_key
-from experiments.cli import parse_flags
-from experiments.hosts import is_first
-from experiments.learning import Learner, answers_page
+from experiments.common import runs
+from experiments.common.answering import answer, lower_answer, readable_page
+from experiments.common.cli import parse_flags
+from experiments.common.preemption import StopRequests
+from experiments.common.runs import Stepped, plan_of
+from experiments.common.setup import Specs, Task
 from experiments.plot import try_plot
-from experiments.runs import Stepped, plan_of
-from experiments.setup import Specs, Task
-from experiments.stopping import StopRequests
+from tinylora_jax import rl
 from tinylora_jax.data import Prompt
-from tinylora_jax.training import Gradient, TrainState
+from tinylora_jax.multihost import is_first
+from tinylora_jax.training import TrainState
 
 
 class Trainer(runs.Trainer):
@@ -38,29 +38,25 @@ class Trainer(runs.Trainer):
     def __init__(
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
     ):
-        super().__init__(config, specs, task, prompts, steps, stop)
-        gradient = Gradient(plan_of(config, specs, task, self.width))
-        self.learner = Learner(gradient, self.optimizer, config.samples)
+        super().__init__(config, specs, prompts, steps, stop)
+        self.learner = rl.Learner(plan_of(config, specs, task.model, self.width), self.optimizer)
 
-    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+    def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """The programs of a step, to be compiled before the first."""
-        yield lower_answer(
-            self.task, state.v, self.config.batch_size, self.width, self.task.sampling, self.config.samples
-        )
-        yield from self.learner.update.lower(state, self.task.policy)
+        yield lower_answer(task, state.v, self.config.batch_size, self.width, task.sampling, self.config.samples)
+        yield from self.learner.lower(state, task.policy)
 
-    def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
         """One rollout of a batch of prompts and the updates on it.
 
         Raises:
-          TrainingError: the loss, the gradient or v is not finite.
+          DivergenceError: the loss, the gradient or v is not finite.
         """
-        key = step_key(self.config.seed, "train", index)
-        answers = answer(self.task, state.v, prompts, key, self.task.sampling, self.config.samples, self.width)
+        key = rl.step_key(self.config.seed, "train", index)
+        graded = answer(task, state.v, prompts, key, task.sampling, self.config.samples, self.width)
         self.stop.check()
-        state, metrics = self.learner.learn(self.task.policy, state, answers, index)
-        page = answers_page(prompts, answers, self.config.samples, self.config.samples_kept)
-        return Stepped(state, metrics, page, answers.num_tokens)
+        state, metrics = self.learner.update(state, task.policy, graded)
+        return Stepped(state, metrics, readable_page(prompts, graded, self.config.samples_kept), graded.num_tokens)
 
 
 def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:

@@ -24,14 +24,15 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.answering import answer, grades_of, lower_answer, step_key
-from experiments.charts import draw_landscape
-from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.compilation import compile_together
-from experiments.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from experiments.common.answering import answer, lower_answer
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.compilation import compile_together
+from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from experiments.plotting.charts import draw_landscape
+from tinylora_jax import rl
 from tinylora_jax.data import Prompt, padded_width
 from tinylora_jax.files import write_atomically
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io import open_adapter
 
 FLAGS = flags.FLAGS
 _ROWS = 2048  # completions decoded together, about
@@ -90,9 +91,9 @@ def rewards(
     for start in tqdm(range(0, len(prompts), chunk), desc="answering", unit="batch"):
         batch = list(prompts[start : start + chunk])
         filled = batch + [batch[0]] * (chunk - len(batch))  # the last batch runs the same program
-        answers = answer(task, v, filled * points, step_key(seed, "eval", 0), task.sampling, samples, width)
+        answers = answer(task, v, filled * points, rl.step_key(seed, "eval", 0), task.sampling, samples, width)
         for which, columns in found.items():
-            means = grades_of(answers, which).reshape(points, chunk, samples).mean(axis=2)
+            means = answers.rewards(which).reshape(points, chunk, samples).mean(axis=2)
             columns.append(means[:, : len(batch)])
     return np.concatenate(found["strict"], axis=1), np.concatenate(found["lenient"], axis=1)
 

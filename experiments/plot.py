@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import app, flags
 
-from experiments.charts import draw_curves
-from experiments.cli import define_path, fail, parse_flags, reporting_errors, tell
-from experiments.curves import mean_curves
-from experiments.picture import Run, draw
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell
+from experiments.plotting.charts import draw_curves
+from experiments.plotting.curves import mean_curves
+from experiments.plotting.picture import Run, draw
 from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.charts import draw_accuracy
-from experiments.cli import define_path, fail, parse_flags, reporting_errors
+from experiments.common.cli import define_path, fail, parse_flags, reporting_errors
+from experiments.plotting.charts import draw_accuracy
 from tinylora_jax.files import expand, is_number, open_regular, parse_json, read_json, write_atomically
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
 
@@ -260,7 +260,7 @@ def _name(row: dict[str, Any]) -> str:
     return " ".join([*words, *([precision] if precision != _PRECISION else [])])
 
 
-def table(result: dict[str, Any]) -> str:
+def runs_table(result: dict[str, Any]) -> str:
     """The runs, one a line; those that are drawn have a star."""
     drawn = {id(row) for sizes in best(result["runs"]).values() for rows in sizes for row in rows}
     base = result["untrained"]
@@ -297,7 +297,7 @@ def main(argv: Sequence[str]) -> None:
             if wrong := [text for text, (name, _, path) in zip(FLAGS.runs, pairs, strict=True) if not (name and path)]:
                 raise ReportError(f"--runs={wrong[0]}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
             result = report([run for name, _, path in pairs for run in read_runs(name, expand(path))])
-        drawn, text = points(result["runs"]), table(result)
+        drawn, text = points(result["runs"]), runs_table(result)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, json.dumps(result, indent=1) + "\n")
         draw_accuracy(drawn, result["untrained"], output.with_suffix(".png"))

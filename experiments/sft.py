@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,15 +21,15 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from experiments import runs
-from experiments.cli import TrainingError, parse_flags
-from experiments.hosts import is_first
+from experiments.common import runs
+from experiments.common.cli import parse_flags
+from experiments.common.preemption import StopRequests
+from experiments.common.runs import Stepped, plan_of
+from experiments.common.setup import Specs, Task
 from experiments.plot import try_plot
-from experiments.runs import Stepped, plan_of
-from experiments.setup import Specs, Task
-from experiments.stopping import StopRequests
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
-from tinylora_jax.training import SFT_OBJECTIVE, Gradient, Step, TrainState, solutions_batch
+from tinylora_jax.multihost import is_first
+from tinylora_jax.training import SFT_OBJECTIVE, TrainState, Update, finite_metrics, solutions_batch
 
 _MULTIPLE = 16  # solutions are padded to a multiple of so many tokens
 
@@ -49,39 +48,34 @@ class Trainer(runs.Trainer):
             specs.grpo, loss_type="dapo", kl_coef=0.0, updates_per_rollout=1, skip_without_signal=False
         )
         specs = dataclasses.replace(specs, grpo=grpo)
-        super().__init__(config, specs, task, prompts, steps, stop)
+        super().__init__(config, specs, prompts, steps, stop)
         stop_tokens = task.sampling.stop_tokens
         ends = task.tokenizer.eos_token_id
         ends = ends if ends in stop_tokens else stop_tokens[0]
         solutions = encode_solutions(prompts, task.tokenizer, config.reward, ends, config.max_new_tokens)
         self.solutions = {prompt.id: tokens for prompt, tokens in zip(prompts, solutions, strict=True)}
         self.longest = -(-max(map(len, solutions)) // _MULTIPLE) * _MULTIPLE
-        plan = dataclasses.replace(plan_of(config, specs, task, self.width, 1, self.longest), temperature=1.0)
-        self.update = Step(Gradient(plan, SFT_OBJECTIVE), self.optimizer)
+        plan = dataclasses.replace(plan_of(config, specs, task.model, self.width, 1, self.longest), temperature=1.0)
+        self.update = Update(plan, self.optimizer, SFT_OBJECTIVE)
 
-    def lower(self, state: TrainState) -> Iterator[jax.stages.Lowered]:
+    def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """The programs of a step, to be compiled before the first."""
-        yield from self.update.lower(state, self.task.policy)
+        yield from self.update.lower(state, task.policy)
 
-    def step(self, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
         """One update on the solutions of a batch of prompts.
 
         Raises:
-          TrainingError: the loss, the gradient or v is not finite.
+          DivergenceError: the loss, the gradient or v is not finite.
         """
         started = time.perf_counter()
         arrays, solutions = pad_prompts(prompts, self.width), [self.solutions[prompt.id] for prompt in prompts]
         batch = solutions_batch(arrays.tokens, arrays.lengths, solutions, self.longest)
-        state, device_metrics = self.update(state, self.task.policy, batch)
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        if not all(map(math.isfinite, metrics.values())):
-            raise TrainingError(
-                f"step {index} is not finite ({metrics}); the state before it is kept. Lower"
-                " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
-            )
+        state, device_metrics = self.update(state, task.policy, batch)
+        metrics = finite_metrics(device_metrics)
         metrics |= {"length": sum(map(len, solutions)) / len(solutions), "update_s": time.perf_counter() - started}
         page = "\n".join(
-            f"=== question {prompt.id}: {prompt.question}\n--- learned\n{self.task.tokenizer.decode(tokens)}\n"
+            f"=== question {prompt.id}: {prompt.question}\n--- learned\n{task.tokenizer.decode(tokens)}\n"
             for prompt, tokens in list(zip(prompts, solutions, strict=True))[: self.config.samples_kept]
         )
         return Stepped(dataclasses.replace(state, step=state.step + 1), metrics, page)

@@ -29,12 +29,18 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.cli import TrainingError, define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.evaluate import evaluate, lower_evaluation
-from experiments.launch import launch
-from experiments.learning import answers_page
-from experiments.plot import try_plot
-from experiments.population import (
+from experiments.common.answering import readable_page
+from experiments.common.cli import (
+    TrainingError,
+    define_path,
+    fail,
+    parse_flags,
+    tell,
+    use_compilation_cache,
+)
+from experiments.common.eval_metrics import Row
+from experiments.common.launch import launch
+from experiments.common.population import (
     Member,
     Population,
     combinations,
@@ -43,21 +49,20 @@ from experiments.population import (
     parse_member,
     parse_variation,
 )
-from experiments.runs import num_steps, summary_of_config
-from experiments.scoring import Row
-from experiments.setup import Task, as_json, load_graded_questions, make_prompts, parse
-from experiments.stopping import Stopped, StopRequests
+from experiments.common.preemption import StopRequests
+from experiments.common.runs import num_steps, questions_of, stoppable, summary_of_config
+from experiments.common.setup import Task, as_json, make_prompts, parse
+from experiments.common.workdir import logged_vector
+from experiments.evaluate import evaluate, lower_evaluation
+from experiments.plot import try_plot
 from tinylora_jax.adapters import retie
 from tinylora_jax.data import make_pipeline, padded_width
-from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import read_adapter, save_adapter
-from tinylora_jax.io.checkpoint import Checkpoints
-from tinylora_jax.io.fingerprint import base_fingerprint
-from tinylora_jax.io.run_log import RunLog
+from tinylora_jax.io import Checkpoints, RunLog
+from tinylora_jax.io.adapter import base_fingerprint, read_adapter, save_adapter
+from tinylora_jax.multihost import to_host
 from tinylora_jax.training import TrainState
 
 FLAGS = flags.FLAGS
-_VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone
 
 
 class Folder:
@@ -89,8 +94,7 @@ class Folder:
     def keep(self, name: str, index: int, state: TrainState, metrics: Mapping[str, float], page: str) -> None:
         """Logs a finished step of a member."""
         self.members[name].samples(index, page)
-        vector = {"v": np.asarray(state.v).ravel().tolist()} if state.v.size <= _VECTOR_NUMBERS else {}
-        self.members[name].metrics(index, {**metrics, **vector})
+        self.members[name].metrics(index, {**metrics, **logged_vector(state.v)})
 
     def close(self) -> None:
         """Closes the files."""
@@ -100,7 +104,7 @@ class Folder:
 
 
 def train(
-    population: Population, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
+    population: Population, task: Task, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
 ) -> tuple[dict[str, TrainState], dict[str, str]]:
     """Runs the steps that are still to do, each saved when it is done.
 
@@ -124,13 +128,13 @@ def train(
             if not live:
                 raise TrainingError(f"all members diverged: {json.dumps(dropped)}")
             prompts = {name: next(iterator) for name, iterator in data.items()}
-            for name, result in population.step(states, index, prompts, live).items():
+            for name, result in population.step(task, states, index, prompts, live).items():
                 if isinstance(result, TrainingError):
                     dropped[name] = str(result).split(";")[0]
                     tell(f"dropped {name}: {dropped[name]}")
                     continue
-                states[name], metrics, answers = result
-                page = answers_page(prompts[name], answers, config.samples, config.samples_kept)
+                states[name], metrics, graded = result
+                page = readable_page(prompts[name], graded, config.samples_kept)
                 folder.keep(name, index, states[name], metrics, page)
             record = {"step": index + 1, "dropped": dropped}
             record["data"] = {name: iterator.get_state() for name, iterator in data.items()}
@@ -163,19 +167,16 @@ def run(
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
-    train_questions = load_graded_questions(specs.train_data, config.reward)
-    eval_questions = load_graded_questions(specs.eval_data, config.reward)
-    num_steps(config, len(train_questions))
+    train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
     with launch(config, specs, free) as start:
-        prompts = make_prompts(config, train_questions, start.outline)
-        questions = make_prompts(config, eval_questions, start.outline)
+        prompts = make_prompts(config, train_questions, start.abstract)
+        questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
-        population = Population(configs, specs, start.outline, padded_width(prompts), steps)
-        base = jax.eval_shape(start.outline.policy.init)
-        evaluation = lower_evaluation(start.outline, base, questions, **how)
-        task = start.finish(chain(population.lower(population.initial_states()), evaluation))
-    population.task = task
+        population = Population(configs, specs, start.abstract, padded_width(prompts), steps)
+        base = jax.eval_shape(start.abstract.policy.init)
+        evaluation = lower_evaluation(start.abstract, base, questions, **how)
+        task = start.finish(chain(population.lower(start.abstract, population.initial_states()), evaluation))
     judge = partial(evaluate, task, prompts=questions, between=stop.check, **how)
     folder.claim()
     with closing(folder):
@@ -186,7 +187,7 @@ def run(
             folder.log.write_json("eval_before.json", before)
         tell(f"before training: {json.dumps(before)}")
         data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
-        states, dropped = train(population, data, steps, folder, stop)
+        states, dropped = train(population, task, data, steps, folder, stop)
         trained = time.perf_counter()
         about = {"steps": steps, "eval_before": before}
         fingerprint = base_fingerprint(task.policy.params)
@@ -215,7 +216,7 @@ def _finish(
     done = log.read_json("summary.json")
     if done is None:
         saved, policy = folder.member(member.name) / "adapter", task.policy_to_save()
-        factors = fetch(retie(policy.params, policy.factors, member.factors.spec))
+        factors = to_host(retie(policy.params, policy.factors, member.factors.spec))
         told = {**about, "config": summary_of_config(member.config)}
         save_adapter(saved, factors, v, task.name, member.config.save_dtype, fingerprint, **told)
         point = member.point(np.asarray(read_adapter(saved)[1], np.float32))
@@ -227,7 +228,7 @@ def _finish(
     return {"member": member.name, **kept, "dropped": None}
 
 
-def table(summary: Mapping[str, Any]) -> str:
+def members_table(summary: Mapping[str, Any]) -> str:
     """The members, the best first, below the untrained model."""
     percent = lambda result: f"{result['strict']:>8.1%} {result['lenient']:>8.1%}"
     lines = [f"{'':40} {'params':>7} {'strict':>8} {'lenient':>8}"]
@@ -244,15 +245,11 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     if not FLAGS.workdir:
         fail("--workdir is empty; name a folder for the sweep")
-    workdir, stop = Path(FLAGS.workdir), StopRequests()
-    with reporting_errors(workdir):
-        try:
-            summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member)
-        except Stopped as stopped:
-            print(f"stopped by {stopped}; the same command continues the sweep in {workdir}", flush=True)
-            raise SystemExit(stopped.exit_code) from None
+    workdir = Path(FLAGS.workdir)
+    with stoppable(workdir, "sweep") as stop:
+        summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member)
     try_plot(workdir)
-    print(table(summary))
+    print(members_table(summary))
     print(json.dumps(summary))
 
 

@@ -25,7 +25,7 @@ from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy  # noqa: E
 from tinylora_jax.adapters.factors import LeafFactors  # noqa: E402
 from tinylora_jax.models import KVCache, ModelConfig, Packing, Rope, forward, init_params, logits  # noqa: E402
 from tinylora_jax.rollout import Completions  # noqa: E402
-from tinylora_jax.training import Batch, Streams, TrainState  # noqa: E402
+from tinylora_jax.training import Batch, Microbatch, TrainState  # noqa: E402
 
 generate_module = importlib.import_module("tinylora_jax.rollout.generate")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -45,7 +45,7 @@ for _pytree in (
         LoRAPolicy,
         Packing,
         Policy,
-        Streams,
+        Microbatch,
         TrainState,
     ),
     *(generate_module._Prefilled, generate_module._Slots, generate_module._State),
@@ -60,6 +60,7 @@ _WARNINGS = (
 
 
 collect_ignore = [
+    "type_checking/user_code.py",
     "sharding/on_eight_devices.py",
     "sharding/load_on_eight_devices.py",
     "sharding/decode_on_eight_devices.py",

@@ -1,6 +1,7 @@
 """Imports only go down, and importing the library touches no device."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,14 @@ BELOW = {
     "io": {"adapters", "models"},
     "rollout": {"adapters", "models"},
     "training": {"adapters", "models"},
+    "rl": {"adapters", "data", "models", "rewards", "rollout", "training"},
 }
-GROUND = {"fetch", "files"}  # two modules: one needs JAX alone, the other nothing
+GROUND = {"files", "multihost"}  # two modules: one needs nothing, the other JAX alone
+# The library without what a floor above needs: all that `import tinylora_jax` may ask for is JAX and its own needs.
+FOR_OTHERS = (
+    *("absl", "datasets", "etils", "flax", "gguf", "grain", "jinja2", "matplotlib", "ml_collections", "optax"),
+    *("orbax", "safetensors", "tensorboardX", "threadpoolctl", "tqdm", "transformers"),
+)
 # What must not be needed to use a floor.
 WITHOUT = {
     "adapters": {"flax", "optax", "transformers", "datasets"},
@@ -31,6 +38,7 @@ WITHOUT = {
     "models": {"transformers", "datasets", "optax"},
     "rollout": {"transformers", "datasets", "optax"},
     "training": {"transformers", "datasets"},
+    "rl": {"transformers", "datasets"},
 }
 
 
@@ -92,6 +100,54 @@ def test_torch_is_an_oracle_of_the_tests_alone():
         if name.split(".")[0] in banned
     ]
     assert not wrong, wrong
+
+
+def is_public(module):
+    """Whether others import from it: a package, or a module beside the floors."""
+    return (ROOT / module.replace(".", "/")).is_dir() or module.removeprefix(f"{LIBRARY}.") in GROUND
+
+
+def imported_modules(source):
+    """The modules of the library that Python source imports from."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == LIBRARY:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == LIBRARY)
+
+
+def test_experiments_and_notebooks_import_what_is_public():
+    sources = {path: path.read_text(encoding="utf-8") for path in files("experiments")}
+    for path in sorted((ROOT / "colab").glob("*.ipynb")):
+        cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        lines = [
+            line
+            for cell in cells
+            for line in "".join(cell["source"]).splitlines()
+            if not line.lstrip().startswith(("%", "!"))
+        ]
+        sources[path] = "\n".join(lines)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports from {module}"
+        for path, source in sources.items()
+        for module in imported_modules(source)
+        if not is_public(module)
+    ]
+    assert not wrong, wrong
+
+
+def test_the_library_needs_jax_alone():
+    code = f"""
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in {FOR_OTHERS!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import {LIBRARY}
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_cycle_between_floors():

@@ -6,8 +6,11 @@ import pydoc
 import pytest
 
 import tinylora_jax
-from tinylora_jax import data, models, rewards, rollout, training
-from tinylora_jax.io import adapter_file, peft, peft_export, pretrained
+from tinylora_jax import data, models, rewards, rl, rollout, training
+from tinylora_jax.io import _pretrained as pretrained
+from tinylora_jax.io.adapter import _file as adapter_file
+from tinylora_jax.io.peft import _export as peft_export
+from tinylora_jax.io.peft import _tinylora as peft
 
 FRONT_DOORS = [
     *(getattr(tinylora_jax, name) for name in tinylora_jax.__all__),
@@ -15,7 +18,8 @@ FRONT_DOORS = [
     *(models.forward, models.logits, models.init_params, models.ModelConfig),
     *(rewards.load_reward, rewards.grade_batch, rewards.Grade),
     *(rollout.generate, rollout.stream, rollout.Sampling, rollout.Completions),
-    *(training.Step, training.Gradient, training.score, training.group_advantages, training.init_state),
+    *(training.Update, training.score, training.group_advantages, training.init_state),
+    *(rl.rollout, rl.grade, rl.plan, rl.Learner, rl.Learner.update, rl.Rollout, rl.step_key),
     *(training.GRPO, training.Optimizer, training.Plan, training.Batch),
     *(adapter_file.save_adapter, adapter_file.load_adapter, adapter_file.read_adapter),
     *(peft_export.export_tinylora, peft_export.export_lora, peft.import_tinylora, pretrained.load_pretrained),
@@ -36,6 +40,6 @@ def test_the_package_says_where_to_begin():
     text = pydoc.render_doc("tinylora_jax", renderer=pydoc.plaintext)
     for name in tinylora_jax.__all__:
         assert name in text
-    for line in ("factors = factorize(params, TinyLoRA(", "v = init(factors)", "io.pretrained.load_pretrained"):
+    for line in ("factors = factorize(params, TinyLoRA(", "v = init(factors)", "io.load_pretrained"):
         assert line in text
     assert "factors: its factors." in text  # of `apply` and `merge`, in full

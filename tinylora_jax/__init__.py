@@ -9,7 +9,7 @@ Transforms of any pytree of weights, in the order of their use:
 
 `Policy(params, factors)` keeps the frozen part together: `policy(v)` is `apply`. The floors above: `models` (a
 decoder), `rollout` (`generate`, `stream`), `training` (GRPO), `data`, `rewards`, and `io`:
-`io.pretrained.load_pretrained`, `io.adapter_file.save_adapter` and `load_adapter`, `io.peft`. What a person runs is in
+`io.load_pretrained`, `io.adapter.save_adapter` and `load_adapter`, `io.peft`. What a person runs is in
 `experiments`.
 """
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import jax
 
-from experiments import fitting
 from experiments.aot.chips import Chip
 from experiments.aot.hlo import Collective, Kernel
 from experiments.aot.programs import Case, Compiled
+from experiments.common import fitting
 
 _KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is assumed to reach
 _GRID_STEP_S = 0.35e-6  # least time of one step of a Pallas kernel's grid

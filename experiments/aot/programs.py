@@ -18,25 +18,38 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from experiments.answering import lower_rollout
 from experiments.aot import hlo
-from experiments.cli import tell
-from experiments.outlines import policy_outline
-from experiments.setup import Specs, sampling_of
-from experiments.shapes import matrix_params
-from tinylora_jax.adapters import Policy, TinyLoRA, init, select
-from tinylora_jax.adapters.batches import BATCH_BYTES, batches, svd_shapes
-from tinylora_jax.adapters.svd import jnp_svd
-from tinylora_jax.adapters.svd_device import mesh_of, subspace_svd
-from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.io.weights import param_shapes
-from tinylora_jax.models import KVCache, ModelConfig
-from tinylora_jax.models.sharding import heads_axes, outline_everywhere, placed_outline
-from tinylora_jax.rollout import Sampling
-from tinylora_jax.rollout.generate import decode_step, empty_state
-from tinylora_jax.training import Bounds, Gradient, Plan, Step, Streams, init_state, plan_update
-from tinylora_jax.training.batch import Shape
-from tinylora_jax.training.step import empty_parts
+from experiments.common.abstract import abstract_policy
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import tell
+from experiments.common.setup import Specs, sampling_of
+from tinylora_jax.adapters import (
+    BATCH_BYTES,
+    Policy,
+    TinyLoRA,
+    batches,
+    init,
+    jnp_svd,
+    leaves_by_path,
+    mesh_of,
+    select,
+    subspace_svd,
+    svd_shapes,
+)
+from tinylora_jax.io.hf import param_shapes
+from tinylora_jax.models import KVCache, ModelConfig, abstract_at, abstract_everywhere, heads_axes
+from tinylora_jax.rl import lower_rollout
+from tinylora_jax.rollout import Sampling, decode_step, empty_state
+from tinylora_jax.training import (
+    Bounds,
+    Microbatch,
+    Plan,
+    SequenceShape,
+    Update,
+    empty_microbatches,
+    init_state,
+    plan_update,
+)
 
 _STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
@@ -92,20 +105,20 @@ class Case:
 
     def policy(self) -> Policy:
         """Shapes and places of weights and factors."""
-        return _policy_outline(self.model, self.specs.adapter, self.dtype, self.mesh)
+        return _abstract_policy(self.model, self.specs.adapter, self.dtype, self.mesh)
 
     def vector(self) -> jax.ShapeDtypeStruct:
-        """Shape and place of v."""
-        return self.whole(jax.eval_shape(init, self.policy().factors))
+        """SequenceShape and place of v."""
+        return self.replicated(jax.eval_shape(init, self.policy().factors))
 
-    def whole(self, tree: Any) -> Any:
+    def replicated(self, tree: Any) -> Any:
         """The shapes of a tree, on every device."""
-        return outline_everywhere(tree, self.mesh)
+        return abstract_everywhere(tree, self.mesh)
 
 
 @lru_cache(maxsize=4)
-def _policy_outline(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype, mesh: Mesh) -> Policy:
-    return policy_outline(param_shapes(model, dtype), adapter, mesh)
+def _abstract_policy(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype, mesh: Mesh) -> Policy:
+    return abstract_policy(param_shapes(model, dtype), adapter, mesh)
 
 
 class Program(NamedTuple):
@@ -231,8 +244,8 @@ def rollout(case: Case) -> Program:
         case.model,
         case.policy(),
         case.vector(),
-        case.whole(prompts),
-        case.whole(key),
+        case.replicated(prompts),
+        case.replicated(key),
         case.sampling,
         c.samples,
         case.slots,
@@ -266,7 +279,7 @@ def step(case: Case) -> Program:
 
         policy = case.policy()
         free = lambda sharding: Format(Layout.AUTO, sharding)
-        arguments = (policy, case.vector(), case.whole(noise), jax.tree.map(placed_outline, state, places))
+        arguments = (policy, case.vector(), case.replicated(noise), jax.tree.map(abstract_at, state, places))
         inputs = jax.tree.map(lambda x: free(x.sharding), arguments)
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         return jax.jit(run, donate_argnums=3, in_shardings=inputs, out_shardings=inputs[3]).lower(*bare)
@@ -276,22 +289,22 @@ def step(case: Case) -> Program:
 
 
 def updates(case: Case) -> Iterator[Program]:
-    """Loss and gradient of one part of a rollout, for every shape of stream."""
+    """Loss and gradient of one microbatch of a rollout, for every shape of sequence."""
     plan = case.plan()
-    for stream, part in zip(plan.shapes, empty_parts(plan), strict=True):
-        yield _update(case, plan, stream, part)
+    for sequence, microbatch in zip(plan.shapes, empty_microbatches(plan), strict=True):
+        yield _update(case, plan, sequence, microbatch)
 
 
-def _update(case: Case, plan: Plan, stream: Shape, part: Streams) -> Program:
-    gradient = Gradient(plan)
+def _update(case: Case, plan: Plan, sequence: SequenceShape, microbatch: Microbatch) -> Program:
+    update = Update(plan, case.specs.optimizer.transform())
 
     def lower() -> jax.stages.Lowered:
         v = case.vector()
-        total = case.whole(jax.eval_shape(gradient.zeros, v))
-        return gradient.accumulate.lower(total, v, case.policy(), case.whole(part))
+        total = case.replicated(jax.eval_shape(update.zeros, v))
+        return update.accumulate.lower(total, v, case.policy(), case.replicated(microbatch))
 
-    tokens = plan.streams * stream.tokens
-    name = f"update, rows of {stream.places} ({plan.streams} x {stream.tokens} tokens)"
+    tokens = plan.sequences * sequence.tokens
+    name = f"update, rows of {sequence.places} ({plan.sequences} x {sequence.tokens} tokens)"
     return Program(name, lower, 4 * matrix_params(case.model) * tokens / case.mesh.size, tokens)
 
 
@@ -301,9 +314,9 @@ def optimizer(case: Case) -> Program:
     def lower() -> jax.stages.Lowered:
         transform = case.specs.optimizer.transform()
         v = case.vector()
-        state = case.whole(jax.eval_shape(lambda v: init_state(v, transform), v))
-        step = Step(Gradient(case.plan()), transform)
-        return step.update.lower(state, case.whole(jax.eval_shape(step.gradient.zeros, v)))
+        state = case.replicated(jax.eval_shape(lambda v: init_state(v, transform), v))
+        update = Update(case.plan(), transform)
+        return update.apply.lower(state, case.replicated(jax.eval_shape(update.zeros, v)))
 
     return Program("optimizer", lower, 0.0, 0)
 

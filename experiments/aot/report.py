@@ -10,7 +10,7 @@ import jax
 from experiments.aot import estimate
 from experiments.aot.chips import Topology
 from experiments.aot.programs import Build, Case, Compiled
-from experiments.meshes import describe
+from experiments.common.meshes import describe
 
 
 def _program(compiled: Compiled, topology: Topology) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _update(case: Case, topology: Topology, compiled: Compiled) -> dict[str, Any
     return {
         "program": compiled.name,
         "seconds": seconds.total,
-        "tokens_per_s": plan.streams * plan.shapes[0].tokens / seconds.total,
+        "tokens_per_s": plan.sequences * plan.shapes[0].tokens / seconds.total,
         "floor_s": compiled.model_flops / topology.chip.flops,
         "mfu": compiled.model_flops / topology.chip.flops / seconds.total,
         "all_reduce_bytes": reduced,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from experiments.aot import estimate
 from experiments.aot.chips import Topology
 from experiments.aot.programs import Case
-from experiments.cli import tell
-from experiments.fitting import ROOM, rollout_bytes
-from tinylora_jax.models.sharding import MeshSpec
+from experiments.common.cli import tell
+from experiments.common.fitting import ROOM, rollout_bytes
+from tinylora_jax.models import MeshSpec
 
 _MOST_COMPILED = 4
 
@@ -75,7 +75,7 @@ def search(
 
     Args:
       topologies: to choose from; of those with equally many devices, the one that costs less before the others.
-      make: the case of a topology, a mesh, slots and stream tokens.
+      make: the case of a topology, a mesh, slots and sequence tokens.
       rows: completions of a rollout.
       stream_tokens: of the config.
       prove: compiles a case and gives its summary.
@@ -88,14 +88,14 @@ def search(
         for tokens in (candidate.stream_tokens, candidate.stream_tokens // 2):
             tell(
                 f"trying {candidate.topology.name}, mesh 0,1,{candidate.mesh.tensor}, {candidate.slots} slots,"
-                f" streams of {tokens} tokens: {candidate.predicted_bytes / 1e9:.1f} GB predicted"
+                f" sequences of {tokens} tokens: {candidate.predicted_bytes / 1e9:.1f} GB predicted"
             )
             result = prove(make(candidate.topology, candidate.mesh, candidate.slots, tokens), candidate.topology)
             if result["fits"]:
                 chosen = {"tensor": candidate.mesh.tensor, "slots": candidate.slots, "stream_tokens": tokens}
                 return {**result, "suggestion": chosen}
             if all(p["fits"] for p in result["programs"] if not p["program"].startswith("update")):
-                continue  # only the update is too large: shorter streams
+                continue  # only the update is too large: shorter sequences
             break
     names = ", ".join(t.name for t in topologies)
     raise ValueError(

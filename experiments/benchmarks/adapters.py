@@ -23,12 +23,11 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, peers
-from experiments.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
-from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import AdapterReader, save_adapter
-from tinylora_jax.io.fingerprint import base_fingerprint
+from tinylora_jax.io.adapter import AdapterReader, base_fingerprint, save_adapter
 from tinylora_jax.models import ModelConfig
+from tinylora_jax.multihost import to_host
 from tinylora_jax.rollout import Completions, Sampling, generate
 
 FLAGS = flags.FLAGS
@@ -128,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.peft and (missing := peers.missing("torch", "peft")):
             raise ValueError(f"--peft={FLAGS.peft}: {missing} not installed; pip install {missing}")
         model = common.load()
-        factors = fetch(model.policy.factors)
+        factors = to_host(model.policy.factors)
         tell("writing the adapters")
         folders, v = write_adapters(Path(root), model, FLAGS.adapters)
         rows = min(FLAGS.rows, FLAGS.adapters)

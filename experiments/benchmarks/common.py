@@ -19,15 +19,14 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
 
-from experiments.cli import define_path, reporting_errors, tell
-from experiments.meshes import active_mesh, parse_mesh, placed, use_mesh
-from experiments.setup import make_policy
-from experiments.shapes import SHAPES, architecture
+from experiments.common.architectures import SHAPES, architecture
+from experiments.common.cli import define_path, reporting_errors, tell
+from experiments.common.meshes import active_mesh, parse_mesh, replicate, use_mesh
+from experiments.common.setup import make_policy
 from tinylora_jax.adapters import Policy, TinyLoRA, init
-from tinylora_jax.io.pretrained import load_pretrained
-from tinylora_jax.io.weights import param_shapes
-from tinylora_jax.models import ModelConfig
-from tinylora_jax.models.sharding import MeshSpec, param_shardings
+from tinylora_jax.io import load_pretrained
+from tinylora_jax.io.hf import param_shapes
+from tinylora_jax.models import MeshSpec, ModelConfig, param_shardings
 
 FLAGS = flags.FLAGS
 
@@ -106,7 +105,7 @@ def load() -> Model:
     source = FLAGS.model
     config, params, tokenizer, stops = _load(source)
     policy = make_policy(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "auto")
-    v = placed(init(policy.factors) + 0.01)  # not zero, so that the update is no multiplication by nothing
+    v = replicate(init(policy.factors) + 0.01)  # not zero, so that the update is no multiplication by nothing
     return Model(source, config, policy, v, tokenizer, stops)
 
 

@@ -17,12 +17,12 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.launch import launch
+from experiments.common.preemption import StopRequests
+from experiments.common.setup import Task, make_prompts, parse
 from experiments.grpo import Trainer
-from experiments.launch import launch
-from experiments.setup import Task, make_prompts, parse
-from experiments.shapes import matrix_params
-from experiments.stopping import StopRequests
 from tinylora_jax.data import load_questions, make_pipeline
 
 FLAGS = flags.FLAGS
@@ -64,15 +64,15 @@ def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
     specs = dataclasses.replace(specs, train_data=dataclasses.replace(specs.train_data, limit=questions))
     loaded = load_questions(specs.train_data)
     with launch(config, specs) as start:
-        prompts = make_prompts(config, loaded, start.outline)
-        trainer = Trainer(config, specs, start.outline, prompts, steps + 1, StopRequests())
-        trainer.task = task = start.finish(trainer.lower(trainer.state_outline()))
+        prompts = make_prompts(config, loaded, start.abstract)
+        trainer = Trainer(config, specs, start.abstract, prompts, steps + 1, StopRequests())
+        task = start.finish(trainer.lower(start.abstract, trainer.abstract_state(start.abstract.policy)))
     ready = first = seconds_since_launch()
     data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + steps)
-    state, found = trainer.initial_state(), []
+    state, found = trainer.initial_state(task.policy), []
     for index in range(1 + steps):
         started = time.perf_counter()
-        state, metrics, _, generated = trainer.step(state, index, next(data))
+        state, metrics, _, generated = trainer.step(task, state, index, next(data))
         found.append(metrics | {"step_s": time.perf_counter() - started, "tokens": generated})
         first = seconds_since_launch() if index == 0 else first
     median = {name: statistics.median(step[name] for step in found[1:]) for name in found[0]}

@@ -2,8 +2,8 @@
 
 python -m experiments.benchmarks.loading --model=/data/qwen2.5-7b --mesh=1,1,8
 
-On several hosts the flags of `experiments.hosts` are added. On a CPU the shards are host memory too: what is in use at
-most is compared with shards and largest tensor together. Linux: memory is read from /proc.
+On several hosts the flags of `experiments.common.multihost` are added. On a CPU the shards are host memory
+too: what is in use at most is compared with shards and largest tensor together. Linux: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import jax
 from absl import app, flags
 
-from experiments import hosts
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, reporting_errors
-from experiments.meshes import active_mesh, parse_mesh, use_mesh
-from tinylora_jax.io.pretrained import open_pretrained
-from tinylora_jax.models.sharding import param_shardings
+from experiments.common import multihost
+from experiments.common.cli import parse_flags, reporting_errors
+from experiments.common.meshes import active_mesh, parse_mesh, use_mesh
+from tinylora_jax.io import open_pretrained
+from tinylora_jax.models import param_shardings
+from tinylora_jax.multihost import is_first
 
 FLAGS = flags.FLAGS
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     with reporting_errors():
-        hosts.connect(FLAGS)
+        multihost.connect(FLAGS)
         with use_mesh(parse_mesh(FLAGS.mesh), common.devices()):
             mesh = active_mesh()
             place = mesh and partial(param_shardings, mesh)
@@ -92,11 +93,11 @@ def main(argv: Sequence[str]) -> None:
                 "memory in use at most, MB": peak / 1e6,
                 "over shards and largest tensor": peak / (here + largest),
             }
-    if hosts.is_first():
+    if is_first():
         common.report("loading", rows)
 
 
 if __name__ == "__main__":
     common.define_flags()
-    hosts.define_flags()
+    multihost.define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
-from experiments.shapes import matrix_params
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import parse_flags, use_compilation_cache
 from tinylora_jax.adapters import apply, merge
 from tinylora_jax.models import forward
 

@@ -30,22 +30,21 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, tunix_peer
-from experiments.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
 from tinylora_jax.adapters import Factors
-from tinylora_jax.io.peft_export import export_tinylora
-from tinylora_jax.io.pretrained import resolve_gguf
+from tinylora_jax.io import resolve_gguf
+from tinylora_jax.io.peft import export_tinylora
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling, generate
 from tinylora_jax.training import (
     GRPO,
     Batch,
-    Gradient,
     Optimizer,
     Plan,
-    Step,
+    Update,
     group_advantages,
     init_state,
-    stream_shapes,
+    sequence_shapes,
 )
 
 FLAGS = flags.FLAGS
@@ -142,10 +141,10 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float,
     prompts, samples, longest = padded(rows), FLAGS.samples, FLAGS.new_tokens
     sampling = Sampling(longest, stop_tokens=model.stop_tokens)
     count, width = prompts[1].shape
-    shapes = stream_shapes(count, width, samples, longest, GRPO().stream_tokens)
+    shapes = sequence_shapes(count, width, samples, longest, GRPO().stream_tokens)
     plan = Plan(model.config, GRPO(skip_without_signal=False), 1.0, longest, shapes)
     optimizer = Optimizer(1e-3).transform()
-    step, state = Step(Gradient(plan), optimizer), init_state(model.v, optimizer)
+    step, state = Update(plan, optimizer), init_state(model.v, optimizer)
     reward, lengths = load_reward("boxed"), []
 
     @jax.jit

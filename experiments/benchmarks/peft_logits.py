@@ -28,14 +28,12 @@ from absl import app, flags
 from experiments.benchmarks import common
 from experiments.benchmarks.peers import encoded, missing, padded
 from experiments.benchmarks.portability import apart
-from experiments.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
 from experiments.export import export
 from tinylora_jax.adapters import Factors, apply
-from tinylora_jax.io.hf_folder import write_model
-from tinylora_jax.io.peft import MODULES
-from tinylora_jax.io.peft_export import export_tinylora
-from tinylora_jax.io.pretrained import Pretrained, load_pretrained
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io import Pretrained, load_pretrained, open_adapter
+from tinylora_jax.io.hf import write_model
+from tinylora_jax.io.peft import MODULES, export_tinylora
 from tinylora_jax.models import ModelConfig, forward, logits
 
 FLAGS = flags.FLAGS
@@ -155,7 +153,7 @@ def converted(model: Pretrained, folder: Path, output: Path) -> tuple[dict[str, 
     rows = {
         "to our own folder, model loaded too: seconds": wrote - started,
         "our own folder: bytes": size,
-        "our own folder: modules whose directions it holds": len(factors.undetermined),
+        "our own folder: modules whose directions it holds": len(factors.ill_conditioned),
         "our own folder, read and factorized: seconds": loaded - wrote,
         "our own folder: largest relative difference of a module's ΔW": max(apart_from_peft.values()),
     }

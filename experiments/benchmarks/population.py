@@ -13,10 +13,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
-from experiments.compilation import compile_together
-from experiments.population import Population, free_spec, member_configs
-from experiments.setup import load_task, make_prompts, parse
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.compilation import compile_together
+from experiments.common.population import Population, free_spec, member_configs
+from experiments.common.setup import load_task, make_prompts, parse
 from tinylora_jax.adapters import adapt
 from tinylora_jax.data import load_questions, make_pipeline, padded_width
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             configs = member_configs(config, [{"seed": seed} for seed in range(count)])
             population = Population(configs, specs, task, padded_width(prompts), FLAGS.steps + 1)
             states = population.initial_states()
-            compile_together(population.lower(states))
+            compile_together(population.lower(task, states))
             data = {
                 name: make_pipeline(prompts, own.batch_size, own.seed, 1 + FLAGS.steps) for name, own in configs.items()
             }
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
             for index in range(1 + FLAGS.steps):
                 batches = {name: next(iterator) for name, iterator in data.items()}
                 started = time.perf_counter()
-                found = population.step(states, index, batches, list(configs))
+                found = population.step(task, states, index, batches, list(configs))
                 times.append(time.perf_counter() - started)
                 states = {name: result[0] for name, result in found.items()}
                 tokens = sum(result[2].num_tokens for result in found.values())

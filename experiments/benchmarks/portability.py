@@ -24,12 +24,10 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, tell, use_compilation_cache
-from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, select
-from tinylora_jax.adapters.targets import leaves_by_path
-from tinylora_jax.fetch import fetch
-from tinylora_jax.io.adapter_file import check_fit, read_adapter, save_adapter
-from tinylora_jax.io.fingerprint import base_fingerprint
+from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, leaves_by_path, select
+from tinylora_jax.io.adapter import base_fingerprint, check_fit, read_adapter, save_adapter
+from tinylora_jax.multihost import to_host
 
 FLAGS = flags.FLAGS
 LIMIT = 1e-3  # relative difference of ΔW that is promised
@@ -59,7 +57,7 @@ def by_numpy(params: Any, like: Factors) -> Oracle:
 
 def apart(one: Factors, other: Factors) -> dict[str, float]:
     """‖ΔW − ΔW'‖ / ‖ΔW‖ of every module at v = 1, in float64, without forming ΔW."""
-    found, one, other = {}, fetch(one), fetch(other)
+    found, one, other = {}, to_host(one), to_host(other)
     for path, leaf in one.leaves.items():
         sides = [
             [np.asarray(x, np.float64) for x in (f.U[0] * f.S[0] @ f.P[0].sum(axis=0), f.V[0])]
@@ -111,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         rows |= {"modules": len(gaps), "smallest gap": min(gaps.values())}
         for label, found in factors.items():
             errors = apart(oracle.factors, found)
-            sure = {module: error for module, error in errors.items() if module not in found.undetermined}
+            sure = {module: error for module, error in errors.items() if module not in found.ill_conditioned}
             rows |= {
                 f"{label}: largest error of ΔW": max(errors.values()),
                 f"{label}: modules above {LIMIT}": sum(error > LIMIT for error in errors.values()),
@@ -119,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
                 f"{label}: largest error × gap where determined": max(
                     (error * gaps[module] for module, error in sure.items()), default=0.0
                 ),
-                f"{label}: undetermined": list(found.undetermined),
+                f"{label}: undetermined": list(found.ill_conditioned),
             }
         fingerprint = base_fingerprint(params)
         for label, mine in (factors | {"NumPy float64": oracle.factors}).items():

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
-from experiments.fitting import cache_bytes
-from experiments.shapes import matrix_params
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.fitting import cache_bytes
 from tinylora_jax.adapters import merge
 from tinylora_jax.rollout import Sampling, generate
 

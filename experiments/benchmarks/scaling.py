@@ -15,15 +15,15 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
 from experiments.benchmarks.grpo_step import timed_steps
-from experiments.cli import parse_flags, reporting_errors, tell, use_compilation_cache
-from tinylora_jax.models.sharding import AXES, MeshSpec
+from experiments.common.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.models import AXES, MeshSpec
 
 FLAGS = flags.FLAGS
 WORK = {"same": "the same work", "n-fold": "n-fold work"}
 _PHASES = {"step_s": "seconds", "rollout_s": "rollout", "update_s": "update"}
 
 
-def spec_of(axis: str, count: int) -> MeshSpec:
+def adapter_spec(axis: str, count: int) -> MeshSpec:
     """The mesh with all its devices on one axis."""
     return MeshSpec(**{name: count if name == axis else 1 for name in AXES})
 
@@ -34,7 +34,7 @@ def measure(config: ConfigDict, axis: str, count: int, work: str) -> dict[str, f
     config.batch_size *= count // min(map(int, FLAGS.devices)) if work == "n-fold" else 1
     tell(f"{count} devices, {config.batch_size} x {config.samples} completions")
     chosen = jax.devices()[:count]
-    with common.use_devices(spec_of(axis, count), chosen):
+    with common.use_devices(adapter_spec(axis, count), chosen):
         median = timed_steps(config, FLAGS.steps, FLAGS.questions).median
     gc.collect()  # the weights of this mesh make room for those of the next
     return {**{phase: median[phase] for phase in _PHASES}, "tokens_per_s": median["tokens"] / median["step_s"]}

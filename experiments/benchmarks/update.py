@@ -12,19 +12,30 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.cli import parse_flags, use_compilation_cache
-from experiments.fitting import device_bytes
-from experiments.meshes import active_mesh, placed
-from experiments.shapes import matrix_params
-from tinylora_jax.training import GRPO, Batch, Bounds, Gradient, Optimizer, Plan, Step, init_state, pack, plan_update
-from tinylora_jax.training.grpo import grpo_loss
+from experiments.common.architectures import matrix_params
+from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.fitting import device_bytes
+from experiments.common.meshes import active_mesh, replicate
+from tinylora_jax.training import (
+    GRPO,
+    Batch,
+    Bounds,
+    Optimizer,
+    Plan,
+    Update,
+    grpo_loss,
+    init_state,
+    pack,
+    plan_update,
+)
 
 FLAGS = flags.FLAGS
 
 
-def natural_batch(vocab: int, prompts: int, samples: int, prompt_tokens: int, new_tokens: int) -> Batch:
+def natural_batch(vocab: int, bounds: Bounds) -> Batch:
     """Random tokens with the spread of lengths of GSM8K answers: mean 0.57 and deviation 0.22 of the cap."""
     rng = np.random.default_rng(0)
+    prompts, prompt_tokens, samples, new_tokens = bounds
     shape = (prompts, samples, new_tokens)
     ends = np.clip(rng.normal(0.57, 0.22, shape[:2]) * new_tokens, 1, new_tokens).astype(int)
     lengths = np.clip(rng.normal(0.45, 0.12, prompts) * prompt_tokens, 1, prompt_tokens).astype(np.int32)
@@ -38,12 +49,12 @@ def natural_batch(vocab: int, prompts: int, samples: int, prompt_tokens: int, ne
     )
 
 
-def flops_ratio(plan: Plan, model: common.Model, part) -> float:
+def flops_ratio(plan: Plan, model: common.Model, microbatch) -> float:
     """XLA's count of operations of loss and gradient over those of the loss alone."""
-    loss = lambda v, policy, part: grpo_loss(v, plan, policy, part)[0]
+    loss = lambda v, policy, microbatch: grpo_loss(v, plan, policy, microbatch)[0]
 
     def count(function) -> float:
-        compiled = jax.jit(function).lower(model.v, model.policy, part).compile()
+        compiled = jax.jit(function).lower(model.v, model.policy, microbatch).compile()
         return compiled.cost_analysis()["flops"]
 
     return count(jax.value_and_grad(loss)) / count(loss)
@@ -56,17 +67,18 @@ def main(argv: Sequence[str]) -> None:
     with common.measuring():
         model = common.load()
         bounds = Bounds(FLAGS.prompts, FLAGS.prompt_tokens, FLAGS.samples, FLAGS.new_tokens)
-        batch = natural_batch(model.config.vocab_size, bounds.prompts, bounds.samples, *bounds[1::2])
+        batch = natural_batch(model.config.vocab_size, bounds)
         grpo = GRPO(stream_tokens=FLAGS.stream_tokens, remat=FLAGS.remat)
         plan = plan_update(model.config, grpo, 1.0, bounds, common.dtype(), active_mesh(), device_bytes())
         optimizer = Optimizer(1e-3).transform()
-        step, state = Step(Gradient(plan), optimizer), placed(init_state(model.v, optimizer))
+        step, state = Update(plan, optimizer), replicate(init_state(model.v, optimizer))
         timing = common.measure(lambda index: step(state, model.policy, batch))
-        parts = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams))
+        microbatches = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.sequences))
+        shape = plan.shapes[-1]
         tokens = int(batch.mask.sum() + batch.lengths.sum())
         matrices, rate = matrix_params(model.config), common.matrix_rate(common.dtype())
         peak, count = common.peak_bytes(), len(common.devices())
-        ratio = flops_ratio(plan, model, parts[0]) if model.config.num_layers < 4 else None
+        ratio = flops_ratio(plan, model, microbatches[0]) if model.config.num_layers < 4 else None
     common.report(
         "update",
         {
@@ -75,8 +87,8 @@ def main(argv: Sequence[str]) -> None:
             "parameters": model.policy.factors.num_params,
             "prompts × samples": f"{bounds.prompts} × {bounds.samples}",
             "tokens of prompts and completions": tokens,
-            "streams": f"{len(parts)} x {plan.streams} of {plan.shapes[-1].tokens} tokens, {plan.shapes[-1].rows} rows",
-            "stream tokens in use": tokens / (len(parts) * plan.streams * plan.shapes[-1].tokens),
+            "streams": f"{len(microbatches)} x {plan.sequences} of {shape.tokens} tokens, {shape.rows} rows",
+            "stream tokens in use": tokens / (len(microbatches) * plan.sequences * shape.tokens),
             "remat": plan.remat,
             "seconds": timing.median_s,
             "first call, seconds": timing.first_s,

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from tinylora_jax.adapters import LoRA, TinyLoRA
 from tinylora_jax.data import DataSpec
-from tinylora_jax.models.sharding import MeshSpec
+from tinylora_jax.models import MeshSpec
 from tinylora_jax.training import GRPO, Optimizer
 
 

@@ -60,7 +60,7 @@ def test_another_make_is_one_of_ours():
     own, same = own_triplets(params, given, v)
     assert_same(delta(given, v), delta(own, same))
     again = factorize(params, own.spec)
-    assert own.undetermined == ()
+    assert own.ill_conditioned == ()
     for path, leaf in own.leaves.items():
         assert leaf.groups == again.leaves[path].groups
         for x in "USV":
@@ -74,7 +74,7 @@ def test_directions_that_the_weight_leaves_open_are_kept():
     v = vector(given)
     own, same = own_triplets(params, given, v)
     assert_same(delta(given, v), delta(own, same))
-    assert own.undetermined == ("b",)
+    assert own.ill_conditioned == ("b",)
     assert rebase(given, factorize(params, spec()))[1]["b"] > 0.05, "the case must be one where it matters"
     np.testing.assert_allclose(own.leaves["b"].U[0].T @ own.leaves["b"].U[0], np.eye(2), atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_directions_that_float32_leaves_loose_are_kept():
     given = foreign(params, factorize(params, spec()), turned=("b",), angle=5e-5)
     v = vector(given)
     own, same = own_triplets(params, given, v)
-    assert factorize(params, spec()).undetermined == () and own.undetermined == ("b",)
+    assert factorize(params, spec()).ill_conditioned == () and own.ill_conditioned == ("b",)
     assert_same(delta(given, v), delta(own, same), tolerance=2e-6)
 
 
@@ -94,7 +94,7 @@ def test_rounded_directions_are_kept_and_strange_ones_refused():
     rounded = foreign(params, factorize(params, spec()), noise=1e-3)
     own, same = own_triplets(params, rounded, vector(rounded))
     assert_same(delta(rounded, vector(rounded)), delta(own, same))
-    assert set(own.undetermined) == set(SIZES)
+    assert set(own.ill_conditioned) == set(SIZES)
     strange = foreign(params, factorize(params, spec()), noise=0.2)
     with pytest.raises(ValueError, match="not the leading singular triplets of the weight"):
         own_triplets(params, strange, vector(strange))

@@ -136,7 +136,7 @@ def test_a_matrix_that_misses_goes_to_the_host_alone(caplog, monkeypatch):
     monkeypatch.setattr(svd_module, "subspace_svd", partial(subspace_svd, max_cycles=8))
     host, sent = svd_module.leading_triplets_of, []
     monkeypatch.setattr(svd_module, "leading_triplets_of", lambda some, rank: sent.append(some) or host(some, rank))
-    with caplog.at_level(logging.WARNING, logger="absl"):
+    with caplog.at_level(logging.WARNING, logger="tinylora_jax"):
         svd = truncated_svd(W, 2, "subspace")
     ((only,),) = sent
     np.testing.assert_array_equal(only, W[1])
@@ -158,7 +158,7 @@ def test_the_host_bounds_its_threads_and_tells_how_far_it_is(caplog, monkeypatch
         return leading(W, rank)
 
     monkeypatch.setattr(svd_host, "leading_triplets", watched)
-    with caplog.at_level(logging.WARNING, logger="absl"):
+    with caplog.at_level(logging.WARNING, logger="tinylora_jax"):
         truncated_svd(with_spectrum(40, 30, decaying(30), batch=12), 2, "exact")
     assert {thread for thread in seen if isinstance(thread, int)} == {1}
     assert len({thread for thread in seen if isinstance(thread, str)}) <= svd_host._WORKERS

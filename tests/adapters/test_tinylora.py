@@ -12,6 +12,8 @@ from tinylora_jax.adapters import (
     apply,
     delta,
     factorize,
+    fuse,
+    fused_matmul,
     init,
     kernel,
     matmul,
@@ -277,6 +279,37 @@ def test_bfloat16_weights_keep_an_update_that_merging_would_round_away():
     along = expected / (expected**2).sum()
     assert abs(((with_update - truth) * along).sum()) < 0.5
     assert abs(((without - truth) * along).sum()) > 0.5
+
+
+@pytest.mark.parametrize("rows", [0, 5], ids=["one adapter", "one a row"])
+@pytest.mark.parametrize("wide", [False, True], ids=["added", "rows of the product"])
+def test_fused_kernels_give_what_each_gives_alone(wide, rows, monkeypatch):
+    """In 16 bits, where an update far below a step of the product must still shift it on average."""
+    rng = np.random.default_rng(6)
+    tree = {name: jnp.asarray(rng.standard_normal((64, 256)), jnp.bfloat16) for name in "ab"}
+    factors = factorize(tree, TinyLoRA(targets=("a", "b")))
+    v = jnp.asarray(rng.standard_normal((rows, *init(factors).shape) if rows else init(factors).shape), jnp.float32)
+    v = v * 2.0**-9 / jnp.max(jnp.abs(delta(factors, v[0] if rows else v)["a"]))
+    kernels = list(apply(tree, factors, v).values())
+    x = jnp.asarray(rng.standard_normal((5, 40, 64)), jnp.bfloat16)
+    alone = [np.asarray(matmul(x, each), np.float64) for each in kernels]
+    monkeypatch.setattr(kernel, "_in_one_product", lambda x, W: wide)
+    monkeypatch.setattr(kernel, "_WIDE_FROM", 64)
+    joined = fuse(kernels)
+    assert (joined.right is not None) == wide
+    for name, got, expected in zip("ab", fused_matmul(x, joined), alone, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2.0**-7, atol=1e-2)
+        # Rounding noise averages out along the update; an update that was lost does not.
+        plain = np.asarray(x, np.float64) @ np.asarray(tree[name], np.float64)
+        update = expected_update(x, factors, v, name)
+        share = ((np.asarray(got, np.float64) - plain) * update).sum() / (update**2).sum()
+        assert abs(share - 1) < 0.5
+
+
+def expected_update(x, factors, v, name):
+    """x ΔW in float64, for one vector or one a row."""
+    one = lambda x, v: np.asarray(x, np.float64) @ np.asarray(delta(factors, v)[name][0].T, np.float64)
+    return np.stack([one(x[i], v[i] if v.ndim == 3 else v) for i in range(len(x))])
 
 
 def test_factors_and_kernels_pass_through_jit_and_grad():

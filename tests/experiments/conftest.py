@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experiments import grpo, runs
-from experiments.stopping import Stopped
+from experiments import grpo
+from experiments.common import runs
+from experiments.common.preemption import Stopped
 from tinylora_jax.adapters.targets import path_string
-from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.weights import parameter_names
+from tinylora_jax.io.hf._config import parse_config
+from tinylora_jax.io.hf._weights import parameter_names
 from tinylora_jax.models import init_params
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent

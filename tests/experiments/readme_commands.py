@@ -8,10 +8,13 @@ import io
 import json
 import runpy
 import sys
+from pathlib import Path
 
 from absl import app, flags
 
-from experiments.setup import parse
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.common.setup import parse  # noqa: E402
 
 
 def problem(module, *arguments):

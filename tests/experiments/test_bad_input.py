@@ -12,11 +12,13 @@ import time
 import numpy as np
 import pytest
 
-from experiments import grpo, learning, runs, sft
-from experiments.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
+from experiments import grpo, sft
+from experiments.common import runs
+from experiments.common.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
 from tinylora_jax.data import DataError, DataSpec, load_questions
-from tinylora_jax.io import pretrained
-from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.io import _pretrained as pretrained
+from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.rl import _learner as learning
 
 NAN, INF = math.nan, math.inf
 
@@ -277,20 +279,20 @@ def test_a_workdir_below_a_file(config, command_line, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, monkeypatch, traces):
-    make, calls = learning.Step, []
+    make, calls = learning.Update, []
 
-    def make_broken(*args):
-        step = make(*args)
+    def make_broken(*args, **fields):
+        step = make(*args, **fields)
 
         def broken(state, policy, batch):
             calls.append(1)
             state, metrics = step(state, policy, batch)
             return state, metrics | ({"loss": np.float32(NAN)} if len(calls) == 3 else {})
 
-        broken.lower, broken.gradient, broken.point = step.lower, step.gradient, step.point
+        broken.lower, broken.optimizer, broken.point = step.lower, step.optimizer, step.point
         return broken
 
-    monkeypatch.setattr(learning, "Step", make_broken)
+    monkeypatch.setattr(learning, "Update", make_broken)
     result = command_line(config, tmp_path / "run")
     assert result.code == 1 and "Traceback" not in result.err
     assert "error: step 2 is not finite ({'loss': nan" in result.err and "the state before it is kept" in result.err
@@ -298,7 +300,7 @@ def test_a_loss_that_is_not_finite(config, command_line, finished, tmp_path, mon
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.latest_step() == 2
     checkpoints.close()
-    monkeypatch.setattr(learning, "Step", make)
+    monkeypatch.setattr(learning, "Update", make)
     assert command_line(config, tmp_path / "run").code == 0
     assert traces(tmp_path / "run") == traces(finished.workdir)
 

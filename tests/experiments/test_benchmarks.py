@@ -10,7 +10,7 @@ import pytest
 
 from experiments.benchmarks.peers import NEEDED, missing, padded
 from experiments.benchmarks.tunix_peer import qwen2, sampler
-from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io._pretrained import load_pretrained
 from tinylora_jax.rollout import Sampling, generate
 
 COMMON = {"device", "jax", "model", "dtype"}

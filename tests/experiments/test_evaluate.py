@@ -11,12 +11,13 @@ import pytest
 from tiny_rewards import even
 
 from experiments import evaluate as cli
-from experiments.answering import answer, step_key
+from experiments.common.answering import answer
+from experiments.common.setup import load_task, make_prompts, parse
 from experiments.evaluate import evaluate
-from experiments.setup import load_task, make_prompts, parse
+from tinylora_jax import rl
 from tinylora_jax.adapters import TinyLoRA, factorize, init
 from tinylora_jax.data import load_questions
-from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
+from tinylora_jax.io.adapter._file import AdapterError, read_adapter, save_adapter
 from tinylora_jax.rollout import Sampling
 
 NO_SUITE = {"suite": None, "suite_folder": None}
@@ -48,7 +49,7 @@ def v_like(task, seed=0):
 def alone(task, v, prompt):
     """The greedy answer of one question, asked by itself."""
     greedy = Sampling(task.sampling.max_new_tokens, temperature=0.0, stop_tokens=task.sampling.stop_tokens)
-    return answer(task, v, [prompt], step_key(0, "eval", 0), greedy)
+    return answer(task, v, [prompt], rl.step_key(0, "eval", 0), greedy)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 6, 100])

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import evaluate, export
 from tinylora_jax.adapters import merge
-from tinylora_jax.io.pretrained import load_pretrained
-from tinylora_jax.io.safetensors_file import open_safetensors
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io._pretrained import load_pretrained
+from tinylora_jax.io._trained import open_adapter
+from tinylora_jax.io.hf._safetensors import open_safetensors
 
 
 @pytest.fixture(scope="module")

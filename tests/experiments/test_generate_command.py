@@ -20,12 +20,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experiments import generate as command
-from experiments.screen import Screen, TextStream
+from experiments.common.terminal import Screen, TextStream
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
 from tinylora_jax.data import Prompt, get_template, pad_prompts, render
-from tinylora_jax.io.adapter_file import AdapterError, read_adapter, save_adapter
-from tinylora_jax.io.peft import import_tinylora
-from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io._pretrained import load_pretrained
+from tinylora_jax.io.adapter._file import AdapterError, read_adapter, save_adapter
+from tinylora_jax.io.peft._tinylora import import_tinylora
 from tinylora_jax.rollout import Sampling, generate
 
 SPEC = TinyLoRA(u=2, n_tie=4)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grpo, runs
-from experiments.answering import answer, step_key
-from experiments.setup import load_task, make_prompts, parse
+from experiments import grpo
+from experiments.common import runs
+from experiments.common.answering import answer
+from experiments.common.setup import load_task, make_prompts, parse
+from tinylora_jax import rl
 from tinylora_jax.data import load_questions, padded_width
-from tinylora_jax.io.adapter_file import read_adapter
-from tinylora_jax.io.checkpoint import Checkpoints
+from tinylora_jax.io._checkpoint import Checkpoints
+from tinylora_jax.io.adapter._file import read_adapter
 
 METRICS = {
     *("step", "loss", "grad_norm", "v_norm", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance"),
@@ -166,7 +168,7 @@ def test_noise_differs_between_steps(config, stop, tmp_path, monkeypatch):
 def test_the_vector_reaches_the_rollout(config, task):
     # A stack whose rollout engine misses an adapter update trains on stale samples without noticing (verl#7495).
     prompts = make_prompts(config, load_questions(parse(config).train_data), task)[:4]
-    key, width = step_key(0, "train", 0), padded_width(prompts)
+    key, width = rl.step_key(0, "train", 0), padded_width(prompts)
     zero = jnp.zeros((4, 2))
     v = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2)), jnp.float32)
     base, again, moved = (answer(task, x, prompts, key, task.sampling, 2, width).completions for x in (zero, zero, v))
@@ -184,8 +186,8 @@ def test_each_rollout_uses_the_vector_of_the_update_before(config, stop, tmp_pat
         used.append(np.asarray(v))
         return answer(task, v, *args, **kwargs)
 
-    def stepping(self, state, *args):
-        result = step(self, state, *args)
+    def stepping(self, task, state, *args):
+        result = step(self, task, state, *args)
         states.append(np.asarray(result[0].v))
         return result
 
@@ -200,9 +202,7 @@ def test_each_rollout_uses_the_vector_of_the_update_before(config, stop, tmp_pat
 def test_batches_cover_an_epoch_without_repeats(config, stop, tmp_path, monkeypatch):
     config.max_steps, config.epochs, config.train_data.limit = 0, 2, 9  # two batches of four an epoch, one is left
     asked, step = [], grpo.Trainer.step
-    monkeypatch.setattr(
-        grpo.Trainer, "step", lambda self, state, i, prompts: (asked.append(prompts), step(self, state, i, prompts))[1]
-    )
+    monkeypatch.setattr(grpo.Trainer, "step", lambda *args: (asked.append(args[-1]), step(*args))[1])
     assert grpo.run(config, tmp_path / "run", stop)["steps"] == 4
     epochs = [[prompt.id for batch in asked[i : i + 2] for prompt in batch] for i in (0, 2)]
     assert all(len(set(ids)) == 8 for ids in epochs) and epochs[0] != epochs[1]

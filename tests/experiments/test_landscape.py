@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from experiments import landscape
-from experiments.answering import answer, grades_of, step_key
-from experiments.charts import draw_accuracy, draw_landscape
+from experiments.common.answering import answer
+from experiments.common.setup import ConfigError, load_task, make_prompts, parse
 from experiments.landscape import grid, orthogonal
-from experiments.setup import ConfigError, load_task, make_prompts, parse
+from experiments.plotting.charts import draw_accuracy, draw_landscape
+from tinylora_jax import rl
 from tinylora_jax.data import load_questions, padded_width
-from tinylora_jax.io.trained import open_adapter
+from tinylora_jax.io._trained import open_adapter
 
 
 def is_blank(path):
@@ -56,11 +57,11 @@ def test_every_point_is_what_its_adapter_gives_alone(finished, measured):
     seen = set()
     for t, row in zip(ts, result["points"], strict=True):
         v = np.float32(t) * np.asarray(trained.v, np.float32)
-        key = step_key(config.seed, "eval", 0)
+        key = rl.step_key(config.seed, "eval", 0)
         answers = answer(task, v, prompts, key, task.sampling, config.samples, padded_width(prompts))
         assert row["t"] == [t]
-        assert row["strict"] == pytest.approx(float(grades_of(answers, "strict").mean()), abs=1e-6)
-        assert row["lenient"] == pytest.approx(float(grades_of(answers, "lenient").mean()), abs=1e-6)
+        assert row["strict"] == pytest.approx(float(answers.rewards("strict").mean()), abs=1e-6)
+        assert row["lenient"] == pytest.approx(float(answers.rewards("lenient").mean()), abs=1e-6)
         seen.add(answers.texts)
     assert len(seen) > 1, "the points must differ"
 

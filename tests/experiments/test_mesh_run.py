@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.setup import ConfigError, parse
-from tinylora_jax.io.adapter_file import read_adapter
+from experiments.common.setup import ConfigError, parse
+from tinylora_jax.io.adapter._file import read_adapter
 
 
 @pytest.mark.slow

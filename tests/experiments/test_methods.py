@@ -9,14 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import grpo, sft
+from experiments.common.preemption import Stopped
 from experiments.evaluate import run as evaluate_run
-from experiments.stopping import Stopped
 from tinylora_jax.adapters import LoRA, LoRAPolicy, Target
-from tinylora_jax.io.adapter_file import AdapterError
-from tinylora_jax.io.lora_folder import is_lora, read_lora, save_lora
-from tinylora_jax.io.peft import PeftError
-from tinylora_jax.io.pretrained import load_pretrained
-from tinylora_jax.io.saving import open_trained
+from tinylora_jax.io._pretrained import load_pretrained
+from tinylora_jax.io._saving import open_trained
+from tinylora_jax.io.adapter._file import AdapterError
+from tinylora_jax.io.peft._lora import is_lora, read_lora, save_lora
+from tinylora_jax.io.peft._tinylora import PeftError
 from tinylora_jax.models import forward, logits
 
 NUM_PARAMS = {"lora_xs": 14 * 4, "lora": None, "full": None}

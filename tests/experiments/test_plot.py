@@ -11,10 +11,10 @@ import pytest
 from matplotlib.collections import PolyCollection
 
 from experiments import grpo, plot
-from experiments.charts import draw_curves
-from experiments.curves import CurveError
-from experiments.picture import draw
 from experiments.plot import PlotError, read_run
+from experiments.plotting.charts import draw_curves
+from experiments.plotting.curves import CurveError
+from experiments.plotting.picture import draw
 
 PHASES = ("rollout_s", "update_s", "grading_s")
 BEFORE, AFTER = {"strict": 0.28125, "lenient": 0.289062}, {"strict": 0.378906, "lenient": 0.382812}

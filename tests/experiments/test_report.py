@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.report import ReportError, best, read_runs, table
+from experiments.report import ReportError, best, read_runs, runs_table
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 CONFIG = {
@@ -73,7 +73,7 @@ def test_training_alone_chooses_the_learning_rate(runs):
     result = report.report(runs)
     chosen = best(result["runs"])
     assert [row["learning_rate"] for rows in chosen["RL"] for row in rows] == [1e-3]
-    lines = table(result).splitlines()
+    lines = runs_table(result).splitlines()
     assert sum(line.startswith("*") for line in lines) == 2 and len(lines) == 5
 
 
@@ -94,7 +94,7 @@ def test_runs_of_one_size_are_told_apart(tmp_path):
     result = report.report(found)
     assert [row["precision"] for row in result["runs"]] == ["float32"] * 3 + ["bfloat16", "float32", "bfloat16"]
     assert [row["n_tie"] for row in result["runs"]] == [13, 26, 13, 13, None, None]
-    first, base, *lines = table(result).splitlines()
+    first, base, *lines = runs_table(result).splitlines()
     assert [line.partition("   ")[0] for line in lines] == list(kinds)
     ends = {line.index("13 ") for line in lines} | {base.index("0 ") - 1} | {first.index("params") + 4}
     assert len(ends) == 1, "columns stand under each other"

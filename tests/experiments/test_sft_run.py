@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import grpo, sft
+from experiments.common.preemption import Stopped
 from experiments.evaluate import run as evaluate_run
-from experiments.picture import draw
 from experiments.plot import read_run
-from experiments.stopping import Stopped
+from experiments.plotting.picture import draw
 from tinylora_jax.data import DataError, Prompt, encode_solutions, solution_text
-from tinylora_jax.io.run_log import WorkdirError
+from tinylora_jax.io._run_log import WorkdirError
 from tinylora_jax.rewards import load_reward
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from experiments import compare as comparison
 from experiments import evaluate as cli
+from experiments.common.eval_metrics import accuracy_table, sampled_summary, summary
+from experiments.common.setup import ConfigError
 from experiments.compare import CompareError, compare, read
-from experiments.scoring import sampled_summary, summary, table
-from experiments.setup import ConfigError
 from tinylora_jax.data import DataError, parse_suite
 from tinylora_jax.metrics import estimate
 
@@ -55,7 +55,7 @@ def test_grades_that_are_no_right_or_wrong_have_means_alone():
     rows = [each | {"strict": 2.5, "lenient": 0.5} for each in SAMPLED]
     found = sampled_summary(rows, 4)
     assert (found["strict"], found["strict_interval"]) == (2.5, None) and "pass" not in found
-    assert "250.0" in table({"a": {"questions": 2, **summary(rows, 4), "sampled": {"samples": 4, **found}}})
+    assert "250.0" in accuracy_table({"a": {"questions": 2, **summary(rows, 4), "sampled": {"samples": 4, **found}}})
 
 
 @pytest.fixture(scope="module")

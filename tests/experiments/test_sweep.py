@@ -1,16 +1,19 @@
 """A population's members are the runs they would be alone."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import grpo, learning, sweep
+from experiments import grpo, sweep
+from experiments.common.population import combinations, member_configs, parse_member, parse_variation
+from experiments.common.setup import ConfigError
 from experiments.plot import plot, plot_curves, read_run
-from experiments.population import combinations, member_configs, parse_member, parse_variation
-from experiments.setup import ConfigError
+from tinylora_jax import rl
+from tinylora_jax.training import DivergenceError
 
 VARY = ["optimizer.learning_rate=0.05,0.01", "seed=0,3"]
 TYINGS = ["adapter.n_tie=14,1", "adapter.u=1,2"]
@@ -76,7 +79,7 @@ def test_members_differ_and_are_compared(swept):
     assert len({tuple(v) for v in last.values()}) == 4
     strict = [row["eval_after"]["strict"] for row in summary["members"]]
     assert strict == sorted(strict, reverse=True)
-    assert "untrained" in sweep.table(summary)
+    assert "untrained" in sweep.members_table(summary)
 
 
 def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch, capsys):
@@ -105,15 +108,16 @@ def test_different_adapters_share_one_program(make_config, tmp_path):
 
 def test_one_that_diverges_disturbs_no_other(swept, make_config, tmp_path, monkeypatch):
     whole, _ = swept
-    finish, broken = learning.Learner.finish, "learning_rate=0.05,seed=3"
-    population = {}
+    finish, broken = rl.Learner.finish, "learning_rate=0.05,seed=3"
+    population, calls = {}, Counter()
 
-    def spy(self, underway, index):
-        if population.setdefault(id(self), len(population)) == 1 and index == 2:
-            raise learning.TrainingError("step 2 is not finite; the state before it is kept")
-        return finish(self, underway, index)
+    def spy(self, underway):
+        calls[id(self)] += 1
+        if population.setdefault(id(self), len(population)) == 1 and calls[id(self)] == 3:
+            raise DivergenceError({"loss": float("nan")})
+        return finish(self, underway)
 
-    monkeypatch.setattr(learning.Learner, "finish", spy)
+    monkeypatch.setattr(rl.Learner, "finish", spy)
     summary = sweep.run(make_config(), VARY, tmp_path / "sweep", Never())
     dropped = [row for row in summary["members"] if row["dropped"]]
     assert [row["member"] for row in dropped] == [broken] and "step 2 is not finite" in dropped[0]["dropped"]

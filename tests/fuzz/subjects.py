@@ -22,23 +22,23 @@ from transformers import PreTrainedTokenizerFast
 from experiments.compare import CompareError
 from experiments.compare import read as read_evaluation
 from experiments.plot import PlotError, checked_curves, read_run
-from experiments.report import ReportError, checked_report, points, read_runs, table
+from experiments.report import ReportError, checked_report, points, read_runs, runs_table
 from tinylora_jax.adapters import LoRA, Target, TinyLoRA, factorize
 from tinylora_jax.data import DataError, DataSpec, get_template, load_questions, render
 from tinylora_jax.files import read_at_most
-from tinylora_jax.io.adapter_file import AdapterError, load_adapter, read_adapter, save_adapter
-from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
-from tinylora_jax.io.fingerprint import base_fingerprint
-from tinylora_jax.io.gguf import load_gguf
-from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.huggingface import check_links, open_tensors, read_json, stop_ids
-from tinylora_jax.io.lora_folder import read_lora, save_lora
-from tinylora_jax.io.peft import PeftError, read_tinylora
-from tinylora_jax.io.peft_export import export_tinylora
-from tinylora_jax.io.pretrained import _folder_tokenizer
-from tinylora_jax.io.run_log import RunLog, WorkdirError
-from tinylora_jax.io.safetensors_file import write_safetensors
-from tinylora_jax.io.weights import LazyTensor
+from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.io._pretrained import _folder_tokenizer
+from tinylora_jax.io._run_log import RunLog, WorkdirError
+from tinylora_jax.io.adapter._file import AdapterError, load_adapter, read_adapter, save_adapter
+from tinylora_jax.io.adapter._fingerprint import base_fingerprint
+from tinylora_jax.io.gguf._model import load_gguf
+from tinylora_jax.io.hf._config import parse_config
+from tinylora_jax.io.hf._hub import check_links, open_tensors, read_json, stop_ids
+from tinylora_jax.io.hf._safetensors import write_safetensors
+from tinylora_jax.io.hf._weights import LazyTensor
+from tinylora_jax.io.peft._export import export_tinylora
+from tinylora_jax.io.peft._lora import read_lora, save_lora
+from tinylora_jax.io.peft._tinylora import PeftError, read_tinylora
 from tinylora_jax.training import Optimizer, init_state
 
 
@@ -311,7 +311,7 @@ def make_report(folder: Path) -> None:
 
 def read_report(folder: Path) -> Any:
     result = checked_report(folder / "report.json")
-    return points(result["runs"]), table(result)
+    return points(result["runs"]), runs_table(result)
 
 
 def make_curves(folder: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints
+from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.training import Optimizer, init_state
 
 # Orbax leaves coroutines behind when it fails to read.
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_before_there_was_a_checksum_is_read(checkpoints):
 def test_a_full_disk_says_nothing_else(tmp_path):
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "import numpy as np; from tinylora_jax.io.checkpoint import CheckpointError, Checkpoints\n"
+        "import numpy as np; from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints\n"
         "kept = Checkpoints(Path(sys.argv[1])); kept.save(1, {'v': np.ones(3)}, {})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "try: kept.save(2, {'v': np.ones(3000)}, {})\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinylora_jax.io.new_folder import new_folder
+from tinylora_jax.io._new_folder import new_folder
 
 
 @pytest.mark.parametrize("before", ["absent", "empty", "below", "linked"])

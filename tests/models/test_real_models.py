@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from experiments.answering import step_key
+from experiments.common.setup import load_task, make_prompts, parse
 from experiments.configs import demo
 from experiments.grpo import Trainer
-from experiments.setup import load_task, make_prompts, parse
+from tinylora_jax import rl
 from tinylora_jax.data import get_template, load_questions, pad_prompts, padded_width, render
-from tinylora_jax.io import pretrained
+from tinylora_jax.io import _pretrained as pretrained
 from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
 from tinylora_jax.training import Batch, score
@@ -147,7 +147,7 @@ def test_rollout_logprobs_are_the_trainers(demo_run):
     # The weights are an argument of the program: as constants they would be compiled into it.
     @jax.jit
     def rollout(policy, v):
-        return generate(task.model, policy(v), *arrays, step_key(0, "train", 0), task.sampling, 2)
+        return generate(task.model, policy(v), *arrays, rl.step_key(0, "train", 0), task.sampling, 2)
 
     drawn = jax.device_get(rollout(task.policy, v))
     plan = Trainer(config, specs, task, prompts, 1, Never()).learner.plan
@@ -167,8 +167,8 @@ def test_rollout_logprobs_are_the_trainers(demo_run):
 def test_one_grpo_step_of_the_demo(demo_run):
     config, specs, task, prompts = demo_run
     trainer = Trainer(config, specs, task, prompts, 2, Never())
-    state, _, _, _ = trainer.step(trainer.initial_state(), 0, prompts)
+    state, _, _, _ = trainer.step(task, trainer.initial_state(task.policy), 0, prompts)
     assert np.abs(state.v).max() == pytest.approx(config.optimizer.learning_rate, rel=1e-2)
-    _, metrics, _, _ = trainer.step(state, 1, prompts)
+    _, metrics, _, _ = trainer.step(task, state, 1, prompts)
     assert metrics["delta_prob"] < 1e-5 and abs(metrics["importance"] - 1) < 1e-4
     assert metrics["grad_norm"] > 0

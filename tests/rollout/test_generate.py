@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from tinylora_jax.io.hf_config import parse_config
-from tinylora_jax.io.weights import LazyTensor, build_tree
+from tinylora_jax.io.hf._config import parse_config
+from tinylora_jax.io.hf._weights import LazyTensor, build_tree
 from tinylora_jax.models import forward, logits
 from tinylora_jax.rollout import Sampling, generate
-from tinylora_jax.training import Batch, pack, stream_logprobs, stream_shapes, unpack
+from tinylora_jax.training import Batch, pack, packed_logprobs, sequence_shapes, unpack
 
 LENGTHS = np.array([3, 5, 1, 6])
 IDS = np.array([11, 2, 2**32 - 5, 7], np.uint32)
@@ -28,7 +28,7 @@ def prompts(qwen2):
     return np.where(np.arange(6) < LENGTHS[:, None], tokens, 55)
 
 
-_scores = jax.jit(stream_logprobs, static_argnames=("config", "temperature", "remat"))
+_scores = jax.jit(packed_logprobs, static_argnames=("config", "temperature", "remat"))
 
 
 def trainer(config, params, prompts, lengths, completions, ends, temperature):
@@ -37,7 +37,7 @@ def trainer(config, params, prompts, lengths, completions, ends, temperature):
     mask = np.arange(width) < np.asarray(ends).reshape(n, samples, 1)
     zeros = np.zeros(mask.shape, np.float32)
     batch = Batch(np.asarray(prompts), np.asarray(lengths), np.asarray(completions), mask, zeros, zeros[:, :, 0])
-    parts = list(pack(batch, zeros, stream_shapes(n, prompts.shape[1], samples, width, 10_000)))
+    parts = list(pack(batch, zeros, sequence_shapes(n, prompts.shape[1], samples, width, 10_000)))
     return unpack(parts, [_scores(config, params, p.tokens, p.packing, p.mask, temperature)[0] for p in parts], batch)
 
 

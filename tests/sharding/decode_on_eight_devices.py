@@ -14,13 +14,16 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import json  # noqa: E402
 import sys  # noqa: E402
 from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from experiments.aot.programs import Case, compile_program, rollout, step  # noqa: E402
+from experiments.common.setup import parse  # noqa: E402
 from experiments.configs import base  # noqa: E402
-from experiments.setup import parse  # noqa: E402
 from tinylora_jax.models import ModelConfig, attention  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
 

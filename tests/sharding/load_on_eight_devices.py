@@ -22,8 +22,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import FAMILIES, _randomized  # noqa: E402
 
-from tinylora_jax.io.safetensors_file import open_safetensors, write_safetensors  # noqa: E402
-from tinylora_jax.io.weights import build_tree, name_tensors, parameter_names  # noqa: E402
+from tinylora_jax.io.hf._safetensors import open_safetensors, write_safetensors  # noqa: E402
+from tinylora_jax.io.hf._weights import build_tree, name_tensors, parameter_names  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, param_shardings  # noqa: E402
 
 

@@ -25,7 +25,7 @@ from conftest import FAMILIES, _randomized  # noqa: E402
 from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
 from tinylora_jax.rollout import Sampling, generate  # noqa: E402
-from tinylora_jax.training import GRPO, Batch, Bounds, Gradient, Optimizer, Plan, Step, init_state, plan_streams  # noqa: E402
+from tinylora_jax.training import GRPO, Batch, Bounds, Optimizer, Plan, Update, init_state, plan_sequences  # noqa: E402
 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
 
@@ -62,16 +62,16 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
         rollout_logprobs=completions.logprobs.reshape(shape),
         advantages=np.random.default_rng(2).standard_normal(shape[:2]).astype(np.float32),
     )
-    shapes, streams = plan_streams(mesh, Bounds(PROMPTS, WIDTH, SAMPLES, NEW), 64)
-    plan = Plan(config, GRPO(), 1.0, NEW, shapes, streams, remat=bool(mesh))
+    shapes, sequences = plan_sequences(mesh, Bounds(PROMPTS, WIDTH, SAMPLES, NEW), 64)
+    plan = Plan(config, GRPO(), 1.0, NEW, shapes, sequences, remat=bool(mesh))
     optimizer = Optimizer(1e-2).transform()
-    step, state = Step(Gradient(plan), optimizer), init_state(v, optimizer)
+    step, state = Update(plan, optimizer), init_state(v, optimizer)
     if mesh is not None:
         state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     state, metrics = step(state, policy, batch)
     state, _ = step(state, policy, batch)
-    counts = {"compiled": step.gradient.accumulate._cache_size(), "shapes": len(shapes)}
-    return {"v": state.v.tolist(), "grad_norm": float(metrics["grad_norm"]), "streams": streams} | counts
+    counts = {"compiled": step.accumulate._cache_size(), "shapes": len(shapes)}
+    return {"v": state.v.tolist(), "grad_norm": float(metrics["grad_norm"]), "sequences": sequences} | counts
 
 
 def run(family, modes, sizes):

@@ -46,7 +46,7 @@ def check(alone, family, modes, mesh):
         assert got[mode] == expected[mode], mode
     np.testing.assert_allclose(got["v"], expected["v"], atol=1e-5)
     np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-4)
-    assert expected["streams"] == 1 and got["streams"] > 1, "the streams must be split too"
+    assert expected["sequences"] == 1 and got["sequences"] > 1, "the sequences must be split too"
     assert got["compiled"] == got["shapes"], "a second update must not compile again"
     assert len(set(expected["sampled"]["lengths"])) > 1 and expected["grad_norm"] > 1e-3
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinylora_jax.models.packing import Packing, before, gather, to_rows, to_stream
-from tinylora_jax.training import Batch, pack, stream_shapes, unpack
-from tinylora_jax.training.batch import empty_part
+from tinylora_jax.models.packing import Packing, before, gather, to_rows, to_sequences
+from tinylora_jax.training import Batch, pack, sequence_shapes, unpack
+from tinylora_jax.training.batch import empty_microbatch
 
 
 def rollout(seed, prompts, samples, prompt_tokens, new_tokens, vocab=1000):
@@ -28,51 +28,51 @@ def rollout(seed, prompts, samples, prompt_tokens, new_tokens, vocab=1000):
 
 
 CASES = [
-    # prompts, samples, prompt tokens, new tokens, stream tokens, streams
+    # prompts, samples, prompt tokens, new tokens, sequence tokens, sequences
     (5, 3, 7, 9, 10_000, 1),
     (5, 3, 7, 9, 1, 1),
     (6, 4, 20, 30, 100, 1),
     (6, 4, 20, 30, 100, 3),
-    (3, 8, 100, 2500, 3000, 2),  # rows of two widths, groups that do not fit into one stream
+    (3, 8, 100, 2500, 3000, 2),  # rows of two widths, groups that do not fit into one sequence
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_token_once_in_rows_of_prompt_and_completion(case):
-    *bounds, stream_tokens, streams = case
+    *bounds, stream_tokens, sequences = case
     prompts, samples, prompt_tokens, new_tokens = bounds
     batch = rollout(1, *bounds)
-    shapes = stream_shapes(prompts, prompt_tokens, samples, new_tokens, stream_tokens)
+    shapes = sequence_shapes(prompts, prompt_tokens, samples, new_tokens, stream_tokens)
     assert len(shapes) == (2 if new_tokens > 2000 else 1)
-    parts = list(pack(batch, 2 * batch.rollout_logprobs, shapes, streams))
+    packs = list(pack(batch, 2 * batch.rollout_logprobs, shapes, sequences))
     ends = np.where(batch.mask, np.arange(1, new_tokens + 1), 0).max(-1)
 
-    seen = np.concatenate([p.source[p.source >= 0] for p in parts])
+    seen = np.concatenate([p.source[p.source >= 0] for p in packs])
     inside = np.arange(new_tokens) < ends[:, :, None]
     np.testing.assert_array_equal(np.sort(seen), np.flatnonzero(inside))
-    np.testing.assert_array_equal(unpack(parts, [p.weights for p in parts], batch), 2 * batch.rollout_logprobs * inside)
+    np.testing.assert_array_equal(unpack(packs, [p.weights for p in packs], batch), 2 * batch.rollout_logprobs * inside)
     rows_seen = []
-    for part in parts:
-        there = part.source >= 0
-        np.testing.assert_array_equal(part.mask[there], batch.mask.reshape(-1)[part.source[there]])
-        assert not part.mask[~there].any() and (part.weights[~there] == 0).all()
-        assert {p.shape for p in jax.tree.leaves(part)} == {
+    for packed in packs:
+        there = packed.source >= 0
+        np.testing.assert_array_equal(packed.mask[there], batch.mask.reshape(-1)[packed.source[there]])
+        assert not packed.mask[~there].any() and (packed.weights[~there] == 0).all()
+        assert {p.shape for p in jax.tree.leaves(packed)} == {
             p.shape
             for p in jax.tree.leaves(
-                empty_part(next(s for s in shapes if s.places == part.packing.tokens_at.shape[2]), streams)
+                empty_microbatch(next(s for s in shapes if s.places == packed.packing.tokens_at.shape[2]), sequences)
             )
         }
-        for b in range(streams):
-            for r, row in enumerate(part.packing.tokens_at[b]):
-                real = row[row < part.tokens.shape[1]]
+        for b in range(sequences):
+            for r, row in enumerate(packed.packing.tokens_at[b]):
+                real = row[row < packed.tokens.shape[1]]
                 if not len(real):
                     continue
-                assert (row[: len(real)] == real).all() and part.packing.lengths[b, r] == len(real)
-                np.testing.assert_array_equal(part.packing.positions[b, real], np.arange(len(real)))
-                i, j, _ = np.unravel_index(part.source[b, real[-1]], batch.mask.shape)
+                assert (row[: len(real)] == real).all() and packed.packing.lengths[b, r] == len(real)
+                np.testing.assert_array_equal(packed.packing.positions[b, real], np.arange(len(real)))
+                i, j, _ = np.unravel_index(packed.source[b, real[-1]], batch.mask.shape)
                 expected = [*batch.prompts[i, : batch.lengths[i]], *batch.completions[i, j, : ends[i, j]]]
-                np.testing.assert_array_equal(part.tokens[b, real], expected)
-                assert batch.advantages[i, j] == part.advantages[b, real[-1]]
+                np.testing.assert_array_equal(packed.tokens[b, real], expected)
+                assert batch.advantages[i, j] == packed.advantages[b, real[-1]]
                 rows_seen.append((i, j))
     assert sorted(rows_seen) == [(i, j) for i in range(prompts) for j in range(samples) if ends[i, j]]
 
@@ -81,9 +81,11 @@ def test_only_what_is_wanted():
     batch = rollout(2, 6, 4, 20, 30)
     wanted = np.zeros((6, 4), bool)
     wanted[2], wanted[4, 1] = True, True
-    shapes = stream_shapes(6, 20, 4, 30, 10_000)
-    (part,) = pack(batch, batch.rollout_logprobs, shapes, wanted=wanted)
-    found = {(i, j) for i, j, _ in zip(*np.unravel_index(part.source[part.source >= 0], batch.mask.shape), strict=True)}
+    shapes = sequence_shapes(6, 20, 4, 30, 10_000)
+    (packed,) = pack(batch, batch.rollout_logprobs, shapes, wanted=wanted)
+    found = {
+        (i, j) for i, j, _ in zip(*np.unravel_index(packed.source[packed.source >= 0], batch.mask.shape), strict=True)
+    }
     assert found == {(2, 0), (2, 1), (2, 2), (2, 3), (4, 1)}
     assert list(pack(batch, batch.rollout_logprobs, shapes, wanted=np.zeros((6, 4), bool))) == []
 
@@ -101,23 +103,23 @@ def test_streams_of_a_realistic_rollout_are_mostly_full():
         *[batch.rollout_logprobs] * 1,
         batch.advantages,
     )
-    shapes = stream_shapes(64, 320, 4, 512, 8192)
-    parts = list(pack(batch, batch.rollout_logprobs, shapes))
-    used = (ends.sum() + batch.lengths.sum()) / sum(p.tokens.size for p in parts)
+    shapes = sequence_shapes(64, 320, 4, 512, 8192)
+    packs = list(pack(batch, batch.rollout_logprobs, shapes))
+    used = (ends.sum() + batch.lengths.sum()) / sum(p.tokens.size for p in packs)
     assert used > 0.85
 
 
 @pytest.fixture
 def packed():
     batch = rollout(4, 3, 2, 5, 6)
-    parts = list(pack(batch, batch.rollout_logprobs, stream_shapes(3, 5, 2, 6, 1), 2))
-    return jax.tree.map(jnp.asarray, parts[0])
+    packs = list(pack(batch, batch.rollout_logprobs, sequence_shapes(3, 5, 2, 6, 1), 2))
+    return jax.tree.map(jnp.asarray, packs[0])
 
 
 def loop_rows(x, packing: Packing):
-    streams, rows, places = packing.tokens_at.shape
-    out = np.zeros((streams * rows, places, *x.shape[2:]), np.float32)
-    for b in range(streams):
+    sequences, rows, places = packing.tokens_at.shape
+    out = np.zeros((sequences * rows, places, *x.shape[2:]), np.float32)
+    for b in range(sequences):
         for r in range(rows):
             for p in range(places):
                 token = packing.tokens_at[b, r, p]
@@ -132,7 +134,7 @@ def test_rows_and_streams_are_what_a_loop_makes_of_them(packed):
     rows = to_rows(jnp.asarray(x), packing)
     np.testing.assert_array_equal(rows, loop_rows(x, packing))
     used = (packing.places_of[..., 0] < packing.tokens_at[0].size)[..., None]
-    np.testing.assert_array_equal(to_stream(rows, packing), np.where(used, x, 0))
+    np.testing.assert_array_equal(to_sequences(rows, packing), np.where(used, x, 0))
 
 
 def test_before_is_the_entry_of_the_token_before_in_the_row(packed):
@@ -148,7 +150,7 @@ def test_before_is_the_entry_of_the_token_before_in_the_row(packed):
                 assert (got[b, real[0]] == 0).all()
 
 
-@pytest.mark.parametrize("function", [to_rows, before, lambda x, p: to_stream(to_rows(x, p), p)])
+@pytest.mark.parametrize("function", [to_rows, before, lambda x, p: to_sequences(to_rows(x, p), p)])
 def test_gradients_are_those_of_an_ordinary_gather(packed, function):
     packing, tokens = packed.packing, packed.tokens.shape[1]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, tokens, 3)), jnp.float32)
@@ -170,12 +172,12 @@ def test_gather_leaves_out_what_is_out_of_range():
 
 
 def test_groups_are_divided_rather_than_leave_streams_half_empty():
-    """Nine groups of 173 tokens: two fit into a stream of 448, and a third one's rest would be wasted."""
+    """Nine groups of 173 tokens: two fit into a sequence of 448, and a third one's rest would be wasted."""
     batch = rollout(3, 9, 8, 45, 16)
     full = np.ones(batch.mask.shape, bool)
     batch = Batch(
         batch.prompts, np.full(9, 45, np.int32), batch.completions, full, batch.rollout_logprobs, batch.advantages
     )
-    shapes = stream_shapes(9, 45, 8, 16, 448)
+    shapes = sequence_shapes(9, 45, 8, 16, 448)
     assert shapes[0].tokens == 448
     assert len(list(pack(batch, batch.rollout_logprobs, shapes))) == 4  # 1557 tokens, and a few prompts twice

@@ -15,14 +15,13 @@ from tinylora_jax.models import ModelConfig, init_params
 from tinylora_jax.training import (
     GRPO,
     Batch,
-    Gradient,
     Optimizer,
     Plan,
-    Step,
+    Update,
     init_state,
     pack,
     score,
-    stream_shapes,
+    sequence_shapes,
 )
 from tinylora_jax.training.grpo import grpo_loss
 from tinylora_jax.training.losses import token_weights
@@ -55,7 +54,7 @@ def make_batch(config, seed=0):
 
 
 def plan_of(config, grpo=FULL, temperature=0.9, stream_tokens=10_000):
-    return Plan(config, grpo, temperature, MAX_TOKENS, stream_shapes(N, P, G, T, stream_tokens))
+    return Plan(config, grpo, temperature, MAX_TOKENS, sequence_shapes(N, P, G, T, stream_tokens))
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +70,16 @@ def scored(qwen2, policy, v):
 
 
 @partial(jax.jit, static_argnames="plan")
-def compiled(v, plan, policy, part):
-    return jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, part)
+def compiled(v, plan, policy, microbatch):
+    return jax.value_and_grad(grpo_loss, has_aux=True)(v, plan, policy, microbatch)
 
 
 def loss_and_gradient(v, config, policy, batch, loss_type=FULL.loss_type):
     """((loss, sums), gradient) under `FULL`; loss types differ by their weights alone, so nothing recompiles."""
     weights = np.asarray(token_weights(jnp.asarray(batch.mask), loss_type, MAX_TOKENS))
     plan = plan_of(config)
-    (part,) = pack(batch, weights, plan.shapes)
-    return compiled(v, plan, policy, part)
+    (microbatch,) = pack(batch, weights, plan.shapes)
+    return compiled(v, plan, policy, microbatch)
 
 
 def naive(grpo, logprobs, batch):
@@ -170,7 +169,7 @@ SGD = optax.sgd(1.0)
 @pytest.fixture(scope="module")
 def sgd_step(qwen2):
     """An update that moves v by exactly minus its gradient."""
-    return Step(Gradient(dataclasses.replace(plan_of(qwen2.config), remat=True)), SGD)
+    return Update(dataclasses.replace(plan_of(qwen2.config), remat=True), SGD)
 
 
 def test_a_step_is_one_move_along_the_gradient_compiled_once(qwen2, policy, v, scored, sgd_step):
@@ -193,7 +192,7 @@ def test_a_step_is_one_move_along_the_gradient_compiled_once(qwen2, policy, v, s
     other = make_batch(qwen2.config, seed=9)
     other = dataclasses.replace(other, old_logprobs=other.rollout_logprobs, ref_logprobs=other.rollout_logprobs)
     again, _ = sgd_step(state, policy, other)
-    assert sgd_step.gradient.accumulate._cache_size() == 1 and sgd_step.update._cache_size() == 1
+    assert sgd_step.accumulate._cache_size() == 1 and sgd_step.apply._cache_size() == 1
     assert np.isfinite(again.v).all() and np.abs(again.v - state.v).max() > 1e-4
     for before, after in zip(kept, jax.tree.leaves(policy), strict=True):
         np.testing.assert_array_equal(before, after)
@@ -203,12 +202,12 @@ def test_a_split_batch_gives_the_same_update(qwen2, policy, v, scored, sgd_step)
     batch, _ = scored
     plan = plan_of(qwen2.config, stream_tokens=1)
     assert len(list(pack(batch, np.zeros((N, G, T), np.float32), plan.shapes))) > 1
-    split = Step(Gradient(plan), SGD)
-    (whole, metrics), (parts, split_metrics) = (f(init_state(v, SGD), policy, batch) for f in (sgd_step, split))
-    np.testing.assert_allclose(parts.v, whole.v, rtol=1e-4, atol=1e-5)
+    split = Update(plan, SGD)
+    (whole, metrics), (microbatches, split_metrics) = (f(init_state(v, SGD), policy, batch) for f in (sgd_step, split))
+    np.testing.assert_allclose(microbatches.v, whole.v, rtol=1e-4, atol=1e-5)
     for name, value in metrics.items():
         assert split_metrics[name] == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
-    assert split.gradient.accumulate._cache_size() == 1
+    assert split.accumulate._cache_size() == 1
 
 
 def test_groups_without_signal_are_left_out_and_change_nothing(qwen2, policy, v, scored):
@@ -217,7 +216,7 @@ def test_groups_without_signal_are_left_out_and_change_nothing(qwen2, policy, v,
     advantages[[0, 2]] = 0
     batch = dataclasses.replace(batch, advantages=advantages, ref_logprobs=None)
     plan = lambda skip: plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0, skip_without_signal=skip))
-    run = lambda skip: Step(Gradient(plan(skip)), SGD)(init_state(v, SGD), policy, batch)
+    run = lambda skip: Update(plan(skip), SGD)(init_state(v, SGD), policy, batch)
     (state, metrics), (whole, whole_metrics) = run(True), run(False)
     np.testing.assert_allclose(state.v, whole.v, rtol=1e-4, atol=1e-6)
     assert metrics["loss"] == pytest.approx(float(whole_metrics["loss"]), abs=1e-5)
@@ -227,7 +226,7 @@ def test_groups_without_signal_are_left_out_and_change_nothing(qwen2, policy, v,
 def test_a_batch_without_any_signal_is_a_step_of_zero_gradient(qwen2, policy, v, scored):
     batch = dataclasses.replace(scored[0], advantages=np.zeros((N, G), np.float32), ref_logprobs=None)
     plan = plan_of(qwen2.config, dataclasses.replace(FULL, kl_coef=0.0))
-    state, metrics = Step(Gradient(plan), SGD)(init_state(v, SGD), policy, batch)
+    state, metrics = Update(plan, SGD)(init_state(v, SGD), policy, batch)
     np.testing.assert_array_equal(state.v, v)
     assert all(np.isfinite(x) for x in metrics.values())
 
@@ -253,14 +252,14 @@ def test_training_in_bfloat16_keeps_v_and_the_optimizer_in_float32_and_learns(qw
     advantages = np.float32([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, 1.0, -0.5], [1.0, -0.5, -0.5]])
     batch = dataclasses.replace(batch, rollout_logprobs=rollout, advantages=advantages)
     optimizer = Optimizer(1e-2).transform()
-    step = Step(Gradient(plan), optimizer)
+    step = Update(plan, optimizer)
     state = init_state(zero, optimizer)
     for _ in range(5):
         with jax.numpy_dtype_promotion("standard"):  # the gradient of jax.nn.dot_product_attention mixes dtypes
             state, metrics = step(state, half, batch)
         assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32"}
         assert {str(x.dtype) for x in jax.tree.leaves(metrics)} == {"float32"}
-    assert step.gradient.accumulate._cache_size() == 1
+    assert step.accumulate._cache_size() == 1
     after = score(plan, half, state.v, batch)
     gain = np.where(batch.mask, after - rollout, 0).sum(-1)
     assert (gain * np.asarray(advantages)).sum() > 0.05, "good completions must have become more likely than bad ones"
@@ -276,16 +275,16 @@ def test_only_v_is_differentiated():
     wide = lambda *s: np.ones(s, np.float32)
     mask = np.ones((2, 4, 16), bool)
     batch = Batch(ids(2, 16), np.full(2, 16, np.int32), ids(2, 4, 16), mask, -wide(2, 4, 16), wide(2, 4))
-    plan = Plan(config, GRPO(remat="off"), 1.0, 16, stream_shapes(2, 16, 4, 16, 10_000))
-    (part,) = pack(batch, wide(2, 4, 16), plan.shapes)
+    plan = Plan(config, GRPO(remat="off"), 1.0, 16, sequence_shapes(2, 16, 4, 16, 10_000))
+    (microbatch,) = pack(batch, wide(2, 4, 16), plan.shapes)
     params = jax.eval_shape(lambda: init_params(config))
     factors = jax.eval_shape(lambda params: factorize(params, TinyLoRA(n_tie=2)), params)
 
-    def loss(v, params, factors, part):
-        return grpo_loss(v, plan, Policy(params, factors), part)[0]
+    def loss(v, params, factors, microbatch):
+        return grpo_loss(v, plan, Policy(params, factors), microbatch)[0]
 
     def flops(f):
-        compiled = jax.jit(f).lower(init(factors), params, factors, part).compile()
+        compiled = jax.jit(f).lower(init(factors), params, factors, microbatch).compile()
         return compiled.cost_analysis()["flops"]
 
     forward = flops(loss)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinylora_jax.training import Batch, pack, stream_logprobs, stream_shapes, unpack
+from tinylora_jax.training import Batch, pack, packed_logprobs, sequence_shapes, unpack
 from tinylora_jax.training.logprobs import token_logprobs
 
 
@@ -92,18 +92,18 @@ def rows(qwen2):
     return np.where(np.arange(P) < LENGTHS[:, None], prompts, 3), completions
 
 
-def packed(prompts, completions, lengths, ends, tokens=10_000, streams=1):
-    """Completions cut at `ends` `[N, G]`, as parts."""
+def packed(prompts, completions, lengths, ends, tokens=10_000, sequences=1):
+    """Completions cut at `ends` `[N, G]`, as microbatches."""
     mask = np.arange(T) < ends[:, :, None]
     zeros = np.zeros(mask.shape, np.float32)
     batch = Batch(prompts, lengths.astype(np.int32), completions, mask, zeros, np.zeros(mask.shape[:2], np.float32))
-    return batch, list(pack(batch, zeros, stream_shapes(N, P, G, T, tokens), streams))
+    return batch, list(pack(batch, zeros, sequence_shapes(N, P, G, T, tokens), sequences))
 
 
 @partial(jax.jit, static_argnames=("config", "temperature", "remat"))
 def shared(config, policy, v, part, coefficients, temperature, remat):
     def value(v):
-        logprobs, entropy = stream_logprobs(
+        logprobs, entropy = packed_logprobs(
             config, policy(v), part.tokens, part.packing, part.source >= 0, temperature, remat
         )
         return jnp.sum(jnp.where(part.source >= 0, logprobs * coefficients, 0)), (logprobs, entropy)
@@ -111,8 +111,8 @@ def shared(config, policy, v, part, coefficients, temperature, remat):
     return jax.value_and_grad(value, has_aux=True)(v)
 
 
-@pytest.mark.parametrize(("tokens", "streams"), [(10_000, 1), (1, 1), (1, 3)])
-def test_packed_rows_are_the_plain_forward_of_concatenated_rows(qwen2, policy, v, rows, full_logits, tokens, streams):
+@pytest.mark.parametrize(("tokens", "sequences"), [(10_000, 1), (1, 1), (1, 3)])
+def test_packed_rows_are_the_plain_forward_of_concatenated_rows(qwen2, policy, v, rows, full_logits, tokens, sequences):
     temperature, remat = 0.7, True
     prompts, completions = rows
     coefficients = jnp.asarray(np.random.default_rng(1).standard_normal((N, G, T)), jnp.float32)
@@ -130,14 +130,14 @@ def test_packed_rows_are_the_plain_forward_of_concatenated_rows(qwen2, policy, v
 
     (_, expected), expected_gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(v)
     ends = np.full((N, G), T)
-    batch, parts = packed(prompts, completions, LENGTHS, ends, tokens, streams)
+    batch, packs = packed(prompts, completions, LENGTHS, ends, tokens, sequences)
     flat = np.asarray(coefficients).reshape(-1)
     outs = [
         shared(qwen2.config, policy, v, part, jnp.asarray(flat[np.maximum(part.source, 0)]), temperature, remat)
-        for part in parts
+        for part in packs
     ]
     for kind in (0, 1):
-        got = unpack(parts, [values[kind] for (_, values), _ in outs], batch)
+        got = unpack(packs, [values[kind] for (_, values), _ in outs], batch)
         np.testing.assert_allclose(got, expected[kind], atol=5e-5)
     assert np.abs(expected_gradient).min() > 1e-3
     np.testing.assert_allclose(sum(g for _, g in outs), expected_gradient, rtol=1e-3, atol=1e-4)

@@ -1,5 +1,9 @@
 """Pure transforms of any pytree of weights: no model and no Flax inside."""
 
+from tinylora_jax.adapters.batches import BATCH_BYTES as BATCH_BYTES
+from tinylora_jax.adapters.batches import batches as batches
+from tinylora_jax.adapters.batches import lower_factorize as lower_factorize
+from tinylora_jax.adapters.batches import svd_shapes as svd_shapes
 from tinylora_jax.adapters.factors import Factors as Factors
 from tinylora_jax.adapters.factors import exchange as exchange
 from tinylora_jax.adapters.factors import factorize as factorize
@@ -8,6 +12,7 @@ from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
 from tinylora_jax.adapters.kernel import fuse as fuse
 from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
+from tinylora_jax.adapters.kernel import map_shared as map_shared
 from tinylora_jax.adapters.kernel import matmul as matmul
 from tinylora_jax.adapters.kernel import rows_marked as rows_marked
 from tinylora_jax.adapters.kernel import select_rows as select_rows
@@ -20,15 +25,23 @@ from tinylora_jax.adapters.policy import Full as Full
 from tinylora_jax.adapters.policy import FullPolicy as FullPolicy
 from tinylora_jax.adapters.policy import LoRAPolicy as LoRAPolicy
 from tinylora_jax.adapters.policy import Policy as Policy
+from tinylora_jax.adapters.policy import Spec as Spec
+from tinylora_jax.adapters.policy import Trained as Trained
 from tinylora_jax.adapters.policy import adapt as adapt
+from tinylora_jax.adapters.policy import lower_adapt as lower_adapt
 from tinylora_jax.adapters.rebase import CombinationError as CombinationError
 from tinylora_jax.adapters.rebase import combine as combine
 from tinylora_jax.adapters.rebase import own_triplets as own_triplets
 from tinylora_jax.adapters.spec import TinyLoRA as TinyLoRA
 from tinylora_jax.adapters.spec import lora_xs as lora_xs
+from tinylora_jax.adapters.svd import SVD_METHODS as SVD_METHODS
+from tinylora_jax.adapters.svd import jnp_svd as jnp_svd
 from tinylora_jax.adapters.svd import truncated_svd as truncated_svd
+from tinylora_jax.adapters.svd_device import mesh_of as mesh_of
+from tinylora_jax.adapters.svd_device import subspace_svd as subspace_svd
 from tinylora_jax.adapters.targets import Module as Module
 from tinylora_jax.adapters.targets import Target as Target
+from tinylora_jax.adapters.targets import leaves_by_path as leaves_by_path
 from tinylora_jax.adapters.targets import select as select
 from tinylora_jax.adapters.targets import tie_groups as tie_groups
 from tinylora_jax.adapters.tinylora import apply as apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.batches import (
@@ -21,9 +21,11 @@ from tinylora_jax.adapters.batches import (
     svd_shapes,
 )
 from tinylora_jax.adapters.spec import TinyLoRA
-from tinylora_jax.adapters.svd import SVD, compile_svds, is_undetermined, mismatch, truncated_svd
+from tinylora_jax.adapters.svd import SVD, compile_svds, is_ill_conditioned, mismatch, truncated_svd
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, select, tie_groups
-from tinylora_jax.fetch import fetch
+from tinylora_jax.multihost import to_host
+
+_LOG = logging.getLogger(__name__)
 
 _FOREIGN = 0.02  # by how much given triplets may miss: those of the weight in float32 miss it by 4e-3 in bfloat16
 
@@ -58,13 +60,13 @@ class Factors:
     Attributes:
       leaves: the factors by leaf path.
       spec: that they follow.
-      undetermined: names of the modules whose weight does not fix its singular vectors well enough, so that another
+      ill_conditioned: names of the modules whose weight does not fix its singular vectors well enough, so that another
         back end or method may find others. An adapter file holds the factors of these.
     """
 
     leaves: dict[str, LeafFactors]
     spec: TinyLoRA = field(metadata={"static": True})
-    undetermined: tuple[str, ...] = field(default=(), metadata={"static": True})
+    ill_conditioned: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
     def num_groups(self) -> int:
@@ -87,8 +89,8 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
       max_batch_bytes: bound on the float32 copies of the matrices decomposed together.
 
     Returns:
-      The factors, on the default device. Modules whose weight leaves its singular vectors undetermined are named in a
-      warning and in `Factors.undetermined` (but not inside a jitted function, where no number is known).
+      The factors, on the default device. Modules whose weight determines its singular vectors badly are named in a
+      warning and in `Factors.ill_conditioned` (but not inside a jitted function, where no number is known).
 
     Raises:
       ValueError: a target matches nothing, the rank exceeds a matrix's smaller side, or a weight is not of a
@@ -108,18 +110,18 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
     broken = [module.name for module in known if not np.isfinite(found[module].S).all()]
     if broken:
         raise ValueError(f"{len(broken)} weights are not finite: {', '.join(broken[:5])}; load the model again")
-    undetermined = tuple(module.name for module in known if is_undetermined(found[module], spec.rank))
-    if undetermined:
-        logging.warning(
+    ill_conditioned = tuple(module.name for module in known if is_ill_conditioned(found[module], spec.rank))
+    if ill_conditioned:
+        _LOG.warning(
             "%d of %d weights do not determine their factors, since singular values are close or a sign is not sure: "
             "%s. A saved adapter holds these factors, and so stays portable",
-            *(len(undetermined), len(modules), _some(undetermined)),
+            *(len(ill_conditioned), len(modules), _some(ill_conditioned)),
         )
     leaves, ties = {}, _ties(modules, spec)
     for path, members in _by_path(modules).items():
         leading = [_leading(found[module], spec.rank) for module in members]
         leaves[path] = LeafFactors(*(_stack(parts) for parts in zip(*leading, strict=True)), *ties[path])
-    return Factors(leaves, spec, undetermined)
+    return Factors(leaves, spec, ill_conditioned)
 
 
 def _ties(modules: Sequence[Module], spec: TinyLoRA) -> dict[str, tuple[jax.Array, tuple[int, ...], Target]]:
@@ -149,7 +151,7 @@ def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
         )
     ties = _ties(select(params, spec.targets), spec)
     leaves = {path: LeafFactors(leaf.U, leaf.S, leaf.V, *ties[path]) for path, leaf in factors.leaves.items()}
-    return Factors(leaves, spec, factors.undetermined)
+    return Factors(leaves, spec, factors.ill_conditioned)
 
 
 def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Factors:
@@ -179,7 +181,7 @@ def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Fact
         if not given:
             continue
         leaf = leaves[path]
-        mixed = SVD(*(np.array(x) for x in fetch((leaf.U, leaf.S, leaf.V))))
+        mixed = SVD(*(np.array(x) for x in to_host((leaf.U, leaf.S, leaf.V))))
         for layer, svd in given.items():
             W = oriented_stack((weights[path],), ((members[layer].target, members[layer].layer),))[0]
             if not _is_of(W, svd, mixed.S[layer]):
@@ -190,7 +192,7 @@ def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Fact
         leaves[path] = replace(leaf, **{name: jnp.asarray(x) for name, x in mixed._asdict().items()})
     if wrong:
         raise ValueError(f"{_some(wrong)}: the given factors are not the leading singular triplets of the weight")
-    return replace(factors, leaves=leaves, undetermined=tuple(dict.fromkeys((*factors.undetermined, *triplets))))
+    return replace(factors, leaves=leaves, ill_conditioned=tuple(dict.fromkeys((*factors.ill_conditioned, *triplets))))
 
 
 def _is_of(W: Float[Array, "out in"], svd: SVD, S: np.ndarray) -> bool:
@@ -230,7 +232,7 @@ def _decompose(
         arguments, place = stack_arguments(leaves, batch)
         W = oriented_stack(*arguments, place=place)
         svd = truncated_svd(W, num_triplets(batch[0], rank), method)
-        svd = svd if traced else fetch(svd)  # cut apart on the host, where nothing compiles
+        svd = svd if traced else to_host(svd)  # cut apart on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
 

@@ -54,6 +54,8 @@ class LoRA:
             raise ValueError(f"LoRA targets {self.targets!r}: expected a tuple of patterns or Targets, not empty")
         object.__setattr__(self, "targets", tuple(t if isinstance(t, Target) else Target(t) for t in self.targets))
 
+    needs_svd = False
+
     @property
     def scale(self) -> float:
         """Of the update."""

@@ -1,13 +1,14 @@
 """A frozen tree of weights and a way to adapt it: everything but what is trained.
 
-Training, rollout and evaluation know a policy by few things: `policy(v)`, the weights at v; `init()`, the v of the
-base model; `merged(v)`, dense weights; and `num_params`. What v is, a vector or a tree of matrices, is the policy's
-own.
+Training, rollout, sharding and evaluation know a policy by few things: `policy(v)`, the weights at v; `init()`, the v
+of the base model; `merged(v)`, dense weights; `map_frozen`; and `num_params`. What v is, a vector or a tree of
+matrices, is the policy's own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters.batches import lower_factorize
 from tinylora_jax.adapters.factors import Factors, factorize
 from tinylora_jax.adapters.lora import LoRA, Matrices, apply_lora, init_lora, merge_lora
 from tinylora_jax.adapters.spec import TinyLoRA
@@ -33,9 +35,12 @@ class Adapted(Protocol):
       params: the base weights.
       rows_apart: whether v may have a leading axis, with one adapter for each row of a batch.
       trains_head: whether the output head is among what is trained.
+      num_params: how many numbers are trained.
+      ill_conditioned: `Factors.ill_conditioned`; empty where nothing is decomposed.
     """
 
-    params: Any
+    @property
+    def params(self) -> Any: ...
 
     @property
     def rows_apart(self) -> bool: ...
@@ -46,11 +51,23 @@ class Adapted(Protocol):
     @property
     def num_params(self) -> int: ...
 
+    @property
+    def ill_conditioned(self) -> tuple[str, ...]: ...
+
     def __call__(self, v: Trained) -> Any: ...
 
     def init(self) -> Trained: ...
 
     def merged(self, v: Trained) -> Any: ...
+
+    def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> Adapted:
+        """The same policy of other frozen parts.
+
+        Args:
+          weights: function of the base weights.
+          factors: function of the factors; not called where there are none.
+        """
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -81,10 +98,19 @@ class Policy:
         """Dense weights."""
         return merge(self.params, self.factors, v)
 
+    def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> Policy:
+        """The same policy of other frozen parts."""
+        return replace(self, params=weights(self.params), factors=factors(self.factors))
+
     @property
     def num_params(self) -> int:
         """How many numbers are trained."""
         return self.factors.num_params
+
+    @property
+    def ill_conditioned(self) -> tuple[str, ...]:
+        """`Factors.ill_conditioned`."""
+        return self.factors.ill_conditioned
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +128,7 @@ class LoRAPolicy:
 
     rows_apart = False
     trains_head = False
+    ill_conditioned = ()
 
     def __call__(self, v: Matrices) -> Any:
         """The adapted weights at v, unmerged."""
@@ -115,6 +142,10 @@ class LoRAPolicy:
         """Dense weights."""
         return merge_lora(self.params, self.spec, v)
 
+    def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> LoRAPolicy:
+        """The same policy of other base weights."""
+        return replace(self, params=weights(self.params))
+
     @property
     def num_params(self) -> int:
         """How many numbers are trained."""
@@ -124,6 +155,8 @@ class LoRAPolicy:
 @dataclass(frozen=True)
 class Full:
     """Full fine-tuning: every weight is trained, the embedding and the head included."""
+
+    needs_svd = False
 
 
 @jax.tree_util.register_dataclass
@@ -139,6 +172,7 @@ class FullPolicy:
 
     rows_apart = False
     trains_head = True
+    ill_conditioned = ()
 
     def __call__(self, v: dict[str, Any]) -> Any:
         """The weights at v in the base's dtypes."""
@@ -151,6 +185,10 @@ class FullPolicy:
     def merged(self, v: dict[str, Any]) -> Any:
         """The weights at v."""
         return self(v)
+
+    def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> FullPolicy:
+        """The same policy of other base weights."""
+        return replace(self, params=weights(self.params))
 
     @property
     def num_params(self) -> int:
@@ -178,6 +216,12 @@ def adapt(params: Any, spec: Spec, method: str = "auto") -> Adapted:
         jax.eval_shape(lambda params: init_lora(params, spec), params)  # refuses a tree without such modules
         return LoRAPolicy(params, spec)
     return Policy(params, factorize(params, spec, method))
+
+
+def lower_adapt(params: Any, spec: Spec, method: str = "auto") -> Iterator[jax.stages.Lowered]:
+    """The programs that `adapt` runs with these arguments, to be compiled before it; shapes may stand for weights."""
+    if isinstance(spec, TinyLoRA):
+        yield from lower_factorize(params, spec, method)
 
 
 def _count(tree: Any) -> int:

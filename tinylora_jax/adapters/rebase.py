@@ -21,7 +21,7 @@ from tinylora_jax.adapters.factors import Factors, LeafFactors, exchange, factor
 from tinylora_jax.adapters.svd import SVD
 from tinylora_jax.adapters.targets import module_name
 from tinylora_jax.adapters.tinylora import coordinates, free
-from tinylora_jax.fetch import fetch
+from tinylora_jax.multihost import to_host
 
 # As a share of the update. Decompositions in float32, a file's and its reader's, differ by up to 7.5e-7 over the gap of
 # the singular values, which can move logits by more than all else that it rounds; there the given directions are kept.
@@ -61,7 +61,7 @@ def with_projections(factors: Factors, projections: Mapping[str, np.ndarray]) ->
         expected = factors.leaves[path].P.shape[1:]
         if P.shape != expected:
             raise ValueError(f"{name}: P of shape {P.shape}, expected {expected}")
-        changed.setdefault(path, np.array(fetch(factors.leaves[path].P)))[layer] = P
+        changed.setdefault(path, np.array(to_host(factors.leaves[path].P)))[layer] = P
     new = {path: replace(factors.leaves[path], P=jnp.asarray(P)) for path, P in changed.items()}
     return replace(factors, leaves=factors.leaves | new)
 
@@ -82,14 +82,14 @@ def rebase(factors: Factors, onto: Factors) -> tuple[Factors, dict[str, float]]:
     _check_alike(factors, onto)
     leaves, missed = {}, {}
     for path, leaf in factors.leaves.items():
-        ours, theirs, P = _wide(onto.leaves[path]), _wide(leaf), np.asarray(fetch(leaf.P), np.float64)
+        ours, theirs, P = _wide(onto.leaves[path]), _wide(leaf), np.asarray(to_host(leaf.P), np.float64)
         moved = [_moved(SVD(*(x[i] for x in ours)), SVD(*(x[i] for x in theirs)), P[i]) for i in range(len(P))]
         names = [module_name(path, i if leaf.target.axes("layer") else None) for i in range(len(P))]
         missed |= dict(zip(names, (share for _, share in moved), strict=True))
         leaves[path] = replace(
             onto.leaves[path], P=jnp.asarray(np.stack([P for P, _ in moved]), jnp.float32), groups=leaf.groups
         )
-    return Factors(leaves, factors.spec, onto.undetermined), missed
+    return Factors(leaves, factors.spec, onto.ill_conditioned), missed
 
 
 def _check_alike(factors: Factors, onto: Factors) -> None:
@@ -104,7 +104,7 @@ def _check_alike(factors: Factors, onto: Factors) -> None:
 
 
 def _wide(leaf: LeafFactors) -> SVD:
-    return SVD(*(np.asarray(x, np.float64) for x in fetch((leaf.U, leaf.S, leaf.V))))
+    return SVD(*(np.asarray(x, np.float64) for x in to_host((leaf.U, leaf.S, leaf.V))))
 
 
 def _moved(onto: SVD, svd: SVD, P: np.ndarray) -> tuple[np.ndarray, float]:
@@ -138,7 +138,7 @@ def own_triplets(
     Returns:
       Factors whose tie groups are those of their spec, and the vector, which repeats a row where one group became
       several. Where the weight's triplets are not the directions of the given factors (they are not determined, or
-      were rounded), the given ones are kept, and the module counts as undetermined.
+      were rounded), the given ones are kept, and the module counts as ill-conditioned.
 
     Raises:
       ValueError: the given directions are not singular ones of the weights, or the spec ties modules that had

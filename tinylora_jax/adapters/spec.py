@@ -40,6 +40,8 @@ class TinyLoRA:
     seed: int = 0
     projection: str = "random"
 
+    needs_svd = True
+
     def __post_init__(self):
         for name in ("rank", "u", "n_tie"):
             value = getattr(self, name)

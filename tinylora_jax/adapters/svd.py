@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.svd_device import mesh_of, subspace_svd, tolerances, work_dtype
 from tinylora_jax.adapters.svd_host import leading_triplets_of
-from tinylora_jax.fetch import fetch
+from tinylora_jax.multihost import to_host
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SVD_METHODS = ("auto", "exact", "subspace", "jnp")
@@ -57,7 +59,7 @@ def jnp_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
 
 def host_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     """The leading `rank` triplets by LAPACK and ARPACK in float64, on the host: see `svd_host`."""
-    return _joined(leading_triplets_of(list(fetch(W)), rank), np.promote_types(W.dtype, np.float32))
+    return _joined(leading_triplets_of(list(to_host(W)), rank), np.promote_types(W.dtype, np.float32))
 
 
 def _joined(found: Sequence[tuple[np.ndarray, ...]], dtype: np.dtype) -> SVD:
@@ -75,22 +77,22 @@ def _on_device(run: Callable[..., T], W: Any, rank: int) -> T:
 def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
     """The leading `rank` triplets by `subspace_svd`; a matrix that misses goes to the host alone."""
     dtype = work_dtype(W.dtype)
-    *found, error = (np.array(part) for part in fetch(_on_device(subspace_svd, W, rank)))
+    *found, error = (np.array(part) for part in to_host(_on_device(subspace_svd, W, rank)))
     out = np.promote_types(W.dtype, np.float32)
     missed = np.flatnonzero(~(error <= tolerances(dtype)[1]))  # NaN among them
     if missed.size:
-        logging.warning(
+        _LOG.warning(
             "%d of %d matrices of %d x %d did not converge on the device (largest error %.1e): decomposing these on"
             " the host",
             *(missed.size, *W.shape, np.max(error[missed])),
         )
-        again = leading_triplets_of([np.asarray(fetch(W[i])) for i in missed], rank)
+        again = leading_triplets_of([np.asarray(to_host(W[i])) for i in missed], rank)
         for part, exact in zip(found, zip(*again, strict=True), strict=True):
             part[missed] = np.stack(exact)
     return canonical_signs(SVD(*(jnp.asarray(part, out) for part in found)))
 
 
-def is_undetermined(svd: SVD, rank: int) -> bool:
+def is_ill_conditioned(svd: SVD, rank: int) -> bool:
     """Whether another computation in float32 may find other singular vectors of a matrix, so that ΔW is another.
 
     The vectors of neighbouring singular values mix by rounding over gap, and a column of U whose largest entries of
@@ -113,7 +115,7 @@ def mismatch(W: Float[Array, "rows columns"], svd: SVD) -> float:
 
     The largest of ‖W v − s u‖ and ‖Wᵀ u − s v‖ over the largest s, and what U and V lack of being orthonormal.
     """
-    return float(fetch(_mismatch(W, *(np.asarray(x, np.float32) for x in svd))))
+    return float(to_host(_mismatch(W, *(np.asarray(x, np.float32) for x in svd))))
 
 
 @jax.jit

@@ -50,7 +50,7 @@ def tolerances(dtype: np.dtype) -> tuple[float, float]:
     """The error at which a matrix is done, and the largest that is accepted when it improves no more.
 
     An error e and a gap g to the next singular value, both relative to the first, turn a vector by e / 2g; gaps below
-    1e-3 are reported as undetermined. Float32 cannot reach more than a few 1e-6.
+    1e-3 are reported as ill-conditioned. Float32 cannot reach more than a few 1e-6.
     """
     return (1e-8, 1e-7) if dtype == np.float64 else (3e-6, 2e-5)
 

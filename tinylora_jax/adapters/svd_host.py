@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import scipy.linalg
-from absl import logging
 from jaxtyping import Float
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
-from threadpoolctl import threadpool_limits
+
+_LOG = logging.getLogger(__name__)
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 """U `[rows, rank]`, S `[rank]`, V `[columns, rank]` in float64."""
@@ -38,6 +39,8 @@ def leading_triplets_of(matrices: Sequence[Float[np.ndarray, "rows columns"]], r
     Returns:
       For each matrix its triplets; NaN for a matrix that is not finite.
     """
+    from threadpoolctl import threadpool_limits  # here: `import tinylora_jax` needs nothing that JAX does not
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found: list[Triplets | None] = [None] * len(matrices)
     told = time.monotonic()
@@ -48,7 +51,7 @@ def leading_triplets_of(matrices: Sequence[Float[np.ndarray, "rows columns"]], r
             if time.monotonic() - told > _PROGRESS_S:
                 told = time.monotonic()
                 shape = " x ".join(map(str, matrices[0].shape))
-                logging.warning("decomposed %d of %d matrices of %s on the host", count, len(matrices), shape)
+                _LOG.warning("decomposed %d of %d matrices of %s on the host", count, len(matrices), shape)
     return found
 
 

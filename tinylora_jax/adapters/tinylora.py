@@ -81,7 +81,7 @@ def free(factors: Factors) -> Factors:
         P = jnp.broadcast_to(jnp.eye(rank**2).reshape(rank**2, rank, rank), (layers, rank**2, rank, rank))
         leaves[path] = LeafFactors(leaf.U, leaf.S, leaf.V, P, tuple(range(first, first + layers)), leaf.target)
         first += layers
-    return Factors(leaves, spec, factors.undetermined)
+    return Factors(leaves, spec, factors.ill_conditioned)
 
 
 def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]) -> Float[Array, "... modules free"]:

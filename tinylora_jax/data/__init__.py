@@ -11,7 +11,7 @@ from tinylora_jax.data.pipeline import (
 from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, render
 from tinylora_jax.data.questions import DataSpec, Question, load_questions
 from tinylora_jax.data.solutions import encode_solutions, solution_text
-from tinylora_jax.data.sources import DataError
+from tinylora_jax.data.sources import DataError, read_jsonl
 from tinylora_jax.data.suites import EVAL_SETS, EvalSet, parse_suite
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "pad_prompts",
     "padded_width",
     "parse_suite",
+    "read_jsonl",
     "render",
     "solution_text",
 ]

@@ -252,7 +252,7 @@ def generate_reasoning_gym(task: str, split: str, seed: int, start: int, count: 
     """Generates rows of a reasoning-gym task with its default settings.
 
     Every (seed, split) is a stream of its own: the library draws row i from seed + i, so neighbouring seeds
-    taken as they are would share nearly all rows. Streams of a task with few questions still overlap.
+    taken as they are would share nearly all rows. Microbatch of a task with few questions still overlap.
 
     Args:
       task: a registered name, such as `chain_sum`.

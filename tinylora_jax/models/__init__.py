@@ -9,3 +9,12 @@ from tinylora_jax.models.decoder import head_kernel as head_kernel
 from tinylora_jax.models.decoder import init_params as init_params
 from tinylora_jax.models.decoder import logits as logits
 from tinylora_jax.models.packing import Packing as Packing
+from tinylora_jax.models.sharding import AXES as AXES
+from tinylora_jax.models.sharding import DATA as DATA
+from tinylora_jax.models.sharding import FSDP as FSDP
+from tinylora_jax.models.sharding import MeshSpec as MeshSpec
+from tinylora_jax.models.sharding import abstract_at as abstract_at
+from tinylora_jax.models.sharding import abstract_everywhere as abstract_everywhere
+from tinylora_jax.models.sharding import heads_axes as heads_axes
+from tinylora_jax.models.sharding import param_shardings as param_shardings
+from tinylora_jax.models.sharding import policy_shardings as policy_shardings

@@ -22,9 +22,17 @@ from tinylora_jax.adapters import AdaptedKernel, FusedKernel, fuse, fused_matmul
 from tinylora_jax.models.attention import cached_attention, causal_attention
 from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
-from tinylora_jax.models.packing import Packing, to_rows, to_stream
+from tinylora_jax.models.packing import Packing, to_rows, to_sequences
 from tinylora_jax.models.rope import cos_sin, rotate
-from tinylora_jax.models.sharding import current_mesh, look_up, split_features, split_heads, split_rows, streams, whole
+from tinylora_jax.models.sharding import (
+    current_mesh,
+    look_up,
+    replicated,
+    split_features,
+    split_heads,
+    split_rows,
+    streams,
+)
 from tinylora_jax.models.tpu import ATTENTION, on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
@@ -58,7 +66,7 @@ class Linear(nnx.Module):
 
 def project(x: Float[Array, "rows seq in"], *linears: Linear) -> list[Float[Array, "rows seq out"]]:
     """Maps that read the same input, as one product if the first one's kernel is that of all (`fused`)."""
-    kernels = [whole(linear.kernel.get_value()) for linear in linears]
+    kernels = [replicated(linear.kernel.get_value()) for linear in linears]
     if isinstance(kernels[0], FusedKernel):
         outputs = fused_matmul(x, kernels[0])
     else:
@@ -209,7 +217,7 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
       dtype: of every leaf.
 
     Returns:
-      The tree of `tinylora_jax.io.weights.parameter_names`, kernels `[in, out]`.
+      The tree of `tinylora_jax.io.hf._weights.parameter_names`, kernels `[in, out]`.
     """
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(seed)))[1]))
     return make()
@@ -241,7 +249,7 @@ def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
 
     def in_packed_rows(q, k, v, layer):
         rows = (to_rows(x, packing) for x in (q, k, v))
-        return to_stream(causal_attention(*rows, packing.lengths.reshape(-1)), packing), layer
+        return to_sequences(causal_attention(*rows, packing.lengths.reshape(-1)), packing), layer
 
     def after_the_cached(q, k, v, layer):
         mixed, *layer = cached_attention(q, k, v, *layer, start)

@@ -1,6 +1,6 @@
-"""Rows of different lengths stored as one stream of tokens, so that padding is paid for in attention alone.
+"""Rows of different lengths stored as one sequence of tokens, so that padding is paid for in attention alone.
 
-A group of completions shares its prompt: the prompt stands in the stream once, and in the row of every completion.
+A group of completions shares its prompt: the prompt stands in the sequence once, and in the row of every completion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of B streams stand in their rows; T tokens, R rows of W places, places counted row by row.
+    """Where the tokens of B sequences stand in their rows; T tokens, R rows of W places, places counted row by row.
 
     Attributes:
       positions: int32 `[B, T]`, each token's position in its rows.
@@ -24,10 +24,10 @@ class Packing:
       lengths: int32 `[B, R]`.
     """
 
-    positions: jax.Array
-    tokens_at: jax.Array
-    places_of: jax.Array
-    lengths: jax.Array
+    positions: Int[Array, "sequences tokens"]
+    tokens_at: Int[Array, "sequences rows places"]
+    places_of: Int[Array, "sequences tokens samples"]
+    lengths: Int[Array, "sequences rows"]
 
 
 def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -37,8 +37,8 @@ def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gather(
-    x: Float[Array, "streams n ..."], index: Int[Array, "streams m"], inverse: Int[Array, "streams n times"]
-) -> Float[Array, "streams m ..."]:
+    x: Float[Array, "sequences n ..."], index: Int[Array, "sequences m"], inverse: Int[Array, "sequences n times"]
+) -> Float[Array, "sequences m ..."]:
     """`x[b, index[b]]`, zero where the index is out of range.
 
     The gradient is gathered too, through the inverse map, instead of scattered: a scatter-add is slow, and on a GPU
@@ -60,37 +60,37 @@ def _gather_backward(inverse, g):
 gather.defvjp(lambda x, index, inverse: (_pick(x, index), inverse), _gather_backward)
 
 
-def to_rows(x: Float[Array, "streams tokens ..."], packing: Packing) -> Float[Array, "rows places ..."]:
-    """The rows of a stream of tokens, zeros where a row has none; all streams' rows one after the other."""
-    streams, rows, places = packing.tokens_at.shape
-    flat = gather(x, packing.tokens_at.reshape(streams, -1), packing.places_of)
-    return flat.reshape(streams * rows, places, *x.shape[2:])
+def to_rows(x: Float[Array, "sequences tokens ..."], packing: Packing) -> Float[Array, "rows places ..."]:
+    """The rows of a sequence of tokens, zeros where a row has none; all sequences' rows one after the other."""
+    sequences, rows, places = packing.tokens_at.shape
+    flat = gather(x, packing.tokens_at.reshape(sequences, -1), packing.places_of)
+    return flat.reshape(sequences * rows, places, *x.shape[2:])
 
 
 def _homes(packing: Packing) -> tuple[jax.Array, jax.Array]:
     """Each token's first place, and for each place its token if it is that token's first."""
-    streams, rows, places = packing.tokens_at.shape
+    sequences, rows, places = packing.tokens_at.shape
     first = packing.places_of[..., 0]
-    tokens_at = packing.tokens_at.reshape(streams, -1)
+    tokens_at = packing.tokens_at.reshape(sequences, -1)
     tokens = first.shape[1]
-    padded = jnp.concatenate([first, jnp.full((streams, 1), rows * places, first.dtype)], axis=1)
+    padded = jnp.concatenate([first, jnp.full((sequences, 1), rows * places, first.dtype)], axis=1)
     home = jnp.take_along_axis(padded, tokens_at, axis=1)
     return first, jnp.where(home == jnp.arange(rows * places), tokens_at, tokens)
 
 
-def to_stream(x: Float[Array, "rows places ..."], packing: Packing) -> Float[Array, "streams tokens ..."]:
+def to_sequences(x: Float[Array, "rows places ..."], packing: Packing) -> Float[Array, "sequences tokens ..."]:
     """The inverse of `to_rows`; a token that stands in several rows is taken from the first."""
-    streams, rows, places = packing.tokens_at.shape
+    sequences, rows, places = packing.tokens_at.shape
     first, owner = _homes(packing)
-    return gather(x.reshape(streams, rows * places, *x.shape[2:]), first, owner[..., None])
+    return gather(x.reshape(sequences, rows * places, *x.shape[2:]), first, owner[..., None])
 
 
-def before(x: Float[Array, "streams tokens ..."], packing: Packing) -> Float[Array, "streams tokens ..."]:
+def before(x: Float[Array, "sequences tokens ..."], packing: Packing) -> Float[Array, "sequences tokens ..."]:
     """For each token the entry of the token before it in its (first) row; zeros for the first token of a row."""
-    streams, _, places = packing.tokens_at.shape
+    sequences, _, places = packing.tokens_at.shape
     first, owner = _homes(packing)
     tokens = first.shape[1]
-    at = packing.tokens_at.reshape(streams, -1)
+    at = packing.tokens_at.reshape(sequences, -1)
     shifted = jnp.pad(at, ((0, 0), (1, 0)), constant_values=tokens)[:, :-1]
     fill = lambda values, index, none: jax.vmap(lambda v, i: jnp.take(v, i, axis=0, mode="fill", fill_value=none))(
         values, index

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinylora_jax.adapters import Adapted, AdaptedKernel, Factors, Policy
+from tinylora_jax.adapters import Adapted, Factors, map_shared
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 _ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
@@ -117,7 +118,7 @@ def dividing(mesh: Mesh | AbstractMesh, axes: Sequence[str], size: int) -> tuple
     return taken
 
 
-def spec_of(mesh: Mesh | AbstractMesh, shape: Sequence[int], *axes: Sequence[str]) -> P:
+def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], *axes: Sequence[str]) -> P:
     """The partition of an array: per axis of it the axes of the mesh, less those that do not divide it."""
     return P(*(dividing(mesh, names, size) or None for names, size in zip(axes, shape, strict=True)))
 
@@ -138,12 +139,12 @@ def split_rows(x: jax.Array, rows: Sequence[str] | None = None) -> jax.Array:
     if mesh is None:
         return x
     names = (_ROWS.get() if rows is None else rows, *((),) * (x.ndim - 1))
-    return jax.lax.with_sharding_constraint(x, spec_of(mesh, x.shape, *names))
+    return jax.lax.with_sharding_constraint(x, partition(mesh, x.shape, *names))
 
 
-def split_streams(part: Any) -> Any:
-    """Splits the first axis of every array of an update's part over all axes that divide it."""
-    return jax.tree.map(lambda x: split_rows(x, AXES), part)
+def split_microbatch(microbatch: Any) -> Any:
+    """Splits the first axis of every array of a microbatch over all axes that divide it."""
+    return jax.tree.map(lambda x: split_rows(x, AXES), microbatch)
 
 
 def split_features(x: jax.Array) -> jax.Array:
@@ -153,7 +154,7 @@ def split_features(x: jax.Array) -> jax.Array:
         return x
     rows = dividing(mesh, _ROWS.get(), x.shape[0])
     last = () if TENSOR in rows else (TENSOR,)
-    return jax.lax.with_sharding_constraint(x, spec_of(mesh, x.shape, rows, *((),) * (x.ndim - 2), last))
+    return jax.lax.with_sharding_constraint(x, partition(mesh, x.shape, rows, *((),) * (x.ndim - 2), last))
 
 
 def heads_axes(mesh: Mesh | AbstractMesh, rows: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -199,13 +200,13 @@ def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
     if mesh is None:
         return take(table, tokens)
     if not tied:
-        own = spec_of(mesh, (*tokens.shape, table.shape[1]), (DATA,), (), (TENSOR, FSDP))
+        own = partition(mesh, (*tokens.shape, table.shape[1]), (DATA,), (), (TENSOR, FSDP))
         return jax.lax.with_sharding_constraint(take(table, tokens), own)
     rows = dividing(mesh, _ROWS.get(), tokens.shape[0])
-    place = spec_of(mesh, table.shape, *_leaf_axes("embedding", 2, tied=True))
+    place = partition(mesh, table.shape, *_leaf_axes("embedding", 2, tied=True))
     axes = vocabulary_axes(table.shape[0])
     if not axes or set(axes) & set(rows):
-        return take(whole(table), tokens)
+        return take(replicated(table), tokens)
 
     def own(table: jax.Array, tokens: jax.Array) -> jax.Array:
         local = tokens - jax.lax.axis_index(axes) * table.shape[0]
@@ -273,15 +274,12 @@ def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(None, None, heads or None, None))
 
 
-def whole(weight: Any) -> Any:
+def replicated(weight: Any) -> Any:
     """A weight, adapted or not, whole on every device, where the rows at hand are split over all of them."""
     mesh = current_mesh()
     if mesh is None or TENSOR not in _ROWS.get():
         return weight
-    gather = lambda x: jax.lax.with_sharding_constraint(x, P())
-    if isinstance(weight, AdaptedKernel):  # its core belongs to the rows
-        return replace(weight, base=gather(weight.base), right=gather(weight.right), left=gather(weight.left))
-    return gather(weight)
+    return map_shared(lambda x: jax.lax.with_sharding_constraint(x, P()), weight)
 
 
 def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -296,7 +294,7 @@ def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def kernel_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
     """The partition `(input, output)` of the kernel at a path of the decoder's tree."""
-    return spec_of(mesh, shape, *_kernel_axes(path))
+    return partition(mesh, shape, *_kernel_axes(path))
 
 
 def _leaf_axes(path: str, ndim: int, tied: bool) -> tuple[tuple[str, ...], ...]:
@@ -321,7 +319,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     def place(path, leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = _leaf_axes(name, len(leaf.shape), tied="lm_head" not in params)
-        return NamedSharding(mesh, spec_of(mesh, leaf.shape, *axes))
+        return NamedSharding(mesh, partition(mesh, leaf.shape, *axes))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -331,27 +329,24 @@ def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:
 
     def place(path: str, leaf) -> Any:
         into, out = _kernel_axes(path)
-        split = lambda x, axes: NamedSharding(mesh, spec_of(mesh, x.shape, (), axes, ()))
-        whole = NamedSharding(mesh, P())
-        return replace(leaf, U=split(leaf.U, out), S=whole, V=split(leaf.V, into), P=whole)
+        split = lambda x, axes: NamedSharding(mesh, partition(mesh, x.shape, (), axes, ()))
+        everywhere = NamedSharding(mesh, P())
+        return replace(leaf, U=split(leaf.U, out), S=everywhere, V=split(leaf.V, into), P=everywhere)
 
     return replace(factors, leaves={path: place(path, leaf) for path, leaf in factors.leaves.items()})
 
 
 def policy_shardings(mesh: Mesh, policy: Adapted) -> Adapted:
     """Where a policy's weights, and factors if it has some, lie."""
-    params = param_shardings(mesh, policy.params)
-    if isinstance(policy, Policy):
-        return Policy(params, factor_shardings(mesh, policy.factors))
-    return replace(policy, params=params)
+    return policy.map_frozen(partial(param_shardings, mesh), partial(factor_shardings, mesh))
 
 
-def outline_everywhere(tree: Any, mesh: Mesh | None = None) -> Any:
+def abstract_everywhere(tree: Any, mesh: Mesh | None = None) -> Any:
     """The shapes of a tree that all devices of a mesh have: by default of `jax.set_mesh`, where there is one."""
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
-    return tree if mesh.empty else jax.tree.map(lambda x: placed_outline(x, NamedSharding(mesh, P())), tree)
+    return tree if mesh.empty else jax.tree.map(lambda x: abstract_at(x, NamedSharding(mesh, P())), tree)
 
 
-def placed_outline(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def abstract_at(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     """The shape of an array that lies there."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -6,6 +6,7 @@ more, the pool shrinks, so that the last long completions do not pay for the emp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -299,6 +300,52 @@ def _sizes(slots: int, shards: int) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """The pool while it has one size: when it is filled, and when it is small enough to shrink.
+
+    Attributes:
+      total: completions of the rollout.
+      groups: groups of prompts, whose completions wait apart.
+      shards: parts into which devices split the slots.
+      size: number of slots.
+      next_size: number of slots after it shrinks; 0 for the last pool.
+    """
+
+    total: int
+    groups: int
+    shards: int
+    size: int
+    next_size: int
+
+    def drain(self, state: _State, admit: Callable[[_State], _State], step: Callable[[_State], _State]) -> _State:
+        """Admits and decodes until the slots in use fit the next size."""
+        fill_and_decode = lambda state: jax.lax.while_loop(self._decodes_on, step, admit(state))
+        return jax.lax.while_loop(self._is_needed, fill_and_decode, state)
+
+    def _decodes_on(self, state: _State) -> jax.Array:
+        enough = _worth_an_admission(self.size, self.groups)
+        waits = jnp.any(self._waiting(state))
+        return jnp.where(waits, self._room(state) < enough, self._crowded(state) > self.next_size)
+
+    def _is_needed(self, state: _State) -> jax.Array:
+        return jnp.any(self._waiting(state)) | (self._crowded(state) > self.next_size)
+
+    def _waiting(self, state: _State) -> jax.Array:
+        """Which groups have completions without a slot."""
+        return state.waiting < self.total // self.groups
+
+    def _room(self, state: _State) -> jax.Array:
+        """Empty slots that somebody waits for."""
+        empty = jnp.sum((state.slots.completion == self.total).reshape(self.groups, -1), axis=1)
+        return jnp.sum(jnp.where(self._waiting(state), empty, 0))
+
+    def _crowded(self, state: _State) -> jax.Array:
+        """Slots in use if every shard were as full as the fullest."""
+        used = jnp.sum((state.slots.completion < self.total).reshape(self.shards, -1), axis=1)
+        return self.shards * jnp.max(used)
+
+
 def _worth_an_admission(size: int, groups: int) -> int:
     """How many empty slots of a pool are filled at once: an admission costs less than a step.
 
@@ -350,32 +397,14 @@ def generate(
     state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype, groups)
     if slots == total:
         state = admit_all(state, prefilled, params, samples)
-    share = total // groups
+    admit = partial(_admit, prefilled=prefilled, params=params, samples=samples)
+    admit = (lambda state: state) if slots == total else admit
+    step = partial(decode_step, config, sampling, noise)
     sizes = _sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-        enough = _worth_an_admission(size, groups)
-
-        def room(state: _State) -> jax.Array:  # empty slots that somebody waits for
-            empty = jnp.sum((state.slots.completion == total).reshape(groups, -1), axis=1)
-            return jnp.sum(jnp.where(state.waiting < share, empty, 0))
-
-        def crowded(state: _State) -> jax.Array:  # slots in use if every shard were as full as the fullest
-            return shards * jnp.max(jnp.sum((state.slots.completion < total).reshape(shards, -1), axis=1))
-
-        def decoding(state: _State, next_size=next_size, enough=enough) -> jax.Array:
-            waits = jnp.any(state.waiting < share)
-            return jnp.where(waits, room(state) < enough, crowded(state) > next_size)
-
-        def unfinished(state: _State, next_size=next_size) -> jax.Array:
-            return jnp.any(state.waiting < share) | (crowded(state) > next_size)
-
-        def fill_and_decode(state: _State, decoding=decoding) -> _State:
-            state = state if slots == total else _admit(state, prefilled, params, samples)
-            return jax.lax.while_loop(decoding, partial(decode_step, config, sampling, noise), state)
-
         if state.slots.completion.shape[0] != size:
             state = replace(state, slots=_shrink(state.slots, size, total, shards))
-        state = jax.lax.while_loop(unfinished, fill_and_decode, state)
+        state = _Pool(total, groups, shards, size, next_size).drain(state, admit, step)
     return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)
 
 

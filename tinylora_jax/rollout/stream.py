@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
 
-from tinylora_jax.fetch import fetch
 from tinylora_jax.models import ModelConfig
+from tinylora_jax.multihost import to_host
 from tinylora_jax.rollout.generate import Completions, admit_all, decode_step, empty_state, prepare
 from tinylora_jax.rollout.sampling import Sampling
 
@@ -89,6 +89,6 @@ def stream(
     going, start = True, 0
     while going:
         state, part, going = _advance(config, sampling, every, params, noise, jnp.int32(start), state)
-        part, going = fetch((part, going))
+        part, going = to_host((part, going))
         yield part
         start += every

@@ -1,20 +1,23 @@
-"""A graded rollout, and its cut into streams of one static size, whatever the lengths of its completions."""
+"""A graded rollout, and its cut into sequences of one static size, whatever the lengths of its completions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from tinylora_jax.fetch import fetch
 from tinylora_jax.models import Packing
+from tinylora_jax.multihost import to_host
 
-_ALIGN = 32  # stream lengths are multiples of this
-_ROOM = 3  # places in a stream's rows for each of its tokens: rows may be a third full
+AnyArray: TypeAlias = jax.Array | np.ndarray
+
+_ALIGN = 32  # sequence lengths are multiples of this
+_ROOM = 3  # places in a sequence's rows for each of its tokens: rows may be a third full
 _NARROWEST = 512  # places; rows that fit into fewer are not sorted any further
 
 
@@ -35,20 +38,20 @@ class Batch:
       ref_logprobs: float32 `[N, G, T]` under v = 0; None without KL.
     """
 
-    prompts: np.ndarray
-    lengths: np.ndarray
-    completions: np.ndarray
-    mask: np.ndarray
-    rollout_logprobs: np.ndarray
-    advantages: np.ndarray
-    old_logprobs: np.ndarray | None = None
-    ref_logprobs: np.ndarray | None = None
+    prompts: Int[np.ndarray, "prompts prompt_tokens"]
+    lengths: Int[np.ndarray, " prompts"]
+    completions: Int[np.ndarray, "prompts samples tokens"]
+    mask: Bool[np.ndarray, "prompts samples tokens"]
+    rollout_logprobs: Float[np.ndarray, "prompts samples tokens"]
+    advantages: Float[np.ndarray, "prompts samples"]
+    old_logprobs: Float[np.ndarray, "prompts samples tokens"] | None = None
+    ref_logprobs: Float[np.ndarray, "prompts samples tokens"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Streams:
-    """A part of a rollout, packed: B streams of T tokens; every field but `packing` is `[B, T]`.
+class Microbatch:
+    """A microbatch of a rollout, packed: B sequences of T tokens; every field but `packing` is `[B, T]`.
 
     Attributes:
       tokens: int32; completions, then prompts, then 0 in the unused rest.
@@ -62,15 +65,15 @@ class Streams:
       ref_logprobs: float32 or None.
     """
 
-    tokens: jax.Array | np.ndarray
+    tokens: Int[AnyArray, "sequences tokens"]
     packing: Packing
-    source: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
-    weights: jax.Array | np.ndarray
-    advantages: jax.Array | np.ndarray
-    rollout_logprobs: jax.Array | np.ndarray
-    old_logprobs: jax.Array | np.ndarray | None = None
-    ref_logprobs: jax.Array | np.ndarray | None = None
+    source: Int[AnyArray, "sequences tokens"]
+    mask: Bool[AnyArray, "sequences tokens"]
+    weights: Float[AnyArray, "sequences tokens"]
+    advantages: Float[AnyArray, "sequences tokens"]
+    rollout_logprobs: Float[AnyArray, "sequences tokens"]
+    old_logprobs: Float[AnyArray, "sequences tokens"] | None = None
+    ref_logprobs: Float[AnyArray, "sequences tokens"] | None = None
 
 
 class _Unit(NamedTuple):
@@ -81,8 +84,8 @@ class _Unit(NamedTuple):
     tokens: int
 
 
-class Shape(NamedTuple):
-    """The static size of a stream: the same for every rollout of a run, so that nothing compiles twice."""
+class SequenceShape(NamedTuple):
+    """The static size of a sequence: the same for every rollout of a run, so that nothing compiles twice."""
 
     tokens: int
     rows: int
@@ -90,21 +93,21 @@ class Shape(NamedTuple):
     samples: int
 
 
-def stream_shapes(
+def sequence_shapes(
     prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int, room: int = _ROOM
-) -> tuple[Shape, ...]:
-    """The sizes of streams for rollouts of these bounds, by width of their rows, the narrowest first.
+) -> tuple[SequenceShape, ...]:
+    """The sizes of sequences for rollouts of these bounds, by width of their rows, the narrowest first.
 
     Most completions are far shorter than the longest allowed, and a row costs attention for all its places: so
-    short rows and long ones go to different streams.
+    short rows and long ones go to different sequences.
 
     Args:
       prompts: N.
       prompt_tokens: P, the padded width of the prompts.
       samples: G.
       completion_tokens: T, the longest completion.
-      max_tokens: tokens in a stream; raised to one prompt and completion, lowered to the whole rollout.
-      room: places in a stream's rows for each of its tokens.
+      max_tokens: tokens in a sequence; raised to one prompt and completion, lowered to the whole rollout.
+      room: places in a sequence's rows for each of its tokens.
     """
     row = prompt_tokens + completion_tokens
     own = prompt_tokens / samples + completion_tokens  # a row's tokens, its share of the prompt among them
@@ -116,12 +119,12 @@ def stream_shapes(
     while widths[0] // 4 >= _NARROWEST:
         widths.insert(0, up(widths[0] // 4, 8))
     rows = lambda width: min(prompts * samples, math.ceil(tokens / (filled * width)))
-    return tuple(Shape(tokens, rows(width), width, samples) for width in widths)
+    return tuple(SequenceShape(tokens, rows(width), width, samples) for width in widths)
 
 
 @dataclass
-class _Stream:
-    """A stream being filled."""
+class _OpenSequence:
+    """A sequence being filled."""
 
     tokens: int  # free
     rows: int  # free
@@ -137,38 +140,54 @@ class _Stream:
         self.rows -= len(unit.samples)
 
 
-def _fill(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: Shape) -> list[list[_Unit]]:
+def _fill(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: SequenceShape) -> list[list[_Unit]]:
     """First-fit decreasing; a group that fits nowhere whole is divided, and its prompt repeated.
 
     Completions without tokens are left out.
     """
-    streams: list[_Stream] = []
+    sequences: list[_OpenSequence] = []
     wanted = wanted & (ends > 0)
     sizes = np.where(wanted, ends, 0).sum(axis=1) + batch.lengths
     for prompt in np.argsort(-sizes, kind="stable").tolist():
         length, rest = int(batch.lengths[prompt]), np.flatnonzero(wanted[prompt])
         together, shortest = int(sizes[prompt]), length + 1
-        whole = next((s for s in streams if s.tokens >= together and s.rows >= rest.size), None)
-        for stream in streams if whole is None else [whole]:
-            if rest.size and stream.rows and stream.tokens >= shortest:
-                rest = _put(stream, prompt, length, rest, ends)
+        whole = next((s for s in sequences if s.tokens >= together and s.rows >= rest.size), None)
+        for sequence in sequences if whole is None else [whole]:
+            if rest.size and sequence.rows and sequence.tokens >= shortest:
+                rest = _put(sequence, prompt, length, rest, ends)
         while rest.size:
-            streams.append(_Stream(shape.tokens, shape.rows))
-            rest = _put(streams[-1], prompt, length, rest, ends)
-    return [stream.units for stream in streams]
+            sequences.append(_OpenSequence(shape.tokens, shape.rows))
+            rest = _put(sequences[-1], prompt, length, rest, ends)
+    return [sequence.units for sequence in sequences]
 
 
-def _put(stream: _Stream, prompt: int, length: int, rest: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Puts what fits of a prompt's completions into a stream and gives the rest."""
-    count = stream.fitting(length, ends[prompt, rest])
+def _put(sequence: _OpenSequence, prompt: int, length: int, rest: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Puts what fits of a prompt's completions into a sequence and gives the rest."""
+    count = sequence.fitting(length, ends[prompt, rest])
     if count:
         taken = rest[:count]
-        stream.add(_Unit(prompt, tuple(taken.tolist()), length + int(ends[prompt, taken].sum())))
+        sequence.add(_Unit(prompt, tuple(taken.tolist()), length + int(ends[prompt, taken].sum())))
     return rest[count:]
 
 
-def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shape) -> tuple[np.ndarray, ...]:
-    """Tokens, source, positions, tokens_at, places_of and row lengths of one stream."""
+class _Laid(NamedTuple):
+    """Tokens and their places, of one sequence or, stacked, of several: fields as in `Microbatch` and `Packing`."""
+
+    tokens: Int[np.ndarray, "*sequences tokens"]
+    source: Int[np.ndarray, "*sequences tokens"]
+    positions: Int[np.ndarray, "*sequences tokens"]
+    tokens_at: Int[np.ndarray, "*sequences rows places"]
+    places_of: Int[np.ndarray, "*sequences tokens samples"]
+    lengths: Int[np.ndarray, "*sequences rows"]
+
+    @classmethod
+    def stack(cls, laid: Sequence[_Laid]) -> _Laid:
+        """Several sequences as one."""
+        return cls(*(np.stack(arrays) for arrays in zip(*laid, strict=True)))
+
+
+def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: SequenceShape) -> _Laid:
+    """Puts the tokens of units into one sequence, and says where each stands."""
     none = shape.rows * shape.places
     tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
     source = np.full(shape.tokens, -1, np.int32)
@@ -196,48 +215,48 @@ def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Shap
             lengths[row] = length + end
             at, row = at + end, row + 1
         start += length
-    return tokens, source, positions, tokens_at, places_of, lengths
+    return _Laid(tokens, source, positions, tokens_at, places_of, lengths)
 
 
 def pack(
     batch: Batch,
     weights: np.ndarray,
-    shapes: Sequence[Shape],
-    streams: int = 1,
+    shapes: Sequence[SequenceShape],
+    sequences: int = 1,
     wanted: np.ndarray | None = None,
-) -> Iterator[Streams]:
-    """Cuts a rollout into parts of `streams` streams each, first-fit by length.
+) -> Iterator[Microbatch]:
+    """Cuts a rollout into microbatches of `sequences` sequences each, first-fit by length.
 
-    A part is laid out when it is asked for, so that the devices work on one while the host makes the next.
+    A microbatch is laid out when it is asked for, so that the devices work on one while the host makes the next.
 
     Args:
       batch: the rollout.
       weights: float32 `[N, G, T]`, `losses.token_weights` of it.
-      shapes: `stream_shapes` of the run.
-      streams: B, streams a part.
+      shapes: `sequence_shapes` of the run.
+      sequences: B, sequences a microbatch.
       wanted: bool `[N, G]`, completions to take; None takes all.
 
     Yields:
-      The parts; none if no completion is wanted. Those of one shape run one compiled program.
+      The microbatches; none if no completion is wanted. Those of one shape run one compiled program.
     """
     ends = np.where(batch.mask, np.arange(1, batch.mask.shape[2] + 1), 0).max(axis=-1)
     left = np.ones(ends.shape, bool) if wanted is None else wanted
     rows = batch.lengths[:, None] + ends
     for shape in shapes:
         bins = _fill(batch, ends, left & (rows <= shape.places), shape)
-        bins += [[] for _ in range(-len(bins) % streams)]
+        bins += [[] for _ in range(-len(bins) % sequences)]
         left = left & (rows > shape.places)
-        for first in range(0, len(bins), streams):
-            laid = [_lay_out(units, batch, ends, shape) for units in bins[first : first + streams]]
-            yield _part(batch, weights, [np.stack(x) for x in zip(*laid, strict=True)])
+        for first in range(0, len(bins), sequences):
+            laid = [_lay_out(units, batch, ends, shape) for units in bins[first : first + sequences]]
+            yield _microbatch(batch, weights, _Laid.stack(laid))
 
 
-def empty_part(shape: Shape, streams: int = 1, *, old: bool = False, ref: bool = False) -> Streams:
-    """A part without a token, for compiling a program before it is needed.
+def empty_microbatch(shape: SequenceShape, sequences: int = 1, *, old: bool = False, ref: bool = False) -> Microbatch:
+    """A microbatch without a token, for compiling a program before it is needed.
 
     Args:
-      shape: of its streams.
-      streams: B.
+      shape: of its sequences.
+      sequences: B.
       old: with log-probabilities before the update.
       ref: with those of the reference policy.
     """
@@ -252,17 +271,17 @@ def empty_part(shape: Shape, streams: int = 1, *, old: bool = False, ref: bool =
         old_logprobs=zeros if old else None,
         ref_logprobs=zeros if ref else None,
     )
-    laid = [_lay_out((), batch, np.zeros(zeros.shape[:2], int), shape)] * streams
-    return _part(batch, zeros, [np.stack(x) for x in zip(*laid, strict=True)])
+    laid = [_lay_out((), batch, np.zeros(zeros.shape[:2], int), shape)] * sequences
+    return _microbatch(batch, zeros, _Laid.stack(laid))
 
 
-def _part(batch: Batch, weights: np.ndarray, laid: Sequence[np.ndarray]) -> Streams:
-    tokens, source, *layout = laid
+def _microbatch(batch: Batch, weights: np.ndarray, laid: _Laid) -> Microbatch:
+    source = laid.source
     spread = np.broadcast_to(batch.advantages[:, :, None], batch.mask.shape)
     per_token = lambda x: None if x is None else np.where(source >= 0, x.reshape(-1)[source], 0)
-    return Streams(
-        tokens=tokens,
-        packing=Packing(*layout),
+    return Microbatch(
+        tokens=laid.tokens,
+        packing=Packing(laid.positions, laid.tokens_at, laid.places_of, laid.lengths),
         source=source,
         mask=per_token(batch.mask).astype(bool),
         weights=per_token(weights),
@@ -273,10 +292,10 @@ def _part(batch: Batch, weights: np.ndarray, laid: Sequence[np.ndarray]) -> Stre
     )
 
 
-def unpack(parts: Sequence[Streams], values: Sequence[jax.Array | np.ndarray], batch: Batch) -> np.ndarray:
-    """Per-token values of packed parts, back in the rollout's `[N, G, T]`; zero where no part has the token."""
+def unpack(microbatches: Sequence[Microbatch], values: Sequence[jax.Array | np.ndarray], batch: Batch) -> np.ndarray:
+    """Per-token values of packed microbatches, back in the rollout's `[N, G, T]`; zero where none has the token."""
     out = np.zeros(batch.completions.size, np.float32)
-    for part, value in zip(parts, values, strict=True):
-        there = part.source >= 0
-        out[part.source[there]] = fetch(value)[there]
+    for microbatch, value in zip(microbatches, values, strict=True):
+        there = microbatch.source >= 0
+        out[microbatch.source[there]] = to_host(value)[there]
     return out.reshape(batch.completions.shape)

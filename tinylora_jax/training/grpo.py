@@ -1,4 +1,4 @@
-"""GRPO: its settings, and the loss of a part of a rollout at v."""
+"""GRPO: its settings, and the loss of a microbatch of a rollout at v."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.models import ModelConfig
-from tinylora_jax.models.sharding import split_streams
-from tinylora_jax.training.batch import Batch, Shape, Streams, pack, unpack
-from tinylora_jax.training.logprobs import stream_logprobs
+from tinylora_jax.models.sharding import split_microbatch
+from tinylora_jax.training.batch import Batch, Microbatch, SequenceShape, pack, unpack
+from tinylora_jax.training.logprobs import packed_logprobs
 from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3
 
 Metrics = dict[str, Float[Array, ""]]
@@ -35,7 +35,7 @@ class GRPO:
       kl_coef: weight of the KL to the untrained model.
       tis_cap: cap of truncated importance sampling; 0 turns it off.
       updates_per_rollout: optimizer updates on each rollout.
-      stream_tokens: tokens differentiated at once; rollouts are packed into streams of this many.
+      stream_tokens: tokens differentiated at once; rollouts are packed into sequences of this many.
       remat: recompute activations in the backward pass: `on`, `off`, or `auto`: if they would not fit (`fit_update`).
       skip_without_signal: leave out groups whose rewards are all equal: their gradient is zero unless there is a KL
         term. Metrics over tokens (entropy, delta_prob, …) then cover the other groups alone, unless there are none.
@@ -76,8 +76,8 @@ class Plan:
       grpo: settings.
       temperature: of the policy.
       max_tokens: longest completion allowed (`dr_grpo`).
-      shapes: of the streams; see `stream_shapes`.
-      streams: streams differentiated at once.
+      shapes: of the sequences; see `sequence_shapes`.
+      sequences: sequences differentiated at once.
       remat: whether the activations of a block are recomputed in the backward pass.
     """
 
@@ -85,15 +85,15 @@ class Plan:
     grpo: GRPO
     temperature: float
     max_tokens: int
-    shapes: tuple[Shape, ...]
-    streams: int = 1
+    shapes: tuple[SequenceShape, ...]
+    sequences: int = 1
     remat: bool = False
 
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
-def _score(config: ModelConfig, policy: Adapted, v: Trained, part: Streams, temperature: float) -> jax.Array:
-    part = split_streams(part)
-    return stream_logprobs(config, policy(v), part.tokens, part.packing, part.source >= 0, temperature)[0]
+def _score(config: ModelConfig, policy: Adapted, v: Trained, batch: Microbatch, temperature: float) -> jax.Array:
+    batch = split_microbatch(batch)
+    return packed_logprobs(config, policy(v), batch.tokens, batch.packing, batch.source >= 0, temperature)[0]
 
 
 def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
@@ -108,37 +108,48 @@ def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
     Returns:
       float32 `[N, G, T]`, 0 outside the mask's completions.
     """
-    parts = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.streams))
-    return unpack(parts, [_score(plan.config, policy, v, part, plan.temperature) for part in parts], batch)
+    microbatches = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.sequences))
+    return unpack(
+        microbatches,
+        [_score(plan.config, policy, v, microbatch, plan.temperature) for microbatch in microbatches],
+        batch,
+    )
 
 
-def grpo_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[Float[Array, ""], Metrics]:
+def grpo_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[Float[Array, ""], Metrics]:
     """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument; one for all streams, or a leading axis with one for each.
+      v: the only differentiated argument; one for all sequences, or a leading axis with one for each.
       plan: settings.
       policy: everything frozen.
-      part: of the rollout.
+      batch: packed microbatch of a rollout.
 
     Returns:
       The loss and, per metric, its sum over the tokens of the mask.
     """
     grpo, params = plan.grpo, policy(v)
-    logprobs, entropy = stream_logprobs(
-        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, plan.remat, policy.trains_head
+    logprobs, entropy = packed_logprobs(
+        plan.config,
+        params,
+        batch.tokens,
+        batch.packing,
+        batch.mask,
+        plan.temperature,
+        plan.remat,
+        policy.trains_head,
     )
     # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
-    quiet = lambda x: jnp.where(part.mask, x, 0.0)
+    quiet = lambda x: jnp.where(batch.mask, x, 0.0)
     logprobs = quiet(logprobs)
-    old = jax.lax.stop_gradient(logprobs) if part.old_logprobs is None else quiet(part.old_logprobs)
-    rollout = quiet(part.rollout_logprobs)
+    old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else quiet(batch.old_logprobs)
+    rollout = quiet(batch.rollout_logprobs)
     importance = importance_weights(old, rollout, grpo.tis_cap)
-    surrogate, low, high = clipped_surrogate(logprobs, old, part.advantages, grpo.clip_low, grpo.clip_high)
+    surrogate, low, high = clipped_surrogate(logprobs, old, batch.advantages, grpo.clip_low, grpo.clip_high)
     loss = importance * surrogate
     kl = jnp.zeros_like(loss)
-    if part.ref_logprobs is not None:
-        kl = k3(logprobs, quiet(part.ref_logprobs))
+    if batch.ref_logprobs is not None:
+        kl = k3(logprobs, quiet(batch.ref_logprobs))
         loss = loss + grpo.kl_coef * kl
     per_token = {
         "tokens": jnp.ones_like(loss),
@@ -150,4 +161,4 @@ def grpo_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[F
         "importance": importance,
     }
     sums = {name: jnp.sum(quiet(x.astype(jnp.float32))) for name, x in per_token.items()}
-    return jnp.sum(part.weights * loss), sums
+    return jnp.sum(batch.weights * loss), sums

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinylora_jax.models import ModelConfig, Packing, forward, head_kernel
 from tinylora_jax.models.packing import before
-from tinylora_jax.models.sharding import current_mesh, streams, whole
+from tinylora_jax.models.sharding import current_mesh, replicated, streams
 
 _CHUNKS = 128, 1024  # least and most tokens whose logits exist at once: 0.6 GB for a vocabulary of 151,936
 
@@ -103,22 +103,22 @@ def _with_head(
     return _chunked(scores, None, wanted, hidden, tokens)
 
 
-def stream_logprobs(
+def packed_logprobs(
     config: ModelConfig,
     params: Any,
-    tokens: Int[Array, "streams tokens"],
+    tokens: Int[Array, "sequences tokens"],
     packing: Packing,
-    wanted: Bool[Array, "streams tokens"],
+    wanted: Bool[Array, "sequences tokens"],
     temperature: float,
     remat: bool = False,
     trains_head: bool = False,
-) -> tuple[Float[Array, "streams tokens"], Float[Array, "streams tokens"]]:
+) -> tuple[Float[Array, "sequences tokens"], Float[Array, "sequences tokens"]]:
     """Scores every token of packed rows given those before it; a shared prompt runs once for its whole group.
 
     Args:
       config: architecture.
       params: weights, adapted or not.
-      tokens: the streams.
+      tokens: the sequences.
       packing: how they form rows.
       wanted: the tokens to score.
       temperature: of the policy.
@@ -132,9 +132,9 @@ def stream_logprobs(
     hidden = before(hidden, packing)
     head = head_kernel(config, params)
     scored = _with_head if trains_head else token_logprobs
-    if current_mesh() is not None:  # chunks of each stream, where it lies, and the head beside it
+    if current_mesh() is not None:  # chunks of each sequence, where it lies, and the head beside it
         with streams():
-            head = whole(head)
+            head = replicated(head)
         own = lambda *arrays: scored(arrays[0], head, *arrays[1:], temperature)
         return jax.vmap(own)(hidden, tokens, wanted)
     hidden = hidden.reshape(-1, hidden.shape[-1])

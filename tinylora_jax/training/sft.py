@@ -10,28 +10,35 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
-from tinylora_jax.training.batch import Batch, Streams
+from tinylora_jax.training.batch import Batch, Microbatch
 from tinylora_jax.training.grpo import Metrics, Plan
-from tinylora_jax.training.logprobs import stream_logprobs
-from tinylora_jax.training.step import Objective
+from tinylora_jax.training.logprobs import packed_logprobs
+from tinylora_jax.training.update import Objective
 
 
-def sft_loss(v: Trained, plan: Plan, policy: Adapted, part: Streams) -> tuple[Float[Array, ""], Metrics]:
+def sft_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[Float[Array, ""], Metrics]:
     """−Σ weight · ln π(token), and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument; one for all streams, or a leading axis with one for each.
+      v: the only differentiated argument; one for all sequences, or a leading axis with one for each.
       plan: settings; a temperature of 1 gives the usual loss.
       policy: everything frozen.
-      part: of a batch of `solutions_batch`.
+      batch: packed microbatch of a batch of `solutions_batch`.
     """
     params = policy(v)
-    logprobs, entropy = stream_logprobs(
-        plan.config, params, part.tokens, part.packing, part.mask, plan.temperature, plan.remat, policy.trains_head
+    logprobs, entropy = packed_logprobs(
+        plan.config,
+        params,
+        batch.tokens,
+        batch.packing,
+        batch.mask,
+        plan.temperature,
+        plan.remat,
+        policy.trains_head,
     )
-    quiet = lambda x: jnp.where(part.mask, x, 0.0)
+    quiet = lambda x: jnp.where(batch.mask, x, 0.0)
     sums = {"tokens": jnp.sum(quiet(jnp.ones_like(logprobs))), "entropy": jnp.sum(quiet(entropy))}
-    return -jnp.sum(part.weights * quiet(logprobs)), sums
+    return -jnp.sum(batch.weights * quiet(logprobs)), sums
 
 
 SFT_OBJECTIVE = Objective(sft_loss, ("tokens", "entropy"))

@@ -9,7 +9,7 @@ import numpy as np
 from tinylora_jax import Policy, init
 from tinylora_jax.adapters.targets import map_by_path
 from tinylora_jax.rollout import Sampling, generate
-from tinylora_jax.training import GRPO, Batch, Gradient, Optimizer, Plan, Step, init_state, score, stream_shapes
+from tinylora_jax.training import GRPO, Batch, Optimizer, Plan, Update, init_state, score, sequence_shapes
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +47,9 @@ def test_add_gains(qwen2, policy):
     tokens, logprobs = (np.asarray(x).reshape(shape) for x in (drawn.tokens, drawn.logprobs))
     batch = Batch(PROMPTS, LENGTHS, tokens, mask, logprobs, advantages)
 
-    plan = Plan(qwen2.config, GRPO(remat="off"), 1.0, 6, stream_shapes(2, 3, 2, 6, 64))
+    plan = Plan(qwen2.config, GRPO(remat="off"), 1.0, 6, sequence_shapes(2, 3, 2, 6, 64))
     optimizer = Optimizer(learning_rate=0.05).transform()
-    state, step = init_state(v, optimizer), Step(Gradient(plan), optimizer)
+    state, step = init_state(v, optimizer), Update(plan, optimizer)
     wanted = lambda v: np.sum(score(plan, gains, v, batch) * advantages[..., None])
     before = wanted(v)
     for _ in range(3):

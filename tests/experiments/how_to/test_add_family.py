@@ -5,15 +5,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from tinylora_jax.io import hf_config
-from tinylora_jax.io.weights import LazyTensor, build_tree
+from tinylora_jax.io.hf import _config as hf_config
+from tinylora_jax.io.hf._weights import LazyTensor, build_tree
 from tinylora_jax.models import forward, logits
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 89}
 
 
 def test_add_mistral(monkeypatch):
-    # In the library: an entry of `_DEFAULTS` in tinylora_jax/io/hf_config.py, the values that transformers gives to
+    # In the library: an entry of `_DEFAULTS` in tinylora_jax/io/hf/_config.py, the values that transformers gives to
     # absent fields. Mistral is Llama's decoder; what another family does differently becomes a field of `ModelConfig`.
     defaults = {**hf_config._DEFAULTS["llama"], "num_key_value_heads": 8, "intermediate_size": 14336}
     monkeypatch.setitem(hf_config._DEFAULTS, "mistral", defaults)

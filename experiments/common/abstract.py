@@ -1,0 +1,26 @@
+"""Shapes, dtypes and places of what does not exist yet: enough to lower the programs that will run on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tinylora_jax.adapters import Adapted, Spec, adapt
+from tinylora_jax.models import abstract_at, policy_shardings
+
+
+def abstract_policy(params: Any, spec: Spec, mesh: Mesh | None) -> Adapted:
+    """What `adapt` makes of weights, where it lies on a mesh.
+
+    Args:
+      params: the weights, or their shapes.
+      spec: what is trained, and how.
+      mesh: None is one device, the default.
+
+    Raises:
+      ValueError: the spec does not fit the tree.
+    """
+    policy = jax.eval_shape(lambda params: adapt(params, spec), params)
+    return policy if mesh is None else jax.tree.map(abstract_at, policy, policy_shardings(mesh, policy))

@@ -1,0 +1,67 @@
+"""Answering prompts with a task's model and grading the answers, as training, evaluation and landscapes do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from experiments.common.setup import Task
+from tinylora_jax import rl
+from tinylora_jax.adapters import Trained
+from tinylora_jax.data import Prompt, PromptArrays
+from tinylora_jax.models import abstract_everywhere
+from tinylora_jax.rollout import Sampling
+
+
+def answer(
+    task: Task,
+    v: Trained,
+    prompts: Sequence[Prompt],
+    key: jax.Array,
+    sampling: Sampling,
+    samples: int = 1,
+    width: int | None = None,
+) -> rl.GradedRollout:
+    """`rl.rollout`, then `rl.grade`, with what the task says of model, slots and reward."""
+    drawn = rl.rollout(task.model, task.policy, v, prompts, key, sampling, samples, width, task.slots)
+    return rl.grade(drawn, task.reward, task.tokenizer)
+
+
+def lower_answer(
+    task: Task,
+    v: Trained,
+    prompts: int,
+    width: int,
+    sampling: Sampling,
+    samples: int = 1,
+    key: jax.Array | jax.ShapeDtypeStruct | None = None,
+) -> jax.stages.Lowered:
+    """The program with which `answer` answers so many prompts, to be compiled before it is needed.
+
+    Args:
+      task: task, loaded or abstract.
+      v: trained vector, or its shape.
+      prompts: number of prompts.
+      width: padded length of the prompts.
+      sampling: how tokens are picked.
+      samples: completions per prompt.
+      key: key of the sampling noise, or its shape; None for a single key.
+    """
+    key = abstract_everywhere(jax.eval_shape(lambda: jax.random.key(0))) if key is None else key
+    arrays = PromptArrays(
+        np.zeros(prompts, np.uint32), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32)
+    )
+    return rl.lower_rollout(task.model, task.policy, v, arrays, key, sampling, samples, task.slots)
+
+
+def readable_page(prompts: Sequence[Prompt], graded: rl.GradedRollout, kept: int) -> str:
+    """A page for people: the first `kept` prompts of a rollout with all their completions and grades."""
+    lines = []
+    for place, prompt in enumerate(prompts[:kept]):
+        lines.append(f"=== question {prompt.id}: {prompt.question}\n=== answer: {prompt.answer}\n")
+        for index in range(place * graded.samples, (place + 1) * graded.samples):
+            grade = graded.grades[index]
+            lines.append(f"--- strict {grade.strict:g}, lenient {grade.lenient:g}\n{graded.texts[index]}\n")
+    return "\n".join(lines)

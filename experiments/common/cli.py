@@ -1,0 +1,166 @@
+"""What every command line shares."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from experiments.common import multihost
+from tinylora_jax.files import expand, write_atomically
+from tinylora_jax.io import CheckpointError, WorkdirError
+from tinylora_jax.multihost import HostError, is_first, several
+from tinylora_jax.training import DivergenceError
+
+_INTERRUPTED = 130  # as a shell reports SIGINT
+# What follows the name of a base model that only an adapter names: its maker chose what would be downloaded.
+NOT_IN_CACHE = (
+    "is not in the cache of the Hugging Face hub; --allow_download fetches it, or --model says where it is or which"
+    " other model to take"
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good state is kept."""
+
+    @classmethod
+    def at_step(cls, index: int, error: DivergenceError) -> TrainingError:
+        """The error of a run whose step diverged, with what to do about it."""
+        return cls(
+            f"step {index} is not finite ({error.values}); the state before it is kept. Lower"
+            " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
+        )
+
+
+class _PathParser(flags.ArgumentParser):
+    """A flag's path with `~` and variables expanded; an empty one stays."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        return str(expand(argument)) if argument else argument
+
+
+def define_path(name: str, help_text: str, several: bool = False) -> None:
+    """Defines a flag that takes a path, in which `~` and `$NAME` are expanded.
+
+    Args:
+      name: of the flag; absent it is None.
+      help_text: what it is for.
+      several: whether the flag may be repeated, and holds a list.
+    """
+    define = flags.DEFINE_multi if several else flags.DEFINE
+    define(_PathParser(), name=name, default=None, help=help_text, serializer=flags.ArgumentSerializer())
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the same command starts faster the next time; uses a GPU's whole memory.
+
+    In `$JAX_COMPILATION_CACHE_DIR` if that is set (to nothing: no cache), else in the user's cache folder.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX takes 0.75
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "tinylora_jax" / "xla"))
+
+
+def tell(message: str) -> None:
+    """Prints a line for the person watching, without tearing a progress bar; of several processes the first does."""
+    if is_first():
+        tqdm.write(message, file=sys.stderr)
+
+
+def fail(problem: str, code: int = 1) -> NoReturn:
+    """Ends the program with one message, and an exit code that says so."""
+    print(f"error: {problem}", file=sys.stderr)
+    multihost.leave(code)
+
+
+class _PathError(ValueError):
+    """A path with a variable or a user that is not there."""
+
+
+def _with_config_expanded(argv: list[str]) -> list[str]:
+    """A command line with the path of its config file expanded, which ml_collections takes as it is."""
+    given = list(argv)
+    for place, argument in enumerate(given):
+        flag, equals, path = argument.partition("=")
+        if flag.lstrip("-") != "config" or not flag.startswith("-"):
+            continue
+        try:
+            if equals:
+                given[place] = f"{flag}={expand(path)}"
+            elif place + 1 < len(given):
+                given[place + 1] = str(expand(given[place + 1]))
+        except ValueError as error:
+            raise _PathError(str(error)) from error
+    return given
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """What `app.run` parses the command line with: what is wrong with it is one message here."""
+    try:
+        rest = app.parse_flags_with_usage(_with_config_expanded(argv))
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at INFO
+        if len(rest) > 1:
+            fail(f"arguments {rest[1:]} mean nothing; a config field is written --config.field=value")
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "model", None)  # of a file that is not there, ml_collections says so only now
+        return rest
+    except _PathError as error:
+        fail(f"--config={error}")
+    except OSError as error:
+        fail(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}")
+    except (SyntaxError, ImportError) as error:
+        fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
+    except (AttributeError, KeyError) as error:  # ml_collections lets these through
+        given = ", ".join(arg for arg in argv if arg.startswith("--config."))
+        said = error.args[0]
+        while isinstance(said, BaseException):  # one within the other, each quoted once more
+            said = said.args[0]
+        fail(f"the config has no field {' '.join(str(said).split())} ({given}); see experiments/configs/base.py")
+
+
+@contextmanager
+def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
+    """Turns an error that a user can mend into one message and exit code 1, and an interrupt into one and code 130.
+
+    The traceback goes to `error.log` in the given folder, for the cases that need more than the message; not that of a
+    `WorkdirError`, whose folder may be another run's.
+    """
+    try:
+        yield
+    except WorkdirError as error:
+        fail(str(error))
+    except MemoryError:
+        fail(f"the memory is full; lower the sizes, or free some{_keep_traceback(log_folder)}")
+    except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, HostError) as error:
+        fail(f"{error}{_keep_traceback(log_folder)}")
+    except KeyboardInterrupt as error:
+        where = " ".join(["interrupted", *getattr(error, "__notes__", ())])
+        fail(f"{where}; what was saved is kept{_keep_traceback(log_folder)}", _INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        if not several() or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        fail(
+            f"the connection to the other processes broke, so one of them has ended: its own message says why"
+            f" ({str(error).strip().splitlines()[0][:200]}). The same command on every host continues a saved run."
+        )
+
+
+def _keep_traceback(folder: Path | None) -> str:
+    if folder is None or not folder.is_dir() or not is_first():
+        return ""
+    with suppress(OSError):  # the disk may be what failed
+        write_atomically(folder / "error.log", traceback.format_exc().encode("utf-8", "replace"))
+        return f"\n(traceback in {folder / 'error.log'})"
+    return ""

@@ -1,0 +1,98 @@
+"""The scores of an evaluation, from its rows, and the table of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tinylora_jax.metrics import estimate, majority, pass_at_k
+from tinylora_jax.rewards import normalize
+
+Row = dict[str, Any]
+GRADES = ("strict", "lenient")
+
+
+def summary(rows: Sequence[Row], samples: int = 1) -> dict[str, Any]:
+    """Scores of one way of answering, strict and lenient, with intervals of 95 %.
+
+    Args:
+      rows: question by question, `samples` of each.
+      samples: of a question.
+    """
+    groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
+    mean = lambda name: [math.fsum(row[name] for row in group) / samples for group in groups]
+    return {
+        **_scores({name: mean(name) for name in GRADES}, samples),
+        "mean_tokens": _rounded(sum(row["tokens"] for row in rows) / len(rows)),
+        "truncated": _rounded(sum(not row["stopped"] for row in rows) / len(rows)),
+    }
+
+
+def sampled_summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
+    """`summary`, with `majority` (maj@k of all samples) and `pass` (pass@k by k; only of grades that are 0 and 1)."""
+    groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
+    voted = {name: [majority(_votes(group), [row[name] for row in group]) for group in groups] for name in GRADES}
+    result = {**summary(rows, samples), "majority": _scores(voted)}
+    if all(row[name] in (0, 1) for row in rows for name in GRADES):
+        right = {name: [sum(int(row[name]) for row in group) for group in groups] for name in GRADES}
+        result["pass"] = {
+            str(k): _scores({name: [pass_at_k(samples, c, k) for c in right[name]] for name in GRADES}, samples)
+            for k in sorted({*(2**power for power in range(samples.bit_length())), samples})
+        }
+    return result
+
+
+def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results of several sets as text, in percent."""
+    lines = []
+    for name, result in results.items():
+        lines.append([name, str(result["questions"]), "greedy", *_cells(result), *_lengths(result)])
+        sampled = result.get("sampled")
+        if sampled:
+            count, largest = sampled["samples"], sampled.get("pass", {}).get(str(sampled["samples"]))
+            lines.append(["", "", f"avg@{count}", *_cells(sampled), *_lengths(sampled)])
+            if count > 1:
+                lines.append(["", "", f"maj@{count}", *_cells(sampled["majority"]), "", ""])
+                lines += [["", "", f"pass@{count}", *_cells(largest), "", ""]] if largest else []
+    head = ["set", "questions", "", "strict", "[95 %]", "lenient", "[95 %]", "tokens", "cut off"]
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    pad = lambda line: [
+        cell.ljust(width) if column in (0, 2) else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+    return "\n".join("  ".join(pad(line)).rstrip() for line in [head, *lines])
+
+
+def percent(value: float) -> str:
+    """A share in percent, with one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def _scores(of: Mapping[str, Sequence[float]], samples: int = 1) -> dict[str, Any]:
+    found = {name: estimate(scores, samples) for name, scores in of.items()}
+    intervals = {
+        f"{name}_interval": None if each.low is None or each.high is None else [_rounded(each.low), _rounded(each.high)]
+        for name, each in found.items()
+    }
+    return {**{name: _rounded(each.value) for name, each in found.items()}, **intervals}
+
+
+def _votes(group: Sequence[Row]) -> list[str | None]:
+    return [None if row["found"] is None else normalize(row["found"]) for row in group]
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6)
+
+
+def _cells(scores: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for name in GRADES:
+        interval = scores[f"{name}_interval"]
+        cells += [percent(scores[name]), f"[{', '.join(map(percent, interval))}]" if interval else ""]
+    return cells
+
+
+def _lengths(scores: Mapping[str, Any]) -> list[str]:
+    return [f"{scores['mean_tokens']:.0f}", percent(scores["truncated"])]

@@ -1,0 +1,95 @@
+"""How a run lies on its devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.common.cli import tell
+from experiments.common.fitting import device_bytes, fit, open_model
+from tinylora_jax.models import MeshSpec, ModelConfig
+
+
+def parse_mesh(text: str) -> MeshSpec:
+    """`data,fsdp,tensor`, such as 1,1,8.
+
+    Raises:
+      ValueError: the text is not three integers.
+    """
+    try:
+        data, fsdp, tensor = (int(part) for part in text.split(","))
+        return MeshSpec(data, fsdp, tensor)
+    except ValueError as error:
+        raise ValueError(
+            f"--mesh={text}: expected data,fsdp,tensor as three integers, such as 1,1,8 ({error})"
+        ) from error
+
+
+def use_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> AbstractContextManager:
+    """The mesh of these devices, around everything that a run computes; nothing at all for a single device.
+
+    Args:
+      spec: sizes of the mesh.
+      devices: devices of the mesh; None: all there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    mesh = spec.make(devices)
+    return jax.set_mesh(mesh) if len(devices) > 1 else nullcontext()
+
+
+def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManager:
+    """`use_mesh` for a run, whose mesh follows from the memory of its devices where the config leaves it open.
+
+    Raises:
+      FileNotFoundError, ValueError: the model cannot be opened, or the mesh does not fit the devices.
+    """
+    memory, devices = device_bytes(), jax.devices()
+    if len(devices) == 1 or memory is None or spec.tensor:
+        return use_mesh(spec)
+    model = open_model(config.model, config.dtype).abstract.config
+    return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
+
+
+def slots_of(config: ConfigDict, model: ModelConfig) -> int:
+    """Completions that a run decodes at once on the mesh in use, 0 for all; says how it lies on its devices."""
+    memory, mesh = device_bytes(), active_mesh()
+    if memory is None and jax.default_backend() != "cpu":  # an accelerator that does not say what it has: all at once
+        return config.slots
+    devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
+    found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels())
+    if found.num_bytes is not None:
+        sizes = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(found.mesh).items())
+        rows = config.batch_size * config.samples
+        tell(
+            f"{len(devices)} × {devices[0].device_kind}, mesh {sizes}; {found.slots or rows} of {rows} completions at"
+            f" once, about {found.num_bytes / 1e9:.0f} of {memory / 1e9:.0f} GB a device while decoding"
+        )
+    return found.slots
+
+
+def joins_kernels() -> bool:
+    """Whether decoding joins kernels that are whole, see `generate`."""
+    return jax.default_backend() == "gpu"
+
+
+def active_mesh() -> Mesh | None:
+    """The mesh in use."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def replicate(tree: Any) -> Any:
+    """Arrays of the host, or of one device, on every device of the mesh in use."""
+    mesh = active_mesh()
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def describe(mesh: Mesh | None) -> Sequence[int]:
+    """The sizes of the axes: data, fsdp, tensor."""
+    return (1, 1, 1) if mesh is None else tuple(mesh.shape.values())

@@ -1,0 +1,331 @@
+"""A run from its config to its summary, whatever it learns from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from grain import DatasetIterator
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments.common import multihost
+from experiments.common.cli import TrainingError, define_path, fail, reporting_errors, tell, use_compilation_cache
+from experiments.common.fitting import device_bytes
+from experiments.common.launch import launch
+from experiments.common.meshes import active_mesh, replicate, use_fitting_mesh
+from experiments.common.preemption import Stopped, StopRequests
+from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
+from experiments.common.workdir import Workdir
+from experiments.evaluate import evaluate, lower_evaluation
+from tinylora_jax.adapters import Adapted, Trained
+from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
+from tinylora_jax.io import save_trained
+from tinylora_jax.io.adapter import base_fingerprint
+from tinylora_jax.models import ModelConfig, abstract_everywhere
+from tinylora_jax.multihost import is_first, on_first, to_host
+from tinylora_jax.training import Bounds, DivergenceError, Plan, TrainState, init_state, plan_update
+
+Totals = dict[str, float]
+
+_SHOWN = ("loss", "reward", "length", "tokens_per_s")  # of the metrics, while it runs
+
+_SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # kept in adapter.json
+
+
+class Stepped(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+      state: after it.
+      metrics: to log.
+      page: readable completions.
+      tokens: how many were generated.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+    page: str = ""
+    tokens: int = 0
+
+
+class Trainer(ABC):
+    """What a run's steps are made of: sizes, programs and the optimizer, but no weights.
+
+    It is made of a task whose weights are still being read, and its steps take the loaded one: their programs are the
+    same.
+
+    Args:
+      config: run configuration.
+      specs: parsed run configuration.
+      prompts: training prompts.
+      steps: length of the learning-rate schedule, in steps.
+      stop: stop requests, checked between the phases of a step.
+    """
+
+    def __init__(self, config: ConfigDict, specs: Specs, prompts: Sequence[Prompt], steps: int, stop: StopRequests):
+        self.config, self.specs, self.stop = config, specs, stop
+        self.width, self.optimizer = padded_width(prompts), optimizer_of(specs, steps)
+
+    def initial_state(self, policy: Adapted) -> TrainState:
+        """The state before the first step."""
+        return replicate(init_state(policy.init(), self.optimizer))
+
+    def abstract_state(self, policy: Adapted) -> TrainState:
+        """The shapes and places of the initial state."""
+        make = lambda policy: init_state(policy.init(), self.optimizer)
+        return abstract_everywhere(jax.eval_shape(make, policy))
+
+    @abstractmethod
+    def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
+        """The programs of a step from a state, or from its shapes, to be compiled before the first."""
+
+    @abstractmethod
+    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+        """What one batch of prompts teaches.
+
+        Raises:
+          DivergenceError: the loss, the gradient or v is not finite.
+        """
+
+
+MakeTrainer = Callable[[ConfigDict, Specs, Task, Sequence[Prompt], int, StopRequests], Trainer]
+
+
+def optimizer_of(specs: Specs, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many rollouts."""
+    updates = steps * specs.grpo.updates_per_rollout
+    return dataclasses.replace(specs.optimizer, total_updates=updates).transform()
+
+
+def plan_of(
+    config: ConfigDict,
+    specs: Specs,
+    model: ModelConfig,
+    width: int,
+    samples: int | None = None,
+    longest: int | None = None,
+) -> Plan:
+    """What the update of a run is compiled for.
+
+    Args:
+      config: run configuration.
+      specs: parsed run configuration.
+      model: architecture.
+      width: padded length of the prompts.
+      samples: completions per prompt; None for the configuration's.
+      longest: most tokens of a completion; None for the configuration's.
+    """
+    samples, longest = samples or config.samples, longest or config.max_new_tokens
+    bounds = Bounds(config.batch_size, width, samples, longest)
+    dtype = jnp.dtype(config.dtype)
+    return plan_update(model, specs.grpo, config.temperature, bounds, dtype, active_mesh(), device_bytes())
+
+
+def summary_of_config(config: ConfigDict) -> dict[str, Any]:
+    """What an adapter's description keeps of its run."""
+    kept = {name: config[name] for name in _SUMMARY}
+    return kept | {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
+
+
+def num_steps(config: ConfigDict, num_prompts: int) -> int:
+    """Rollouts of a run.
+
+    Raises:
+      ConfigError: there are fewer prompts than a batch needs.
+    """
+    steps = num_prompts // config.batch_size * config.epochs
+    steps = min(steps, config.max_steps) if config.max_steps else steps
+    if steps < 1:
+        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts; lower it")
+    return steps
+
+
+def questions_of(config: ConfigDict, specs: Specs) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """The questions to train on and those to evaluate on, graded once; refuses too few before the slow part.
+
+    Raises:
+      ConfigError: there are fewer questions than a batch needs, or the reward can never pay most of them.
+    """
+    to_train = load_graded_questions(specs.train_data, config.reward)
+    to_evaluate = load_graded_questions(specs.eval_data, config.reward)
+    num_steps(config, len(to_train))
+    return to_train, to_evaluate
+
+
+@contextmanager
+def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
+    """What a training command runs in: an error that a user can mend, or a request to stop, ends it with one line.
+
+    Args:
+      workdir: folder that keeps the traceback of an error.
+      what: what the same command continues, such as `run`.
+    """
+    stop = StopRequests()
+    with reporting_errors(workdir):
+        try:
+            yield stop
+        except Stopped as stopped:
+            if is_first():
+                print(f"stopped by {stopped}; the same command continues the {what} in {workdir}", flush=True)
+            raise SystemExit(stopped.exit_code) from None
+
+
+def train(
+    trainer: Trainer, task: Task, data: DatasetIterator, steps: int, folder: Workdir, started: float
+) -> tuple[TrainState, Totals]:
+    """Runs the steps that are still to do, each saved when it is done.
+
+    Returns:
+      The final state, and totals over the whole run, interruptions included.
+    """
+    config, state = trainer.config, trainer.initial_state(task.policy)
+    totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
+    saved = folder.restore(state)
+    if saved is not None:
+        state, record = replicate(saved[0]), saved[1]
+        data.set_state(record["data"])
+        totals = record["totals"]
+        tell(f"continuing after step {int(state.step)} of {steps}")
+    first, before = int(state.step), totals["wall_s"]
+    folder.start(first)
+    quiet = not is_first()
+    with closing(folder), tqdm(total=steps, initial=first, desc="training", unit="step", disable=quiet) as bar:
+        for index in range(first, steps):
+            trainer.stop.check()
+            try:
+                state, metrics, page, tokens = trainer.step(task, state, index, next(data))
+            except DivergenceError as error:
+                raise TrainingError.at_step(index, error) from error
+            totals["tokens"] += tokens
+            totals["rollout_s"] += metrics.get("rollout_s", 0.0)
+            totals["wall_s"] = before + time.perf_counter() - started
+            due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
+            record = {"data": data.get_state(), "totals": totals} if due else None
+            folder.keep(index, state, record, metrics, page)
+            shown = {name: f"{metrics[name]:.3g}" for name in _SHOWN if name in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+    return state, totals
+
+
+def run(
+    config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer, experiment: str
+) -> dict[str, Any]:
+    """Trains one adapter, from the config to the summary; continues what the workdir holds.
+
+    Args:
+      config: see `experiments/configs/base.py`.
+      workdir: see `RunLog`.
+      stop: says when to stop early.
+      make_trainer: of what is learned from.
+      experiment: `grpo` or `sft`; a workdir of the one is refused to the other.
+
+    Returns:
+      The summary.
+    """
+    started = time.perf_counter()
+    specs = parse(config)
+    folder = Workdir(workdir, as_json(config, experiment))
+    done = folder.read("summary.json")
+    if done is not None:
+        tell(f"{workdir} is complete; choose another --workdir to train again")
+        return done
+    train_questions, eval_questions = questions_of(config, specs)
+    how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
+    with launch(config, specs) as start:
+        prompts = make_prompts(config, train_questions, start.abstract)
+        questions = make_prompts(config, eval_questions, start.abstract)
+        steps = num_steps(config, len(prompts))
+        trainer = make_trainer(config, specs, start.abstract, prompts, steps, stop)
+        abstract = trainer.abstract_state(start.abstract.policy)
+        to_train = trainer.lower(start.abstract, abstract) if folder.saved_steps() < steps else ()
+        task = start.finish(chain(to_train, lower_evaluation(start.abstract, abstract.v, questions, **how)))
+    folder.claim()
+    initial = trainer.initial_state(task.policy)
+
+    before = folder.read("eval_before.json")
+    if before is None:
+        before, answers = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
+        folder.write_rows("answers_before.jsonl", answers)
+        folder.write("eval_before.json", before)
+    tell(f"before training: {json.dumps(before)}")
+    del initial  # of all weights it is gigabytes
+
+    data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
+    state, totals = train(trainer, task, data, steps, folder, started)
+    finished = time.perf_counter()
+
+    about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
+    folder.check()
+    saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
+    after, answers = evaluate(task, replicate(saved), questions, seed=config.seed, between=stop.check, **how)
+    folder.write_rows("answers_after.jsonl", answers)
+    summary = {
+        "model": task.name,
+        "params": task.policy.num_params,
+        "bytes_bf16": 2 * task.policy.num_params,
+        "steps": steps,
+        "eval_before": before,
+        "eval_after": after,
+        "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
+    }
+    if totals["rollout_s"]:
+        summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
+    folder.write("summary.json", summary)
+    return summary
+
+
+def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
+    """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
+    policy, v, fingerprint = task.policy_to_save(), to_host(v), base_fingerprint(task.policy.params)
+
+    def write() -> list[Any] | None:
+        saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)
+        if all(map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(v))):
+            return None  # large ones are saved in float32, and need not be told to the other processes
+        return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(saved)]
+
+    found = on_first(write)
+    leaves, structure = jax.tree.flatten(v)
+    return v if found is None else jax.tree.unflatten(structure, [np.asarray(leaf, np.float32) for leaf in found])
+
+
+def define_flags() -> None:
+    """Defines the flags of a command that trains."""
+    config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
+    define_path("workdir", "Folder of the run: created, or continued.")
+    multihost.define_flags()
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], dict[str, Any]]) -> dict[str, Any]:
+    """Runs what the flags say, to the end or until it is asked to stop, which ends the program.
+
+    Args:
+      values: of the flags of `define_flags`.
+      run: from config, workdir and stop to the summary.
+
+    Returns:
+      The summary.
+    """
+    use_compilation_cache()
+    if not values.workdir:
+        fail("--workdir is empty; name a folder for the run")
+    workdir = Path(values.workdir)
+    with stoppable(workdir, "run") as stop:
+        multihost.connect(values)
+        with use_fitting_mesh(values.config, parse(values.config).mesh):
+            return run(values.config, workdir, stop)

@@ -1,0 +1,157 @@
+"""Pictures of results: a landscape of rewards, curves over steps, and accuracy against the number of parameters."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.plotting.curves import mean_and_error
+from experiments.plotting.picture import smoothing
+from tinylora_jax.files import write_atomically
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLORS = ("#1f5fa8", "#d9730d", "#5a9e4b", "#7a7a7a")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # without pyplot, which would keep global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _write(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(path, picture.getvalue(), durable=False)
+
+
+def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
+    """Draws what `experiments.landscape` measured: a line with its standard error, or a map.
+
+    Args:
+      result: as `experiments.landscape` writes it.
+      path: of the PNG.
+    """
+    rows = result["points"]
+    t = np.array([row["t"] for row in rows])
+    strict, lenient, error = (np.array([row[name] for row in rows]) for name in ("strict", "lenient", "se"))
+    about = f"{result['params']} numbers, {result['questions']} questions × {result['samples']} samples"
+    if result["axes"] == 1:
+        figure, axes = _figure(6.4, 4.0)
+        axes.plot(t[:, 0], strict, color=_COLORS[0], marker="o", markersize=3, label="strict")
+        axes.fill_between(t[:, 0], strict - error, strict + error, color=_COLORS[0], alpha=0.2, linewidth=0)
+        axes.plot(t[:, 0], lenient, color=_COLORS[1], linewidth=1, label="lenient")
+        for place, name in ((0.0, "untrained"), (1.0, "trained")):
+            axes.axvline(place, color="0.7", linewidth=0.8)
+            axes.annotate(name, (place, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
+        axes.set_ylabel("mean reward")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        figure, axes = _figure(5.6, 4.6)
+        side = round(len(rows) ** 0.5)
+        ticks = t[::side, 0]
+        image = axes.pcolormesh(ticks, ticks, strict.reshape(side, side).T, cmap="viridis", shading="nearest")
+        figure.colorbar(image, ax=axes, label="mean reward (strict)")
+        axes.plot(0, 0, "wo", markersize=6)
+        axes.plot(1, 0, "w*", markersize=10)
+        axes.set_ylabel("times the second direction")
+    axes.set_xlabel("times the trained vector")
+    axes.set_title(f"{result['model']}\n{about}", fontsize=9, pad=16 if result["axes"] == 1 else 6)
+    _write(figure, path)
+
+
+def draw_curves(result: Mapping[str, Any]) -> Figure:
+    """Draws the means over seeds with bands of one standard error; beside rewards, the accuracies before and after.
+
+    More than 40 steps are smoothed: every run by itself, so that the band is that of the seeds.
+
+    Args:
+      result: of `experiments.plotting.curves.mean_curves`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib import colormaps
+
+    curves, reward, before = result["curves"], result["metric"] == "reward", result["untrained"]
+    figure, axes = _figure(7.6, 4.2 + 0.17 * len(curves))
+    many = list(colormaps["turbo"](np.linspace(0.05, 0.95, len(curves))))
+    colors = many if len(curves) > len(_COLORS) else _COLORS
+    end = max(len(curve["mean"]) for curve in curves)
+    width = smoothing(end)
+    for curve, color in zip(curves, colors, strict=False):
+        window = np.full(min(width, len(curve["mean"])), 1 / min(width, len(curve["mean"])))
+        smooth = lambda y, window=window: np.convolve(y, window, "valid")
+        mean, error = mean_and_error(np.array([smooth(row) for row in curve["values"]]))
+        x = smooth(np.arange(len(curve["mean"])) + 1)
+        marker = "o" if width == 1 else None
+        axes.plot(x, mean, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=_legend(curve))
+        if error is not None:
+            axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        if reward and curve["trained"]:
+            after, spread = mean_and_error(np.array(curve["trained"])[:, None])
+            axes.errorbar(end + 0.5, after, spread, fmt="D", color=color, markersize=6, capsize=3, clip_on=False)
+    if reward and before is not None:
+        axes.plot(0, before, "D", color="0.4", markersize=6, clip_on=False, label="untrained")
+    name = "reward of the sampled answers (◆: held-out questions, greedy)" if reward else "loss on the worked solutions"
+    about = [f"means of {width} steps"] if width > 1 else []
+    about += ["band: 1 standard error of the seeds"] if any(curve["se"] for curve in curves) else []
+    axes.set_title("\n".join(filter(None, [result["model"], name, ", ".join(about)])), fontsize=10, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward, strict" if reward else "nats per token, mean")
+    axes.set_xlim(0, end + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="0.92")
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    return figure
+
+
+def _legend(curve: Mapping[str, Any]) -> str:
+    """A curve in words: what it is of, and the accuracy after training."""
+    count, trained = len(curve["runs"]), curve["trained"]
+    words = [curve["label"]] if curve["label"] else []
+    words += [f"mean of {count} seeds" if count > 1 else "one seed"]
+    if max(curve["steps"]) > len(curve["mean"]):
+        words += [f"to step {len(curve['mean'])}, the last of all"]
+    if trained:
+        mean, error = mean_and_error(np.array(trained)[:, None])
+        spread = "" if error is None else f" ± {error[0]:.2g}"
+        words += [f"trained: {mean[0]:.3g}{spread} strict"]
+    return ", ".join(words)
+
+
+def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path) -> None:
+    """Accuracy against the number of trained parameters, on a logarithmic axis.
+
+    Args:
+      series: by name (such as `RL`), points with `params`, `accuracy`, `low` and `high`, all accuracies in [0, 1].
+      base: `accuracy`, `low` and `high` of the untrained model.
+      path: of the PNG.
+    """
+    figure, axes = _figure(6.8, 4.2)
+    axes.axhspan(base["low"], base["high"], color="0.9", linewidth=0)
+    axes.axhline(base["accuracy"], color="0.5", linewidth=1, label="untrained")
+    for (name, points), color in zip(series.items(), _COLORS, strict=False):
+        points = sorted(points, key=lambda point: point["params"])
+        x, y = [np.array([p[key] for p in points], float) for key in ("params", "accuracy")]
+        spread = np.array([[p["accuracy"] - p["low"], p["high"] - p["accuracy"]] for p in points]).T
+        axes.errorbar(x, y, yerr=spread, color=color, marker="o", markersize=4, capsize=2, linewidth=1.4, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("accuracy (strict)")
+    axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g} %")
+    axes.grid(axis="y", color="0.92")
+    axes.legend(frameon=False, fontsize=9)
+    _write(figure, path)

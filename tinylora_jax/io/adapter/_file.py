@@ -1,0 +1,378 @@
+"""A trained adapter on disk: 26 bytes of vector, and a readable file that says what they mean.
+
+`vector.bin` holds the vector alone. `adapter.json` holds the spec, the adapted weights and their tie groups, and
+numbers by which a load is refused when the base model or its factors are not those that the vector was trained with.
+Where a weight does not determine its factors, or another generator drew P, `factors.safetensors` holds them.
+ADAPTER_FORMAT.md describes all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters import Factors, TinyLoRA, factorize
+from tinylora_jax.adapters.targets import natural
+from tinylora_jax.files import open_regular, parse_json, write_atomically
+from tinylora_jax.io.adapter._description import (
+    DTYPES,
+    MAX_JSON_BYTES,
+    AdapterError,
+    describe_spec,
+    parse_description,
+    parse_text,
+    read_text,
+    readable,
+    structure_sha256,
+    tables_sha256,
+    version_of,
+    whole_sha256,
+)
+from tinylora_jax.io.adapter._fingerprint import base_fingerprint, differences, probes
+from tinylora_jax.io.adapter._own_factors import FACTORS, pack_factors, unpack_factors
+
+_VECTOR, _DESCRIPTION = "vector.bin", "adapter.json"
+_TABLES = b'\n "leaves":'
+# Of a module's size. After a flipped sign, one probe in six differs by less, hardly ever all six.
+_PROBE_TOLERANCE = 0.1
+
+
+def save_adapter(
+    folder: Path,
+    factors: Factors,
+    v: Float[Array, "groups u"],
+    base: str,
+    dtype: str = "bfloat16",
+    fingerprint: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> None:
+    """Writes `vector.bin`, `adapter.json` and, if some factors cannot be computed again, `factors.safetensors`.
+
+    Args:
+      folder: created if absent.
+      factors: that v was trained with.
+      v: the vector.
+      base: name of the base model.
+      dtype: `bfloat16` (two bytes a number) or `float32`.
+      fingerprint: `base_fingerprint` of the base model; without it a load compares the factors alone.
+      **about: anything JSON can hold, kept for readers under "about".
+
+    Raises:
+      AdapterError: the description would be larger than a reader accepts.
+    """
+    data = np.asarray(v, np.float32).astype(DTYPES[dtype]).tobytes()
+    kept, packed = pack_factors(factors)
+    description = {
+        "format": "tinylora",
+        "format_version": version_of(kept),
+        "base": base,
+        "dtype": dtype,
+        "shape": list(v.shape),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "spec": describe_spec(factors.spec),
+        "factors": kept,
+        "about": about,
+        "structure_sha256": "",
+        "description_sha256": "",
+        "leaves": _describe_leaves(factors),
+        "base_fingerprint": fingerprint,
+    }
+    description = parse_json(readable(description))  # as a reader will see it: without tuples, with texts for names
+    description["structure_sha256"] = structure_sha256(description)
+    description["description_sha256"] = whole_sha256(description, tables_sha256(description))
+    text = readable(description).encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise AdapterError(f"the description has {len(text)} bytes, at most {MAX_JSON_BYTES} are read; shorten `about`")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _VECTOR, data)
+    if kept is None:
+        (folder / FACTORS).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / FACTORS, packed)
+    write_atomically(folder / _DESCRIPTION, text)
+
+
+def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
+    """One row a leaf, in the order that makes `select` find the modules in the same order by their bare paths."""
+    values = probes(factors)
+    order = {target: rank for rank, target in enumerate(factors.spec.targets)}
+    return [
+        {
+            "path": path,
+            "layout": leaf.target.layout,
+            "groups": list(leaf.groups),
+            "probes": [[float(f"{x:.7g}") for x in row] for row in values[path]],
+        }
+        for path, leaf in sorted(factors.leaves.items(), key=lambda pair: (order[pair[1].target], natural(pair[0])))
+    ]
+
+
+def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Factors, Float[Array, "groups u"]]:
+    """Reads an adapter for its base model: what `apply` and `merge` take.
+
+    Args:
+      folder: holds `vector.bin` and `adapter.json`.
+      params: the base model's tree.
+      method: of the decomposition, see `truncated_svd`; any gives the same update.
+
+    Returns:
+      The factors and the vector as float32.
+
+    Raises:
+      AdapterError: a file is absent, malformed, truncated or altered, or belongs to another base model.
+    """
+    spec, v, description = read_adapter(folder)
+    return factors_of(folder, spec, v, description, params, method), v
+
+
+def factors_of(
+    folder: Path,
+    spec: TinyLoRA,
+    v: Float[Array, "groups u"],
+    description: Mapping[str, Any],
+    params: Any,
+    method: str = "auto",
+) -> Factors:
+    """The factors for what `read_adapter` read from a folder, as `load_adapter` gives them.
+
+    Raises:
+      AdapterError: the adapter belongs to another base model; said before it is factorized, where its weights tell.
+        Or its description names leaves that the model does not have.
+    """
+    check_base(description, params)
+    try:
+        factors = factorize(params, spec, method)
+    except ValueError as error:
+        raise AdapterError(f"{folder / _DESCRIPTION} does not fit this model: {error}") from error
+    return _with_own_factors(folder, spec, v, description, factors, params)
+
+
+def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict[str, Any]]:
+    """Reads an adapter without its base model.
+
+    Args:
+      folder: holds `vector.bin` and `adapter.json`.
+
+    Returns:
+      The spec, the vector as float32, and the description; `check_fit` tells whether they fit a model. The spec's
+      targets are the adapted leaves themselves: no pattern of a file is ever matched.
+
+    Raises:
+      AdapterError: a file is absent, malformed, truncated or altered.
+    """
+    path = folder / _DESCRIPTION
+    description = parse_text(path, read_text(path))
+    try:
+        spec, dtype, shape = parse_description(description)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"[:300]
+        raise AdapterError(f"{path} is malformed ({problem}); export the adapter again") from error
+    if description.get("structure_sha256", (saved := structure_sha256(description))) != saved:  # older files have none
+        raise AdapterError(f"{path} was altered: its spec, shape or leaves are not those saved; copy it again")
+    v = jnp.asarray(_read_vector(folder, dtype, shape, description["sha256"]))
+    _check_whole(path, description, tables_sha256(description))
+    return spec, v, description
+
+
+def _check_whole(path: Path, head: Mapping[str, Any], tables: str) -> None:
+    """Refuses a description other than the one saved, in whatever field; older files have no checksum of all."""
+    if head.get("description_sha256", (saved := whole_sha256(head, tables))) != saved:
+        raise AdapterError(f"{path} was altered: one of its fields is not as it was saved; copy it again")
+
+
+def _read_vector(folder: Path, dtype: np.dtype, shape: tuple[int, int], sha256: str) -> Float[np.ndarray, "groups u"]:
+    path = folder / _VECTOR
+    expected = dtype.itemsize * math.prod(shape)
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            data = file.read() if found == expected else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(f"{path} is missing; an adapter is {_VECTOR} and {_DESCRIPTION} in one folder") from error
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error}") from error
+    if found != expected:
+        raise AdapterError(f"{path} has {found} bytes, expected {expected} for {shape} {dtype}; copy it again")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise AdapterError(f"{path} was altered: its SHA-256 is not the one in {_DESCRIPTION}; copy it again")
+    v = np.frombuffer(data, dtype).astype(np.float32).reshape(shape)
+    if not np.isfinite(v).all():
+        raise AdapterError(f"{path} holds numbers that are not finite; train the adapter again")
+    return v
+
+
+def check_fit(
+    folder: Path,
+    spec: TinyLoRA,
+    v: Float[Array, "groups u"],
+    description: Mapping[str, Any],
+    factors: Factors,
+    params: Any = None,
+) -> Factors:
+    """Refuses what `read_adapter` read from a folder if it does not belong to this base model.
+
+    Args:
+      folder: the adapter's.
+      spec: that was read.
+      v: that was read.
+      description: that was read.
+      factors: of the base model by that spec.
+      params: the base model. Without it, its other weights are not compared, and an adapter that holds factors of its
+        own is refused.
+
+    Returns:
+      The factors to use with v: those given, with the adapter's own where the weights do not determine them.
+
+    Raises:
+      AdapterError: the base model is another one, or its factors are, or the vector has not their shape.
+    """
+    if params is not None:
+        check_base(description, params)
+    return _with_own_factors(folder, spec, v, description, factors, params)
+
+
+def _with_own_factors(
+    folder: Path,
+    spec: TinyLoRA,
+    v: Float[Array, "groups u"],
+    description: Mapping[str, Any],
+    factors: Factors,
+    params: Any,
+) -> Factors:
+    if description["factors"] is not None:
+        factors = unpack_factors(folder, description["factors"], factors, params)
+    check_factors(description, factors)
+    if v.shape != (factors.num_groups, factors.spec.u):
+        raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
+    return factors
+
+
+def check_base(description: Mapping[str, Any], params: Any) -> None:
+    """Refuses a base model other than the one that an adapter was trained on; warns of one that is rounded otherwise.
+
+    Raises:
+      AdapterError: names weights that differ.
+    """
+    stored = description["base_fingerprint"]
+    if stored is None:
+        return
+    found = base_fingerprint(params)
+    other, rounded = differences(stored, found)
+    if other:
+        raise AdapterError(
+            f"the adapter was trained on {description['base']!r}, from which this base model differs in {len(other)} of"
+            f" {len(found['weights'])} weights ({', '.join(other[:3])}, …); load it with its own base model"
+        )
+    if rounded:
+        logging.warning(
+            "the base model is not quite what the adapter was trained on: %d weights are rounded otherwise (%s, …). It"
+            " was trained on weights in %s, these are in %s; load them so for the same update",
+            *(len(rounded), rounded[0], stored["dtype"], found["dtype"]),
+        )
+
+
+def check_factors(description: Mapping[str, Any], factors: Factors) -> None:
+    """Refuses factors or tie groups other than those that an adapter was trained with.
+
+    Raises:
+      AdapterError: names the modules that differ.
+    """
+    stored, found = {leaf["path"]: leaf for leaf in description["leaves"]}, probes(factors)
+    if set(stored) != set(found):
+        differ = sorted(set(stored) ^ set(found))
+        raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")
+    ties = [path for path, leaf in factors.leaves.items() if list(leaf.groups) != stored[path]["groups"]]
+    if ties:
+        raise AdapterError(
+            f"the adapter's spec ties its modules otherwise than its own table ({', '.join(ties[:3])}, …)"
+        )
+    wrong = []
+    for path, rows in found.items():
+        ours, theirs = np.asarray(rows), np.asarray(stored[path]["probes"], np.float64)
+        if not np.all(np.abs(ours - theirs) <= _PROBE_TOLERANCE * ours[:, -1:] + 1e-6):
+            wrong.append(path)
+    if wrong:
+        raise AdapterError(
+            f"the adapter was trained on {description['base']!r}, whose factors differ from this model's in"
+            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model,"
+            " and with adapter.json as it was saved: another spec has other factors"
+        )
+
+
+class AdapterReader:
+    """Reads many adapters of one base model, which share its factors.
+
+    Nearly all of an `adapter.json` are its tables of leaves and weights, the same bytes for adapters trained alike:
+    tables that fitted before are neither parsed nor compared again.
+
+    Args:
+      params: the base model's tree.
+      factors: of it, by the adapters' spec.
+
+    Attributes:
+      factors: to use with the vectors: those given, with the adapters' own where neither the weights nor the seed
+        determine them.
+    """
+
+    _SHARED = ("spec", "shape", "dtype", "factors")  # what must be alike beside the tables
+    _MOST_TABLES = 16  # kept, of some 50 KB each
+
+    def __init__(self, params: Any, factors: Factors):
+        self.factors, self._params = factors, params
+        self._first: tuple[Path, Any] | None = None  # the first adapter, and what it says of factors of its own
+        self._fitting: dict[bytes, dict[str, Any]] = {}
+        self._digests: dict[bytes, str] = {}
+
+    def read(self, folder: Path) -> Float[np.ndarray, "groups u"]:
+        """The vector of an adapter, float32; stacked, `[rows, groups, u]`, they give each row its own.
+
+        Raises:
+          AdapterError: the adapter is damaged, or belongs to another base model or other factors than those before it.
+        """
+        path = folder / _DESCRIPTION
+        text = read_text(path)
+        # Parsing the tables of each of a thousand adapters would take most of the time. So they are compared as bytes,
+        # and only the few fields before them are parsed, closed by a brace of our own.
+        head, key, tables = text.partition(_TABLES)
+        known = self._fitting.get(tables) if key else None
+        if known:
+            try:
+                short = parse_text(path, head + b' "end": 0}')
+            except AdapterError:  # the tables stand elsewhere than at its end
+                short = {}
+            if known == {name: short.get(name) for name in self._SHARED}:
+                _check_whole(path, short, self._digests[tables])
+                return _read_vector(folder, DTYPES[short["dtype"]], tuple(short["shape"]), short.get("sha256", ""))
+        spec, v, description = read_adapter(folder)
+        shared = {name: description[name] for name in self._SHARED}
+        self._check_alike(folder, spec, shared)
+        try:
+            self.factors = check_fit(folder, spec, v, description, self.factors, self._params)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        self._first = self._first or (folder, shared["factors"])
+        if key:
+            self._fitting[tables], self._digests[tables] = shared, tables_sha256(description)
+            if len(self._fitting) > self._MOST_TABLES:
+                oldest = next(iter(self._fitting))
+                del self._fitting[oldest], self._digests[oldest]
+        return np.asarray(v)
+
+    def _check_alike(self, folder: Path, spec: TinyLoRA, shared: Mapping[str, Any]) -> None:
+        """Refuses an adapter that cannot have the factors of those before."""
+        if shared["spec"] != describe_spec(self.factors.spec):
+            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self.factors.spec}")
+        if self._first and self._first[1] != shared["factors"]:
+            raise AdapterError(
+                f"of {folder} and {self._first[0]} one holds factors of its own that the other has not; each needs a"
+                " reader of its own, and `combine` of tinylora_jax.adapters puts them in one batch"
+            )

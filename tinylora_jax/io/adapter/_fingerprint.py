@@ -1,0 +1,114 @@
+"""Fingerprints of a base model and of an adapter's factors: a few numbers per weight that bear rounding.
+
+Each is a size, or a product of the weight (of its update) with fixed directions. A weight in bfloat16 gives nearly
+those of the same one in float32, and another model's weight gives others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tinylora_jax.adapters import Factors
+from tinylora_jax.adapters.projections import standard_normals
+from tinylora_jax.adapters.targets import leaves_by_path
+from tinylora_jax.multihost import to_host
+
+NUM_SIGNED = 4
+NUM_PROBES = 6
+# Of a weight's size. Rounding to bfloat16 moves a signed sum by about 1e-3, quantization to four bits by 5e-2.
+_OTHER = 0.02
+_ROUNDED = 1e-4  # what the order of summation cannot explain
+
+
+@lru_cache(maxsize=64)
+def _directions(side: str, size: int) -> np.ndarray:
+    directions = standard_normals(f"probe:{side}", NUM_PROBES * size).reshape(NUM_PROBES, size)
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
+def probes(factors: Factors) -> dict[str, list[list[float]]]:
+    """A few numbers per module that any change of its factors changes.
+
+    The first ones are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the
+    last, ‖ΔW‖.
+
+    Args:
+      factors: of a model.
+
+    Returns:
+      By leaf path, one row per layer.
+    """
+    result = {}
+    for path, leaf in factors.leaves.items():
+        U, S, V, P = (np.asarray(x, np.float64) for x in (leaf.U, leaf.S, leaf.V, leaf.P))
+        middle = S[:, :, None] * P.sum(axis=1)
+        size = np.linalg.norm(middle, axis=(1, 2))  # U and V are orthonormal
+        left = np.einsum("lor,ko->lkr", U, _directions("out", U.shape[1]))
+        right = np.einsum("lir,ki->lkr", V, _directions("in", V.shape[1]))
+        values = np.einsum("lkr,lrs,lks->lk", left, middle, right) * np.sqrt(U.shape[1] * V.shape[1])
+        result[path] = np.concatenate([values, size[:, None]], axis=1).tolist()
+    return result
+
+
+@lru_cache(maxsize=64)
+def signs(label: str, size: int) -> np.ndarray:
+    """`[NUM_SIGNED, size]` of ±1: row k holds the bits of SHA-256(`label:k:0`), SHA-256(`label:k:1`) …, 1 for +1."""
+    digest = lambda k, block: hashlib.sha256(f"{label}:{k}:{block}".encode()).digest()
+    rows = [b"".join(digest(k, block) for block in range(-(-size // 256))) for k in range(NUM_SIGNED)]
+    return np.stack([np.unpackbits(np.frombuffer(row, np.uint8))[:size] for row in rows]).astype(np.int8) * 2 - 1
+
+
+@jax.jit
+def _numbers(W: jax.Array, left: Float[Array, "k rows"], right: Float[Array, "k columns"]) -> Float[Array, " numbers"]:
+    W = W if W.dtype in (jnp.bfloat16, jnp.float16) else W.astype(jnp.float32)  # a copy in float32 may not fit
+    W = W.reshape(left.shape[1], right.shape[1])
+    rows = jnp.matmul(left.astype(W.dtype), W, precision="highest", preferred_element_type=jnp.float32)
+    size = jnp.sqrt(jnp.sum(jnp.sum(jnp.square(W.astype(jnp.float32)), axis=1)))
+    return jnp.concatenate([size[None], jnp.sum(rows * right, axis=1)])
+
+
+def base_fingerprint(params: Any) -> dict[str, Any]:
+    """The fingerprint of a tree of weights. Of several processes, all must call it.
+
+    Args:
+      params: the base model.
+
+    Returns:
+      What JSON can hold: `dtype` of the weights (`mixed` if they have several), and `weights`: by path ‖W‖ and the
+      sums aᵀ W b over fixed signs a, b, where W is the weight with all axes but the last one flattened.
+    """
+    leaves = leaves_by_path(params)
+    found = {}
+    for path, W in leaves.items():
+        columns = W.shape[-1] if W.shape else 1
+        sides = signs("rows", W.size // max(columns, 1)), signs("columns", columns)
+        found[path] = _numbers(W, *(side.astype(np.float32) for side in sides))
+    dtypes = {str(W.dtype) for W in leaves.values()}
+    rows = {path: [float(f"{x:.7g}") for x in row] for path, row in to_host(found).items()}
+    return {"dtype": dtypes.pop() if len(dtypes) == 1 else "mixed", "weights": rows}
+
+
+def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Compares fingerprints.
+
+    Returns:
+      Paths of the weights that differ or that one model lacks, and of those that are the same but rounded otherwise.
+    """
+    theirs, ours = stored["weights"], found["weights"]
+    other, rounded = sorted(set(theirs) ^ set(ours)), []
+    for path in sorted(set(theirs) & set(ours)):
+        row = np.asarray(ours[path])
+        apart, size = np.max(np.abs(row - np.asarray(theirs[path], np.float64))), row[0]
+        if not apart <= _OTHER * size:
+            other.append(path)
+        elif apart > _ROUNDED * size:
+            rounded.append(path)
+    return other, rounded

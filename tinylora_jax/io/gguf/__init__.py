@@ -1,0 +1,3 @@
+"""Models in GGUF files."""
+
+from tinylora_jax.io.gguf._model import load_gguf as load_gguf

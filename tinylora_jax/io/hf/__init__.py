@@ -1,0 +1,11 @@
+"""Hugging Face folders: configs, weights, the cache of the hub, and models to be written."""
+
+from tinylora_jax.io.hf._config import parse_config as parse_config
+from tinylora_jax.io.hf._export import export_merged as export_merged
+from tinylora_jax.io.hf._export import rounding_loss as rounding_loss
+from tinylora_jax.io.hf._export import write_model as write_model
+from tinylora_jax.io.hf._hub import NotInCacheError as NotInCacheError
+from tinylora_jax.io.hf._weights import LazyTensor as LazyTensor
+from tinylora_jax.io.hf._weights import Reading as Reading
+from tinylora_jax.io.hf._weights import build_tree as build_tree
+from tinylora_jax.io.hf._weights import param_shapes as param_shapes

@@ -1,0 +1,246 @@
+"""Folders in the Hugging Face layout, local or from the hub: JSON, safetensors, nothing that executes."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+# The hub's HTTP library changes with its major version; its errors module names the one in use.
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from tinylora_jax.files import expand, kind_of, open_regular, parse_json
+from tinylora_jax.io.hf._hub_cache import check_blobs
+from tinylora_jax.io.hf._safetensors import open_safetensors
+from tinylora_jax.io.hf._weights import LazyTensor
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]  # all but the weights
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MAX_JSON_BYTES = 2**24  # 100 times a large model's index; parsed, JSON takes up to 30 times its size
+MAX_TOKENIZER_BYTES = 2**26  # the largest in use have 33 MB
+
+
+class NotInCacheError(FileNotFoundError):
+    """A model would have to be downloaded, and that is not allowed."""
+
+
+def fetch_folder(source: str, download: bool = True) -> Path:
+    """The folder of a model: `source` itself where it is one, else a snapshot of that hub id.
+
+    Args:
+      source: a folder or a hub id.
+      download: whether what is not in the hub's cache may be downloaded.
+
+    Raises:
+      NotInCacheError: it is a hub id that is not in the cache, and nothing may be downloaded.
+      FileNotFoundError: neither a folder nor a hub id that can be fetched now.
+      ValueError: a file of the cache is not the one that the hub states.
+    """
+    folder = expand(source)
+    if source and folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(source) or ".." in source:
+        raise FileNotFoundError(
+            f"{source!r} is not a model: expected a folder with config.json, "
+            "a .gguf file or a hub id like 'Qwen/Qwen2.5-0.5B'"
+        )
+    try:
+        snapshot = _download(source, download)
+    except (OSError, EntryNotFoundError, HFValidationError, HTTPError, ValueError) as error:
+        if not download and isinstance(error, LocalEntryNotFoundError):
+            raise NotInCacheError(f"{source!r} is not in the cache of the Hugging Face hub") from error
+        reason = (str(error).strip().splitlines() or ["no detail"])[0]
+        raise FileNotFoundError(
+            f"cannot get {source!r} from the Hugging Face hub ({type(error).__name__}: {reason}); {_advice(error)}"
+        ) from error
+    check_blobs(snapshot)
+    return snapshot
+
+
+def _download(source: str, download: bool) -> Path:
+    """A snapshot of a hub id: first the small files, then the weights that `load_pretrained` reads and no others.
+
+    Repositories keep other formats of the same weights in subfolders and beside them (`consolidated.safetensors`).
+    """
+    get = lambda patterns, **options: Path(
+        snapshot_download(
+            source, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download, **options
+        )
+    )
+    folder = get([*_SMALL, _SINGLE])
+    if (folder / _SINGLE).is_file() or not (folder / _INDEX).is_file():
+        return folder
+    # The folder of a snapshot is called by its commit.
+    return get(
+        sorted({re.sub(r"([*?[])", r"[\1]", file) for file in _weight_map(folder).values()}), revision=folder.name
+    )
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure of the hub."""
+    if isinstance(error, GatedRepoError):
+        return (
+            "accept the model's licence on its page at huggingface.co, then log in here with `hf auth login`, or set"
+            " HF_TOKEN to a token of that account"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return "check the id; for a private model log in with `hf auth login`, or set HF_TOKEN"
+    if type(error).__name__ == "JSONDecodeError":
+        return (
+            "what answered is not the hub but, for instance, a proxy or the login page of a network; open"
+            " https://huggingface.co in a browser, or give a local folder"
+        )
+    return "check the id and the network, or give a local folder with config.json and model.safetensors"
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not one JSON object.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{path} is missing; expected a folder in the Hugging Face layout (config.json, *.safetensors)"
+        ) from error
+    if len(data) > most:
+        raise ValueError(f"{path}: expected a JSON file of at most {most} bytes, got {path.stat().st_size}")
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, got a file that does not parse ({error}); fetch it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
+    """Opens a folder's safetensors, single or sharded; tensors are readable inside the `with` block.
+
+    Yields:
+      Every tensor by name, unread.
+
+    Raises:
+      FileNotFoundError: no safetensors, or the index names a file that is absent.
+      ValueError: a file is truncated or corrupt, or the index contradicts the files.
+    """
+    shards = _shards(folder)
+    with ExitStack() as stack:
+        tensors: dict[str, LazyTensor] = {}
+        for file, names in shards.items():
+            found = stack.enter_context(open_safetensors(folder / file))
+            if absent := sorted(set(names or ()) - set(found)):
+                raise ValueError(
+                    f"{folder / _INDEX} places {', '.join(absent[:8])} in {file}, "
+                    f"which lacks {len(absent)} of them; fetch the model again"
+                )
+            if twice := sorted(set(tensors) & set(found)):
+                raise ValueError(f"{folder / file} repeats tensors of another shard: {', '.join(twice[:8])}")
+            tensors |= found
+        yield tensors
+
+
+def check_links(folder: Path) -> None:
+    """Refuses a model folder with a link to nothing, or with a pipe, a device or a folder in place of a file.
+
+    What is optional would be taken for absent, and change prompts; a pipe would be waited for.
+
+    Raises:
+      FileNotFoundError: names the links.
+      ValueError: names what is no file.
+    """
+    patterns = [*_SMALL, "*.safetensors"]
+    paths = [path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, each) for each in patterns)]
+    for path in sorted(paths):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, expected a file; fetch the model again")
+    broken = sorted(path.name for path in paths if not path.exists())
+    if broken:
+        raise FileNotFoundError(
+            f"{folder}: {', '.join(broken[:8])} links to a file that is absent; fetch the model again, or remove"
+            " the link"
+        )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index of a sharded model: tensor name to file name.
+
+    Raises:
+      ValueError: the index is no such table.
+    """
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / _INDEX}: expected an object 'weight_map' of tensor name to file name")
+    for name, file in weight_map.items():
+        # Only the name is judged: in the hub's cache every file is a link that leaves the snapshot folder.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(
+                f"{folder / _INDEX}: expected the name of a .safetensors file "
+                f"in the same folder for {name:.100}, got {file!r:.100}"
+            )
+    return weight_map
+
+
+def _shards(folder: Path) -> dict[str, tuple[str, ...] | None]:
+    """File name -> tensors that the index places there (None where there is no index)."""
+    if (folder / _SINGLE).is_file():
+        return {_SINGLE: None}
+    if not (folder / _INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle and is never loaded, convert it to safetensors" if pickles else ""
+        raise FileNotFoundError(f"{folder} holds no weights: expected {_SINGLE} or {_INDEX}{hint}")
+    shards: dict[str, list[str]] = {}
+    for name, file in _weight_map(folder).items():
+        shards.setdefault(file, []).append(name)
+    absent = sorted(file for file in shards if not (folder / file).is_file())
+    if absent:
+        raise FileNotFoundError(
+            f"{folder / _INDEX} names files that are absent: {', '.join(absent)}; fetch the model again"
+        )
+    return {file: tuple(names) for file, names in shards.items()}
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The ids in a config field that holds an id, a list of ids or null.
+
+    >>> token_ids([2, 7]), token_ids(2), token_ids(None)
+    ((2, 7), (2,), ())
+    """
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = [item for item in values if not isinstance(item, int) or isinstance(item, bool) or item < 0]
+    if wrong:
+        raise ValueError(f"expected token ids (non-negative integers), got {wrong!r:.80}")
+    return tuple(values)
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids that `generation_config.json` and `config.json` name."""
+    found: list[int] = []
+    for file in ("generation_config.json", "config.json"):
+        path = folder / file
+        values: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+        try:
+            found += token_ids(values.get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{path}: eos_token_id: {error}") from error
+    return tuple(found)

@@ -1,0 +1,118 @@
+"""Safetensors files, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from tinylora_jax.files import open_regular, parse_json, replacing
+from tinylora_jax.io.hf._weights import LazyTensor
+
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_MAX_HEADER_BYTES = 2**24  # a hundred times that of a large model; parsed, JSON takes up to 30 times its size
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[dict[str, LazyTensor]]:
+    """Opens a file whose tensors are readable inside the `with` block.
+
+    Yields:
+      Every tensor by name, unread.
+
+    Raises:
+      ValueError: the file is truncated or corrupt, or holds tensors of other types than floating-point.
+    """
+    _check_size(path)
+    try:
+        file = safe_open(os.fspath(path), framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file ({error}); fetch it again") from error
+    with file as opened:
+        yield {name: _tensor(opened, name, path) for name in opened.keys()}
+
+
+def _tensor(file: Any, name: str, path: Path) -> LazyTensor:
+    view = file.get_slice(name)
+    if view.get_dtype() not in _FLOATS:
+        raise ValueError(
+            f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
+            "quantized checkpoints are not read"
+        )
+    return LazyTensor(
+        tuple(view.get_shape()),
+        lambda: _read(lambda: file.get_tensor(name), name, path),
+        lambda index: _read(lambda: view[index], name, path),
+    )
+
+
+def _read(read: Callable[[], np.ndarray], name: str, path: Path) -> np.ndarray:
+    try:
+        return read()
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot read {name} ({error}); fetch the file again") from error
+
+
+def _check_size(path: Path) -> None:
+    """Compares the file's length with what its header promises: the usual damage is a cut download."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{path} is truncated or not safetensors: expected a header of {length} bytes, "
+                f"got a file of {size}; fetch it again"
+            )
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: a header of {length} bytes, expected at most {_MAX_HEADER_BYTES}")
+        raw = file.read(length)
+    try:
+        header = parse_json(raw)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
+    if size != expected:
+        raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTypeLike) -> None:
+    """Writes tensors to a file, each read when its turn comes, all rounded to one type.
+
+    Args:
+      path: the file.
+      tensors: by name, in torch's layout.
+      dtype: `float32`, `bfloat16`, `float16` or `float64`.
+
+    Raises:
+      OSError: the file cannot be written; names it.
+      ValueError: a tensor has not the shape that it announced.
+    """
+    dtype = jnp.dtype(dtype)
+    code = next(code for code, name in _FLOATS.items() if name == dtype.name)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + dtype.itemsize * math.prod(tensor.shape)
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the format aligns what follows
+    try:
+        with replacing(path) as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for name, tensor in tensors.items():
+                values = np.asarray(tensor.read(), dtype, order="C")
+                if values.shape != tensor.shape:
+                    raise ValueError(f"{name}: expected {tensor.shape}, got {values.shape}")
+                file.write(values.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise OSError(f"{error.strerror or error}; make room or choose another folder") from error

@@ -1,0 +1,299 @@
+"""The parameter tree: its names and shapes, and how foreign tensors become its leaves."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+
+from tinylora_jax.models.config import ModelConfig
+from tinylora_jax.multihost import to_host
+
+Path = tuple[str | int, ...]
+Placement = Callable[[Any], Any]
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MOST_LISTED = 200
+_READERS = max(4, min(8, os.cpu_count() or 1))  # threads, each with one tensor in hand
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a file: its shape is known, its numbers are read on demand.
+
+    Attributes:
+      shape: as stored, in torch's convention (a linear layer is [out, in]).
+      read: returns the numbers as a floating-point NumPy array of that shape.
+      read_part: the same of a part, by a slice for each dimension; None where only the whole can be read.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+
+
+def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every parameter of the model: Hugging Face name -> (path in the tree, shape in the tree).
+
+    This is the one place that knows names and shapes. Two-dimensional `kernel`s are transposed
+    against torch ([in, out] here); everything else keeps its stored layout.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = {
+        ("self_attn", "q_proj"): (width, q, config.qkv_bias),
+        ("self_attn", "k_proj"): (width, kv, config.qkv_bias),
+        ("self_attn", "v_proj"): (width, kv, config.qkv_bias),
+        ("self_attn", "o_proj"): (q, width, config.o_bias),
+        ("mlp", "gate_proj"): (width, inner, False),
+        ("mlp", "up_proj"): (width, inner, False),
+        ("mlp", "down_proj"): (inner, width, False),
+    }
+    norms: dict[tuple[str, ...], int] = {("input_layernorm",): width, ("post_attention_layernorm",): width}
+    if config.qk_norm:
+        norms |= {("self_attn", "q_norm"): config.head_dim, ("self_attn", "k_norm"): config.head_dim}
+    names: dict[str, tuple[Path, tuple[int, ...]]] = {
+        _EMBEDDING: (("embed_tokens", "embedding"), (config.vocab_size, width)),
+        "model.norm.weight": (("norm", "scale"), (width,)),
+    }
+    for layer in range(config.num_layers):
+        for parts, size in norms.items():
+            names[_name(layer, parts, "weight")] = (("layers", layer, *parts, "scale"), (size,))
+        for parts, (fan_in, fan_out, bias) in projections.items():
+            names[_name(layer, parts, "weight")] = (("layers", layer, *parts, "kernel"), (fan_in, fan_out))
+            if bias:
+                names[_name(layer, parts, "bias")] = (("layers", layer, *parts, "bias"), (fan_out,))
+    if not config.tie_embeddings:
+        names[_HEAD] = (("lm_head", "kernel"), (width, config.vocab_size))
+    return names
+
+
+def param_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """The parameter tree with a `jax.ShapeDtypeStruct` for every leaf."""
+    return _nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_names(config).values()})
+
+
+def build_tree(
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike, place: Placement | None = None
+) -> dict[str, Any]:
+    """Reads a parameter tree, a few tensors at a time, after all names and shapes have been checked.
+
+    Host memory holds the tensors being read (of those that can be read in parts, the shards being read), and of the
+    result what lies there: never a second copy of the model.
+
+    Args:
+      config: the architecture that the tensors must match.
+      tensors: what a file offers, by Hugging Face name.
+      dtype: floating-point dtype of every leaf.
+      place: gives the leaves' shardings (a tree of them) from a tree of their `jax.ShapeDtypeStruct`s; each process
+        then sends its devices their shards of each tensor as it is read. None takes the default device.
+
+    Returns:
+      The nested tree; `layers` is keyed by int.
+
+    Raises:
+      ValueError: lists missing, wrong-shaped and unexpected tensors together.
+    """
+    with reading_tree(config, tensors, dtype, place) as reading:
+        return reading.result()
+
+
+class Reading:
+    """A parameter tree that threads are reading; made by `reading_tree`.
+
+    Args:
+      leaves: by path, each as it will be read.
+      checked: done when what else must hold of the tensors was checked.
+      source: begins messages.
+    """
+
+    def __init__(self, leaves: Mapping[Path, Future[jax.Array]], checked: Future[None], source: str):
+        self._leaves, self._checked, self._source = leaves, checked, source
+
+    def check(self) -> None:
+        """Raises what has failed until now, without waiting for the rest."""
+        with _naming(self._source):
+            for future in (self._checked, *self._leaves.values()):
+                if future.done():
+                    future.result()
+
+    def result(self) -> dict[str, Any]:
+        """The tree, once all of it is read.
+
+        Raises:
+          ValueError: a tensor is not of a floating-point type, or contradicts the config.
+        """
+        with _naming(self._source):
+            self._checked.result()
+            return _nest({path: leaf.result() for path, leaf in self._leaves.items()})
+
+
+@contextmanager
+def reading_tree(
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    dtype: DTypeLike,
+    place: Placement | None = None,
+    source: str = "",
+) -> Iterator[Reading]:
+    """`build_tree` in the background: reads inside the `with` block, and stops reading where that is left.
+
+    Takes the arguments of `build_tree`, and a file's name for messages. Checks all names and shapes before it reads.
+    """
+    names = parameter_names(config)
+    with _naming(source):
+        _check(names, config, tensors)
+    abstract = param_shapes(config, dtype)
+    shardings = place(abstract) if place else jax.tree.map(lambda _: None, abstract)
+    readers = ThreadPoolExecutor(_READERS)
+    try:
+        # The largest first: an embedding takes as long as many layers, and should not be the last that is waited for.
+        jobs = {path: (name, tensors[name], path, shape, dtype) for name, (path, shape) in names.items()}
+        order = sorted(jobs, key=lambda path: -math.prod(jobs[path][3]))
+        tied = readers.submit(_check_tied_head, config, tensors)
+        found = {path: readers.submit(_leaf, *jobs[path], _at(shardings, path)) for path in order}
+        yield Reading({path: found[path] for path in jobs}, tied, source)
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Begins the message of a `ValueError` with the file that is at fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from error
+
+
+def name_tensors(
+    config: ModelConfig, params: Any, change: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf
+) -> dict[str, LazyTensor]:
+    """The inverse of `build_tree`: a parameter tree as tensors under Hugging Face names.
+
+    Args:
+      config: the architecture.
+      params: its tree.
+      change: applied to each leaf, with its path such as `layers/3/mlp/up_proj/kernel`, when it is read.
+
+    Returns:
+      Tensors in torch's layout, unread: a tensor is on the host only while it is used.
+    """
+
+    def read(path: Path) -> np.ndarray:
+        leaf = to_host(change("/".join(map(str, path)), _at(params, path)))
+        return leaf.T if path[-1] == "kernel" else leaf
+
+    return {
+        name: LazyTensor(_stored(path, shape), partial(read, path))
+        for name, (path, shape) in parameter_names(config).items()
+    }
+
+
+def _nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Nested dictionaries from leaves by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _at(tree: Any, path: Path) -> Any:
+    return reduce(lambda node, key: node[key], path, tree)
+
+
+def _name(layer: int, parts: tuple[str, ...], suffix: str) -> str:
+    return ".".join(("model.layers", str(layer), *parts, suffix))
+
+
+def _stored(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape torch gives a leaf."""
+    return shape[::-1] if path[-1] == "kernel" else shape
+
+
+def _check(
+    names: Mapping[str, tuple[Path, tuple[int, ...]]], config: ModelConfig, tensors: Mapping[str, LazyTensor]
+) -> None:
+    missing, wrong = [], []
+    for name, (path, shape) in names.items():
+        expected = _stored(path, shape)
+        if name not in tensors:
+            missing.append(f"{name}: missing, expected {expected}")
+        elif tuple(tensors[name].shape) != expected:
+            wrong.append(f"{name}: expected {expected}, got {tuple(tensors[name].shape)}")
+    unexpected = [
+        f"{name}: unexpected, got {tuple(tensors[name].shape)}"
+        for name in tensors
+        # inv_freq is a buffer that old checkpoints saved; the config determines it.
+        if name not in names
+        and not name.endswith("rotary_emb.inv_freq")
+        and not (config.tie_embeddings and name == _HEAD)
+    ]
+    lines = [line for group in (missing, wrong, unexpected) for line in _shorten(group)]
+    if lines:
+        raise ValueError(
+            f"weights do not match the config ({len(missing)} missing, {len(wrong)} of the wrong shape, "
+            f"{len(unexpected)} unexpected); check that config and weights belong together:\n  " + "\n  ".join(lines)
+        )
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    rest = len(lines) - _MOST_LISTED
+    return lines if rest <= 0 else [*lines[:_MOST_LISTED], f"... and {rest} more like these"]
+
+
+def _check_tied_head(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    # Transformers does not tie if a tied checkpoint holds another head: ignoring it changes the model.
+    if not config.tie_embeddings or _HEAD not in tensors:
+        return
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+        raise ValueError(
+            f"{_HEAD} differs from {_EMBEDDING}, but the config ties them (tie_word_embeddings=true); "
+            "set tie_word_embeddings=false in config.json if the separate head is meant"
+        )
+
+
+def _leaf(
+    name: str, tensor: LazyTensor, path: Path, shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None
+) -> jax.Array:
+    transposed = path[-1] == "kernel"
+
+    def leaf(values: np.ndarray) -> np.ndarray:
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise ValueError(
+                f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read"
+            )
+        if transposed:
+            values = values.astype(jnp.dtype(dtype), copy=False).T  # rounded and transposed at once, it is slow
+        # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
+        return np.array(values, dtype=jnp.dtype(dtype), order="C")
+
+    if sharding is None or tensor.read_part is None:
+        values = leaf(tensor.read())
+        if values.shape != shape:
+            raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
+        place = jax.make_array_from_callback
+        return jnp.asarray(values) if sharding is None else place(shape, sharding, values.__getitem__)
+    shards: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}  # what several devices hold is read once
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in shards:
+            shards[key] = leaf(tensor.read_part(index[::-1] if transposed else index))
+        return shards[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)

@@ -1,0 +1,12 @@
+"""One iteration of GRPO as library calls: rollout, grading, advantages and update."""
+
+from tinylora_jax.rl._learner import Learner as Learner
+from tinylora_jax.rl._learner import Underway as Underway
+from tinylora_jax.rl._learner import plan as plan
+from tinylora_jax.rl._learner import rollout_metrics as rollout_metrics
+from tinylora_jax.rl._rollout import GradedRollout as GradedRollout
+from tinylora_jax.rl._rollout import Rollout as Rollout
+from tinylora_jax.rl._rollout import grade as grade
+from tinylora_jax.rl._rollout import lower_rollout as lower_rollout
+from tinylora_jax.rl._rollout import rollout as rollout
+from tinylora_jax.rl._rollout import step_key as step_key
