@@ -89,9 +89,13 @@ def wait(processes, seconds, until=lambda: False):
 
 
 def end(processes):
-    for process in processes:
-        process.communicate(timeout=300)
-    return [process.returncode for process in processes]
+    """The exit codes, and the last that was said by processes that failed by themselves."""
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    for text, code in zip(said, codes, strict=True):
+        if code not in (0, -signal.SIGKILL):
+            print(text[-1500:])
+    return codes
 
 
 def test_the_demo_s_model(processes, tmp_path, traces, kills):
