@@ -252,7 +252,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     extra = [name for name in ("modules_to_save", "fan_in_fan_out") if config.get(name)]
     if extra or config["bias"] != "none":
         raise PeftError(f"{path}: {', '.join(extra) or 'bias'} set; only an adapter that is a ΔW alone is read")
-    return config
+    return config | {"weight_tying": float(tying)}
 
 
 def _module_names(tensors: Mapping[str, Any], folder: Path) -> list[str]:
