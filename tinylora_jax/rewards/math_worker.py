@@ -224,7 +224,7 @@ def _same_relations(gold, found) -> bool:
     """Whether one relation is the other times a constant, or has the same solutions in every variable."""
     from sympy import Eq, Ne, solve
 
-    left, right = gold.lhs - gold.rhs, found.lhs - found.rhs
+    left, right = _exact(gold.lhs - gold.rhs), _exact(found.lhs - found.rhs)
     if gold.rel_op != found.rel_op:
         if found.reversed.rel_op != gold.rel_op:
             return False
@@ -256,6 +256,13 @@ def _ratio(left, right) -> float | None:
     return float(ratios[0].real) if abs(ratios[0].imag) <= rounding * abs(ratios[0]) else None
 
 
+def _exact(expression):
+    """An expression with its decimals as fractions: x - 1583556.5 is no multiple of x - 1583555.5, nearly as it is."""
+    from sympy import Float, Rational
+
+    return expression.xreplace({each: Rational(str(each)) for each in expression.atoms(Float)})
+
+
 def _rounding(left, right) -> float:
     """What values of two expressions may differ by, as a share, though they are equal."""
     from sympy import Float
@@ -273,6 +280,7 @@ def _same_expressions(gold, found, relative: float = 0.0, absolute: float = 0.0)
         return bool(gold == found) and gold in (oo, -oo)
     if not gold.free_symbols and not found.free_symbols:
         return _same_numbers(gold, found, relative, absolute)
+    gold, found = _exact(gold), _exact(found)
     points, rounding = list(_at_points(gold, found)), _rounding(gold, found)
     if any(abs(a - b) > rounding * max(abs(a), abs(b)) for a, b in points):
         return False
