@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib  # noqa: E402
 import io  # noqa: E402
+import resource  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
@@ -65,6 +67,19 @@ collect_ignore = [
     "sharding/load_on_eight_devices.py",
     "sharding/decode_on_eight_devices.py",
 ]  # set their own number of devices
+
+
+_MOST_BYTES = 3 * 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Forgets compiled programs after a file of tests when the process has grown large: two of them share a machine."""
+    yield
+    with open("/proc/self/statm") if sys.platform == "linux" else io.StringIO("0 0") as file:
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    if resident > _MOST_BYTES:
+        jax.clear_caches()
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""Packs rows of different lengths into one sequence, so that only attention pays for padding.
+"""How packed sequences look to attention: index maps between tokens and rows, made by `training.batch.pack`.
 
 A group of completions shares its prompt: the prompt stands in the sequence once, and in the row of every completion.
 """

@@ -36,7 +36,7 @@ class GRPO:
       tis_cap: cap of truncated importance sampling; 0 turns it off.
       updates_per_rollout: optimizer updates on each rollout.
       stream_tokens: tokens differentiated at once; rollouts are packed into sequences of this many.
-      remat: recompute activations in the backward pass: `on`, `off`, or `auto`: if they would not fit (`fit_update`).
+      remat: recompute activations in the backward pass: `on`, `off`, or `auto`: if they would not fit (`plan_update`).
       skip_without_signal: leave out groups whose rewards are all equal: their gradient is zero unless there is a KL
         term. Metrics over tokens (entropy, delta_prob, …) then cover the other groups alone, unless there are none.
     """

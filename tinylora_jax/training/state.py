@@ -36,7 +36,7 @@ class Optimizer:
     Attributes:
       learning_rate: peak value.
       schedule: `constant`, `linear` or `cosine` (the last two decay to zero at `total_updates`).
-      warmup_updates: linear warm-up from zero.
+      warmup_updates: updates of a linear warm-up, which starts one notch above zero.
       total_updates: length of the schedule.
       weight_decay: decoupled; it pulls v towards the base model.
       b1: decay of the first moment.
@@ -107,7 +107,7 @@ def init_state(v: Trained, optimizer: optax.GradientTransformation) -> TrainStat
 
     Args:
       v: where training starts: `policy.init()`, or an adapter's vector.
-      optimizer: that of `Step`, such as `Optimizer(1e-4).transform()`.
+      optimizer: optax transformation of `Update`, such as `Optimizer(1e-4).transform()`.
 
     Returns:
       The state: v in float32, the optimizer's own, step 0.

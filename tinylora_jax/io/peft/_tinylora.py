@@ -1,4 +1,4 @@
-"""TinyLoRA folders of PEFT's, read; `peft_export` writes them.
+"""TinyLoRA folders of PEFT's, read; `_export.py` writes them.
 
 PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A with A `[r, in]` and B `[out, r]` in the file, the singular vectors of the weight times
 √Σ each. Its tie groups are runs of equally many modules, the last with the remainder.
