@@ -1,4 +1,4 @@
-"""Accuracy of a model, with or without a trained adapter: greedy and sampled, strict and lenient.
+r"""Accuracy of a model, with or without a trained adapter: greedy and sampled, strict and lenient.
 
     python -m experiments.evaluate --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter
     python -m experiments.evaluate --config=experiments/configs/math_qwen2_5_7b.py --suite=gsm8k,math500,aime24@16
@@ -8,6 +8,12 @@ suite, sets by name (`tinylora_jax/data/suites.py`), files or hub ids, stands in
 `@16` asks for so many sampled answers, `--config.eval_data.limit` for so many questions of each set. Prints a table
 and, last, one JSON object; with --output, also writes it there and every answer beside it as JSON lines, which
 `experiments.compare` compares with another run's.
+
+    python -m experiments.evaluate --config=… --config.eval_data.split=train --config.eval_samples=4 --correct=own.jsonl
+    python -m experiments.sft --config=… --workdir=… --config.train_data.source=own.jsonl \
+        --config.train_data.solution_column=solution
+
+writes the sampled answers that the strict grader accepts, and trains on them (rejection sampling).
 """
 
 from __future__ import annotations
@@ -121,6 +127,23 @@ def _rows(mode: str, prompts: Sequence[Prompt], answers: rl.GradedRollout, sampl
     ]
 
 
+def correct_answers(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Sampled answers that the strict grader accepts, as worked solutions for `experiments.sft`.
+
+    Args:
+      rows: rows of `evaluate`.
+
+    Returns:
+      One object per answer with its question, gold answer and text; the same text of one question counts once. An
+      answer that was cut off before its stop token is left out.
+    """
+    good = [row for row in rows if row["mode"] == "sampled" and row["strict"] == 1 and row["stopped"]]
+    found = {(row.get("set"), row["id"], row["completion"]): row for row in good}
+    return [
+        {"question": row["question"], "answer": row["answer"], "solution": row["completion"]} for row in found.values()
+    ]
+
+
 def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...]:
     """The sets of a suite, each with at most as many questions as the config allows."""
     if suite and "\\boxed" not in get_template(config.template).user:
@@ -181,9 +204,12 @@ def main(argv: Sequence[str]) -> None:
         fail("--adapter is empty; leave it out to evaluate the base model")
     if output is not None and (output.suffix != ".json" or output.is_dir()):
         fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
+    correct = None if FLAGS.correct is None else Path(FLAGS.correct)
+    if correct is not None and (correct.suffix != ".jsonl" or correct.is_dir()):
+        fail(f"--correct={FLAGS.correct}: expected a file name that ends in .jsonl")
     with reporting_errors():
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
+        for file in filter(None, (output, correct)):
+            file.parent.mkdir(parents=True, exist_ok=True)
         multihost.connect(FLAGS)
         if FLAGS.suite_folder is not None and FLAGS.suite is None:
             fail("--suite_folder without --suite; name the sets, such as --suite=gsm8k,math500")
@@ -194,6 +220,10 @@ def main(argv: Sequence[str]) -> None:
         if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        if correct is not None and is_first():
+            solutions = correct_answers(rows)
+            write_atomically(correct, "".join(json.dumps(row) + "\n" for row in solutions))
+            tell(f"{len(solutions)} different correct answers are in {correct}")
     tell(accuracy_table(result.get("sets") or {result["data"]: result}))
     if is_first():
         print(json.dumps(result))
@@ -204,6 +234,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Which model, questions and grader.", lock_config=True)
     define_path("adapter", "Folder of a trained adapter; absent: the base model.")
     define_path("output", "Write the result to this .json, and every answer to the .jsonl beside it.")
+    define_path("correct", "Write the sampled answers that are correct to this .jsonl, for experiments.sft.")
     flags.DEFINE_string("suite", None, "Sets to evaluate on, separated by commas: names, files or hub ids.")
     define_path("suite_folder", "Has the named sets as files; absent, they come from the hub.")
     multihost.define_flags()

@@ -16,11 +16,11 @@ from experiments.common.setup import load_task, make_prompts, parse
 from experiments.evaluate import evaluate
 from tinylora_jax import rl
 from tinylora_jax.adapters import TinyLoRA, factorize, init
-from tinylora_jax.data import load_questions
+from tinylora_jax.data import DataSpec, load_questions, solution_text
 from tinylora_jax.io.adapter._file import AdapterError, read_adapter, save_adapter
 from tinylora_jax.rollout import Sampling
 
-NO_SUITE = {"suite": None, "suite_folder": None}
+NO_SUITE = {"suite": None, "suite_folder": None, "correct": None}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,28 @@ def test_command_line_writes_json_and_every_answer(finished, config, monkeypatch
     for found, part in ((result, rows[:6]), (result["sampled"], rows[6:])):
         assert np.mean([row["strict"] for row in part]) == pytest.approx(found["strict"], abs=1e-6)
     assert set(rows[0]) >= {"id", "question", "answer", "completion", "strict", "lenient", "tokens", "stopped"}
+
+
+def test_correct_answers_are_solutions_to_learn_from(tmp_path):
+    def row(question, completion, strict=1.0, mode="sampled", stopped=True):
+        about = {"set": "sums", "id": question, "question": f"What is 1 + {question}?", "answer": str(1 + question)}
+        return {**about, "mode": mode, "completion": completion, "strict": strict, "stopped": stopped}
+
+    rows = [
+        row(2, "1 + 2 is \\boxed{3}"),
+        row(2, "1 + 2 is \\boxed{3}"),  # the same again
+        row(2, "It is \\boxed{3}"),
+        row(3, "It is \\boxed{3}", strict=0.0),
+        row(4, "\\boxed{5}", mode="greedy"),
+        row(5, "\\boxed{6} and on and on", stopped=False),
+    ]
+    found = cli.correct_answers(rows)
+    assert [each["solution"] for each in found] == ["1 + 2 is \\boxed{3}", "It is \\boxed{3}"]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in found))
+    questions = load_questions(DataSpec(str(path), solution_column="solution"))
+    assert [(each.question, each.answer) for each in questions] == [("What is 1 + 2?", "3")] * 2
+    assert [solution_text(q.solution, q.answer, "math") for q in questions] == [each["solution"] for each in found]
 
 
 def test_as_a_process(finished, processes, tmp_path):
