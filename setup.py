@@ -44,6 +44,7 @@ setup(
         # replacing a CPU build with the newest CUDA one.
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3",
             "mypy>=1.15",
             "beartype>=0.19",
             "hypothesis>=6",

@@ -39,7 +39,7 @@ class Evaluation:
     """What was evaluated how, and each question's answers.
 
     Attributes:
-      path: of the result.
+      path: path of the result.
       how: `template` and, for each set, `reward`: what must be the same.
       decoding: what may differ, and is told: token limit, temperature and samples of each set.
       asked: question and gold answer by set and id.
@@ -57,7 +57,7 @@ def read(path: Path) -> Evaluation:
     """Reads an evaluation.
 
     Args:
-      path: of its .json or its .jsonl.
+      path: path of the .json or .jsonl file.
 
     Raises:
       CompareError, DataError: a file is missing, damaged or no evaluation.

@@ -1,4 +1,4 @@
-"""Compiles every program of a run for a TPU, on a machine that has none, and says what to expect of it.
+"""Compiles every program of a run for a TPU, on a machine without one, and reports estimates.
 
     python -m experiments.compile --config=experiments/configs/gsm8k_qwen2_5_7b.py --topology=v5e:2x4
 
@@ -119,9 +119,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The run; as for experiments.grpo.", lock_config=True)
     flags.DEFINE_multi_string("topology", ["v5e:2x4"], "Such as v5e:2x4, v6e:2x4, v5p:2x2x1 or tpu7x:2x2x1.")
     flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: config.mesh, where 0 is what fits.")
-    flags.DEFINE_string(
-        "model_config", None, "A known architecture or the path of a config.json; default: config.model's."
-    )
+    define_path("model_config", "A known architecture or the path of a config.json; default: config.model's.")
     define_path("json", "Also write the result to this file.")
     flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile these programs alone.")
     flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; name the cheaper --topology first.")

@@ -65,7 +65,7 @@ def evaluate(
       prompts: the questions.
       batch_size: questions answered at once.
       samples: sampled completions per question; 0 is greedy only.
-      seed: of the sampling noise.
+      seed: seed of the sampling noise.
       between: called between batches (to stop early, it raises).
 
     Returns:
@@ -159,8 +159,8 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
     """Evaluates the base model of a config, or an adapter trained on it.
 
     Args:
-      config: of the run.
-      adapter: its folder; None is the base model.
+      config: run configuration.
+      adapter: folder of the adapter; None for the base model.
       suite: sets that stand in for the config's questions and grader.
 
     Returns:

@@ -41,7 +41,7 @@ def export(
       to: `merged`, `peft-tinylora`, `peft-lora` or `tinylora`.
       output: folder to make; refused if there is something in it. After an error nothing is left there.
       model: the base model, as `load_pretrained` takes it; None takes the adapter's own name for it.
-      dtype: of merged weights, or of the vector in our own folder.
+      dtype: dtype of merged weights, or of the vector in our own folder.
       download: whether a base that the adapter alone names may be downloaded: whoever made it chose it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Answers prompts with a model, one adapter of it or several in one batch, and prints while it generates.
+"""Prompts a model with one or more adapters in one batch, and prints answers as they are generated.
 
     python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --prompt='What is 2 + 3?'
     python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'
@@ -50,7 +50,7 @@ class Answering:
 
     Attributes:
       base: the model.
-      names: of the adapters, as they are shown.
+      names: displayed names of the adapters.
       templates: names of the prompt templates that they answer in.
       policy: the model with factors; None if no adapter is among them.
       vectors: `[adapters, groups, u]`, zeros for the base model.
@@ -94,7 +94,7 @@ def load(
     Args:
       model: as `load_pretrained` takes it; None is the base that the adapters name.
       adapters: folders, or `base`; none is the base model alone.
-      dtype: of the weights.
+      dtype: dtype of the weights.
       template: name of the prompt template; None is each adapter's own.
       download: whether a base that the adapters alone name may be downloaded: whoever made them chose it.
 
@@ -214,7 +214,7 @@ def answer(
       answering: the model and its adapters.
       prompts: token ids of every prompt for each adapter.
       sampling: how completions are drawn.
-      key: of the sampling noise; one prompt meets the same noise with every adapter.
+      key: key of the sampling noise; a prompt gets the same noise with every adapter.
       out: where the answers go.
       samples: answers per prompt and adapter.
       first: number of prompts answered before.

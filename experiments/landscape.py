@@ -77,7 +77,7 @@ def rewards(
       vectors: `[points, groups, u]`.
       prompts: the questions.
       samples: completions a question.
-      seed: of the noise.
+      seed: seed of the sampling noise.
 
     Returns:
       Strict and lenient grades, each `[points, questions]`: means over the samples.

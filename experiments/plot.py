@@ -138,7 +138,7 @@ def plot(workdir: Path, output: Path | None = None) -> Path:
     """Draws what a run has logged so far, or the curves of a sweep (see `plot_curves`).
 
     Args:
-      workdir: of the run or sweep.
+      workdir: folder of the run or sweep.
       output: the PNG to write; None is `run.png` in the workdir, `curves.png` in a sweep's.
 
     Returns:
@@ -165,7 +165,7 @@ def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
     """Draws the means over seeds of what several runs have logged so far.
 
     Args:
-      workdirs: of runs, or of sweeps, which stand for their members.
+      workdirs: folders of runs, or of sweeps, which stand for their members.
       output: the PNG to write; the JSON of its numbers lies beside it.
 
     Returns:

@@ -84,7 +84,7 @@ def read_runs(series: str, workdir: Path) -> list[dict[str, Any]]:
 
     Args:
       series: a name such as RL.
-      workdir: of the run or sweep.
+      workdir: folder of the run or sweep.
 
     Returns:
       For each its folder, config, answers before and after, and how training went.
@@ -161,7 +161,7 @@ def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All runs as one table.
 
     Args:
-      runs: of `read_runs`.
+      runs: runs that `read_runs` returned.
 
     Raises:
       ReportError: they are of several models, or answered several sets of questions.

@@ -1,4 +1,4 @@
-"""Trains an adapter by SFT: next-token loss on worked solutions, the baseline of reinforcement learning.
+"""Trains an adapter by SFT: next-token loss on worked solutions, the baseline for GRPO.
 
     python -m experiments.sft --config=experiments/configs/demo.py --workdir=/tmp/sft --config.max_steps=100
     python -m experiments.sft --config=… --workdir=… --config.method=lora --config.train_data.solution_column=solution

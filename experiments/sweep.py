@@ -69,9 +69,9 @@ class Folder:
     """A sweep's workdir: its own log and checkpoints, and a log for every member.
 
     Args:
-      path: of the sweep.
-      config: of the sweep.
-      configs: of the members, by name.
+      path: folder of the sweep.
+      config: configuration of the sweep.
+      configs: configurations of the members, by name.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], configs: Mapping[str, ConfigDict]):
@@ -151,7 +151,7 @@ def run(
     Args:
       config: what the members have in common.
       vary: texts `field=value,value,…`.
-      workdir: of the sweep.
+      workdir: folder of the sweep.
       stop: says when to stop early.
       member: texts `field=value,field=value,…`, of further members.
 

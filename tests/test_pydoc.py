@@ -42,4 +42,4 @@ def test_the_package_says_where_to_begin():
         assert name in text
     for line in ("factors = factorize(params, TinyLoRA(", "v = init(factors)", "io.load_pretrained"):
         assert line in text
-    assert "factors: its factors." in text  # of `apply` and `merge`, in full
+    assert "factors: factors computed from these weights by `factorize`." in text  # of `apply` and `merge`, in full

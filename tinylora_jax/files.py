@@ -1,4 +1,4 @@
-"""Files that may be anything: read within bounds, and written so that they are there whole or not at all."""
+"""Reads hostile files within bounds, and writes files so that they exist whole or not at all."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Chip:
     Attributes:
       kind: as in a topology's name.
       hbm_bytes: memory.
-      bandwidth: of that memory, bytes per second.
+      bandwidth: memory bandwidth, bytes per second.
       flops: bfloat16 operations per second.
       clock: Hz, by which XLA's cycles become seconds.
       ici: bytes per second around a ring of neighbours, in both directions together.

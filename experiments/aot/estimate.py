@@ -25,7 +25,7 @@ class Seconds:
 
     Attributes:
       xla: XLA's cycles over the clock, loops multiplied out; without exchanges between devices.
-      kernels: of what XLA does not estimate, at half the chip's limits.
+      kernels: seconds of the kernels that XLA does not estimate, at half the chip's limits.
       exchange: collectives at the links' bandwidth.
       overlapped: whether exchanges run beside the computation, as in an update, where a layer's weights are fetched
         while another part computes; a decoding step waits for each of them.

@@ -24,8 +24,8 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: `all-gather`, `all-reduce`, ….
-      num_bytes: of what each device holds afterwards, over all rounds of the loops around it.
-      shapes: of its results, such as `bf16[3584,512]`.
+      num_bytes: bytes that each device holds afterwards, over all rounds of the loops around it.
+      shapes: shapes of the results, such as `bf16[3584,512]`.
       source: the JAX operation that it serves.
     """
 
@@ -39,9 +39,9 @@ class Kernel(NamedTuple):
     """An operation to which XLA gives no estimate: a Pallas kernel, or a gather by the chip's own means.
 
     Attributes:
-      name: of the kernel; `gather` for those.
-      shapes: of its results and, for a Pallas kernel, of its operands.
-      result_bytes: of its results.
+      name: name of the kernel; `gather` for a gather.
+      shapes: shapes of the results and, for a Pallas kernel, of the operands.
+      result_bytes: bytes of the results.
       rounds: how often it runs.
     """
 

@@ -1,4 +1,4 @@
-"""The programs of a run for a mesh of devices that need not exist: lowered from shapes, compiled, measured."""
+"""Lowers, compiles and measures the programs of a run for devices that need not exist."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Case:
     """A run and the devices it is compiled for.
 
     Attributes:
-      config: of the run.
-      specs: the same, parsed.
+      config: run configuration.
+      specs: parsed run configuration.
       model: the architecture.
       mesh: the devices.
       device_bytes: memory of one of them.
@@ -135,7 +135,7 @@ class Compiled:
     """What the compiler says of a program, per device.
 
     Attributes:
-      name: of the program.
+      name: name of the program.
       seconds: to trace, lower and compile, beside the others.
       arguments: bytes.
       outputs: bytes, those that take the place of arguments left out.

@@ -77,7 +77,7 @@ def search(
       topologies: to choose from; of those with equally many devices, the one that costs less before the others.
       make: the case of a topology, a mesh, slots and sequence tokens.
       rows: completions of a rollout.
-      stream_tokens: of the config.
+      stream_tokens: tokens differentiated at once, from the configuration.
       prove: compiles a case and gives its summary.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Many adapters in one batch: tokens per second, every row with another one; and the time to load one and switch to it.
+"""Many adapters in one batch: tokens per second, and the time to load one and switch to it.
 
     python -m experiments.benchmarks.adapters --model=random:qwen2.5-0.5b --adapters=1000 --rows=256 --new_tokens=128
 

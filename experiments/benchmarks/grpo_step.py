@@ -1,4 +1,4 @@
-"""Seconds of a whole GRPO step of a config, real prompts and answers of natural lengths, and of the way to the first.
+"""Seconds of a GRPO step with real prompts and natural lengths, and from launch to the first step.
 
 python -m experiments.benchmarks.grpo_step --config=experiments/configs/demo.py --steps=3
 """

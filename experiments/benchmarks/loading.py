@@ -1,4 +1,4 @@
-"""Host memory and seconds to load a model's weights to the devices of a mesh, each process its own shards.
+"""Host memory and seconds to load a model's weights onto a mesh, each process its own shards.
 
 python -m experiments.benchmarks.loading --model=/data/qwen2.5-7b --mesh=1,1,8
 

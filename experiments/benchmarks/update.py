@@ -1,4 +1,4 @@
-"""Seconds of one GRPO update on completions of natural lengths, beside the device's measured matrix rate.
+"""Seconds of one GRPO update on natural lengths, beside the device's measured matrix rate.
 
 python -m experiments.benchmarks.update --model=random:qwen2.5-0.5b --prompts=64 --new_tokens=512
 """

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and places of what does not exist yet: enough to lower the programs that will run on it."""
+"""Shapes, dtypes and shardings that stand for arrays, so that programs can be lowered early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answering prompts with a task's model and grading the answers, as training, evaluation and landscapes do."""
+"""Answers prompts with a task's model and grades the answers, for all commands that need it."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""Architectures known without their files: for random weights and for compiling, where values do not matter."""
+"""Architectures known without their files: for random weights and for compiling."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinylora_jax.files import read_json
 from tinylora_jax.io.hf import parse_config
 from tinylora_jax.models import ModelConfig
 
+_MAX_CONFIG_BYTES = 2**24
 _FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
@@ -84,8 +85,11 @@ def architecture(model: str) -> ModelConfig:
         path = path / "config.json"
     if path.is_file():
         try:
-            return parse_config(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:  # JSON's own errors are among these
+            found = read_json(path, _MAX_CONFIG_BYTES)
+            if not isinstance(found, dict):
+                raise ValueError(f"expected a JSON object, found {type(found).__name__}")
+            return parse_config(found)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     name = shape_name(model)
     if name is None:

@@ -53,7 +53,7 @@ def define_path(name: str, help_text: str, several: bool = False) -> None:
     """Defines a flag that takes a path, in which `~` and `$NAME` are expanded.
 
     Args:
-      name: of the flag; absent it is None.
+      name: name of the flag, whose default is None.
       help_text: what it is for.
       several: whether the flag may be repeated, and holds a list.
     """
@@ -84,10 +84,31 @@ def fail(problem: str, code: int = 1) -> NoReturn:
     multihost.leave(code)
 
 
+class _PathError(ValueError):
+    """A path with a variable or a user that is not there."""
+
+
+def _with_config_expanded(argv: list[str]) -> list[str]:
+    """A command line with the path of its config file expanded, which ml_collections takes as it is."""
+    given = list(argv)
+    for place, argument in enumerate(given):
+        flag, equals, path = argument.partition("=")
+        if flag.lstrip("-") != "config" or not flag.startswith("-"):
+            continue
+        try:
+            if equals:
+                given[place] = f"{flag}={expand(path)}"
+            elif place + 1 < len(given):
+                given[place + 1] = str(expand(given[place + 1]))
+        except ValueError as error:
+            raise _PathError(str(error)) from error
+    return given
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """What `app.run` parses the command line with: what is wrong with it is one message here."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage(_with_config_expanded(argv))
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at INFO
         if len(rest) > 1:
@@ -95,6 +116,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "model", None)  # of a file that is not there, ml_collections says so only now
         return rest
+    except _PathError as error:
+        fail(f"--config={error}")
     except OSError as error:
         fail(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}")
     except (SyntaxError, ImportError) as error:

@@ -18,7 +18,7 @@ def summary(rows: Sequence[Row], samples: int = 1) -> dict[str, Any]:
 
     Args:
       rows: question by question, `samples` of each.
-      samples: of a question.
+      samples: number of samples per question.
     """
     groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
     mean = lambda name: [math.fsum(row[name] for row in group) / samples for group in groups]

@@ -1,4 +1,4 @@
-"""What fits the memory of the devices at hand: the smallest split of the weights, and the most completions at once.
+"""Finds what fits the devices' memory: the most completions at once, and the smallest split.
 
 Nothing is compiled for it. The prediction is the arithmetic of weights, caches and scores, of which a tenth of the
 memory is left to all that is small.

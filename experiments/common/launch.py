@@ -35,8 +35,8 @@ class Launch:
     """A task whose weights are being read.
 
     Attributes:
-      config: of the run.
-      specs: the same, parsed.
+      config: run configuration.
+      specs: parsed run configuration.
       adapter: what is trained.
       abstract: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
       reading: the weights.

@@ -1,4 +1,4 @@
-"""One run on several hosts: every process runs the same program, the first one alone reads and writes the workdir.
+"""One run on several hosts: all run the same program, and the first one owns the workdir.
 
 --multihost                                  on every host of a TPU pod, which says who is who
 --multihost --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0        anywhere else

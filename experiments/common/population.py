@@ -1,4 +1,4 @@
-"""Several runs as one program: members that share the frozen weights, and one batch of all their rollouts.
+"""Several runs as one program: members share the frozen weights and one batch of rollouts.
 
 A member is what its config would be alone: its own prompts in its own order, its own sampling noise, its own
 optimizer. Members may differ by whatever leaves the compiled programs as they are: seeds, the optimizer, and the

@@ -1,4 +1,4 @@
-"""Stopping a run between two phases of a step instead of in the middle of one; at once before the first."""
+"""Stops a run between two phases of a step instead of inside one; before the first, at once."""
 
 from __future__ import annotations
 

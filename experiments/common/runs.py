@@ -230,7 +230,7 @@ def run(
       config: see `experiments/configs/base.py`.
       workdir: see `RunLog`.
       stop: says when to stop early.
-      make_trainer: of what is learned from.
+      make_trainer: class of the trainer, for rewards or for solutions.
       experiment: `grpo` or `sft`; a workdir of the one is refused to the other.
 
     Returns:
@@ -315,7 +315,7 @@ def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], di
     """Runs what the flags say, to the end or until it is asked to stop, which ends the program.
 
     Args:
-      values: of the flags of `define_flags`.
+      values: values of the flags that `define_flags` defines.
       run: from config, workdir and stop to the summary.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Answers on a terminal while they are drawn: one as it comes, several line by line behind their labels."""
+"""Prints answers while they are drawn: one as it comes, several line by line with labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps on disk. Of several processes the first one has it, and what it reads, all of them get."""
+"""What a run keeps on disk. The first process owns it and shares what it reads with the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Workdir:
 
     Args:
       path: see `RunLog`.
-      config: of the run.
+      config: run configuration.
     """
 
     _log: RunLog

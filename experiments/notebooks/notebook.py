@@ -1,4 +1,4 @@
-"""What the notebooks in `colab/` call: what suits the machine, where a run is kept, and the commands, watched.
+"""The notebooks' helpers: a setup that suits the machine, the run's folder, watched commands.
 
 The kernel itself computes on the CPU alone: a TPU belongs to one process at a time, and the commands need it.
 """
@@ -47,9 +47,9 @@ class Session:
 
     Attributes:
       config: the config's path.
-      flags: of `experiments.grpo`.
+      flags: flags of `experiments.grpo`.
       model: as `config.model`.
-      template: of the questions.
+      template: name of the questions' prompt template.
       questions: to ask.
       first_session: steps after which the first session ends, as if it were disconnected; None goes to the end.
     """
@@ -211,7 +211,7 @@ def train(plan: Session, workdir: Path, steps_now: int | None = None) -> dict[st
 
     Args:
       plan: what to train.
-      workdir: of the run.
+      workdir: folder of the run.
       steps_now: stop after so many more steps; the run continues when it is called again.
 
     Returns:

@@ -30,8 +30,8 @@ class Command:
     the group of the terminal or the kernel, which would tell it twice.
 
     Args:
-      name: of the module.
-      flags: of it.
+      name: name of the module.
+      flags: flags of the command.
     """
 
     def __init__(self, name: str, flags: Sequence[str]):

@@ -1,4 +1,4 @@
-"""Pictures of results: a landscape of rewards, curves over steps, and accuracy against the number of parameters."""
+"""Pictures of results: reward landscapes, curves over steps, accuracy against parameters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
 
     Args:
       result: as `experiments.landscape` writes it.
-      path: of the PNG.
+      path: path of the PNG file.
     """
     rows = result["points"]
     t = np.array([row["t"] for row in rows])
@@ -78,7 +78,7 @@ def draw_curves(result: Mapping[str, Any]) -> Figure:
     More than 40 steps are smoothed: every run by itself, so that the band is that of the seeds.
 
     Args:
-      result: of `experiments.plotting.curves.mean_curves`.
+      result: result of `experiments.plotting.curves.mean_curves`.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -138,7 +138,7 @@ def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Map
     Args:
       series: by name (such as `RL`), points with `params`, `accuracy`, `low` and `high`, all accuracies in [0, 1].
       base: `accuracy`, `low` and `high` of the untrained model.
-      path: of the PNG.
+      path: path of the PNG file.
     """
     figure, axes = _figure(6.8, 4.2)
     axes.axhspan(base["low"], base["high"], color="0.9", linewidth=0)

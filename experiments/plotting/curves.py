@@ -1,4 +1,4 @@
-"""Curves over the steps of runs: the mean of those that differ by their seeds alone, and how far they scatter."""
+"""Curves over the steps of runs: the mean of runs that differ only by seed, and its band."""
 
 from __future__ import annotations
 

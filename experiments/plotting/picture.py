@@ -22,12 +22,12 @@ class Run:
     """What there is to draw.
 
     Attributes:
-      title: of the picture.
-      config: of the run; empty if it is not there.
+      title: title of the picture.
+      config: run configuration; empty if the file is missing.
       steps: by name, the metrics that all steps have, `[steps]` each.
       vectors: `[steps, numbers]`, v after each step; None if it was too long to be logged.
       before: accuracies of the untrained model; None if they are not there yet.
-      after: of the trained one.
+      after: accuracies of the trained model; None if they are not there yet.
     """
 
     title: str

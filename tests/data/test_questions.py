@@ -262,11 +262,11 @@ def test_rows_are_kept_by_a_column(tmp_path, write):
 
 
 def peak_of(source, **options):
-    """The error of loading a source in a process of its own, and by how many MB its memory grew."""
+    """The error of loading a source in a process of its own, and how many MB it and its children took for it."""
     code = (
         "import resource, sys, pyarrow.parquet, pyarrow.compute\n"
         "from tinylora_jax.data import DataError, DataSpec, load_questions\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "peak = lambda: sum(resource.getrusage(who).ru_maxrss // 1024 for who in (0, resource.RUSAGE_CHILDREN))\n"
         "before, said = peak(), 'nothing'\n"
         f"try: load_questions(DataSpec({source!r}, **{options!r}))\n"
         "except DataError as error: said = str(error)\n"
@@ -291,7 +291,29 @@ def test_a_parquet_file_of_long_pages_is_refused(tmp_path):
     table = pyarrow.table({"question": ["x" * (1 << 20)] * 200, "answer": ["1"] * 200})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     grown, said = peak_of(str(tmp_path / "a.parquet"))
-    assert "no file of questions is so" in said and grown < 300
+    assert "no file of questions has so much in it" in said and grown < 300
+
+
+def test_a_parquet_file_that_lies_about_its_size_is_refused(tmp_path):
+    """Its one text has 400 MB, and its metadata say 1000 bytes wherever they speak of the size."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"question": ["x" * (400 << 20)], "answer": ["1"]})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    data = path.read_bytes()
+    for size in {group.total_byte_size, group.column(0).total_uncompressed_size}:
+        written = varint(2 * size)
+        data = data.replace(written, b"\xd0\x8f" + b"\x80" * (len(written) - 3) + b"\x00")
+    path.write_bytes(data)
+    assert pyarrow.parquet.ParquetFile(path).metadata.row_group(0).total_byte_size == 1000
+    grown, said = peak_of(str(path))
+    assert "no file of questions has so much in it" in said and grown < 500
+
+
+def varint(number):
+    """A whole number in groups of seven bits, as Thrift writes it."""
+    groups = [number >> place & 127 for place in range(0, number.bit_length(), 7)]
+    return bytes([each | 128 for each in groups[:-1]] + groups[-1:])
 
 
 @pytest.mark.parametrize("kind", ["blank", pytest.param("rows", marks=pytest.mark.slow), "fields"])

@@ -404,6 +404,12 @@ def test_paths_of_flags_are_expanded(processes, tmp_path, monkeypatch):
     processes.env |= {"HOME": str(tmp_path), "RUNS": str(tmp_path / "runs")}
     for given, found in (("~/no-run", tmp_path / "no-run"), ("$RUNS/none", tmp_path / "runs" / "none")):
         fails(processes.run("plot", f"--workdir={given}", config=False), f"{found} is no folder")
+    (tmp_path / "own.py").write_text(processes.config_file.read_text())
+    for given in (["--config=~/own.py"], ["--config", "$HOME/own.py"]):
+        result = processes.run("grpo", *given, f"--workdir={tmp_path / 'run'}", "--config.samples=1", config=False)
+        fails(result, r"config\.samples=1: expected at least 2")
+    nobody = processes.run("grpo", "--config=$NO_SUCH_VARIABLE/own.py", "--workdir=/tmp/x", config=False)
+    fails(nobody, "--config=.*the variable .NO_SUCH_VARIABLE is not set")
     unknown = processes.run("plot", "--workdir=$NO_SUCH_VARIABLE/run", config=False)
     assert unknown.code == 1 and "the variable $NO_SUCH_VARIABLE is not set" in unknown.err
     assert "Traceback" not in unknown.err

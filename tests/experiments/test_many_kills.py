@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# At the demo's temperature the samples of a prompt are alike after a few tokens, and nothing would be learned.
 DEMO = (
     f"--config={ROOT / 'experiments' / 'configs' / 'demo.py'}",
-    *("--config.max_steps=6", "--config.batch_size=2", "--config.samples=2", "--config.max_new_tokens=6"),
+    *("--config.max_steps=4", "--config.batch_size=2", "--config.samples=2", "--config.max_new_tokens=6"),
+    *("--config.temperature=4.0", "--config.reward=tiny_rewards:even"),
     *("--config.eval_data.limit=4", "--config.eval_batch_size=4", "--config.grpo.stream_tokens=128"),
 )
+FIRST = "metrics.jsonl"  # is written anew when training begins or goes on
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.grpo.remat=on")
 pytestmark = pytest.mark.slow
 
@@ -49,16 +52,22 @@ def outlive(launch, tmp_path, traces, kills, victims):
     whole_life = time.monotonic() - started
     expected = traces(tmp_path / "undisturbed")
     assert traces(tmp_path / "compiling") == expected
+    assert len({tuple(row["v"]) for row in expected["rows"]}) > 1, "v must move, or its bits say nothing"
     while done < count:
         workdir = tmp_path / f"run_{finished}"
         processes = launch(workdir)
-        wait(processes, rng.uniform(0, whole_life))
+        if rng.random() < 0.5:  # half of all lives end in training and saving, however long this machine loads now
+            wait(processes, 300, until=newer_than(workdir / FIRST, time.time()))
+            wait(processes, rng.uniform(0, whole_life / 2))
+        else:
+            wait(processes, rng.uniform(0, whole_life))
         chosen = [process for process in rng.sample(processes, rng.randint(1, victims)) if process.poll() is None]
         for process in chosen:
             process.kill()
         codes = end(processes)
         hit = codes.count(-signal.SIGKILL)
         done += hit
+        print(f"{done} killed, {finished} runs finished", flush=True)
         if not hit:
             assert codes == [0] * victims, codes
             assert traces(workdir) == expected, f"run {finished} of seed {seed}"
@@ -68,16 +77,25 @@ def outlive(launch, tmp_path, traces, kills, victims):
     print(f"{done} processes killed, {finished + 1} runs finished: 0 bits differ")
 
 
-def wait(processes, seconds):
+def newer_than(path, moment):
+    """Whether a file was written after a moment: a function to ask again and again."""
+    return lambda: path.exists() and path.stat().st_mtime > moment
+
+
+def wait(processes, seconds, until=lambda: False):
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes) and not until():
         time.sleep(0.01)
 
 
 def end(processes):
-    for process in processes:
-        process.communicate(timeout=300)
-    return [process.returncode for process in processes]
+    """The exit codes, and the last that was said by processes that failed by themselves."""
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    for text, code in zip(said, codes, strict=True):
+        if code not in (0, -signal.SIGKILL):
+            print(text[-1500:])
+    return codes
 
 
 def test_the_demo_s_model(processes, tmp_path, traces, kills):

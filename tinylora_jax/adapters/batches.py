@@ -1,4 +1,4 @@
-"""How `factorize` goes about it: modules of equal shape together, by programs that shapes alone determine."""
+"""Groups modules of equal shape for `factorize`, so that few programs are compiled."""
 
 from __future__ import annotations
 

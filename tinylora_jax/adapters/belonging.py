@@ -1,4 +1,4 @@
-"""Whether weights are those that factors were computed from: shapes alone do not tell two models apart."""
+"""Checks that factors were computed from these weights; equal shapes alone do not show it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_weights(weights: Mapping[str, Any], factors: Factors) -> None:
 
     Args:
       weights: leaves of the tree by path, of the shapes that the factors fit.
-      factors: of `factorize`, or of a file.
+      factors: factors computed by `factorize` or read from a file.
 
     Raises:
       ValueError: names the weights.

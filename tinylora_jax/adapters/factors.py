@@ -1,4 +1,4 @@
-"""What is frozen of TinyLoRA and computed once: the singular triplets of every adapted weight, P and the tie groups."""
+"""The frozen part of TinyLoRA: singular triplets of every adapted weight, P and the tie groups."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
 
     Args:
       params: the tree that was factorized.
-      factors: its factors, whose U, Σ, V are shared.
+      factors: factors of these weights; the result shares U, Σ and V with them.
       spec: the other spec.
 
     Raises:
@@ -162,7 +162,7 @@ def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Fact
 
     Args:
       params: the tree that was factorized.
-      factors: of `factorize(params, spec)`.
+      factors: factors computed by `factorize(params, spec)`.
       triplets: by module name, NumPy arrays without a batch axis.
 
     Returns:

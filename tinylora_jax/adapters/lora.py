@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685), the baseline with two trained matrices a module, as transforms of a pytree of weights.
+"""LoRA (arXiv 2106.09685), the baseline that trains two matrices per module.
 
     ΔW = (α / r) B A        B `[out, r]` starts at zero, A `[r, in]` random
 
@@ -30,7 +30,7 @@ class LoRA:
       rank: r.
       alpha: α; the update is scaled by α / r.
       targets: regular expressions over leaf paths, or `Target`s laid out `layer… in… out…`.
-      seed: of A.
+      seed: seed of the matrices A.
 
     >>> LoRA(rank=0)
     Traceback (most recent call last):

@@ -77,7 +77,7 @@ class Policy:
 
     Attributes:
       params: the base weights.
-      factors: of `factorize(params, spec)`.
+      factors: factors computed by `factorize(params, spec)`.
     """
 
     params: Any
@@ -205,7 +205,7 @@ def adapt(params: Any, spec: Spec, method: str = "auto") -> Adapted:
     Args:
       params: the base weights.
       spec: what is trained, and how.
-      method: of `truncated_svd`, which TinyLoRA needs.
+      method: method of `truncated_svd`, which only TinyLoRA needs.
 
     Raises:
       ValueError: the spec does not fit the tree.

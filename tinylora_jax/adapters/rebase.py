@@ -1,4 +1,4 @@
-"""Factors of another make in terms of a weight's own singular triplets, and several adapters in terms of the same.
+"""Expresses foreign factors by a weight's own singular triplets, so that adapters can share a batch.
 
 An update B (Σᵢ vᵢ Pᵢ) A whose B and A span the weight's leading singular directions is one of ours with other P:
 
@@ -47,7 +47,7 @@ def with_projections(factors: Factors, projections: Mapping[str, np.ndarray]) ->
     """The factors, with given projections P for some modules.
 
     Args:
-      factors: of a model.
+      factors: factors of a model's weights.
       projections: by module name, float32 `[u, rank, rank]`.
 
     Raises:
@@ -70,7 +70,7 @@ def rebase(factors: Factors, onto: Factors) -> tuple[Factors, dict[str, float]]:
     """The same updates with the U, Σ and V of other factors of the same weights.
 
     Args:
-      factors: of any make: U Σ and V need not be orthonormal.
+      factors: factors from any source: U Σ and V need not be orthonormal.
       onto: factors whose U and V are orthonormal, of the same leaves and rank.
 
     Returns:
@@ -131,7 +131,7 @@ def own_triplets(
 
     Args:
       params: the base model's tree.
-      factors: of any make. Their tie groups may join several of those that their spec gives.
+      factors: factors from any source. A tie group may join several of those that the spec gives.
       v: the vector.
       method: see `truncated_svd`.
 

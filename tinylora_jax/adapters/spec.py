@@ -22,7 +22,7 @@ class TinyLoRA:
       n_tie: modules per tie group.
       tying: `tiled` (neighbours in depth share, whatever their type) or `structured` (the same type shares).
       targets: regular expressions over leaf paths, or `Target`s for kernels that are not `[in, out]`.
-      seed: of the fixed projections P.
+      seed: seed of the fixed projections P.
       projection: `random`, the paper's, or `standard`: Pᵢ has a single one, so that the u = rank² numbers of a group
         are the entries of its matrix R; without tying that is LoRA-XS (`lora_xs`).
 

@@ -99,7 +99,7 @@ def is_ill_conditioned(svd: SVD, rank: int) -> bool:
     either sign are about equal has no sure sign.
 
     Args:
-      svd: of one matrix, NumPy arrays without a batch axis: one triplet more than `rank`, if the matrix has so many.
+      svd: decomposition of one matrix, as NumPy arrays: `rank + 1` triplets, if the matrix has so many.
       rank: triplets in use.
     """
     S, U = np.append(svd.S, 0.0)[: rank + 1], svd.U[:, :rank]

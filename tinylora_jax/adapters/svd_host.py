@@ -1,4 +1,4 @@
-"""The leading singular triplets by LAPACK and ARPACK in float64, on the host: the same on every machine."""
+"""The leading singular triplets by LAPACK and ARPACK, in float64 on the host."""
 
 from __future__ import annotations
 

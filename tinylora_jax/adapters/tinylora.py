@@ -28,7 +28,7 @@ def init(factors: Factors) -> Float[Array, "groups u"]:
     """The vector at the start of training: zeros, under which every adapted weight is the base weight.
 
     Args:
-      factors: of `factorize`; say how many groups there are.
+      factors: factors computed by `factorize`; they determine the number of groups.
 
     Returns:
       float32 `[groups, u]`, whatever the dtype of the weights.
@@ -137,7 +137,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
 
     Args:
       params: the tree that was factorized.
-      factors: its factors.
+      factors: factors computed from these weights by `factorize`.
       v: the vector, `[groups, u]`, or `[rows, groups, u]` for one adapter per row of a batch.
 
     Returns:
@@ -169,7 +169,7 @@ def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
 
     Args:
       params: the tree that was factorized.
-      factors: its factors.
+      factors: factors computed from these weights by `factorize`.
       v: the vector, `[groups, u]`.
 
     Returns:
@@ -199,7 +199,7 @@ def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Arra
     """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, to look at.
 
     Args:
-      factors: of `factorize`.
+      factors: factors computed by `factorize`.
       v: the vector, `[groups, u]`.
 
     Returns:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from tinylora_jax.data.chat_template import render_within_bounds
+from tinylora_jax.data.sources import DataError
 
 _SLOT = "{question}"
 
@@ -100,11 +101,33 @@ def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> lis
         messages.append({"role": "assistant", "content": answered})
     messages.append({"role": "user", "content": template.user.replace(_SLOT, question)})
     if tokenizer.chat_template is None:
-        return _ids(tokenizer.encode("\n\n".join(filter(None, (m["content"] for m in messages)))))
+        return encode(tokenizer, "\n\n".join(filter(None, (m["content"] for m in messages))))
     apply = lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     text = render_within_bounds(tokenizer.chat_template, apply)
     # Chat templates write the beginning-of-sequence token themselves (Llama's does).
-    return _ids(tokenizer.encode(text, add_special_tokens=False))
+    return encode(tokenizer, text, add_special_tokens=False)
+
+
+def encode(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
+    """The token ids of a text.
+
+    Args:
+      tokenizer: from transformers.
+      text: what to encode.
+      **options: of its `encode`.
+
+    Raises:
+      DataError: the tokenizer fails, as one of which a regular expression takes for ever.
+    """
+    try:
+        return _ids(tokenizer.encode(text, **options))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the tokenizers library panics, which is no `Exception`
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"the model's tokenizer cannot encode {text!r:.80} ({what:.300}); mend or exchange it"
+        ) from error
 
 
 def _ids(ids: Sequence[int]) -> list[int]:

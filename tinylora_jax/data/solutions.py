@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 
 from tinylora_jax.data.pipeline import Prompt
-from tinylora_jax.data.prompts import Tokenizer
+from tinylora_jax.data.prompts import Tokenizer, encode
 from tinylora_jax.data.sources import DataError
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_ENDINGS = {"hash": ("####", "#### {}"), "boxed": (r"\boxed", r"\boxed{{{}}}"), "math": (r"\boxed", r"\boxed{{{}}}")}
+_BOX = (r"\boxed", r"\boxed{{{}}}")
+_ENDINGS = {"hash": ("####", "#### {}"), "boxed": _BOX, "math": _BOX, "minerva": _BOX}
 MAX_REPORTED = 5
 
 
@@ -53,7 +54,7 @@ def encode_solutions(
             " config.train_data.solution_column"
         )
     texts = (solution_text(prompt.solution or "", prompt.answer, reward) for prompt in prompts)
-    found = tuple((*map(int, tokenizer.encode(text, add_special_tokens=False)), stop_token) for text in texts)
+    found = tuple((*encode(tokenizer, text, add_special_tokens=False), stop_token) for text in texts)
     long = {prompt.id: len(tokens) for prompt, tokens in zip(prompts, found, strict=True) if len(tokens) > max_tokens}
     if long:
         raise DataError(

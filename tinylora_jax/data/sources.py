@@ -1,4 +1,4 @@
-"""Where rows come from: JSON lines, Parquet, the Hugging Face hub, reasoning-gym, and built-in arithmetic.
+"""Sources of rows: JSON lines, Parquet, the Hugging Face hub, reasoning-gym and arithmetic.
 
 Each reader yields rows (mappings from column to value) in the order of the source, and turns whatever can go
 wrong with bytes from outside into one `DataError`.
@@ -11,6 +11,10 @@ import difflib
 import gzip
 import hashlib
 import itertools
+import json
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +32,8 @@ MAX_ROWS = 1 << 20
 _MAX_BLANK_LINES = 1 << 20
 _EXPANSION, _FREE_BYTES = 100, 1 << 26  # a file may grow a hundredfold, and to 64 MB whatever its size
 _BATCH_ROWS, _MAX_BATCH_BYTES = 256, 1 << 26
+_PARQUET_PROGRAM = Path(__file__).with_name("parquet_worker.py")
+_DECODING = 4  # copies of what is read that may be in memory at once
 _PROBE_S = 5  # seconds that the hub has to answer anything
 
 Row: TypeAlias = Mapping[str, object]
@@ -105,66 +111,47 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     Raises:
       DataError: the file is corrupt, lacks a column, or is larger inside than any file of questions is.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_regular(path) as raw:
-            outer = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
-            require_columns(str(path), outer.schema_arrow.names, columns)
-            _check_parquet_size(path, outer)
-            # Left as Parquet stores them, equal texts are in memory once until their row is read.
-            leaves = [outer.schema.column(i) for i in range(len(outer.schema))]
-            wanted = (leaf for leaf in leaves if leaf.path.split(".")[0] in columns)
-            texts = [leaf.path for leaf in wanted if leaf.physical_type == "BYTE_ARRAY"]
-            file = pyarrow.parquet.ParquetFile(
-                raw, metadata=outer.metadata, read_dictionary=texts or None, pre_buffer=False
+    size, number = path.stat().st_size if path.is_file() else 0, 0
+    with _parquet_process(path, columns, size) as process:
+        for line in process.stdout:
+            message = parse_json(line)
+            require_columns(str(path), message.get("columns", columns), columns)
+            if "refused" in message:
+                what = f"{message['refused']}, and the file has {size}"
+                raise DataError(f"{path}: no file of questions has so much in it ({what}); set limit, or split it")
+            if "unreadable" in message:
+                raise DataError(f"{path}: not a readable Parquet file ({message['unreadable']}); fetch it again")
+            rows = message.get("rows", ())
+            number += len(rows)
+            yield from rows
+        if code := process.wait():
+            raise DataError(
+                f"{path}: not a readable Parquet file (reading it ended with code {code} after {number} rows); fetch"
+                " it again"
             )
-            yield from _parquet_rows(path, file, columns)
-    except DataError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error):.300}); fetch it again") from error
 
 
-def _check_parquet_size(path: Path, file: Any) -> None:
-    """Refuses a file whose row groups say that they are far larger than the file.
-
-    Of the groups, not of their columns: pyarrow ends the process where a column's damaged metadata is looked at.
-    """
-    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-    size = sum(max(group.total_byte_size, group.num_rows) for group in groups)
-    if size > _FREE_BYTES + _EXPANSION * path.stat().st_size:
-        raise DataError(
-            f"{path}: {size} bytes of columns in a file of {path.stat().st_size}; no file of questions is so"
-        )
-
-
-def _parquet_rows(path: Path, file: Any, columns: tuple[str, ...]) -> Iterator[Row]:
-    """Rows one by one; no batch is turned into Python objects before its size is known."""
-    number = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns), use_threads=False):
-        size = sum(map(_decoded_bytes, batch.columns))
-        if size > _MAX_BATCH_BYTES or number > MAX_ROWS:
-            what = f"{size} bytes in the {len(batch)} rows from row {number} on"
-            raise DataError(f"{path}: no file of questions has so much in it ({what}); set limit, or split it")
-        number += len(batch)
-        yield from batch.to_pylist()
-
-
-def _decoded_bytes(array: Any) -> int:
-    """What an Arrow array takes once each of its texts stands for itself."""
-    import pyarrow
-    import pyarrow.compute
-
-    if isinstance(array, pyarrow.DictionaryArray):
-        lengths = pyarrow.compute.binary_length(array.dictionary)
-        return array.nbytes + (pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0)
-    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray):
-        return array.nbytes + _decoded_bytes(array.flatten())
-    if isinstance(array, pyarrow.StructArray):
-        return sum(map(_decoded_bytes, array.flatten()))
-    return array.nbytes
+@contextlib.contextmanager
+def _parquet_process(path: Path, columns: tuple[str, ...], size: int) -> Iterator[Any]:
+    """Starts `parquet_worker.py` on a file of so many bytes, and ends it with the `with` block."""
+    most = _FREE_BYTES + _EXPANSION * size
+    bounds = {"columns": columns, "most_bytes": most, "most_rows": MAX_ROWS}
+    bounds |= {"batch_rows": _BATCH_ROWS, "batch_bytes": _MAX_BATCH_BYTES}
+    # -P: the folder of the program, which has modules of its own, is no place to import from.
+    command = [sys.executable, "-P", str(_PARQUET_PROGRAM), json.dumps(bounds), str(_DECODING * most)]
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others take addresses that they never use
+    try:
+        with open_regular(path) as file:
+            process = subprocess.Popen(
+                command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
+    except OSError as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limit: int | None) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The evaluation sets by name: where the hub has them, what they are called as files, and how they are graded."""
+"""Evaluation sets by name: their hub ids, file names and graders."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class EvalSet:
 
     Attributes:
       name: what results call it.
-      data: its questions.
-      reward: its grader.
+      data: questions of the set.
+      reward: reward that grades the set.
       samples: sampled answers a question; None leaves it to the config.
       files: names, without suffix, under which a folder may have it.
     """

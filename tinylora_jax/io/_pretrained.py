@@ -25,6 +25,7 @@ from tinylora_jax.io.hf._hub import (
     read_json,
     stop_ids,
 )
+from tinylora_jax.io.hf._tokenizer_growth import check_growth
 from tinylora_jax.io.hf._weights import LazyTensor, Placement, Reading, param_shapes, reading_tree
 from tinylora_jax.models.config import ModelConfig
 
@@ -41,7 +42,7 @@ class OpenedModel:
 
     Attributes:
       abstract: the model, with a `jax.ShapeDtypeStruct` for every weight.
-      path: of the file or folder.
+      path: path of the file or folder.
       tensors: opens the weights, by Hugging Face name.
     """
 
@@ -132,7 +133,12 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
         # The tokenizers library answers damaged JSON with a bare Exception; this names the file.
         if (folder / file).is_file():
-            read_json(folder / file, MAX_TOKENIZER_BYTES)
+            found = read_json(folder / file, MAX_TOKENIZER_BYTES)
+            if file == "tokenizer.json":
+                try:
+                    check_growth(found)
+                except ValueError as error:
+                    raise ValueError(f"{folder / file}: {error}") from error
     from transformers import AutoTokenizer  # imports torch where that is installed, which takes many seconds
 
     try:

@@ -55,10 +55,10 @@ def save_trained(
     Args:
       folder: made, or replaced if it holds the same kind.
       model: the base model.
-      policy: of which v is trained.
+      policy: policy whose v was trained.
       v: what was trained.
-      fingerprint: of the base weights, `fingerprint.base_fingerprint`.
-      dtype: of `vector.bin`.
+      fingerprint: fingerprint of the base weights, from `base_fingerprint`.
+      dtype: dtype of `vector.bin`.
       **about: JSON-serializable; a summary of the training.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A run's metrics for TensorBoard. Apart from `run_log`, because its writer imports torch where that is installed."""
+"""Writes a run's metrics for TensorBoard; kept apart because its writer may import torch."""
 
 from __future__ import annotations
 

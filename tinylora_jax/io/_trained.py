@@ -28,7 +28,7 @@ class SavedAdapter:
       spec: rank, u, ties and adapted leaves.
       factors: gives the factors that v was trained with, from the base model's tree and a method for
         `truncated_svd`; refuses the tree of another model.
-      dtype: of the weights that v was trained on.
+      dtype: dtype of the weights that v was trained on.
       about: the summary of its training; empty if there is none.
       kind: adapters of one base model and equal kind have the same factors.
       foreign: whether PEFT made the factors: their directions and P are then the file's, not ours.
@@ -96,7 +96,7 @@ def read_together(params: Any, adapters: Sequence[SavedAdapter]) -> tuple[Factor
 
     Args:
       params: the base model's tree.
-      adapters: of one rank and the same leaves.
+      adapters: adapters of one rank that adapt the same leaves.
 
     Returns:
       Factors, and each adapter's vector of them, NumPy float32 `[groups, u]`, see `combine`.

@@ -44,7 +44,7 @@ def compare_right_or_wrong(first: Sequence[float], second: Sequence[float]) -> D
 
     Args:
       first: 0 or 1 for each question.
-      second: the same of the other, in the same order.
+      second: scores of the other evaluation, in the same order.
 
     Raises:
       ValueError: other numbers, or unequal counts.
@@ -77,8 +77,8 @@ def compare_means(first: Sequence[float], second: Sequence[float], seed: int = 0
 
     Args:
       first: the score of each question.
-      second: the same of the other, in the same order.
-      seed: of the drawing.
+      second: scores of the other evaluation, in the same order.
+      seed: seed of the random permutations.
 
     Raises:
       ValueError: unequal counts, or fewer than 2 questions.

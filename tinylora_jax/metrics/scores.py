@@ -38,8 +38,8 @@ def estimate(scores: Sequence[float], samples: int = 1, level: float = 0.95) -> 
     are all 0 or 1 it is Wilson's own (1927), with n = N.
 
     Args:
-      scores: of each question: its grade, or the mean of its samples' grades; at least one.
-      samples: of a question; n is at most N·samples.
+      scores: one score per question: the grade, or the mean of the samples' grades; at least one question.
+      samples: number of samples per question; n is at most N·samples.
       level: how often the interval is to hold the true value.
 
     Returns:
@@ -103,8 +103,8 @@ def majority(answers: Sequence[Hashable | None], grades: Sequence[float]) -> flo
     but have different grades (as in and outside of the required format): the result is the expected grade.
 
     Args:
-      answers: of each sample, equal for equal answers.
-      grades: of each sample.
+      answers: one answer per sample, equal for equal answers.
+      grades: one grade per sample.
 
     Returns:
       The grade; that of all samples on average when none has an answer.

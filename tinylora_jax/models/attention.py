@@ -44,7 +44,7 @@ def causal_attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, " rows"] 
       q: queries.
       k: keys; their heads divide the queries'.
       v: values.
-      lengths: of the rows, if known: a kernel may then skip the padding, where the result is meaningless.
+      lengths: lengths of the rows, if known: a kernel may then skip the padding, where the result is meaningless.
 
     Returns:
       Mixed values in the shape of `q`.
@@ -76,8 +76,8 @@ def cached_attention(
       q: queries of the new positions.
       k: their keys.
       v: their values.
-      keys: the cache, with room for `start + seq` positions.
-      values: the same.
+      keys: cached keys, with room for `start + seq` positions.
+      values: cached values, in the layout of the keys.
       start: each row's first new position.
 
     Returns:

@@ -22,7 +22,7 @@ class KVCache:
 
     Attributes:
       keys: per layer `[rows, capacity, kv_heads, head_dim]`.
-      values: the same.
+      values: values, in the layout of the keys.
     """
 
     keys: tuple[jax.Array, ...]

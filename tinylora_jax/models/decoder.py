@@ -213,8 +213,8 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
 
     Args:
       config: architecture.
-      seed: of the numbers.
-      dtype: of every leaf.
+      seed: seed of the random weights.
+      dtype: dtype of every leaf.
 
     Returns:
       The tree of `tinylora_jax.io.hf._weights.parameter_names`, kernels `[in, out]`.

@@ -1,4 +1,4 @@
-"""Rows of different lengths stored as one sequence of tokens, so that padding is paid for in attention alone.
+"""Packs rows of different lengths into one sequence, so that only attention pays for padding.
 
 A group of completions shares its prompt: the prompt stands in the sequence once, and in the row of every completion.
 """

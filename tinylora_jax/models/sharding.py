@@ -223,7 +223,7 @@ def over_heads(call: Callable[..., Any], *arrays: jax.Array) -> Any:
 
     Args:
       call: kernel whose results all have the axes (rows, …, heads, …).
-      *arrays: its arguments, `[rows, seq, heads, head_dim]` or `[rows]`.
+      *arrays: arguments of the function, `[rows, seq, heads, head_dim]` or `[rows]`.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -312,7 +312,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     """Where each weight of the decoder's tree lies: a tree of `NamedSharding`.
 
     Args:
-      mesh: of `MeshSpec.make`.
+      mesh: mesh made by `MeshSpec.make`.
       params: the weights, or their `jax.ShapeDtypeStruct`s.
     """
 

@@ -1,4 +1,4 @@
-"""What a TPU does differently: where a plain program would scatter or hold every score, a Pallas kernel.
+"""Pallas kernels for TPUs, where a plain program would scatter or hold every score.
 
 The platform is that of the surrounding mesh, so programs compile for a TPU on a machine that has none.
 """
@@ -81,9 +81,9 @@ def write_entry(
 
     Args:
       keys: `[rows, capacity, kv_heads, head_dim]`, capacity a multiple of 128.
-      values: the same.
+      values: cached values, in the layout of the keys.
       k: `[rows, 1, kv_heads, head_dim]`.
-      v: the same.
+      v: new values, in the layout of `k`.
       start: int32 `[rows]`, the positions.
       interpret: run the kernel in Python, for tests.
     """

@@ -28,7 +28,7 @@ _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*+\{([^{}]*+)\}")
 _SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\!\s*+")
 _SPACE = re.compile(r"(?:\\[,;: ]|[~\s])++")
 # A number starts it that no other stands before: a check from every group on would be quadratic on long runs.
-_SPACED_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3}(?![0-9]))++(?! ?[0-9/]|,[0-9])")
+_SPACED_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]))++(?! ?[0-9/]|,[0-9])")
 # All spaces but those between numbers, and those of a list in which commas without a space may group thousands.
 _IDLE_SPACE = re.compile(
     r"(?<=[0-9]) (?=[0-9])|(?<=[0-9],) (?=[0-9]{3}(?![0-9]))"
@@ -51,7 +51,7 @@ _SPELLINGS = (
 )
 # "cents" or "km" would change the value or its meaning; these four only repeat what the question asks for.
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++|(?=\.[0-9]))(?:\.(?P<fraction>[0-9]*+))?"
+    r"(?P<sign>[-+]?)(?P<whole>[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++|(?=\.[0-9]))(?:\.(?P<fraction>[0-9]*+))?"
     r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3}))?(?:dollars?|percent|degrees?|%)?"
 )
 _RATIO = re.compile(

@@ -1,4 +1,4 @@
-r"""Mathematical answers: read as lists, tuples, intervals and matrices of atoms, and compared without evaluating any.
+r"""Compares mathematical answers (lists, tuples, intervals, matrices) without evaluating any.
 
 Two answers are equal when their structures are and their atoms are, pair by pair. Most atoms are decided here:
 numbers, words, numerals of a base. What only algebra can decide is left open (`open_pairs`) for whoever can
@@ -20,7 +20,10 @@ from tinylora_jax.rewards.structure import RELATION, Group, Node, assignment, re
 from tinylora_jax.rewards.words import is_word, words_equal
 
 _APPROXIMATION = Fraction(2, 10**6)
-"""What a decimal may miss a number by that no decimal writes: 0.333333 is 1/3, 0.3333 is not."""
+"""What a decimal may miss a number by that no decimal writes, cut or rounded behind its last digit.
+
+0.333333 is 1/3, 0.3333 is not, and neither is 159449 or 159449.0 the number 159449 1/7.
+"""
 
 _BASED = re.compile(
     r"(?P<digits>[0-9A-Fa-f]++(?:\.[0-9A-Fa-f]++)?)\s?_\s?"
@@ -28,6 +31,9 @@ _BASED = re.compile(
 )
 _E_NOTATION = re.compile(r"([-+]?[0-9]++(?:\.[0-9]*+)?)[eE]([-+]?[0-9]{1,3})\Z")
 _TOLERANCE = re.compile(r"\s*+\(tolerance ([0-9.eE+-]++)\)\Z")
+# A time of the day is no ratio: 10:20 is not 11:22.
+_CLOCK = re.compile(r"0?((?:[0-9]|1[0-9]|2[0-4]):[0-5][0-9](?::[0-5][0-9])?)")
+_WRITTEN_OUT = re.compile(r"-?[0-9]++(?: [0-9]++/[0-9]++| ?\\frac[^%]++)|-?[0-9]*+\.[0-9]*+\\(?:overline|bar)[^%]++")
 _BASES = {name: str(n) for n, name in enumerate("two three four five six seven eight nine ten".split(), start=2)}
 
 Known: TypeAlias = Mapping[tuple[str, str], bool]
@@ -38,7 +44,7 @@ class Gold:
     """A gold answer.
 
     Attributes:
-      node: its structure.
+      node: structure of the answer.
       text: cleaned of spelling and units.
       relative: numbers may miss it by this share of its size.
       absolute: or by so much.
@@ -154,9 +160,22 @@ def _values(left: str, right: str) -> tuple[str, str]:
     relations = [not each and RELATION.search(side) for each, side in zip(assigned, sides, strict=True)]
     if len(names) == 1 and not any(relations):
         sides = tuple(each[1] if each else side for each, side in zip(assigned, sides, strict=True))
+    sides = tuple(_written_out(side) for side in sides)
     # An e alone is Euler's number to algebra.
     left, right = (_E_NOTATION.sub(r"\1 \\cdot 10^{\2}", side) for side in sides)
     return left, right
+
+
+def _written_out(atom: str) -> str:
+    r"""A mixed number or a repeating decimal, which algebra cannot read, as a fraction.
+
+    >>> _written_out("1 1/2"), _written_out("x")
+    ('\\frac{3}{2}', 'x')
+    """
+    value = value_of(atom) if _WRITTEN_OUT.fullmatch(atom) else None
+    if value is None:
+        return atom
+    return rf"{'-' * (value < 0)}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
 
 
 def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
@@ -164,6 +183,9 @@ def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
         return False
     if normalize(left) == normalize(right) != "":
         return True
+    clocks = _CLOCK.fullmatch(left), _CLOCK.fullmatch(right)
+    if any(clocks):
+        return all(clocks) and len({m[1] for m in clocks if m}) == 1
     bases = _BASED.fullmatch(left), _BASED.fullmatch(right)
     if any(bases):
         return all(bases) and len({(m["digits"].lower().lstrip("0"), _base(m)) for m in bases if m}) == 1
@@ -184,9 +206,13 @@ def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
 def _close(gold: Gold, wanted: Fraction, found: Fraction) -> bool:
     if abs(wanted - found) <= max(abs(wanted) * gold.relative, gold.absolute):
         return True
-    if _terminates(wanted.denominator) == _terminates(found.denominator):
+    decimals = [value for value in (wanted, found) if _terminates(value.denominator)]
+    if len(decimals) != 1 or decimals[0].denominator == 1:
         return False
-    return abs(wanted - found) <= abs(wanted) * _APPROXIMATION
+    places = next(n for n in itertools.count(1) if 10**n % decimals[0].denominator == 0)
+    exact, gap = wanted + found - decimals[0], abs(wanted - found)
+    whole = 1 if abs(decimals[0]) < abs(exact) else 2  # it may be cut behind its last digit, or rounded
+    return gap <= min(abs(wanted) * _APPROXIMATION, Fraction(1, whole * 10**places))
 
 
 def _terminates(denominator: int) -> bool:

@@ -27,6 +27,7 @@ _SPELLINGS = (
     *((r"\geqslant", r"\ge "), (r"\leqslant", r"\le "), (r"\geq", r"\ge "), (r"\leq", r"\le "), (r"\bigcup", r"\cup ")),
     *(("np.", "\\"), ("^{\\prime}", "'"), ("^\\prime", "'")),
     *((r"\varnothing", r"\emptyset "), ("∅", r"\emptyset "), (r"\neq", r"\ne "), ("≠", r"\ne ")),
+    *((">=", r"\ge "), ("<=", r"\le "), (r"\langle", "("), (r"\rangle", ")"), ("⟨", "("), ("⟩", ")")),
 )
 # A backslash before the command's own ends a row of a matrix.
 _GLUE = re.compile(r"(?<!\\)\\(?:!\s*+|[()\[\]])")
@@ -62,19 +63,23 @@ _UNITS = {
         "cent cents",
         "degree degrees",
         "radian radians rad",
+        "am a.m AM A.M",
+        "pm p.m PM P.M",
     )
     for spelling in names.split()
 }
 _POWERS = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3"}
 _MEASURED = re.compile(
     r"[0-9}]\s*+(?:\\[,; ])?\s*+(?:\\(?:text|mbox|mathrm|textrm)\s?\{\s?)?"
-    r"(?P<kind>square |sq\.? |cubic )?(?P<unit>[A-Za-z]++)\.?\s?\}?\s?(?:\^\s?\{?(?P<power>[23])\}?)?\}?\Z"
+    r"(?P<kind>square |sq\.? |cubic )?(?P<unit>[A-Za-z]++(?:\.[mM])?)\.?\s?\}?\s?(?:\^\s?\{?(?P<power>[23])\}?)?\}?\Z"
 )
 _UNIT_WORD = re.compile(
     r"(?<=[0-9}])\s?(?:(?:square|cubic|sq\.?)\s?)?(?:"
     + "|".join(
         sorted(
-            {name for name in _UNITS if len(name) > 1} - {"min", "oz"} | {"mph", "km/h", "m/s"}, key=len, reverse=True
+            {re.escape(name) for name in _UNITS if len(name) > 1} - {"min", "oz"} | {"mph", "km/h", "m/s"},
+            key=len,
+            reverse=True,
         )
     )
     + r"|percent|units?|people|ways?|points?|students?)\.?(?:\^\{?[23]\}?)?\Z"
@@ -99,6 +104,7 @@ _ROOT = re.compile(r"√\s?(?:\(([^()]*+)\)|([0-9]++|[A-Za-z]))")
 _FACTOR = r"([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s?(?:\\times|\\cdot|\*|x)\s?"
 _SCIENTIFIC = re.compile(rf"(?:{_FACTOR})?10\s?(?:\^|\*\*)\s?\{{?\s?([-+]?[0-9]{{1,3}})\s?\}}?")
 _POINT_RATIO = re.compile(r"(-?[0-9]{1,40})\.?/([0-9]{1,40})\.?")
+_REPEATING = re.compile(r"(-?)([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar)\s?\{?([0-9]{1,40})\}?")
 _PLAIN = re.compile(r"-?[0-9]++(?:\.[0-9]++|/[0-9]++)?")
 
 
@@ -126,10 +132,12 @@ def unit_of(answer: str) -> str | None:
     >>> unit_of("15 square feet"), unit_of(r"15\\text{ ft}^2"), unit_of("15"), unit_of("15 apples")
     ('ft2', 'ft2', None, None)
     """
-    answer = answer.strip().rstrip(".").rstrip("$ ")
+    answer = answer.strip().rstrip(".")
+    if answer.endswith("$"):
+        answer = answer.strip("$ ")
     if answer.endswith(("°", r"^\circ", r"^{\circ}")):
         return "degree"
-    if answer.startswith(r"\$"):
+    if answer.startswith(r"\$") or (answer.startswith("$") and answer.count("$") == 1):  # not the end of $5$
         return "dollar"
     if match := _MEASURED.search(answer[-60:]):
         unit = _UNITS.get(match["unit"].rstrip("."))
@@ -161,12 +169,19 @@ def _ungrouped(text: str) -> str:
 def value_of(atom: str) -> Fraction | None:
     r"""The number that an atom writes in digits; None if it is anything else.
 
-    >>> value_of("4.5e3"), value_of(r"2 \times 10^{-3}"), value_of(r"1\frac{4}{5}"), value_of("x")
-    (Fraction(4500, 1), Fraction(1, 500), Fraction(9, 5), None)
+    >>> value_of("4.5e3"), value_of(r"1\frac{4}{5}"), value_of(r"0.3\overline{6}"), value_of("x")
+    (Fraction(4500, 1), Fraction(9, 5), Fraction(11, 30), None)
     """
     if len(atom) > MAX_ATOM_CHARS:
         return None
-    atom = atom.rstrip("%").strip()
+    atom = atom.removesuffix("%").strip()
+    if "%" in atom:
+        return None
+    if repeating := _REPEATING.fullmatch(atom):
+        sign, whole, fixed, period = repeating.groups()
+        nines = 10 ** len(fixed) * (10 ** len(period) - 1)
+        value = Fraction(int(whole + fixed + period) - int(whole + fixed or 0), nines)
+        return -value if sign else value
     if scientific := _SCIENTIFIC.fullmatch(atom):
         factor, power = scientific.groups()
         return Fraction(factor or "1") * Fraction(10) ** int(power)

@@ -1,4 +1,4 @@
-r"""The reward `math`: the right value in the last `\boxed{}`, by algebra where text and numbers do not decide."""
+r"""The reward `math`: the right value in the last `\boxed{}`, compared by algebra if needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MathReward:
     Attributes:
       relative: tolerance of numbers, as a share of the gold answer.
       limit_s: processor time of one comparison, so that a busy machine gives the same grades.
-      memory_bytes: of one comparison.
+      memory_bytes: memory limit of one comparison, in bytes.
       workers: processes; 0 is one for each core, at most 8.
     """
 

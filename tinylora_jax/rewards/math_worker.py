@@ -21,7 +21,8 @@ import signal
 import sys
 
 _APPROXIMATION = 2e-6  # what a decimal may miss an exact number by: 0.333333 is 1/3
-_ROUNDING = 1e-11  # of a double, through a few operations
+_ROUNDING = 1e-11  # of a double, through a few operations: where decimals stand in an expression
+_DIGITS, _EXACT = 50, 1e-35  # of what has none; x + 10^{12} is not x + 10^{12} + 1
 _AGREEING = 3  # points that tell a function
 # Points: the signs of the coordinates, and what primes are divided by; floors need large ones, powers small ones.
 _SIGNS = (0b000, 0b111, 0b001, 0b000, 0b110, 0b101)
@@ -31,6 +32,8 @@ _IMAGINARY = re.compile(r"(?<![\\A-Za-z])i(?![A-Za-z])")
 _INDEX_I = re.compile(r"_\s?\{?\s?i|i\s?=")
 _APART = re.compile(r"(?<![_^])(?<![A-Za-z])[0-9.]\s+[0-9.]")
 _BASED = re.compile(r"(?<![_A-Za-z0-9.])[0-9.]++\s?_")
+_TWICE = re.compile(r"!\s?!")
+_DECIMAL = re.compile(r"[-+]?[0-9]*+\.([0-9]*+)")
 _RESPELLED = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -44,6 +47,9 @@ _RESPELLED = tuple(
         (r"\\frac\s?([0-9]|(?<=\s)[A-Za-z])\s?\{", r"\\frac{\1}{"),
         (r"(\\frac\s?\{[^{}]*+\})\s?([0-9](?![0-9])|[A-Za-z])", r"\1{\2}"),
         (r"\\sqrt\s?([0-9A-Za-z])(?![0-9])", r"\\sqrt{\1}"),
+        (r"\\binom\s?([0-9])\s?([0-9])", r"\\binom{\1}{\2}"),
+        (r"\{?\s?([0-9A-Za-z]++)\s?\\choose\s?([0-9A-Za-z]++)\s?\}?", r"\\binom{\1}{\2}"),
+        (r"(?<![\^_0-9.])([0-9]++)\s?(\\frac\{[0-9]++\}\{[0-9]++\})", r"(\1+\2)"),  # a mixed number
         (r"\*\*", "^"),
         (r"\^\s?\(([^()]*+)\)", r"^{\1}"),
     )
@@ -64,6 +70,9 @@ _WARM_UP = (
 
 def serve(limit_s: float, memory_bytes: int) -> None:
     """Answers requests from stdin until it is closed."""
+    import mpmath
+
+    mpmath.mp.dps = _DIGITS + 10
     for gold, found in zip(
         _WARM_UP, reversed(_WARM_UP), strict=True
     ):  # what SymPy loads late, it loads before the fork
@@ -117,7 +126,8 @@ def _parse(latex: str):
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from sympy import I, Symbol
 
-    if _APART.search(latex) or _BASED.search(latex):  # the converter would take 1 2 for 1 + 2, and 12_5 for 12
+    # The converter would take 1 2 for 1 + 2, 12_5 for 12, and the double factorial for a factorial of one.
+    if _APART.search(latex) or _BASED.search(latex) or _TWICE.search(latex):
         return None
     is_complex = _IMAGINARY.search(latex) is not None and not _INDEX_I.search(latex)
     if is_complex:
@@ -144,12 +154,29 @@ def _parse(latex: str):
 def _equal(gold: str, found: str, relative: float, absolute: float) -> bool:
     """Whether two atoms are equal."""
     wanted, value = _parse(gold), _parse(found)
+    if wanted is None or value is None:
+        return False
     try:
-        return wanted is not None and value is not None and _same(wanted, value, relative, absolute)
+        if not relative and not absolute and not (_stands_for(found, wanted) and _stands_for(gold, value)):
+            return False
+        return _same(wanted, value, relative, absolute)
     except (MemoryError, RecursionError):
         raise
     except Exception:  # SymPy may raise anything on what no mathematician writes
         return False
+
+
+def _stands_for(written: str, value) -> bool:
+    """Whether a decimal is a value cut or rounded behind its last digit, zeros apart; what is no decimal may be."""
+    from sympy import Float, Rational
+
+    decimal = _DECIMAL.fullmatch(written.strip())
+    number = _number(value, _DIGITS) if decimal else None
+    if number is None or not number.is_real or value.has(Float):
+        return True
+    places, given = len(decimal[1].rstrip("0")), Rational(written.strip())
+    gap, parts = abs(number - given), 1 if abs(given) < abs(number) else 2
+    return bool(gap <= abs(number) * _EXACT or (places and gap <= Rational(1, parts * 10**places)))
 
 
 def _found_in(text: str) -> str:
@@ -197,7 +224,7 @@ def _same_relations(gold, found) -> bool:
     """Whether one relation is the other times a constant, or has the same solutions in every variable."""
     from sympy import Eq, Ne, solve
 
-    left, right = gold.lhs - gold.rhs, found.lhs - found.rhs
+    left, right = _exact(gold.lhs - gold.rhs), _exact(found.lhs - found.rhs)
     if gold.rel_op != found.rel_op:
         if found.reversed.rel_op != gold.rel_op:
             return False
@@ -223,10 +250,24 @@ def _same_relations(gold, found) -> bool:
 
 def _ratio(left, right) -> float | None:
     """The constant that one function is of another; None if there is none."""
-    ratios = [a / b for a, b in _at_points(left, right) if a != 0 and b != 0]
-    if len(ratios) < _AGREEING or any(abs(each - ratios[0]) > _ROUNDING * abs(each) for each in ratios):
+    ratios, rounding = [a / b for a, b in _at_points(left, right) if a != 0 and b != 0], _rounding(left, right)
+    if len(ratios) < _AGREEING or any(abs(each - ratios[0]) > rounding * abs(each) for each in ratios):
         return None
-    return float(ratios[0].real) if abs(ratios[0].imag) <= _ROUNDING * abs(ratios[0]) else None
+    return float(ratios[0].real) if abs(ratios[0].imag) <= rounding * abs(ratios[0]) else None
+
+
+def _exact(expression):
+    """An expression with its decimals as fractions: x - 1583556.5 is no multiple of x - 1583555.5, nearly as it is."""
+    from sympy import Float, Rational
+
+    return expression.xreplace({each: Rational(str(each)) for each in expression.atoms(Float)})
+
+
+def _rounding(left, right) -> float:
+    """What values of two expressions may differ by, as a share, though they are equal."""
+    from sympy import Float
+
+    return _ROUNDING if left.has(Float) or right.has(Float) else _EXACT
 
 
 def _same_expressions(gold, found, relative: float = 0.0, absolute: float = 0.0) -> bool:
@@ -239,10 +280,23 @@ def _same_expressions(gold, found, relative: float = 0.0, absolute: float = 0.0)
         return bool(gold == found) and gold in (oo, -oo)
     if not gold.free_symbols and not found.free_symbols:
         return _same_numbers(gold, found, relative, absolute)
-    points = list(_at_points(gold, found))
-    if any(abs(a - b) > _ROUNDING * max(abs(a), abs(b)) for a, b in points):
+    gold, found = _exact(gold), _exact(found)
+    points, rounding = list(_at_points(gold, found)), _rounding(gold, found)
+    if any(abs(a - b) > rounding * max(abs(a), abs(b)) for a, b in points):
         return False
-    return len(points) >= _AGREEING or bool(simplify(gold - found) == 0)
+    sure = rounding > _EXACT or _agree_closely(gold, found)
+    return (sure and len(points) >= _AGREEING) or bool(simplify(gold - found) == 0)
+
+
+def _agree_closely(left, right) -> bool:
+    """Whether two expressions agree in 200 digits at a point: x + 10^40 is not x + 10^40 + 1."""
+    from sympy import Rational
+
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    point = [(symbol, Rational(_PRIMES[i % len(_PRIMES)], 7)) for i, symbol in enumerate(symbols)]
+    sides = [side.doit().subs(point) for side in (left, right)]
+    size = _number(sides[0])
+    return size is None or _no_gap(*sides, size)
 
 
 def _same_numbers(gold, found, relative: float, absolute: float) -> bool:
@@ -263,9 +317,12 @@ def _same_numbers(gold, found, relative: float, absolute: float) -> bool:
         return bool(gold == found)
     if abs(wanted - value) > _ROUNDING * max(abs(wanted), abs(value)):
         return False
-    # 10^100 + \sqrt{2} and 10^100 + \sqrt{3} differ behind the hundredth digit.
-    gap = (gold - found).evalf(5, maxn=300)
-    return bool(abs(gap) <= abs(wanted) * 1e-200) or bool(simplify(gold - found) == 0)
+    return _no_gap(gold, found, wanted) or bool(simplify(gold - found) == 0)
+
+
+def _no_gap(gold, found, size) -> bool:
+    """Whether constants agree in 200 digits: 10^100 + √2 and 10^100 + √3 differ behind the hundredth."""
+    return bool(abs((gold - found).evalf(5, maxn=300)) <= abs(size) * 1e-200)
 
 
 def _at_points(left, right):
@@ -282,7 +339,7 @@ def _at_points(left, right):
     for number, (signs, scale) in enumerate(zip(_SIGNS, _SCALES, strict=True)):
         places = [Rational(_PRIMES[(place + 5 * number) % len(_PRIMES)], scale) for place in range(len(symbols))]
         signed = [-x if signs >> (place % 3) & 1 else x for place, x in enumerate(places)]
-        values = [_number(each.subs(list(zip(symbols, signed, strict=True)))) for each in (left, right)]
+        values = [_number(each.subs(list(zip(symbols, signed, strict=True))), _DIGITS) for each in (left, right)]
         if None in values:
             continue
         a, b = (mpmath.mpc(*(str(part) for part in each.as_real_imag())) for each in values)  # of any size
@@ -296,12 +353,12 @@ def _undefined():
     return AppliedUndef
 
 
-def _number(expression):
-    """The value of a constant expression, to 20 digits; None if it has variables or none."""
+def _number(expression, digits: int = 20):
+    """The value of a constant expression, to so many digits; None if it has variables or none."""
     if expression.free_symbols:
         return None
     try:
-        value = expression.doit().evalf(20)
+        value = expression.doit().evalf(digits)
         return value if value.is_finite and value.is_number else None
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
         return None

@@ -58,7 +58,12 @@ _BETWEEN = re.compile(
 )
 _MIRRORED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
 _LOW, _HIGH = r"-\infty", r"\infty"
-_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})++(?:\.[0-9]++)?%?")
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})++(?:\.[0-9]++)?%?")
+_ONE_OR_MORE = re.compile(rf"(?:[^=<>,]++=\s?)?{_THOUSANDS.pattern}")
+# A comma without a space before or behind it makes a list without spaces; a bracket opens a list of its own.
+_RUN_OR_BRACKET = re.compile(
+    r"(?P<run>(?<![0-9A-Za-z.,_])(?<!_\{)[1-9][0-9]{0,2}(?:,[0-9]{3})++(?![0-9]|,\S))|(?P<opens>\\\{|[(\[])|\\\}|[)\]]"
+)
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,35 @@ def read(answer: str, lists: bool = False) -> Node:
 
     Args:
       answer: as written.
-      lists: 8,221 is two numbers, as two are asked for.
+      lists: 8,221, which may be one number or two, is two, as several are asked for.
 
     >>> read(r"x \in (-\infty, 2] \cup \{5\}")
     Group(kind='union', parts=(Group(kind='(]', parts=('-\\infty', '2')), '5'))
     >>> read(r"1 \pm \sqrt{19}"), read("10,080")
-    (Group(kind='list', parts=('1+\\sqrt{19}', '1-\\sqrt{19}')), '10,080')
+    (Group(kind='list', parts=('1+\\sqrt{19}', '1-\\sqrt{19}')), '10080')
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return answer
     text = clean(answer)
-    return _read(text.replace(",", ", ") if lists and _THOUSANDS.fullmatch(text) else text, depth=0)
+    return _read(text.replace(",", ", ") if lists and _ONE_OR_MORE.fullmatch(text) else text, depth=0)
+
+
+def join_thousands(text: str) -> str:
+    r"""Drops the commas that group thousands, wherever they stand outside of a list's brackets.
+
+    >>> [join_thousands(text) for text in ("x > 1,000", r"\frac{1,000}{3}", "(1,000)", "x,1,000")]
+    ['x > 1000', '\\frac{1000}{3}', '(1,000)', 'x,1,000']
+    """
+    level = 0
+
+    def join(match: re.Match[str]) -> str:
+        nonlocal level
+        if match["run"]:
+            return match[0] if level else match[0].replace(",", "")
+        level = max(0, level + (1 if match["opens"] else -1))
+        return match[0]
+
+    return _RUN_OR_BRACKET.sub(join, text)
 
 
 def assignment(text: str) -> tuple[str, str] | None:
@@ -112,6 +135,7 @@ def assignment(text: str) -> tuple[str, str] | None:
 def _read(text: str, depth: int) -> Node:
     if depth > 5 or not text:
         return text
+    text = join_thousands(text)
     if matrix := _MATRIX.fullmatch(text):
         rows = [row for row in matrix["rows"].split("\\\\") if row.strip()]
         if 0 < len(rows) <= MAX_PARTS:
@@ -130,7 +154,7 @@ def _read(text: str, depth: int) -> Node:
         return Group(kind, _parts(items, depth))
     if kind == "()" and len(items) == 1:
         return _read(inside.strip(), depth + 1)
-    if kind is None and len(items) > 1 and not _THOUSANDS.fullmatch(text):
+    if kind is None and len(items) > 1:
         return _list(items, depth) if len(items) <= MAX_PARTS else text
     return _list([text], depth) if "\\pm" in text else text
 

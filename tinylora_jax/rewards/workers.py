@@ -1,4 +1,4 @@
-"""Worker processes that compare by algebra: each request has a limit of time and memory, and none stops the run.
+"""Worker processes that compare by algebra, each request within limits of time and memory.
 
 A worker is the program `math_worker.py`. It survives what kills the answer of a request; should it die or fall silent
 itself, it is replaced.
@@ -81,7 +81,7 @@ class Workers:
     Args:
       limit_s: seconds of processor time for a request.
       memory_bytes: for a request.
-      count: of workers; 0 is one for each core this process may use, at most 8.
+      count: number of workers; 0 is one for each core this process may use, at most 8.
     """
 
     def __init__(self, limit_s: float = 3.0, memory_bytes: int = 1 << 30, count: int = 0):

@@ -1,4 +1,4 @@
-"""Generation with continuous batching: one compiled program that prefills every prompt once, then decodes.
+"""Generation with continuous batching: one program prefills every prompt once, then decodes.
 
 A pool of slots decodes together. A finished completion leaves its slot to one that waits; when nobody waits any
 more, the pool shrinks, so that the last long completions do not pay for the empty slots of the others.

@@ -1,4 +1,4 @@
-"""A graded rollout, and its cut into sequences of one static size, whatever the lengths of its completions."""
+"""A graded rollout as arrays, and its packing into sequences of one static size."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def empty_microbatch(shape: SequenceShape, sequences: int = 1, *, old: bool = Fa
     """A microbatch without a token, for compiling a program before it is needed.
 
     Args:
-      shape: of its sequences.
+      shape: shape of the sequences.
       sequences: B.
       old: with log-probabilities before the update.
       ref: with those of the reference policy.

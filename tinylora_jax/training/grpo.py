@@ -74,9 +74,9 @@ class Plan:
     Attributes:
       config: architecture.
       grpo: settings.
-      temperature: of the policy.
+      temperature: sampling temperature of the policy.
       max_tokens: longest completion allowed (`dr_grpo`).
-      shapes: of the sequences; see `sequence_shapes`.
+      shapes: shapes of the packed sequences; see `sequence_shapes`.
       sequences: sequences differentiated at once.
       remat: whether the activations of a block are recomputed in the backward pass.
     """
@@ -100,7 +100,7 @@ def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
     """Log-probabilities of a batch's completions at v (the reference policy is `policy.init()`).
 
     Args:
-      plan: of the run.
+      plan: static sizes and settings of the run.
       policy: everything frozen.
       v: the vector.
       batch: the rollout; its rewards and advantages do not matter.

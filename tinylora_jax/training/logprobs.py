@@ -69,7 +69,7 @@ def token_logprobs(
       head: output head.
       tokens: the tokens to score.
       wanted: which of them matter; a chunk without any is skipped.
-      temperature: of the policy, > 0.
+      temperature: sampling temperature of the policy, > 0.
       chunk: tokens scored at once; None takes an eighth of them, from 128 to 1024.
 
     Returns:
@@ -121,7 +121,7 @@ def packed_logprobs(
       tokens: the sequences.
       packing: how they form rows.
       wanted: the tokens to score.
-      temperature: of the policy.
+      temperature: sampling temperature of the policy.
       remat: recompute each block in the backward pass.
       trains_head: the gradient is to reach the output head, which is frozen otherwise.
 

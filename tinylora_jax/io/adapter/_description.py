@@ -1,4 +1,4 @@
-"""The description of an adapter, adapter.json: written to be read by people, and hostile until it is parsed."""
+"""The description of an adapter, adapter.json: readable by people, and hostile until parsed."""
 
 from __future__ import annotations
 

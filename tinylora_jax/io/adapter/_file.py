@@ -122,7 +122,7 @@ def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Facto
     Args:
       folder: holds `vector.bin` and `adapter.json`.
       params: the base model's tree.
-      method: of the decomposition, see `truncated_svd`; any gives the same update.
+      method: method of the decomposition, see `truncated_svd`; all give the same update.
 
     Returns:
       The factors and the vector as float32.
@@ -225,7 +225,7 @@ def check_fit(
       spec: that was read.
       v: that was read.
       description: that was read.
-      factors: of the base model by that spec.
+      factors: factors of the base model for that spec.
       params: the base model. Without it, its other weights are not compared, and an adapter that holds factors of its
         own is refused.
 
@@ -316,7 +316,7 @@ class AdapterReader:
 
     Args:
       params: the base model's tree.
-      factors: of it, by the adapters' spec.
+      factors: factors of the base model for the adapters' spec.
 
     Attributes:
       factors: to use with the vectors: those given, with the adapters' own where neither the weights nor the seed

@@ -1,4 +1,4 @@
-"""Fingerprints of a base model and of an adapter's factors: a few numbers per weight that bear rounding.
+"""Fingerprints of a base model and of factors: a few numbers per weight that tolerate rounding.
 
 Each is a size, or a product of the weight (of its update) with fixed directions. A weight in bfloat16 gives nearly
 those of the same one in float32, and another model's weight gives others.
@@ -41,7 +41,7 @@ def probes(factors: Factors) -> dict[str, list[list[float]]]:
     last, ‖ΔW‖.
 
     Args:
-      factors: of a model.
+      factors: factors of a model's weights.
 
     Returns:
       By leaf path, one row per layer.

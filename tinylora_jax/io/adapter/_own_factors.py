@@ -1,4 +1,4 @@
-"""factors.safetensors: what an adapter's factors hold that neither its base model nor its seed determines."""
+"""Reads and writes factors.safetensors: factors that neither base model nor seed determines."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def unpack_factors(folder: Path, kept: Mapping[str, Any], factors: Factors, para
     Args:
       folder: the adapter's.
       kept: the description's field `factors`.
-      factors: of the base model by the adapter's spec.
+      factors: factors of the base model for the adapter's spec.
       params: the base model; None is refused.
 
     Raises:

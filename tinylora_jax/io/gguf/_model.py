@@ -71,7 +71,7 @@ class GGUFModel:
     """A GGUF file as a model.
 
     Attributes:
-      config: its architecture.
+      config: architecture of the model.
       tensors: unread tensors under Hugging Face names, in Hugging Face layout.
       tokenizer: built from the same file.
       stop_tokens: end-of-sequence and end-of-turn ids that the metadata and the vocabulary name.

@@ -38,7 +38,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids of all tokens that end a turn or a text.
 
     Args:
-      metadata: of a GGUF file whose tokenizer `build_tokenizer` accepts.
+      metadata: metadata of a GGUF file whose tokenizer `build_tokenizer` accepts.
 
     Returns:
       The sorted ids that the metadata names, and those of control tokens with a known name.
@@ -54,7 +54,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """Builds the tokenizer that GGUF metadata describes.
 
     Args:
-      metadata: of a file whose `tokenizer.ggml.model` is `gpt2` (byte-level BPE) and whose
+      metadata: metadata of a file whose `tokenizer.ggml.model` is `gpt2` (byte-level BPE) and whose
         `tokenizer.ggml.pre` is `qwen2`, `llama-bpe` or `smollm`.
 
     Returns:

@@ -86,7 +86,7 @@ def export_merged(
       model: the base model.
       factors: that v was trained with.
       v: the vector.
-      dtype: of the file: `float32`, or `bfloat16`, see `rounding_loss`.
+      dtype: dtype of the file: `float32`, or `bfloat16`, see `rounding_loss`.
     """
     wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))
     merged = lambda path, leaf: merge_leaf(wide(leaf), factors.leaves[path], v) if path in factors.leaves else leaf
@@ -108,7 +108,7 @@ def write_model(
       folder: exists and is empty.
       model: the base model.
       change: applied to every weight, with its path such as `layers/3/mlp/up_proj/kernel`, when it is written.
-      dtype: of the file.
+      dtype: dtype of the file.
     """
     _write_shards(folder, name_tensors(model.config, model.params, change), dtype)
     tokens = _special_tokens(model)

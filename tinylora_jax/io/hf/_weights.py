@@ -34,7 +34,7 @@ class LazyTensor:
     Attributes:
       shape: as stored, in torch's convention (a linear layer is [out, in]).
       read: returns the numbers as a floating-point NumPy array of that shape.
-      read_part: the same of a part, by a slice for each dimension; None where only the whole can be read.
+      read_part: function that reads a part, given one slice per dimension; None if only the whole can be read.
     """
 
     shape: tuple[int, ...]
@@ -183,7 +183,7 @@ def name_tensors(
 
     Args:
       config: the architecture.
-      params: its tree.
+      params: parameter tree of the model.
       change: applied to each leaf, with its path such as `layers/3/mlp/up_proj/kernel`, when it is read.
 
     Returns:

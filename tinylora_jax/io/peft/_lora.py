@@ -48,7 +48,7 @@ class LoRAFolder:
       spec: rank, alpha and the adapted leaves.
       v: the matrices.
       base: name of the base model; None if the folder does not say.
-      training: of `training.json`; empty if there is none.
+      training: content of `training.json`; empty if there is none.
     """
 
     folder: Path
@@ -84,7 +84,7 @@ def save_lora(
       spec: that v follows.
       v: the matrices, of linear maps of blocks.
       base: name of the base model.
-      fingerprint: of the base weights, `fingerprint.base_fingerprint`.
+      fingerprint: fingerprint of the base weights, from `base_fingerprint`.
       **about: JSON-serializable; a summary of the training.
 
     Raises:

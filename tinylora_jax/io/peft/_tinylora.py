@@ -68,7 +68,7 @@ class PeftTinyLoRA:
 
     Attributes:
       folder: where it lies.
-      config: its `adapter_config.json`, checked.
+      config: checked content of `adapter_config.json`.
       modules: torch's names of the adapted modules, in PEFT's order.
       groups: tie group of each.
       stored_projections: whether P is in the file; else it is drawn as PEFT draws it.
@@ -252,7 +252,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     extra = [name for name in ("modules_to_save", "fan_in_fan_out") if config.get(name)]
     if extra or config["bias"] != "none":
         raise PeftError(f"{path}: {', '.join(extra) or 'bias'} set; only an adapter that is a ΔW alone is read")
-    return config
+    return config | {"weight_tying": float(tying)}
 
 
 def _module_names(tensors: Mapping[str, Any], folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Normal numbers as torch's CPU generator draws them, so that a seed in a file of PEFT's means what it meant there.
+"""Normal numbers as torch's CPU generator draws them, so that the seeds in PEFT's files work.
 
 Torch's engine is the Mersenne Twister, which NumPy has, and `RandomState` promises its stream for ever. From its words
 torch makes floats of 24 bits or doubles of 53, and from those normal numbers by the Box–Muller transform: one by one
@@ -20,7 +20,7 @@ def normals(seed: int, shape: Sequence[int], std: float = 1.0) -> np.ndarray:
 
     Args:
       seed: any integer; torch seeds its engine by the lowest 32 bits.
-      shape: of the result.
+      shape: shape of the result.
       std: standard deviation.
 
     Returns:
