@@ -78,7 +78,7 @@ def activation_bytes(plan: Plan, dtype: DTypeLike, mesh: Mesh | None) -> int:
     # arrays of the MLP's width.
     kept = 6 * c.hidden_size + 4 * heads + 4 * c.intermediate_size
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dividing(mesh, AXES, plan.sequences))
-    return plan.sequences // shards * plan.shapes[0].tokens * c.num_layers * np.dtype(dtype).itemsize * kept
+    return float(plan.sequences // shards * plan.shapes[0].tokens * c.num_layers * np.dtype(dtype).itemsize * kept)
 
 
 def plan_update(
