@@ -34,11 +34,12 @@ def batch():
 
 
 def naive_loss(config, params):
-    """Mean over all tokens of the solutions of −ln π, one sequence at a time."""
+    """Mean over all tokens of the solutions of −ln π, one sequence a row, padded on the right."""
+    rows = [[*prompt[:length], *solution] for prompt, length, solution in zip(PROMPTS, LENGTHS, SOLUTIONS, strict=True)]
+    padded = jnp.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], jnp.int32)
+    tables = jax.nn.log_softmax(logits(config, params, forward(config, params, padded)[0]))
     total = jnp.zeros(())
-    for prompt, length, solution in zip(PROMPTS, LENGTHS, SOLUTIONS, strict=True):
-        row = jnp.array([[*prompt[:length], *solution]], jnp.int32)
-        table = jax.nn.log_softmax(logits(config, params, forward(config, params, row)[0])[0])
+    for table, length, solution in zip(tables, LENGTHS, SOLUTIONS, strict=True):
         places = np.arange(length - 1, length - 1 + len(solution))
         total -= jnp.sum(table[places, np.array(solution)])
     return total / TOKENS

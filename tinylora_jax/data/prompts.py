@@ -114,7 +114,7 @@ def encode(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
     Args:
       tokenizer: from transformers.
       text: what to encode.
-      **options: of its `encode`.
+      **options: keyword arguments of its `encode`.
 
     Raises:
       DataError: the tokenizer fails, as one of which a regular expression takes for ever.

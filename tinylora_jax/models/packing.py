@@ -1,4 +1,4 @@
-"""How packed sequences look to attention: index maps between tokens and rows, made by `training.batch.pack`.
+"""How packed sequences look to attention: index maps between tokens and rows (`training.batch.pack`).
 
 A group of completions shares its prompt: the prompt stands in the sequence once, and in the row of every completion.
 """

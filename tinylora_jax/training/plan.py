@@ -64,7 +64,7 @@ def plan_sequences(mesh: Mesh | None, bounds: Bounds, stream_tokens: int) -> tup
     return shapes, sequences
 
 
-def activation_bytes(plan: Plan, dtype: DTypeLike, mesh: Mesh | None) -> int:
+def activation_bytes(plan: Plan, dtype: DTypeLike, mesh: Mesh | None) -> float:
     """Bytes on one device of what the blocks keep for the backward pass when nothing is recomputed.
 
     Args:
