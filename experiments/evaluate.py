@@ -40,7 +40,7 @@ from experiments.common.setup import ConfigError, Task, load_graded_questions, l
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
-from tinylora_jax.files import write_atomically
+from tinylora_jax.files import write_atomically, write_rows
 from tinylora_jax.io import open_trained
 from tinylora_jax.multihost import is_first
 from tinylora_jax.rewards import load_reward
@@ -194,19 +194,23 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
     return {**about, **({"sets": results} if suite else results[sets[0].name])}, rows
 
 
+def _file(flag: str, suffix: str) -> Path | None:
+    """The file that a flag names, if it does."""
+    given = getattr(FLAGS, flag)
+    path = None if given is None else Path(given)
+    if path is not None and (path.suffix != suffix or path.is_dir()):
+        fail(f"--{flag}={given}: expected a file name that ends in {suffix}")
+    return path
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
     adapter = None if FLAGS.adapter is None else Path(FLAGS.adapter)
-    output = None if FLAGS.output is None else Path(FLAGS.output)
     if FLAGS.adapter == "":
         fail("--adapter is empty; leave it out to evaluate the base model")
-    if output is not None and (output.suffix != ".json" or output.is_dir()):
-        fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
-    correct = None if FLAGS.correct is None else Path(FLAGS.correct)
-    if correct is not None and (correct.suffix != ".jsonl" or correct.is_dir()):
-        fail(f"--correct={FLAGS.correct}: expected a file name that ends in .jsonl")
+    output, correct = _file("output", ".json"), _file("correct", ".jsonl")
     with reporting_errors():
         for file in filter(None, (output, correct)):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,10 +223,10 @@ def main(argv: Sequence[str]) -> None:
             result, rows = run(FLAGS.config, adapter, suite)
         if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
-            write_atomically(output.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(output.with_suffix(".jsonl"), rows)
         if correct is not None and is_first():
             solutions = correct_answers(rows)
-            write_atomically(correct, "".join(json.dumps(row) + "\n" for row in solutions))
+            write_rows(correct, solutions)
             tell(f"{len(solutions)} different correct answers are in {correct}")
     tell(accuracy_table(result.get("sets") or {result["data"]: result}))
     if is_first():

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -213,6 +213,11 @@ def write_atomically(path: Path, data: str | bytes, durable: bool = True) -> Non
     """
     with replacing(path, durable) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Writes values as JSON lines, by `write_atomically`."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_tree(folder: Path) -> None:

@@ -16,8 +16,8 @@ class Chip:
     """One JAX device of a TPU generation: a chip, or half of one on tpu7x.
 
     Attributes:
-      kind: as in a topology's name.
-      hbm_bytes: memory.
+      kind: name of the TPU generation in a topology, such as `v5e`.
+      hbm_bytes: size of its memory, in bytes.
       bandwidth: memory bandwidth, bytes per second.
       flops: bfloat16 operations per second.
       clock: Hz, by which XLA's cycles become seconds.

@@ -59,7 +59,7 @@ class Cost:
       cycles: XLA's, loops multiplied out.
       collectives: each once, its bytes multiplied by the rounds of its loop.
       open_loops: loops whose number of rounds is not in the program; their bodies count once.
-      kernels: what has no estimate.
+      kernels: operations without an estimate.
     """
 
     cycles: float = 0.0

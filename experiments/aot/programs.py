@@ -67,7 +67,7 @@ class Case:
       model: the architecture.
       mesh: the devices.
       device_bytes: memory of one of them.
-      name: what to call the model; empty: `config.model`.
+      name: name of the model for people; empty for `config.model`.
     """
 
     config: ConfigDict

@@ -21,12 +21,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.common.architectures import SHAPES, architecture
 from experiments.common.cli import define_path, reporting_errors, tell
-from experiments.common.meshes import active_mesh, parse_mesh, replicate, use_mesh
+from experiments.common.meshes import parse_mesh, replicate, use_mesh
 from experiments.common.setup import make_policy
 from tinylora_jax.adapters import Policy, TinyLoRA, init
 from tinylora_jax.io import load_pretrained
 from tinylora_jax.io.hf import param_shapes
-from tinylora_jax.models import MeshSpec, ModelConfig, param_shardings
+from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, param_shardings
 
 FLAGS = flags.FLAGS
 

@@ -22,9 +22,9 @@ from absl import app, flags
 from experiments.benchmarks import common
 from experiments.common import multihost
 from experiments.common.cli import parse_flags, reporting_errors
-from experiments.common.meshes import active_mesh, parse_mesh, use_mesh
+from experiments.common.meshes import parse_mesh, use_mesh
 from tinylora_jax.io import open_pretrained
-from tinylora_jax.models import param_shardings
+from tinylora_jax.models import active_mesh, param_shardings
 from tinylora_jax.multihost import is_first
 
 FLAGS = flags.FLAGS

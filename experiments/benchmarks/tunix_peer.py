@@ -28,7 +28,7 @@ def named_as_theirs(config: ModelConfig, params: Any) -> dict[str, Any]:
 
     Args:
       config: the architecture; `params` its plain weights.
-      params: as `tinylora_jax.models.init_params` nests them.
+      params: weights, nested as by `tinylora_jax.models.init_params`.
 
     Returns:
       A nested dict of arrays, a bias of zeros where the model has none.

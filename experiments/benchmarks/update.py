@@ -14,8 +14,8 @@ from absl import app, flags
 from experiments.benchmarks import common
 from experiments.common.architectures import matrix_params
 from experiments.common.cli import parse_flags, use_compilation_cache
-from experiments.common.fitting import device_bytes
-from experiments.common.meshes import active_mesh, replicate
+from experiments.common.meshes import replicate
+from tinylora_jax.models import active_mesh, device_bytes
 from tinylora_jax.training import (
     GRPO,
     Batch,

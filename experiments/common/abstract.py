@@ -16,7 +16,7 @@ def abstract_policy(params: Any, spec: Spec, mesh: Mesh | None) -> Adapted:
 
     Args:
       params: the weights, or their shapes.
-      spec: what is trained, and how.
+      spec: adapter settings.
       mesh: None is one device, the default.
 
     Raises:

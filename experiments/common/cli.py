@@ -54,7 +54,7 @@ def define_path(name: str, help_text: str, several: bool = False) -> None:
 
     Args:
       name: name of the flag, whose default is None.
-      help_text: what it is for.
+      help_text: description of the flag for `--help`.
       several: whether the flag may be repeated, and holds a list.
     """
     define = flags.DEFINE_multi if several else flags.DEFINE

@@ -47,11 +47,6 @@ def open_model(source: str, dtype: str) -> OpenedModel:
     return open_pretrained(source, jnp.dtype(dtype))
 
 
-def device_bytes() -> float | None:
-    """The memory that a device gives to JAX; None where it does not say, as on a CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
 def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int, joined: bool) -> float:
     """Bytes of one device while it decodes.
 

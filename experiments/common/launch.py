@@ -23,11 +23,11 @@ from experiments.common.abstract import abstract_policy
 from experiments.common.cli import tell
 from experiments.common.compilation import compile_together
 from experiments.common.fitting import open_model
-from experiments.common.meshes import active_mesh, slots_of
+from experiments.common.meshes import slots_of
 from experiments.common.setup import Specs, Task, make_policy, make_task
 from tinylora_jax.adapters import Spec, lower_adapt
 from tinylora_jax.io.hf import Reading
-from tinylora_jax.models import param_shardings
+from tinylora_jax.models import active_mesh, param_shardings
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Launch:
     Attributes:
       config: run configuration.
       specs: parsed run configuration.
-      adapter: what is trained.
+      adapter: adapter settings.
       abstract: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
       reading: the weights.
     """

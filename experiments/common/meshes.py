@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.common.cli import tell
-from experiments.common.fitting import device_bytes, fit, open_model
-from tinylora_jax.models import MeshSpec, ModelConfig
+from experiments.common.fitting import fit, open_model
+from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, device_bytes
 
 
 def parse_mesh(text: str) -> MeshSpec:
@@ -76,12 +76,6 @@ def slots_of(config: ConfigDict, model: ModelConfig) -> int:
 def joins_kernels() -> bool:
     """Whether decoding joins kernels that are whole, see `generate`."""
     return jax.default_backend() == "gpu"
-
-
-def active_mesh() -> Mesh | None:
-    """The mesh in use."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else mesh
 
 
 def replicate(tree: Any) -> Any:

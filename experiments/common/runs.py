@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from experiments.common import multihost
 from experiments.common.cli import TrainingError, define_path, fail, reporting_errors, tell, use_compilation_cache
-from experiments.common.fitting import device_bytes
 from experiments.common.launch import launch
-from experiments.common.meshes import active_mesh, replicate, use_fitting_mesh
+from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
 from experiments.common.workdir import Workdir
@@ -34,7 +33,7 @@ from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
 from tinylora_jax.io import save_trained
 from tinylora_jax.io.adapter import base_fingerprint
-from tinylora_jax.models import ModelConfig, abstract_everywhere
+from tinylora_jax.models import ModelConfig, abstract_everywhere, active_mesh, device_bytes
 from tinylora_jax.multihost import is_first, on_first, to_host
 from tinylora_jax.training import Bounds, DivergenceError, Plan, TrainState, init_state, plan_update
 

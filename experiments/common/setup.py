@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from experiments.common.cli import tell
-from experiments.common.meshes import active_mesh, slots_of
+from experiments.common.meshes import slots_of
 from tinylora_jax.adapters import SVD_METHODS, Adapted, Full, LoRA, Spec, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
 from tinylora_jax.io import Pretrained, flat, load_pretrained
-from tinylora_jax.models import MeshSpec, ModelConfig, head_kernel, param_shardings, policy_shardings
+from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, head_kernel, param_shardings, policy_shardings
 from tinylora_jax.multihost import is_first, to_host
 from tinylora_jax.rewards import Reward, load_reward, unpayable
 from tinylora_jax.rollout import Sampling

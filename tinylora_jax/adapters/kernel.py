@@ -238,11 +238,12 @@ def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
     bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
     rights = [k.right.astype(k.base.dtype) for k in kernels if isinstance(k, AdaptedKernel)]
     updates, widths = tuple(_Update.of(kernel) for kernel in kernels), tuple(base.shape[1] for base in bases)
-    joined = jnp.concatenate(bases, axis=1)
+    joined = jax.ShapeDtypeStruct((bases[0].shape[0], sum(widths)), bases[0].dtype)
     if rights and joined.shape[0] >= _WIDE_FROM and _in_one_product(joined, joined):
         left = jax.scipy.linalg.block_diag(*(update.left for update in updates))
-        return FusedKernel(_widened(joined, left.T), updates, widths, jnp.concatenate(rights, axis=1))
-    columns = [joined, *rights]
+        base = _widened(jnp.concatenate(bases, axis=1), left.T)
+        return FusedKernel(base, updates, widths, jnp.concatenate(rights, axis=1))
+    columns = [*bases, *rights]
     padding = jnp.zeros((joined.shape[0], -sum(c.shape[1] for c in columns) % 64), joined.dtype)
     return FusedKernel(jnp.concatenate([*columns, padding], axis=1), updates, widths)
 

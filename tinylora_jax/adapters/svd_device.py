@@ -124,7 +124,7 @@ def subspace_svd(
         carry = X, *empty, jnp.zeros(X.shape[:1], dtype)
         _, basis, images, error = jax.lax.fori_loop(0, steps, expand, carry)
         small = jnp.linalg.eigh(_einsum("brk,brl->bkl", images, images))[1][..., ::-1][..., :width]
-        return _orthonormal(_einsum("bck,bkl->bcl", basis, small), jnp.zeros_like(basis)), error
+        return _orthonormal(_einsum("bck,bkl->bcl", basis, small)), error
 
     def body(carry):
         count, X, best, finished = carry
@@ -134,7 +134,7 @@ def subspace_svd(
         return count + 1, X, jnp.minimum(error, best), finished
 
     start = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, columns, width), dtype), (*W.shape[::2], width))
-    X = _orthonormal(start, jnp.zeros((*W.shape[::2], steps * width), dtype))
+    X = _orthonormal(start)
     nothing = jnp.full((W.shape[0],), jnp.inf, dtype), jnp.zeros((W.shape[0],), bool)
     unfinished = lambda carry: (carry[0] < max_cycles) & ~jnp.all(carry[3])
     X = jax.lax.while_loop(unfinished, body, (jnp.int32(0), X, *nothing))[1]
@@ -171,7 +171,7 @@ def _residual(X: jax.Array, WX: jax.Array, Y: jax.Array, rank: int) -> jax.Array
     return jnp.max(off, axis=1)
 
 
-def _orthonormal(Y: jax.Array, basis: jax.Array) -> jax.Array:
+def _orthonormal(Y: jax.Array, basis: jax.Array | None = None) -> jax.Array:
     """An orthonormal basis of the columns of each matrix, orthogonal to those of `basis`: three rounds of Cholesky QR.
 
     A column of zeros stays one, and columns of zeros in the basis count for nothing.
@@ -180,7 +180,8 @@ def _orthonormal(Y: jax.Array, basis: jax.Array) -> jax.Array:
     shifts = 100 * jnp.finfo(Y.dtype).eps * Y.shape[2] * jnp.array([1, 1, 0], Y.dtype)
 
     def one_round(index, Y):
-        Y = Y - _einsum("bck,bkl->bcl", basis, _einsum("bck,bcl->bkl", basis, Y))
+        if basis is not None:
+            Y = Y - _einsum("bck,bkl->bcl", basis, _einsum("bck,bcl->bkl", basis, Y))
         norms = jnp.linalg.norm(Y, axis=1, keepdims=True)
         Y = Y / jnp.maximum(norms, jnp.finfo(Y.dtype).tiny ** 0.5)
         gram = _einsum("bck,bcl->bkl", Y, Y)

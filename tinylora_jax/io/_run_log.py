@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import logging
 
-from tinylora_jax.files import append, check_own, open_regular, parse_json, read_json, write_atomically
+from tinylora_jax.files import append, check_own, open_regular, parse_json, read_json, write_atomically, write_rows
 
 _MAX_JSON_BYTES = 2**26  # of a result; the summary of a sweep of a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # of a step's metrics
@@ -203,7 +203,7 @@ class RunLog:
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes JSON lines, all or nothing."""
         with self._writing():
-            write_atomically(self.workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(self.workdir / name, rows)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a result; None if it was not written yet."""

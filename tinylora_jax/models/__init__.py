@@ -15,6 +15,8 @@ from tinylora_jax.models.sharding import FSDP as FSDP
 from tinylora_jax.models.sharding import MeshSpec as MeshSpec
 from tinylora_jax.models.sharding import abstract_at as abstract_at
 from tinylora_jax.models.sharding import abstract_everywhere as abstract_everywhere
+from tinylora_jax.models.sharding import active_mesh as active_mesh
+from tinylora_jax.models.sharding import device_bytes as device_bytes
 from tinylora_jax.models.sharding import heads_axes as heads_axes
 from tinylora_jax.models.sharding import param_shardings as param_shardings
 from tinylora_jax.models.sharding import policy_shardings as policy_shardings

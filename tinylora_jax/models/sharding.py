@@ -85,6 +85,17 @@ class MeshSpec:
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def active_mesh() -> Mesh | None:
+    """The devices of the surrounding `jax.set_mesh`; None without one."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def device_bytes() -> float | None:
+    """The memory that a device gives to JAX; None where it does not say, as on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the surrounding `jax.set_mesh`, if it has our axes and more than one device.
 

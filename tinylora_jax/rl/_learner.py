@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, padded_width
-from tinylora_jax.models import ModelConfig
+from tinylora_jax.models import ModelConfig, active_mesh, device_bytes
 from tinylora_jax.rl._rollout import GradedRollout
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import (
@@ -56,9 +56,7 @@ def plan(
       The plan, for `Learner`.
     """
     bounds = Bounds(len(prompts), padded_width(prompts), samples, sampling.max_new_tokens)
-    mesh, memory = jax.sharding.get_mesh(), jax.local_devices()[0].memory_stats() or {}
-    devices = None if mesh.empty else mesh
-    return plan_update(config, grpo, sampling.temperature, bounds, dtype, devices, memory.get("bytes_limit"))
+    return plan_update(config, grpo, sampling.temperature, bounds, dtype, active_mesh(), device_bytes())
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,30 @@ def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
     )
 
 
+def policy_logprobs(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[jax.Array, jax.Array]:
+    """`packed_logprobs` of a microbatch at v, as losses see it: of the tokens in the mask, with or without remat.
+
+    Args:
+      v: trained vector, or a leading axis with one for each sequence.
+      plan: static sizes and settings.
+      policy: everything frozen.
+      batch: packed microbatch.
+
+    Returns:
+      Log-probabilities and entropies, float32 in the shape of the mask; outside it they mean nothing.
+    """
+    return packed_logprobs(
+        plan.config,
+        policy(v),
+        batch.tokens,
+        batch.packing,
+        batch.mask,
+        plan.temperature,
+        plan.remat,
+        policy.trains_head,
+    )
+
+
 def grpo_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[Float[Array, ""], Metrics]:
     """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
 
@@ -128,17 +152,8 @@ def grpo_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tup
     Returns:
       The loss and, per metric, its sum over the tokens of the mask.
     """
-    grpo, params = plan.grpo, policy(v)
-    logprobs, entropy = packed_logprobs(
-        plan.config,
-        params,
-        batch.tokens,
-        batch.packing,
-        batch.mask,
-        plan.temperature,
-        plan.remat,
-        policy.trains_head,
-    )
+    grpo = plan.grpo
+    logprobs, entropy = policy_logprobs(v, plan, policy, batch)
     # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
     quiet = lambda x: jnp.where(batch.mask, x, 0.0)
     logprobs = quiet(logprobs)

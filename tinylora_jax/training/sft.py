@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.training.batch import Batch, Microbatch
-from tinylora_jax.training.grpo import Metrics, Plan
-from tinylora_jax.training.logprobs import packed_logprobs
+from tinylora_jax.training.grpo import Metrics, Plan, policy_logprobs
 from tinylora_jax.training.update import Objective
 
 
@@ -25,17 +24,7 @@ def sft_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tupl
       policy: everything frozen.
       batch: packed microbatch of a batch of `solutions_batch`.
     """
-    params = policy(v)
-    logprobs, entropy = packed_logprobs(
-        plan.config,
-        params,
-        batch.tokens,
-        batch.packing,
-        batch.mask,
-        plan.temperature,
-        plan.remat,
-        policy.trains_head,
-    )
+    logprobs, entropy = policy_logprobs(v, plan, policy, batch)
     quiet = lambda x: jnp.where(batch.mask, x, 0.0)
     sums = {"tokens": jnp.sum(quiet(jnp.ones_like(logprobs))), "entropy": jnp.sum(quiet(entropy))}
     return -jnp.sum(batch.weights * quiet(logprobs)), sums
