@@ -25,6 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no TPU pod or cluster says so.")
     flags.DEFINE_integer("num_processes", None, "Of the run, with --coordinator.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Of this process, with --coordinator.", lower_bound=0)
+    flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait at the start for the other processes.", lower_bound=1)
 
 
 def connect(values: flags.FlagValues) -> None:
@@ -56,7 +57,7 @@ def connect(values: flags.FlagValues) -> None:
         jax.distributed.initialize(
             values.coordinator,
             **where,
-            initialization_timeout=300,
+            initialization_timeout=values.connect_timeout,
             heartbeat_timeout_seconds=_HEARTBEAT_S,
             shutdown_timeout_seconds=_GOODBYE_S,
         )

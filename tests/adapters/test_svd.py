@@ -148,6 +148,23 @@ def test_a_matrix_that_misses_goes_to_the_host_alone(caplog, monkeypatch):
             np.testing.assert_array_equal(got[place], alone[index])
 
 
+def test_values_that_lie_close_together_take_more_cycles_and_no_host():
+    """Like those of large random weights: 60 cycles leave ten times the error that is accepted."""
+    W = with_spectrum(1100, 1000, 1 - 3e-5 * np.arange(1000))
+    with jax.enable_x64(True):
+        enough, short = (float(subspace_svd(W, 2, "float64", **limit).error[0]) for limit in ({}, {"max_cycles": 60}))
+    assert enough <= tolerances(np.dtype(np.float64))[1] < short
+
+
+def test_a_matrix_that_is_not_finite_does_not_keep_the_others_waiting():
+    """Weights that are broken are refused elsewhere; here they must not cost all the cycles that there are."""
+    W = jnp.concatenate([with_spectrum(40, 30, decaying(30)), jnp.full((1, 40, 30), jnp.nan)])
+    few, many = (subspace_svd(W, 2, "float32", max_cycles=count) for count in (60, 10**9))
+    assert np.isnan(many.error[1]) and many.error[0] < 1e-4
+    for got, same in zip(many, few, strict=True):
+        np.testing.assert_array_equal(got, same)
+
+
 def test_the_host_bounds_its_threads_and_tells_how_far_it_is(caplog, monkeypatch):
     monkeypatch.setattr(svd_host, "_PROGRESS_S", 0.0)
     seen, leading = set(), svd_host.leading_triplets

@@ -188,7 +188,7 @@ def interrupted(tmp_path):
 @pytest.fixture
 def one_host():
     """The flags of `hosts` as they are unless given."""
-    return {"multihost": False, "coordinator": None, "num_processes": None, "process_id": None}
+    return {"multihost": False, "coordinator": None, "num_processes": None, "process_id": None, "connect_timeout": 300}
 
 
 @pytest.fixture

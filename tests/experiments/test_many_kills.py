@@ -107,7 +107,8 @@ def test_two_processes(processes, tmp_path, traces, kills, monkeypatch):
     monkeypatch.setitem(processes.env, "XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
     def launch(workdir):
-        where = (f"--coordinator=127.0.0.1:{free_port()}", "--multihost", "--num_processes=2")
+        # One whose companion was killed before they met ends after a minute, not after the default's five.
+        where = (f"--coordinator=127.0.0.1:{free_port()}", "--multihost", "--num_processes=2", "--connect_timeout=60")
         flags = (f"--workdir={workdir}", *MESH, *where)
         return [processes.start("grpo", *flags, f"--process_id={index}") for index in range(2)]
 
