@@ -67,7 +67,7 @@ def read_run(workdir: Path) -> Run:
     what = [str(summary.get("model") or config.get("model") or workdir.name)]
     numbers = summary.get("params") or (None if vectors is None else vectors.shape[1])
     what += [f"{_number(workdir / 'summary.json', numbers):,.0f} trained numbers"] if numbers else []
-    what += [f"{len(rows)} steps" + ("" if summary else " so far")]
+    what += [f"{len(rows)} step{'s' if len(rows) > 1 else ''}" + ("" if summary else " so far")]
     what += [f"{_number(path, summary['wall_s']) / 60:.1f} minutes"] if "wall_s" in summary else []
     return Run(
         ", ".join(what),
@@ -124,7 +124,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         needed = _GRPO if "reward" in (rows or [row])[0] else _SFT
         if missing := [name for name in needed if name not in row]:
             raise PlotError(f"{where} has no {', '.join(missing)}: it is not of experiments.grpo or experiments.sft")
-        numbers = {name: _number(f"{where}, {name}", row[name]) for name in (*needed, *_OPTIONAL) if name in row}
+        known = {name: _number(f"{where}, {name}", row[name]) for name in (*needed, *_OPTIONAL) if name in row}
+        numbers = known | {name: float(x) for name, x in row.items() if name != "step" and is_number(x)}
         if "v" in row:
             size = next((len(other["v"]) for other in rows if "v" in other), None)
             if not isinstance(row["v"], list) or not row["v"] or size not in (None, len(row["v"])):

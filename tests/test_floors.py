@@ -16,7 +16,7 @@ BELOW = {
     "adapters": set(),
     "rewards": set(),
     "metrics": set(),
-    "data": set(),
+    "data": {"rewards"},
     "models": {"adapters"},
     "io": {"adapters", "models"},
     "rollout": {"adapters", "models"},

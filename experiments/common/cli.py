@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
 from experiments.common import multihost
@@ -20,6 +21,7 @@ from tinylora_jax.io import CheckpointError, WorkdirError
 from tinylora_jax.multihost import HostError, is_first, several
 from tinylora_jax.training import DivergenceError
 
+_EXAMPLE = " experiments/configs/demo.py"
 _INTERRUPTED = 130  # as a shell reports SIGINT
 # What follows the name of a base model that only an adapter names: its maker chose what would be downloaded.
 NOT_IN_CACHE = (
@@ -108,7 +110,7 @@ def _with_config_expanded(argv: list[str]) -> list[str]:
 def parse_flags(argv: list[str]) -> list[str]:
     """What `app.run` parses the command line with: what is wrong with it is one message here."""
     try:
-        rest = app.parse_flags_with_usage(_with_config_expanded(argv))
+        rest = flags.FLAGS(_with_config_expanded(argv))
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at INFO
         if len(rest) > 1:
@@ -116,6 +118,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "model", None)  # of a file that is not there, ml_collections says so only now
         return rest
+    except flags.Error as error:
+        fail(_flag_problem(str(error)))
     except _PathError as error:
         fail(f"--config={error}")
     except OSError as error:
@@ -123,11 +127,37 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (SyntaxError, ImportError) as error:
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
     except (AttributeError, KeyError) as error:  # ml_collections lets these through
-        given = ", ".join(arg for arg in argv if arg.startswith("--config."))
-        said = error.args[0]
-        while isinstance(said, BaseException):  # one within the other, each quoted once more
-            said = said.args[0]
-        fail(f"the config has no field {' '.join(str(said).split())} ({given}); see experiments/configs/base.py")
+        fail(_config_problem(error, argv))
+    except (TypeError, ValueError) as error:
+        fail(f"the config file cannot be loaded: {' '.join(str(error).split())}")
+
+
+def _flag_problem(said: str) -> str:
+    """The reason among what absl says of a flag, which may contain a traceback."""
+    reason = [line.strip() for line in said.splitlines() if line.strip()][-1]
+    if "--config" in said and "other than None" in said:
+        return "--config names no config; expected a file whose get_config() returns one, such as" + _EXAMPLE
+    if re.match(r"\w+Error: ", reason):  # raised while the config file was loaded
+        return f"the config file cannot be loaded: {reason}"
+    return f"{reason.removesuffix('.')}; --helpfull lists all flags"
+
+
+def _config_problem(error: BaseException, argv: Sequence[str]) -> str:
+    """What is wrong with a config, or with the flags that change it."""
+    said: object = error
+    while isinstance(said, BaseException):  # one within the other, each quoted once more
+        said = said.args[0] if said.args else type(said).__name__
+    text = " ".join(str(said).split())
+    if "'get_config'" in text:
+        return "the config file has no function get_config(); expected one that returns a config, as in" + _EXAMPLE
+    if "<class 'NoneType'>" in text:
+        return "get_config() of the config file returns None; end it with `return config`"
+    missing = re.search(r'(?:Key "|\')(\w+)["\']', text)
+    near = re.search(r'Did you mean "([^"]+)"', text)
+    field = repr(missing[1]) if missing else text
+    hint = f" Did you mean {near[1]!r}?" if near else ""
+    given = ", ".join(arg for arg in argv if arg.startswith("--config."))
+    return f"the config has no field {field}{f' ({given})' if given else ''}.{hint} See experiments/configs/base.py"
 
 
 @contextmanager

@@ -16,16 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.common.cli import tell
 from experiments.common.meshes import slots_of
+from experiments.configs import base
 from tinylora_jax.adapters import SVD_METHODS, Adapted, Full, LoRA, Spec, Target, TinyLoRA, adapt, lora_xs
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
 from tinylora_jax.io import Pretrained, flat, load_pretrained
 from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, head_kernel, param_shardings, policy_shardings
 from tinylora_jax.multihost import is_first, to_host
-from tinylora_jax.rewards import Reward, load_reward, unpayable
+from tinylora_jax.rewards import BUILT_IN, Reward, load_reward, unpayable
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
 
-_EXAMPLES = 3  # of gold answers that cannot be paid
+_EXAMPLES = 3  # of gold answers that cannot be paid, and of missing fields
 
 _MOST_OF_ALL = 2**31 - 1  # steps and places are counted in 32 bits
 # Far above what any machine holds, far below what makes arrays that none can describe.
@@ -104,7 +105,14 @@ def parse(config: ConfigDict) -> Specs:
     """
     if not isinstance(config, ConfigDict):
         getattr(config, "model", None)  # what stands for a file that cannot be loaded raises the reason
-        raise ConfigError(f"get_config() returned a {type(config).__name__}, expected an ml_collections ConfigDict")
+        found = "None" if config is None else f"an object of type {type(config).__name__}"
+        raise ConfigError(
+            f"get_config() returned {found}, expected an ml_collections ConfigDict; end it with `return config`"
+        )
+    lacking = [name for name in flat(base.get_config().to_dict()) if name not in flat(config.to_dict())]
+    if lacking:
+        names = f"{', '.join(lacking[:_EXAMPLES])}{', …' if len(lacking) > _EXAMPLES else ''}"
+        raise ConfigError(f"the config lacks {names}; begin it with experiments.configs.base.get_config()")
     problems: list[str] = []
 
     def build(field: str, make, *args: Any, **fields: Any) -> Any:
@@ -136,7 +144,7 @@ def parse(config: ConfigDict) -> Specs:
     require("method", config.method in METHODS, " or ".join(METHODS))
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
-    build("template", get_template, config.template)
+    build("template", _fitting_template, config.template, config.reward)
     build("sampling", sampling_of, config, ())
     specs = Specs(
         build("lora" if config.method == "lora" else "adapter", adapter_spec, config, targets),
@@ -150,6 +158,18 @@ def parse(config: ConfigDict) -> Specs:
     if problems:
         raise ConfigError("\n  ".join(["the config has problems:", *problems]))
     return specs
+
+
+def _fitting_template(template: str, reward: str) -> None:
+    """Refuses a template that asks for the answer in another built-in reward's format than the one that is paid."""
+    text, own = get_template(template).text, BUILT_IN.get(reward)
+    asked = {built_in.marker for built_in in BUILT_IN.values() if built_in.marker in text}
+    if own and asked and own.marker not in asked:
+        fitting = ", ".join(name for name, built_in in BUILT_IN.items() if built_in.marker in asked)
+        raise ConfigError(
+            f"{template!r} asks for answers after {' or '.join(sorted(asked))}, but config.reward={reward!r} pays those"
+            f" after {own.marker} alone; take a reward such as {fitting}, or another template"
+        )
 
 
 def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:

@@ -60,4 +60,4 @@ def get_config() -> ConfigDict:
     config.eval_samples = 0  # sampled answers a question beside the greedy one (`evaluate`: at least 1)
     config.checkpoint_every = 1  # steps; a full fine-tuning's state is three times the weights in float32
     config.samples_kept = 2  # prompts a step whose completions are kept as readable pages
-    return config
+    return config.lock()  # another config can change fields, and a misspelled one is an error

@@ -72,7 +72,7 @@ def test_start_and_limit_keep_ids(start, tmp_path):
         ({"start": 1999, "limit": 2}, "has 2000 train questions"),
         ({"start": 2000}, "no rows from row 2000"),
         ({"below": 1}, "below in 2"),
-        ({"limit": 0}, "limit >= 1"),
+        ({"limit": -1}, "limit >= 0"),
         ({"start": -1}, "start=-1"),
         ({"source": "arithmetics"}, "cannot tell what 'arithmetics' is"),
         ({"source": ""}, "non-empty source"),

@@ -11,10 +11,14 @@ import time
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from experiments import grpo, sft
 from experiments.common import runs
+from experiments.common.cli import fail, parse_flags
 from experiments.common.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
+from experiments.configs import base
 from tinylora_jax.data import DataError, DataSpec, load_questions
 from tinylora_jax.io import _pretrained as pretrained
 from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints
@@ -52,7 +56,7 @@ OUT_OF_RANGE = {
     "on_too_long": ["ignore"],
     "train_data.below": [1],
     "train_data.start": [-1],
-    "eval_data.limit": [0],
+    "eval_data.limit": [-1],
     "eval_data.source": [""],
     "batch_size": [0],
     "epochs": [0],
@@ -361,6 +365,54 @@ def test_a_config_that_is_not_there_is_named(processes, tmp_path):
         result = processes.run("grpo", f"--config={missing}", f"--workdir={tmp_path / 'run'}", *more, config=False)
         message = f"error: the config file cannot be read: [Errno 2] No such file or directory: '{missing}'\n"
         assert (result.code, result.out, result.err) == (1, "", message)
+
+
+BASE = "from experiments.configs import base\ndef get_config():\n    config = base.get_config()\n    "
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\n", "no function get_config"),
+        ("def get_config(): pass\n", "returned None, .*; end it with `return config`"),
+        ("def get_config(size): pass\n", "cannot be loaded: TypeError: get_config.. missing 1 required"),
+        ("def get_config():\n    return 7\n", "returned an object of type int, expected an ml_collections ConfigDict"),
+        ("def get_config(:\n", "cannot be loaded: SyntaxError"),
+        (f"{BASE}config.rewrad = 'math'\n    return config\n", "no field 'rewrad'.* Did you mean 'reward'?"),
+        (f"{BASE}config.train_data.sourse = 'x'\n    return config\n", "'sourse'.* Did you mean 'source'?"),
+        (f"{BASE}config.batch_size = '4'\n    return config\n", "cannot be loaded: TypeError: .*'batch_size'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_a_config_file_with_a_mistake_is_one_message(monkeypatch, capsys, tmp_path, text, said):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "A config.", flag_values=values, lock_config=True)
+    flags.DEFINE_integer("verbosity", 0, "absl's.", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        parse_flags(["grpo", f"--config={tmp_path / 'mine.py'}"])
+        try:
+            parse(values.config)
+        except ConfigError as error:
+            fail(str(error))
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback" not in message
+    assert re.search(f"^error: .*{said}", message.strip().splitlines()[-1])
+
+
+def test_a_config_that_was_not_made_from_the_base_says_what_it_lacks():
+    whole = base.get_config().unlock()
+    del whole.dtype, whole.eval_data.split
+    with pytest.raises(ConfigError, match="lacks dtype, eval_data.split.*base.get_config"):
+        parse(whole)
+
+
+@pytest.mark.parametrize(("template", "reward"), [("boxed", "hash"), ("gsm8k", "boxed"), ("gsm8k", "math")])
+def test_a_template_that_asks_for_what_the_reward_does_not_pay(config, command_line, tmp_path, template, reward):
+    """Such a run is flat at 0 % from its first step to its last."""
+    config.template, config.reward = template, reward
+    fails(command_line(config, tmp_path / "run"), f"config.reward={reward!r} pays those after")
 
 
 def test_a_workdir_that_is_refused_is_not_touched(finished, config, command_line):

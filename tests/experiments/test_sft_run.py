@@ -12,7 +12,7 @@ from experiments.plot import read_run
 from experiments.plotting.picture import draw
 from tinylora_jax.data import DataError, Prompt, encode_solutions, solution_text
 from tinylora_jax.io._run_log import WorkdirError
-from tinylora_jax.rewards import load_reward
+from tinylora_jax.rewards import BUILT_IN, load_reward
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_solution_in_the_format_of_the_reward(solution, answer, reward, expect
     assert solution_text(solution, answer, reward) == expected
 
 
-@pytest.mark.parametrize("name", ["hash", "boxed", "math", "minerva"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_what_is_learned_is_what_the_reward_pays(name):
     assert load_reward(name)(solution_text("1 + 1 = 2", "2", name), "2", "").strict == 1
 

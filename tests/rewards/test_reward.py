@@ -97,7 +97,6 @@ def test_user_function_returns_a_number_or_a_grade(user_module):
         ("text", "returned '1.0'"),
         ("huge", "returned an object of type int"),
         ("nan_grade", "strict=nan"),
-        ("two_arguments", "raised TypeError"),
     ],
 )
 def test_failing_user_function_is_one_clear_error(user_module, function, said):
@@ -123,7 +122,10 @@ def test_cause_of_a_user_error_is_kept_and_interrupts_pass(user_module):
     ("name", "said"),
     [
         ("hsah", "did you mean 'hash'"),
-        ("", "expected hash, boxed, math, minerva or module:function"),
+        ("", f"expected {', '.join(rewards.BUILT_IN)} or module:function"),
+        ("my_user_rewards.py:length", "without `.py`"),
+        ("./my_user_rewards:length", "without its folder"),
+        ("my_user_rewards:two_arguments", "takes .completion, answer.; expected three positional arguments"),
         ("a b:c", "module:function"),
         ("no_such_module_here:f", "cannot import no_such_module_here"),
         ("my_broken_rewards:f", "ZeroDivisionError"),
@@ -138,7 +140,7 @@ def test_unknown_rewards_are_named(user_module, name, said):
         load_reward(name)
 
 
-@pytest.mark.parametrize("name", ["hash", "boxed", "math", "minerva"])
+@pytest.mark.parametrize("name", rewards.BUILT_IN)
 def test_gold_answers_are_graded_against_themselves(name):
     golds = ["72", "1,000", "-0.5", "9 (apples)", "$3", r"5\%", "72", "1.5"]
     assert rewards.unpayable(name, golds) == ()

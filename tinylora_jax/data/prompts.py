@@ -50,6 +50,11 @@ class PromptTemplate:
         if _SLOT not in self.user:
             raise ValueError(f"the user message of a prompt template needs {_SLOT}, got {self.user!r}")
 
+    @property
+    def text(self) -> str:
+        """All its messages, one below the other."""
+        return "\n".join((self.system or "", self.user, *(part for shot in self.shots for part in shot)))
+
 
 TEMPLATES: Mapping[str, PromptTemplate] = MappingProxyType(
     {

@@ -66,7 +66,7 @@ class DataSpec:
       solution_column: column of a worked solution, for SFT (files and hub). Empty: an answer column that ends in
         `#### 72` is one.
       start: first row.
-      limit: at most this many rows; None is all (generators: exactly this many; see `sources`).
+      limit: at most this many rows; 0 or None is all (generators: exactly this many; see `sources`).
       seed: keys the generators.
       below: arithmetic only; numbers are below this.
       tolerance_column: column of the absolute tolerance of a row's numbers, which rows may leave empty; "" is none.
@@ -86,12 +86,14 @@ class DataSpec:
     keep: str = ""
 
     def __post_init__(self):
+        if self.limit == 0:
+            object.__setattr__(self, "limit", None)
         empty = [f for f in ("source", "split", "question_column", "answer_column") if not getattr(self, f)]
         if empty:
             raise DataError(f"data spec needs a non-empty {' and '.join(empty)}")
-        if self.start < 0 or self.seed < 0 or (self.limit is not None and self.limit < 1):
+        if self.start < 0 or self.seed < 0 or (self.limit is not None and self.limit < 0):
             raise DataError(
-                f"data spec needs start >= 0, seed >= 0 and limit >= 1 (or None), "
+                f"data spec needs start >= 0, seed >= 0 and limit >= 0 (0 and None take all), "
                 f"got start={self.start}, seed={self.seed}, limit={self.limit}"
             )
         if not 2 <= self.below <= 1000:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from tinylora_jax.data.pipeline import Prompt
 from tinylora_jax.data.prompts import Tokenizer, encode
 from tinylora_jax.data.sources import DataError
+from tinylora_jax.rewards import BUILT_IN
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_BOX = (r"\boxed", r"\boxed{{{}}}")
-_ENDINGS = {"hash": ("####", "#### {}"), "boxed": _BOX, "math": _BOX, "minerva": _BOX}
 MAX_REPORTED = 5
 
 
@@ -28,8 +27,9 @@ def solution_text(solution: str, answer: str, reward: str) -> str:
     '48/2 = 24 clips\n#### 24'
     """
     text = _CALCULATOR.sub("", solution).strip()
-    marker, ending = _ENDINGS.get(reward, ("", ""))
-    return text if marker in text else f"{text}\n{ending.format(answer)}"
+    if reward not in BUILT_IN or BUILT_IN[reward].marker in text:
+        return text
+    return f"{text}\n{BUILT_IN[reward].ending.format(answer)}"
 
 
 def encode_solutions(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,11 +178,18 @@ class RunLog:
                         logging.warning("%s, line %d is damaged and left out (%.200s)", path, number, what)
 
     def metrics(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Appends one step's metrics; TensorBoard gets the numbers of a sequence one by one, as `name/0`, …."""
+        """Appends one step's metrics; TensorBoard gets the numbers of a sequence one by one, as `name/0`, ….
+
+        A number that is not finite, such as a mean over nothing, becomes null: JSON has no other word for it.
+        """
+        defined = {
+            name: value if isinstance(value, Sequence) or math.isfinite(value) else None
+            for name, value in values.items()
+        }
         with self._writing():
-            append(self.workdir / "metrics.jsonl", (json.dumps({"step": step, **values}) + "\n").encode())
+            append(self.workdir / "metrics.jsonl", (json.dumps({"step": step, **defined}) + "\n").encode())
             scalars: dict[str, float] = {}
-            for name, value in values.items():
+            for name, value in ((name, value) for name, value in defined.items() if value is not None):
                 several = isinstance(value, Sequence)
                 scalars |= {f"{name}/{i}": x for i, x in enumerate(value)} if several else {name: value}
             self._board.write(step, scalars)

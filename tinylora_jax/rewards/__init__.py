@@ -11,6 +11,8 @@ from tinylora_jax.rewards.golds import unpayable
 from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError
 from tinylora_jax.rewards.math_reward import MathReward
 from tinylora_jax.rewards.reward import (
+    BUILT_IN,
+    BuiltIn,
     grade_batch,
     grade_boxed,
     grade_hash,
@@ -18,7 +20,9 @@ from tinylora_jax.rewards.reward import (
 )
 
 __all__ = [
+    "BUILT_IN",
     "BatchReward",
+    "BuiltIn",
     "Grade",
     "MathReward",
     "Reward",

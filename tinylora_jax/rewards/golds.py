@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from tinylora_jax.rewards.answers import normalize
 from tinylora_jax.rewards.grade import BatchReward
-from tinylora_jax.rewards.reward import load_reward
-
-_FORMATS = {"hash": "#### {}", **dict.fromkeys(("boxed", "math", "minerva"), r"\boxed{{{}}}")}
+from tinylora_jax.rewards.reward import BUILT_IN, load_reward
 
 
 def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
@@ -29,7 +27,7 @@ def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
     >>> unpayable("hash", ["72", "5/2", "yes", "$1,000", "9 (apples)"]), unpayable("boxed", ["5/2", "yes"])
     ((1, 2), ())
     """
-    if reward not in _FORMATS:
+    if reward not in BUILT_IN:
         return ()
     distinct = [*dict.fromkeys(answers)]
     unpaid = [*_unpaid(reward, distinct, distinct)]
@@ -41,7 +39,7 @@ def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
 
 def _unpaid(name: str, written: Sequence[str], golds: Sequence[str]) -> set[str]:
     """The golds that are not paid for what is written."""
-    reward, completions = load_reward(name), [_FORMATS[name].format(each) for each in written]
+    reward, completions = load_reward(name), [BUILT_IN[name].ending.format(each) for each in written]
     if isinstance(reward, BatchReward):
         grades = reward.grade_all(completions, golds)
     else:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from tinylora_jax.rewards.answers import extract_boxed, extract_hash, extract_last_number, is_equal
@@ -90,8 +92,33 @@ class UserReward:
         return Grade(float(value), float(value))
 
 
-_BUILT_IN: dict[str, Reward] = {"hash": grade_hash, "boxed": grade_boxed}
-_BY_ALGEBRA = {"math": MathReward(), "minerva": MathReward(relative=0.01)}
+@dataclass(frozen=True)
+class BuiltIn:
+    """A reward that has a name of its own.
+
+    Attributes:
+      reward: grades completions.
+      ending: last line of a completion that it pays; `{}` stands for the answer.
+      marker: text that comes before the answer; a prompt that asks for this format contains it.
+      package: module that the reward imports when it grades, or an empty text.
+    """
+
+    reward: Reward
+    ending: str
+    marker: str
+    package: str = ""
+
+
+_BOX = (r"\boxed{{{}}}", r"\boxed")
+BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
+    {
+        "hash": BuiltIn(grade_hash, "#### {}", "####"),
+        "boxed": BuiltIn(grade_boxed, *_BOX),
+        "math": BuiltIn(MathReward(), *_BOX, "math_verify"),
+        "minerva": BuiltIn(MathReward(relative=0.01), *_BOX, "math_verify"),
+    }
+)
+"""All that there is to say of a built-in reward: a new one is a line here."""
 _MODULE_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -110,26 +137,28 @@ def load_reward(name: str) -> Reward:
     Raises:
       RewardError: the name is unknown, its module cannot be imported, or it holds no such function.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
-    if name in _BY_ALGEBRA:
-        if importlib.util.find_spec("math_verify") is None:
+    if name in BUILT_IN:
+        package = BUILT_IN[name].package
+        if package and importlib.util.find_spec(package) is None:
             raise RewardError(
                 f"reward {name!r} needs a package: pip install 'math-verify>=0.9' (or tinylora_jax's extra `eval`)"
             )
-        return _BY_ALGEBRA[name]
+        return BUILT_IN[name].reward
     if not _MODULE_FUNCTION.fullmatch(name):
-        known = [*_BUILT_IN, *_BY_ALGEBRA]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        expected = f"{', '.join(known)} or module:function"
-        raise RewardError(f"unknown reward {name!r}{hint}; expected {expected}")
+        if "/" in name:  # ./my_rewards:f
+            hint = "; name the module without its folder, which is the current one or on PYTHONPATH"
+        expected = f"{', '.join(BUILT_IN)} or module:function"
+        raise RewardError(f"unknown reward {name!r}: expected {expected}{hint}")
     module_name, function_name = name.split(":")
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:  # importing runs the user's code, which may raise anything, and end the program
         problem = f"{type(error).__name__}: {error}"
         advice = "is its folder the current one, or on PYTHONPATH?"
+        if module_name.endswith(".py"):
+            advice = f"write {module_name.removesuffix('.py')}:{function_name}, without `.py`"
         raise RewardError(f"reward {name}: cannot import {module_name} ({problem}); {advice}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -137,7 +166,22 @@ def load_reward(name: str) -> Reward:
         close = difflib.get_close_matches(function_name, dir(module), n=1)
         hint = f"; did you mean {module_name}:{close[0]}?" if close and function is None else ""
         raise RewardError(f"reward {name}: {found} in {module.__file__ or module_name}{hint}")
+    _check_signature(name, function)
     return UserReward(name, function)
+
+
+def _check_signature(name: str, function: Callable[..., object]) -> None:
+    """Refuses, before a model is loaded, a function that cannot take (completion, answer, question)."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one that is written in C may tell nothing of itself
+        return
+    try:
+        signature.bind("completion", "answer", "question")
+    except TypeError as error:
+        raise RewardError(
+            f"reward {name} takes {signature}; expected three positional arguments: completion, answer, question"
+        ) from error
 
 
 def grade_batch(reward: Reward, completions: Sequence[str], prompts: Sequence[Gradable]) -> tuple[Grade, ...]:
