@@ -36,7 +36,15 @@ from experiments.common.cli import define_path, fail, parse_flags, reporting_err
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
-from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from experiments.common.setup import (
+    ConfigError,
+    Task,
+    check_template,
+    load_graded_questions,
+    load_task,
+    make_prompts,
+    parse,
+)
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
@@ -172,6 +180,8 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
     """
     specs = parse(config)
     sets = _limited(config, suite) or (EvalSet(specs.eval_data.source, specs.eval_data, config.reward),)
+    for each in sets:
+        check_template(config.template, each.reward)
     rewards = [load_reward(each.reward) for each in sets]
     questions = [load_graded_questions(each.data, each.reward) for each in sets]
     trained = None if adapter is None else open_trained(adapter)

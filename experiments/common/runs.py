@@ -26,7 +26,16 @@ from experiments.common.cli import TrainingError, define_path, fail, reporting_e
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
-from experiments.common.setup import ConfigError, Specs, Task, as_json, load_graded_questions, make_prompts, parse
+from experiments.common.setup import (
+    ConfigError,
+    Specs,
+    Task,
+    as_json,
+    check_template,
+    load_graded_questions,
+    make_prompts,
+    parse,
+)
 from experiments.common.workdir import Workdir
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained
@@ -156,8 +165,10 @@ def questions_of(config: ConfigDict, specs: Specs) -> tuple[tuple[Question, ...]
     """The questions to train on and those to evaluate on, graded once; refuses too few before the slow part.
 
     Raises:
-      ConfigError: there are fewer questions than a batch needs, or the reward can never pay most of them.
+      ConfigError: there are fewer questions than a batch needs, the reward can never pay most of them, or the template
+        asks for another format than the reward pays.
     """
+    check_template(config.template, config.reward)
     to_train = load_graded_questions(specs.train_data, config.reward)
     to_evaluate = load_graded_questions(specs.eval_data, config.reward)
     num_steps(config, len(to_train))

@@ -144,7 +144,7 @@ def parse(config: ConfigDict) -> Specs:
     require("method", config.method in METHODS, " or ".join(METHODS))
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
-    build("template", _fitting_template, config.template, config.reward)
+    build("template", get_template, config.template)
     build("sampling", sampling_of, config, ())
     specs = Specs(
         build("lora" if config.method == "lora" else "adapter", adapter_spec, config, targets),
@@ -160,15 +160,20 @@ def parse(config: ConfigDict) -> Specs:
     return specs
 
 
-def _fitting_template(template: str, reward: str) -> None:
-    """Refuses a template that asks for the answer in another built-in reward's format than the one that is paid."""
+def check_template(template: str, reward: str) -> None:
+    """Refuses a template that asks for the answer in another format than a built-in reward pays.
+
+    Raises:
+      ConfigError: no completion that follows the prompt would be paid.
+    """
     text, own = get_template(template).text, BUILT_IN.get(reward)
     asked = {built_in.marker for built_in in BUILT_IN.values() if built_in.marker in text}
     if own and asked and own.marker not in asked:
         fitting = ", ".join(name for name, built_in in BUILT_IN.items() if built_in.marker in asked)
         raise ConfigError(
-            f"{template!r} asks for answers after {' or '.join(sorted(asked))}, but config.reward={reward!r} pays those"
-            f" after {own.marker} alone; take a reward such as {fitting}, or another template"
+            f"config.template={template!r} asks for answers after {' or '.join(sorted(asked))}, but"
+            f" config.reward={reward!r} pays those after {own.marker} alone; take a reward such as {fitting}, or another"
+            " template"
         )
 
 
