@@ -9,7 +9,8 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,30 @@ def seconds_since_launch() -> float:
         return time.process_time()
 
 
+_EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "traced, all threads together",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowered, all threads together",
+    "/jax/core/compile/backend_compile_duration": "compiled or read from the cache, all threads together",
+    "/jax/compilation_cache/cache_retrieval_time_sec": "read from the cache, all threads together",
+}
+
+
+@contextmanager
+def compile_events() -> Iterator[dict[str, float]]:
+    """Adds up what JAX reports of its compilations inside the `with` block; a trace within another counts twice."""
+    total: dict[str, float] = {}
+
+    def listen(event: str, seconds: float, **more: str | int) -> None:
+        if event in _EVENTS:
+            total[_EVENTS[event]] = total.get(_EVENTS[event], 0.0) + seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield total
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 class Timed(NamedTuple):
     """A few steps of a run.
 
@@ -44,12 +69,14 @@ class Timed(NamedTuple):
       median: medians over the steps after the first, of every metric and of `step_s`; `tokens` generated among them.
       ready_s: seconds from launch to the factorized model, all programs compiled.
       first_s: seconds from launch to the first trained step.
+      start: seconds of the parts of the launch, by name.
     """
 
     task: Task
     median: Mapping[str, float]
     ready_s: float
     first_s: float
+    start: Mapping[str, float]
 
 
 def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
@@ -60,13 +87,16 @@ def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
       steps: number of timed steps.
       questions: number of questions to read; None reads all.
     """
+    parts = {"interpreter and imports": seconds_since_launch()}
     specs = parse(config)
     specs = dataclasses.replace(specs, train_data=dataclasses.replace(specs.train_data, limit=questions))
     loaded = load_questions(specs.train_data)
     with launch(config, specs) as start:
         prompts = make_prompts(config, loaded, start.abstract)
         trainer = Trainer(config, specs, start.abstract, prompts, steps + 1, StopRequests())
-        task = start.finish(trainer.lower(start.abstract, trainer.abstract_state(start.abstract.policy)))
+        parts["questions, headers and prompts"] = seconds_since_launch() - parts["interpreter and imports"]
+        with compile_events() as events:
+            task = start.finish(trainer.lower(start.abstract, trainer.abstract_state(start.abstract.policy)))
     ready = first = seconds_since_launch()
     data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + steps)
     state, found = trainer.initial_state(task.policy), []
@@ -76,7 +106,7 @@ def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
         found.append(metrics | {"step_s": time.perf_counter() - started, "tokens": generated})
         first = seconds_since_launch() if index == 0 else first
     median = {name: statistics.median(step[name] for step in found[1:]) for name in found[0]}
-    return Timed(task, median, ready, first)
+    return Timed(task, median, ready, first, parts | start.seconds | events)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -85,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     with common.measuring():
         config, count = FLAGS.config, len(common.devices())
-        task, median, ready, first = timed_steps(config, FLAGS.steps, FLAGS.questions)
+        task, median, ready, first, parts = timed_steps(config, FLAGS.steps, FLAGS.questions)
         matrices, rate = matrix_params(task.model), common.matrix_rate(jax.numpy.dtype(config.dtype))
         peak = common.peak_bytes()
     floor = 4 * matrices * median["tokens"] / rate / count
@@ -111,6 +141,7 @@ def main(argv: Sequence[str]) -> None:
             "floor of the update: 4·N·generated tokens at the matrix rate of all devices, seconds": floor,
             "seconds from launch to the factorized model, all programs compiled": ready,
             "seconds from launch to the first trained step": first,
+            **{f"launch: {part}, seconds": seconds for part, seconds in parts.items()},
             "peak memory of a device, GB": peak and peak / 1e9,
         },
     )

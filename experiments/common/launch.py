@@ -10,12 +10,14 @@ until everything is compiled: see `compile_together`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
+import jax
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
@@ -40,6 +42,7 @@ class Launch:
       adapter: adapter settings.
       abstract: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
       reading: the weights.
+      seconds: wall time of the parts of `finish`, by name, when it is done.
     """
 
     config: ConfigDict
@@ -47,6 +50,7 @@ class Launch:
     adapter: Spec
     abstract: Task
     reading: Reading
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def finish(self, programs: Iterable[Lowered] = ()) -> Task:
         """The task, loaded and factorized, when these programs (of its abstract task) are compiled.
@@ -55,11 +59,20 @@ class Launch:
           ValueError: a weight cannot be read or adapted.
         """
         tell("compiling")
-        adapting = lower_adapt(self.abstract.policy.params, self.adapter, self.config.svd)
-        compile_together(chain(programs, adapting), self.reading.check)
-        model = replace(self.abstract.pretrained, params=self.reading.result())
-        policy = make_policy(model.params, self.adapter, self.config.svd)
+        with self._timed("lowering and compiling"):
+            adapting = lower_adapt(self.abstract.policy.params, self.adapter, self.config.svd)
+            compile_together(chain(programs, adapting), self.reading.check)
+        with self._timed("waiting for the weights"):
+            model = replace(self.abstract.pretrained, params=self.reading.result())
+        with self._timed("factorizing"):
+            policy = jax.block_until_ready(make_policy(model.params, self.adapter, self.config.svd))
         return make_task(self.config, self.specs, model, policy, self.abstract.slots)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = time.perf_counter() - started
 
 
 @contextmanager

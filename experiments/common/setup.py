@@ -172,8 +172,8 @@ def check_template(template: str, reward: str) -> None:
         fitting = ", ".join(name for name, built_in in BUILT_IN.items() if built_in.marker in asked)
         raise ConfigError(
             f"config.template={template!r} asks for answers after {' or '.join(sorted(asked))}, but"
-            f" config.reward={reward!r} pays those after {own.marker} alone; take a reward such as {fitting}, or another"
-            " template"
+            f" config.reward={reward!r} pays those after {own.marker} alone; take a reward such as {fitting},"
+            " or another template"
         )
 
 
