@@ -435,5 +435,5 @@ def test_a_workdir_that_is_deleted_meanwhile_is_not_complete(config, command_lin
         return save(folder, *args)
 
     monkeypatch.setattr(runs, "_save", deleting)
-    fails(command_line(config, tmp_path / "run"), "was deleted or replaced while the run was writing there")
+    fails(command_line(config, tmp_path / "run"), "was deleted or replaced during the run")
     assert not (tmp_path / "run" / "summary.json").exists()

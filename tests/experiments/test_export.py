@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_nothing(adapter, processes, model_folder, tmp_path):
     flags = (f"--adapter={adapter}", "--to=merged", f"--output={tmp_path / 'a' / 'b'}", f"--model={model_folder}")
     result = processes.run("export", *flags, config=False, file_kib=40)
     assert result.code == 1 and "Traceback" not in result.err, result.err
-    assert "model.safetensors: File too large; make room" in result.err
+    assert "model.safetensors: File too large; free space" in result.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +157,12 @@ def nameless(adapter, place):
 
 REFUSED = {
     "another base": lambda x: (x.adapter, x.place / "out", x.other, "from which this base model differs"),
-    "another base of PEFT's": lambda x: (x.peft, x.place / "out", x.other, "singular directions are not this model's"),
+    "another base of PEFT's": lambda x: (
+        x.peft,
+        x.place / "out",
+        x.other,
+        "singular directions differ from this model's",
+    ),
     "no adapter": lambda x: (x.place / "none", x.place / "out", x.model, "none/adapter.json is missing"),
     "a model for an adapter": lambda x: (x.model, x.place / "out", x.model, "adapter.json is missing"),
     "no model": lambda x: (x.adapter, x.place / "out", "/no/such/model", "is not a model"),
@@ -175,7 +180,7 @@ REFUSED = {
         "lies in the adapter's own folder",
     ),
     "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "in the adapter's own folder"),
-    "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot make a folder in"),
+    "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot create a folder in"),
     "onto the model": lambda x: (x.adapter, x.model, x.model, "is not empty"),
 }
 
