@@ -166,7 +166,7 @@ def test_data_package_missing(config, command_line, tmp_path, monkeypatch):
 
 def test_batch_larger_than_the_data(config, command_line, tmp_path):
     config.batch_size = 20
-    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 is more than the 16 prompts; lower it")
+    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 exceeds the 16 prompts; lower it")
 
 
 def test_prompts_too_long(config, command_line, tmp_path, capsys):
@@ -243,7 +243,7 @@ def test_gold_answers_that_the_reward_can_never_pay(config, command_line, tmp_pa
     config.reward = "hash"
     config[which].source, config[which].limit = jsonl(tmp_path / "d.jsonl", rows), len(rows)
     result = command_line(config, tmp_path / "run", command)
-    fails(result, r"'hash' can never pay 12 of 16 \(75.0%\) gold .*d.jsonl, such as '5/2' \(id 0\), 'yes' \(id 1\)")
+    fails(result, r"'hash' can never accept 12 of 16 \(75.0%\) gold .*d.jsonl, such as '5/2' \(id 0\), 'yes' \(id 1\)")
 
 
 def test_a_few_such_gold_answers_are_a_warning(tmp_path, caplog):
@@ -251,7 +251,7 @@ def test_a_few_such_gold_answers_are_a_warning(tmp_path, caplog):
     rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
     data = DataSpec(jsonl(tmp_path / "d.jsonl", rows))
     assert len(load_graded_questions(data, "hash")) == 8
-    assert "can never pay 2 of 8 (25.0%) gold answers" in caplog.text and "'5/2' (id 0), 'yes' (id 1)" in caplog.text
+    assert "can never accept 2 of 8 (25.0%) gold answers" in caplog.text and "'5/2' (id 0), 'yes' (id 1)" in caplog.text
     caplog.clear()
     for reward in ("boxed", "math", "tiny_rewards:even"):
         assert len(load_graded_questions(data, reward)) == 8

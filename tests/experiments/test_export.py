@@ -144,7 +144,7 @@ def test_a_dtype_that_a_form_does_not_have_is_refused(adapter, model_folder, tmp
 
 def test_what_bfloat16_loses_is_told(adapter, model_folder, tmp_path, capsys):
     export.export(adapter, "merged", tmp_path / "merged", str(model_folder), "bfloat16")
-    assert "warning: rounding to bfloat16 is off by" in capsys.readouterr().err
+    assert "warning: rounding to bfloat16 has an error of" in capsys.readouterr().err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype.itemsize == 2
 
 
@@ -170,14 +170,14 @@ REFUSED = {
         nameless(x.peft, x.place),
         x.place / "out",
         None,
-        "name its base model; give it with --model",
+        "name its base model; set --model",
     ),
-    "into the adapter": lambda x: (x.adapter, x.adapter / "out", x.model, "lies in the adapter's own folder"),
+    "into the adapter": lambda x: (x.adapter, x.adapter / "out", x.model, "is inside the adapter's folder"),
     "onto the adapter": lambda x: (
         x.adapter,
         x.adapter / "." / "x" / "..",
         x.model,
-        "lies in the adapter's own folder",
+        "is inside the adapter's folder",
     ),
     "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "in the adapter's own folder"),
     "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot create a folder in"),
