@@ -1,4 +1,4 @@
-"""Measures a GRPO step with real prompts and natural lengths, and the time from launch to its end.
+"""Measures a GRPO step with real prompts and natural lengths, and the time until the first step.
 
 python -m experiments.benchmarks.grpo_step --config=experiments/configs/demo.py --steps=3
 """

@@ -403,7 +403,7 @@ def test_a_workdir_with_anything_in_place_of_a_file(config, command_line, tmp_pa
 def test_paths_of_flags_are_expanded(processes, tmp_path, monkeypatch):
     processes.env |= {"HOME": str(tmp_path), "RUNS": str(tmp_path / "runs")}
     for given, found in (("~/no-run", tmp_path / "no-run"), ("$RUNS/none", tmp_path / "runs" / "none")):
-        fails(processes.run("plot", f"--workdir={given}", config=False), f"{found} is no folder")
+        fails(processes.run("plot", f"--workdir={given}", config=False), f"{found} is not a folder")
     (tmp_path / "own.py").write_text(processes.config_file.read_text())
     for given in (["--config=~/own.py"], ["--config", "$HOME/own.py"]):
         result = processes.run("grpo", *given, f"--workdir={tmp_path / 'run'}", "--config.samples=1", config=False)

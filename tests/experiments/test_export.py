@@ -132,12 +132,12 @@ def test_our_own_folder_is_written_anew(adapter, model_folder, tmp_path, capsys)
     assert open_adapter(adapter).template == "arithmetic"
     export.export(adapter, "tinylora", tmp_path / "short", str(model_folder), "bfloat16")
     assert (tmp_path / "short" / "vector.bin").stat().st_size * 2 == (adapter / "vector.bin").stat().st_size
-    assert "rounding to bfloat16 moves the vector by" in capsys.readouterr().err
+    assert "rounding to bfloat16 changes the vector by" in capsys.readouterr().err
 
 
 def test_a_dtype_that_a_form_does_not_have_is_refused(adapter, model_folder, tmp_path):
     for form in ("peft-lora", "peft-tinylora"):
-        with pytest.raises(ValueError, match=f"--dtype=bfloat16: {form} is written in float32"):
+        with pytest.raises(ValueError, match=f"--dtype=bfloat16: {form} is always float32"):
             export.export(adapter, form, tmp_path / "out", str(model_folder), "bfloat16")
     assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +156,7 @@ def nameless(adapter, place):
 
 
 REFUSED = {
-    "another base": lambda x: (x.adapter, x.place / "out", x.other, "from which this base model differs"),
+    "another base": lambda x: (x.adapter, x.place / "out", x.other, "but this base model differs"),
     "another base of PEFT's": lambda x: (
         x.peft,
         x.place / "out",
@@ -179,7 +179,7 @@ REFUSED = {
         x.model,
         "is inside the adapter's folder",
     ),
-    "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "in the adapter's own folder"),
+    "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "is inside the adapter's folder"),
     "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot create a folder in"),
     "onto the model": lambda x: (x.adapter, x.model, x.model, "is not empty"),
 }

@@ -307,7 +307,7 @@ def test_curves_are_drawn_again_from_their_json(sweep, tmp_path, monkeypatch, ca
     monkeypatch.setattr(plot, "FLAGS", type("Flags", (), values), raising=False)
     with pytest.raises(SystemExit):
         plot.main([])
-    assert "holds no curves" in capsys.readouterr().err
+    assert "contains no curves" in capsys.readouterr().err
 
 
 def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):
