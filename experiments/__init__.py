@@ -1,6 +1,6 @@
-"""What a person runs."""
+"""Command-line programs."""
 
 import os
 
-# transformers advises to install PyTorch, which nothing here needs.
+# transformers recommends installing PyTorch, which this project does not need.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,10 +1,11 @@
-"""Compares two evaluations of the same questions by a paired test.
+"""Compares two evaluations of the same questions with a paired test.
 
     python -m experiments.compare /tmp/base.json /tmp/trained.json
 
-Takes what `experiments.evaluate --output` wrote (either file of the two; both are needed). Greedy answers are compared
-by McNemar's exact test, sampled ones by a permutation test of the questions' means. Prints a table of the second less
-the first and, last, one JSON object. Runs of different questions, prompts or graders are refused.
+The arguments are files written by `experiments.evaluate --output` (name either of the two files; both are needed).
+Greedy answers are compared with McNemar's exact test, sampled ones with a permutation test of the means per question.
+Prints a table of the second result minus the first and, on the last line, one JSON object. Results for different
+questions, prompts or graders are rejected.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ Key = tuple[str, int]  # set and question
 
 
 class CompareError(ValueError):
-    """Two files that cannot be compared, with the reason."""
+    """Two files cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated how, and each question's answers.
+    """An evaluation: its settings, and the grades of each question.
 
     Attributes:
       path: path of the result.
-      how: `template` and, for each set, `reward`: what must be the same.
-      decoding: what may differ, and is told: token limit, temperature and samples of each set.
-      asked: question and gold answer by set and id.
-      grades: by (set, mode): by id: the grades of its answers, strict and lenient.
+      how: settings that must be equal: `template` and, for each set, `reward`.
+      decoding: settings that may differ and are reported: token limit, temperature and samples of each set.
+      asked: question and gold answer, by set and id.
+      grades: strict and lenient grades of the answers, by (set, mode), then by id.
     """
 
     path: Path
@@ -60,7 +61,7 @@ def read(path: Path) -> Evaluation:
       path: path of the .json or .jsonl file.
 
     Raises:
-      CompareError, DataError: a file is missing, damaged or no evaluation.
+      CompareError, DataError: a file is missing, damaged or not an evaluation.
     """
     path, answers = path.with_suffix(".json"), path.with_suffix(".jsonl")
     for each in (path, answers):
@@ -77,7 +78,7 @@ def read(path: Path) -> Evaluation:
             }
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise CompareError(f"{path} is no result of experiments.evaluate ({what:.200}); evaluate again") from error
+        raise CompareError(f"{path} is not a result of experiments.evaluate ({what:.200}); evaluate again") from error
     evaluation = Evaluation(path, how, decoding, {}, {})
     for number, row in enumerate(read_jsonl(answers), start=1):
         _add(evaluation, f"{answers}, row {number}", row)
@@ -91,32 +92,32 @@ def _add(evaluation: Evaluation, where: str, row: Mapping[str, Any]) -> None:
     except KeyError as error:
         raise DataError(f"{where}: it has no {error}; evaluate again") from error
     if not (isinstance(key[1], int) and all(isinstance(text, str) for text in (key[0], mode, *asked))):
-        raise DataError(f"{where}: id, set, mode, question or answer is of a wrong type; evaluate again")
+        raise DataError(f"{where}: id, set, mode, question or answer has the wrong type; evaluate again")
     if not all(map(is_number, grades)):
         raise DataError(f"{where}: expected finite grades, got {str(grades):.80}")
     if evaluation.asked.setdefault(key, asked) != asked:
-        raise DataError(f"{where}: id {key[1]} stands for two questions")
+        raise DataError(f"{where}: id {key[1]} is used for two questions")
     evaluation.grades.setdefault((key[0], mode), {}).setdefault(key[1], []).append(grades)
 
 
 def compare(first: Evaluation, second: Evaluation) -> dict[str, dict[str, dict[str, Difference]]]:
-    """How much better the second evaluation is: by set, mode (`greedy`, `sampled`) and grade (`strict`, `lenient`).
+    """Computes the second minus the first evaluation by set, mode (`greedy`, `sampled`) and grade.
 
     Raises:
-      CompareError: they are of different questions, prompts or graders.
+      CompareError: the evaluations have different questions, prompts or graders.
     """
     for name in sorted(first.how.keys() | second.how.keys()):
         ours, theirs = first.how.get(name), second.how.get(name)
         if ours != theirs:
             differ = f"{name} is {ours!r} in {first.path} and {theirs!r} in {second.path}"
-            raise CompareError(f"{differ}; evaluate both under the same prompt and grader, on the same sets")
+            raise CompareError(f"{differ}; evaluate both with the same prompt and grader, on the same sets")
     if first.asked != second.asked:
         odd = sorted(
             key for key in first.asked.keys() | second.asked.keys() if first.asked.get(key) != second.asked.get(key)
         )
         raise CompareError(
-            f"{first.path} and {second.path} are of different questions: {len(odd)} differ or are in one alone"
-            f" (the first: id {odd[0][1]} of {odd[0][0]}); evaluate both on the same ones"
+            f"{first.path} and {second.path} have different questions: {len(odd)} differ or are in only one of them"
+            f" (the first: id {odd[0][1]} of {odd[0][0]}); evaluate both on the same questions"
         )
     found: dict[str, dict[str, dict[str, Difference]]] = {}
     for (name, mode), ours in first.grades.items():
@@ -139,7 +140,7 @@ def _difference(first: list[float], second: list[float], mode: str) -> Differenc
 
 
 def differences_table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
-    """Differences in points."""
+    """Formats the differences as a table, in percentage points."""
     width = 1 + max([15, *map(len, found)])
     lines = [f"{'set':<{width}}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
     for name, modes in found.items():
@@ -153,7 +154,7 @@ def differences_table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     if len(argv) != 3:
         fail("expected two results of experiments.evaluate: python -m experiments.compare first.json second.json")
     with reporting_errors():

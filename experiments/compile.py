@@ -2,10 +2,10 @@
 
     python -m experiments.compile --config=experiments/configs/gsm8k_qwen2_5_7b.py --topology=v5e:2x4
 
-Neither weights nor a TPU are needed, only `pip install -e '.[tpu]'`. Per program: seconds of compilation; bytes of a
-device against its memory; operations; what devices exchange; and an estimate of its time, beside the limits of
-bandwidth and matrix units. --topology may be repeated; --mesh=data,fsdp,tensor and any --config.field=value change
-the run; --suggest tries meshes and sizes and names the cheapest that fits.
+This needs neither weights nor a TPU, only `pip install -e '.[tpu]'`. For each program it reports compilation time,
+memory per device, operations, communication between devices, and an estimated run time next to the limits of memory
+bandwidth and matrix units. --topology may be repeated. --mesh=data,fsdp,tensor and any --config.field=value change the
+run. --suggest tries meshes and sizes, and names the cheapest that fits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the machine's own devices are not used
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # nor is a cloud asked which there are
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # avoids querying the cloud for devices
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax  # noqa: E402
@@ -42,7 +42,7 @@ PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
 
 
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
-    """A run on a topology; what its config leaves open of mesh and slots follows from the memory of a chip."""
+    """Builds a run on a topology; mesh and slots that the config leaves open follow from a chip's memory."""
     shape, memory = architecture(model or config.model), target.chip.hbm_bytes
     found = fit(shape, config, spec, target.devices, memory)
     fitted = config.copy_and_resolve_references()
@@ -53,11 +53,11 @@ def make_case(config: ConfigDict, model: str | None, target: Topology, spec: Mes
 def run(
     config: ConfigDict, names: Sequence[str], mesh: str | None, model: str | None, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Compiles a run for every topology, and prints a table of each.
+    """Compiles a run for every topology, and prints a table for each.
 
     Raises:
-      TopologyError: a name means nothing, or the compiler is absent.
-      ValueError: the mesh or a size does not fit, or the architecture is not known.
+      TopologyError: a topology name is unknown, or the compiler is not installed.
+      ValueError: the mesh or a size does not fit, or the architecture is unknown.
     """
     spec = MeshSpec(**config.mesh) if mesh is None else parse_mesh(mesh)
     targets = [topology(name) for name in names]
@@ -67,7 +67,7 @@ def run(
         results.append(summary(case, target, compile_all(case, only, target.chip.at_once)))
         print_table(results[-1])
         if not results[-1]["fits"]:
-            print(f"does not fit {target.name}; larger ones: {', '.join(larger(target.name)[:3])}, or --suggest")
+            print(f"does not fit {target.name}; try a larger one ({', '.join(larger(target.name)[:3])}) or --suggest")
     return results
 
 
@@ -76,7 +76,7 @@ def suggest(config: ConfigDict, names: Sequence[str], model: str | None) -> list
     devices, and of equally many the topology named first.
 
     Raises:
-      TopologyError: a name means nothing, or the compiler is absent.
+      TopologyError: a topology name is unknown, or the compiler is not installed.
       ValueError: nothing fits.
     """
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     logging.getLogger("jax").setLevel(logging.ERROR)
-    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU its programs cannot be read back
+    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, cached programs cannot be loaded
     with reporting_errors():
         if FLAGS.suggest:
             results = suggest(FLAGS.config, FLAGS.topology, FLAGS.model_config)
@@ -116,12 +116,14 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    config_flags.DEFINE_config_file("config", None, "The run; as for experiments.grpo.", lock_config=True)
-    flags.DEFINE_multi_string("topology", ["v5e:2x4"], "Such as v5e:2x4, v6e:2x4, v5p:2x2x1 or tpu7x:2x2x1.")
-    flags.DEFINE_string("mesh", None, "data,fsdp,tensor; default: config.mesh, where 0 is what fits.")
-    define_path("model_config", "A known architecture or the path of a config.json; default: config.model's.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file of the run, as for experiments.grpo.", lock_config=True
+    )
+    flags.DEFINE_multi_string("topology", ["v5e:2x4"], "TPU topology, such as v5e:2x4 or v5p:2x2x1; may be repeated.")
+    flags.DEFINE_string("mesh", None, "Mesh sizes data,fsdp,tensor. Default: config.mesh (0: choose by memory).")
+    define_path("model_config", "Known architecture or path of a config.json. Default: that of config.model.")
     define_path("json", "Also write the result to this file.")
-    flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile these programs alone.")
-    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; name the cheaper --topology first.")
+    flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile only this program; may be repeated.")
+    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; list cheaper topologies first.")
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

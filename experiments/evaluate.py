@@ -1,19 +1,19 @@
-r"""Accuracy of a model, with or without a trained adapter: greedy and sampled, strict and lenient.
+r"""Evaluates a model, with or without a trained adapter: greedy and sampled, strict and lenient.
 
     python -m experiments.evaluate --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter
     python -m experiments.evaluate --config=experiments/configs/math_qwen2_5_7b.py --suite=gsm8k,math500,aime24@16
 
-The config says which model, questions, prompt, grader and lengths; without --adapter the base model is evaluated. A
-suite, sets by name (`tinylora_jax/data/suites.py`), files or hub ids, stands in for the config's questions and grader;
-`@16` asks for so many sampled answers, `--config.eval_data.limit` for so many questions of each set. Prints a table
-and, last, one JSON object; with --output, also writes it there and every answer beside it as JSON lines, which
-`experiments.compare` compares with another run's.
+The config defines the model, questions, prompt, grader and lengths. Without --adapter the base model is evaluated.
+--suite replaces the config's questions and grader with sets by name (`tinylora_jax/data/suites.py`), files or hub ids;
+`@16` requests 16 sampled answers, and `--config.eval_data.limit` limits the questions of each set. Prints a table and,
+on the last line, one JSON object. --output also writes that object, and all answers as JSON lines next to it;
+`experiments.compare` compares two such results.
 
     python -m experiments.evaluate --config=… --config.eval_data.split=train --config.eval_samples=4 --correct=own.jsonl
     python -m experiments.sft --config=… --workdir=… --config.train_data.source=own.jsonl \
         --config.train_data.solution_column=solution
 
-writes the sampled answers that the strict grader accepts, and trains on them (rejection sampling).
+write the sampled answers that the strict grader accepts, and train on them (rejection sampling).
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def evaluate(
     """Answers every question greedily, and `samples` times at the task's temperature.
 
     Args:
-      task: the model.
-      v: what was trained.
-      prompts: the questions.
-      batch_size: questions answered at once.
-      samples: sampled completions per question; 0 is greedy only.
+      task: model with its reward and sampling settings.
+      v: trained parameters.
+      prompts: encoded questions.
+      batch_size: number of questions answered at once.
+      samples: number of sampled completions per question; 0 for greedy only.
       seed: seed of the sampling noise.
-      between: called between batches (to stop early, it raises).
+      between: function called between batches; it may raise an exception to stop early.
 
     Returns:
       The accuracies, and one row per completion.
@@ -109,7 +109,7 @@ def _modes(task: Task, samples: int) -> list[tuple[str, Sampling, int]]:
 def lower_evaluation(
     task: Task, v: Trained, prompts: Sequence[Prompt], *, batch_size: int, samples: int = 0
 ) -> Iterator[jax.stages.Lowered]:
-    """The programs that `evaluate` runs with these arguments, to be compiled before they are needed."""
+    """Lowers the programs that `evaluate` runs with these arguments, to compile them in advance."""
     for _, sampling, count in _modes(task, samples):
         yield lower_answer(task, v, min(batch_size, len(prompts)), padded_width(prompts), sampling, count)
 
@@ -136,14 +136,14 @@ def _rows(mode: str, prompts: Sequence[Prompt], answers: rl.GradedRollout, sampl
 
 
 def correct_answers(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Sampled answers that the strict grader accepts, as worked solutions for `experiments.sft`.
+    """Collects sampled answers that the strict grader accepts, as worked solutions for `experiments.sft`.
 
     Args:
-      rows: rows of `evaluate`.
+      rows: rows from `evaluate`.
 
     Returns:
-      One object per answer with its question, gold answer and text; the same text of one question counts once. An
-      answer that was cut off before its stop token is left out.
+      One object per answer, with the question, gold answer and text. Duplicate texts for one question are dropped, and
+      so are answers that were cut off before a stop token.
     """
     good = [row for row in rows if row["mode"] == "sampled" and row["strict"] == 1 and row["stopped"]]
     found = {(row.get("set"), row["id"], row["completion"]): row for row in good}
@@ -153,10 +153,10 @@ def correct_answers(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...]:
-    """The sets of a suite, each with at most as many questions as the config allows."""
+    """Limits the questions of each set to the config's limit."""
     if suite and "\\boxed" not in get_template(config.template).user:
         raise ConfigError(
-            f"config.template={config.template!r} does not ask for an answer in \\boxed{{}}, by which a suite is"
+            f"config.template={config.template!r} does not request an answer in \\boxed{{}}, by which a suite is"
             " graded; add --config.template=boxed"
         )
     limit = config.eval_data.limit or None
@@ -169,14 +169,14 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
     Args:
       config: run configuration.
       adapter: folder of the adapter; None for the base model.
-      suite: sets that stand in for the config's questions and grader.
+      suite: sets that replace the config's questions and grader.
 
     Returns:
-      The accuracies, of a suite under `sets` by name, and one row per completion.
+      The accuracies (for a suite under `sets`, by name), and one row per completion.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged or belongs to another base model.
-      ConfigError: the config's prompt does not ask for what a suite's graders read.
+      ConfigError: the config's prompt does not request the format that the suite's graders need.
     """
     specs = parse(config)
     sets = _limited(config, suite) or (EvalSet(specs.eval_data.source, specs.eval_data, config.reward),)
@@ -205,7 +205,7 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
 
 
 def _file(flag: str, suffix: str) -> Path | None:
-    """The file that a flag names, if it does."""
+    """Returns the file named by a flag, if any."""
     given = getattr(FLAGS, flag)
     path = None if given is None else Path(given)
     if path is not None and (path.suffix != suffix or path.is_dir()):
@@ -219,14 +219,14 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     adapter = None if FLAGS.adapter is None else Path(FLAGS.adapter)
     if FLAGS.adapter == "":
-        fail("--adapter is empty; leave it out to evaluate the base model")
+        fail("--adapter is empty; omit it to evaluate the base model")
     output, correct = _file("output", ".json"), _file("correct", ".jsonl")
     with reporting_errors():
         for file in filter(None, (output, correct)):
             file.parent.mkdir(parents=True, exist_ok=True)
         multihost.connect(FLAGS)
         if FLAGS.suite_folder is not None and FLAGS.suite is None:
-            fail("--suite_folder without --suite; name the sets, such as --suite=gsm8k,math500")
+            fail("--suite_folder needs --suite; name the sets, such as --suite=gsm8k,math500")
         folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
         suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
         with use_fitting_mesh(FLAGS.config, parse(FLAGS.config).mesh):
@@ -245,12 +245,12 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    config_flags.DEFINE_config_file("config", None, "Which model, questions and grader.", lock_config=True)
-    define_path("adapter", "Folder of a trained adapter; absent: the base model.")
-    define_path("output", "Write the result to this .json, and every answer to the .jsonl beside it.")
-    define_path("correct", "Write the sampled answers that are correct to this .jsonl, for experiments.sft.")
-    flags.DEFINE_string("suite", None, "Sets to evaluate on, separated by commas: names, files or hub ids.")
-    define_path("suite_folder", "Has the named sets as files; absent, they come from the hub.")
+    config_flags.DEFINE_config_file("config", None, "Config file with model, questions and grader.", lock_config=True)
+    define_path("adapter", "Folder of a trained adapter. Default: evaluate the base model.")
+    define_path("output", "Write the result to this .json file, and all answers to a .jsonl file next to it.")
+    define_path("correct", "Write correct sampled answers to this .jsonl file, for experiments.sft.")
+    flags.DEFINE_string("suite", None, "Evaluate on these sets: comma-separated names, files or hub ids.")
+    define_path("suite_folder", "Read the named sets from files in this folder. Default: load them from the hub.")
     multihost.define_flags()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -1,14 +1,14 @@
-"""Writes a trained adapter in another form.
+"""Converts a trained adapter to another format.
 
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=merged --output=/tmp/merged
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=peft-tinylora --output=/tmp/peft
     python -m experiments.export --adapter=/tmp/peft --to=peft-lora --output=/tmp/lora
     python -m experiments.export --adapter=/tmp/peft --to=tinylora --output=/tmp/adapter
 
-`merged` is a model folder with W + ΔW, config and tokenizer, which transformers, vLLM and SGLang load. `peft-tinylora`
-is what `PeftModel.from_pretrained` loads as TinyLoRA, `peft-lora` plain LoRA of the same rank, which PEFT, vLLM and
-SGLang load; `tinylora` is our own folder, from one of PEFT's. All hold the same ΔW. The adapter may be a run's or
-PEFT's own TinyLoRA. The base model is loaded by the name in the adapter unless --model gives another.
+`merged` is a model folder with W + ΔW, config and tokenizer, for transformers, vLLM and SGLang. `peft-tinylora` is a
+folder that `PeftModel.from_pretrained` loads as TinyLoRA. `peft-lora` is plain LoRA of the same rank, for PEFT, vLLM
+and SGLang. `tinylora` is this project's format. All contain the same ΔW. The input may come from a run or be a PEFT
+TinyLoRA adapter. The base model is loaded by its name in the adapter, unless --model gives another.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ _LOSS_TOLD = 0.01
 def export(
     adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32", download: bool = False
 ) -> None:
-    """Writes an adapter as a PEFT folder, as one of ours, or a model merged with it.
+    """Writes an adapter as a PEFT folder, in this project's format, or merged into its model.
 
     Args:
-      adapter: folder with `vector.bin` and `adapter.json`, or PEFT's with `adapter_config.json`.
-      to: `merged`, `peft-tinylora`, `peft-lora` or `tinylora`.
-      output: folder to make; refused if there is something in it. After an error nothing is left there.
-      model: the base model, as `load_pretrained` takes it; None takes the adapter's own name for it.
-      dtype: dtype of merged weights, or of the vector in our own folder.
-      download: whether a base that the adapter alone names may be downloaded: whoever made it chose it.
+      adapter: folder with `vector.bin` and `adapter.json`, or PEFT folder with `adapter_config.json`.
+      to: output format: `merged`, `peft-tinylora`, `peft-lora` or `tinylora`.
+      output: output folder, which must be absent or empty. After an error nothing is left there.
+      model: source of the base model, as for `load_pretrained`; None uses the name in the adapter.
+      dtype: dtype of merged weights, or of the vector in this project's format.
+      download: whether a base model named only by the adapter, and so chosen by its author, may be downloaded.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
-      ValueError: the dtype is not for this form, or the base model is not named.
-      FileExistsError: the folder is not empty, or lies in the adapter's.
+      ValueError: the dtype does not apply to this format, or the base model is not named.
+      FileExistsError: the output folder is not empty, or is inside the adapter's folder.
     """
     if to in _PEFT and dtype != "float32":
-        raise ValueError(f"--dtype={dtype}: {to} is written in float32, as PEFT adds it; leave --dtype out")
+        raise ValueError(f"--dtype={dtype}: {to} is always float32, as in PEFT; omit --dtype")
     trained = open_adapter(adapter)
     if output.resolve().is_relative_to(adapter.resolve()):
-        raise FileExistsError(f"{output} lies in the adapter's own folder; name another with --output")
+        raise FileExistsError(f"{output} is inside the adapter's folder; choose another --output")
     base = model or trained.base
     if base is None:
-        raise ValueError(f"{adapter} does not name its base model; give it with --model")
+        raise ValueError(f"{adapter} does not name its base model; set --model")
     with new_folder(output) as folder:
         tell(f"loading {base}")
         try:
             pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=download or model is not None)
         except NotInCacheError as error:
-            raise ValueError(f"{adapter} calls its base {base!r}, which {NOT_IN_CACHE}") from error
+            raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
         tell("reading or computing the factors")
         if to == "tinylora":
             return _save(folder, trained, pretrained, base, dtype)
@@ -73,24 +73,24 @@ def export(
         loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
         if loss > _LOSS_TOLD:
             tell(
-                f"warning: rounding to {dtype} is off by {loss:.0%} of the update's size;"
-                f"{' the trained change is mostly lost:' if loss > 0.5 else ''} --dtype=float32 keeps it"
+                f"warning: rounding to {dtype} has an error of {loss:.0%} of the update's size;"
+                f"{' the trained change is mostly lost;' if loss > 0.5 else ''} --dtype=float32 keeps it"
             )
         export_merged(folder, pretrained, factors, trained.v, dtype)
 
 
 def _save(folder: Path, trained: SavedAdapter, pretrained: Pretrained, base: str, dtype: str) -> None:
-    """Our own folder: P, and only what else cannot be computed again, travel with the vector."""
+    """Writes this project's format, with P and those factors that cannot be recomputed."""
     factors, v = trained.own(pretrained.params)
     v = np.asarray(v)
     loss = np.linalg.norm(v - v.astype(jnp.dtype(dtype)).astype(v.dtype)) / max(np.linalg.norm(v), 1e-30)
     if loss:
-        tell(f"rounding to {dtype} moves the vector by {loss:.2%} of its length; --dtype=float32 keeps it")
+        tell(f"rounding to {dtype} changes the vector by {loss:.2%} of its length; --dtype=float32 keeps it")
     save_adapter(folder, factors, jnp.asarray(v), base, dtype, base_fingerprint(pretrained.params), **trained.about)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     use_compilation_cache()
     with reporting_errors():
@@ -99,11 +99,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_path("adapter", "Folder of a trained adapter, ours or PEFT's TinyLoRA.")
-    flags.DEFINE_enum("to", None, ["merged", "tinylora", *_PEFT], "Form to write.")
-    define_path("output", "Folder to make.")
-    flags.DEFINE_string("model", None, "The base model, if not by the name in the adapter: `config.model` of its run.")
-    flags.DEFINE_bool("allow_download", False, "Download the base that the adapter names if it is not in the cache.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of merged weights, or of our vector.")
+    define_path("adapter", "Folder of a trained adapter, from a run or in PEFT's TinyLoRA format.")
+    flags.DEFINE_enum("to", None, ["merged", "tinylora", *_PEFT], "Format to write.")
+    define_path("output", "Folder to create.")
+    flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
+    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
     flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

@@ -3,10 +3,10 @@
     python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --prompt='What is 2 + 3?'
     python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'
 
-Every prompt meets every adapter, ours or PEFT's TinyLoRA, in the template that it was trained with; `base` is the
-model without one. A single answer is printed token by token, of several each line when it is complete, behind the
-number of its prompt and the name of its adapter. Without --prompt the lines of standard input are the prompts: one
-after the other from a terminal, else all in one batch.
+Every adapter answers every prompt in the template of its training. Adapters may be in this project's or PEFT's TinyLoRA
+format; `base` is the model without an adapter. A single answer is printed token by token. Several answers are printed
+line by line, after the number of the prompt and the name of the adapter. Without --prompt, prompts are read from
+standard input: one at a time from a terminal, otherwise all lines in one batch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from tinylora_jax.io.hf import NotInCacheError
 from tinylora_jax.rollout import Sampling, stream
 
 FLAGS = flags.FLAGS
-BASE = "base"  # names the model without an adapter; a folder of that name is ./base
-_WIDTH_STEP = 64  # prompts are padded to a multiple of this, so that the next one seldom compiles anything
-_MOST_TEXT = 2**24  # characters of standard input
-_EVERY = 4  # tokens between two looks at what has come
+BASE = "base"  # stands for the model without an adapter; write ./base for a folder of that name
+_WIDTH_STEP = 64  # prompts are padded to a multiple of this, so that new prompts rarely need a compilation
+_MOST_TEXT = 2**24  # largest number of characters read from standard input
+_EVERY = 4  # number of tokens between two updates of the output
 _adapted = jax.jit(Policy.__call__)
 
 
@@ -46,14 +46,14 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Answering:
-    """A model and the adapters that answer.
+    """A model and the adapters that answer prompts.
 
     Attributes:
-      base: the model.
+      base: base model.
       names: displayed names of the adapters.
-      templates: names of the prompt templates that they answer in.
-      policy: the model with factors; None if no adapter is among them.
-      vectors: `[adapters, groups, u]`, zeros for the base model.
+      templates: name of each adapter's prompt template.
+      policy: model with factors; None without adapters.
+      vectors: vector of each adapter, `[adapters, groups, u]`; zeros for the base model.
     """
 
     base: Pretrained
@@ -63,7 +63,7 @@ class Answering:
     vectors: np.ndarray | None
 
     def weights(self, prompts: int) -> Any:
-        """The weights for rows that are prompt-major: every prompt with every adapter."""
+        """The weights for prompt-major rows: every prompt with every adapter."""
         if self.policy is None:
             return self.base.params
         rows = self.vectors[0] if len(self.names) == 1 else np.tile(self.vectors, (prompts, 1, 1))
@@ -71,7 +71,7 @@ class Answering:
 
 
 def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
-    """Folder names without what all have in common at both ends.
+    """Shortens folder names by their common prefix and suffix.
 
     >>> short_names(["/tmp/a/adapter", "/tmp/b/adapter", "base"])
     ('a', 'b', 'base')
@@ -92,19 +92,19 @@ def load(
     """Loads the model and reads its adapters.
 
     Args:
-      model: as `load_pretrained` takes it; None is the base that the adapters name.
-      adapters: folders, or `base`; none is the base model alone.
+      model: source of the model, as for `load_pretrained`; None uses the base model named in the adapters.
+      adapters: folders of adapters, or `base`; empty for the base model only.
       dtype: dtype of the weights.
-      template: name of the prompt template; None is each adapter's own.
-      download: whether a base that the adapters alone name may be downloaded: whoever made them chose it.
+      template: name of the prompt template; None uses each adapter's own.
+      download: whether a base model named only by the adapters, and so chosen by their author, may be downloaded.
 
     Raises:
       AdapterError, PeftError: an adapter is damaged or was trained on another model.
-      InputError: there is no model, an adapter is given twice, or two cannot share a batch.
+      InputError: no model is named, an adapter is repeated, or adapters cannot share a batch.
     """
     adapters = list(adapters) or [BASE]
     if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
-        raise InputError(f"--adapter={twice[0]} is given twice; for several answers of one there is --samples")
+        raise InputError(f"--adapter={twice[0]} is given twice; use --samples for several answers of one adapter")
     folders = [name for name in adapters if name != BASE]
     trained = {name: open_adapter(Path(name)) for name in folders}
     shown = short_names(adapters)
@@ -112,16 +112,16 @@ def load(
     _check_alike(trained, model)
     named = next((each.base for each in trained.values() if each.base is not None), None)
     if model is None and named is None:
-        where = "the adapter does not name its base model" if trained else "without an adapter nothing says which"
-        raise InputError(f"--model is missing: {where}; a hub id, a folder or a .gguf file")
+        where = "the adapter does not name its base model" if trained else "without an adapter it is required"
+        raise InputError(f"--model is missing: {where}; set it to a hub id, a folder or a .gguf file")
     tell(f"loading {model or named}")
     try:
         base = load_pretrained(model or named, dtype, download=download or model is not None)
     except NotInCacheError as error:
-        raise InputError(f"the adapter calls its base {named!r}, which {NOT_IN_CACHE}") from error
+        raise InputError(f"the adapter names the base model {named!r}, which {NOT_IN_CACHE}") from error
     except (FileNotFoundError, ValueError) as error:
         if model is None:
-            raise InputError(f"{error} (the adapter calls its base {named!r}; --model says where it is)") from error
+            raise InputError(f"{error} (the adapter names its base {named!r}; set --model to its path)") from error
         raise
     if not trained:
         return Answering(base, (BASE,), templates, None, None)
@@ -129,31 +129,31 @@ def load(
     try:
         factors, read = read_together(base.params, list(trained.values()))
     except CombinationError as error:
-        raise InputError(f"the adapters cannot share a batch: {error}; give them a command each") from error
+        raise InputError(f"the adapters cannot share a batch: {error}; run a separate command for each") from error
     by_name = dict(zip(trained, read, strict=True)) | {BASE: np.zeros((factors.num_groups, factors.spec.u), np.float32)}
     vectors = np.stack([by_name[name] for name in adapters])
     return Answering(base, shown, templates, Policy(base.params, factors), vectors)
 
 
 def _check_alike(adapters: Mapping[str, SavedAdapter], model: str | None) -> None:
-    """Says which adapters cannot share a batch before anything is loaded."""
+    """Raises an error for adapters that cannot share a batch, before anything is loaded."""
     for first, one in list(adapters.items())[:1]:
         for name, other in adapters.items():
             if other.spec.rank != one.spec.rank or set(other.spec.targets) != set(one.spec.targets):
                 shape = lambda spec: f"rank {spec.rank} and {len(spec.targets)} weights"
                 raise InputError(
-                    f"{name} adapts {shape(other.spec)}, {first} {shape(one.spec)}: adapters of one batch need the same"
-                    " of both, so these two need a command each"
+                    f"{name} adapts {shape(other.spec)}, but {first} {shape(one.spec)}; adapters in one batch need the"
+                    " same rank and weights, so run a separate command for each"
                 )
             if model is None and None not in (one.base, other.base) and other.base != one.base:
                 raise InputError(
-                    f"{name} was trained on {other.base!r}, {first} on {one.base!r}; give them a command each, or name"
-                    " the model of both with --model"
+                    f"{name} was trained on {other.base!r}, but {first} on {one.base!r}; run a separate command for"
+                    " each, or name the model of both with --model"
                 )
 
 
 def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], given: str | None) -> tuple[str, ...]:
-    """The template of each adapter: the one given, or its own; for one that names none the first that is named."""
+    """Chooses each adapter's template: the given one, else its own, else the first one that any adapter names."""
     if given is not None:
         get_template(given)
         return (given,) * len(adapters)
@@ -161,7 +161,7 @@ def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], gi
     for name, template in zip(names, own, strict=True):
         if template is not None and template not in TEMPLATES:
             raise InputError(
-                f"{name} was trained in the template {template!r:.60}, which is not known here; choose one of"
+                f"{name} was trained with the template {template!r:.60}, which is unknown; choose one of"
                 f" {', '.join(TEMPLATES)} with --template"
             )
     first = next(filter(None, own), None)
@@ -169,15 +169,15 @@ def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], gi
     if first:
         users = lambda template: ", ".join(name for name, its in zip(names, found, strict=True) if its == template)
         said = "; ".join(f"{template} ({users(template)})" for template in dict.fromkeys(found))
-        tell(f"in the template that adapters were trained in: {said}. --template chooses one for all")
+        tell(f"using the templates from training: {said}. Set --template to use one for all")
     return found
 
 
 def encode(answering: Answering, prompts: Sequence[str], max_new_tokens: int) -> list[list[list[int]]]:
-    """Prompts as tokens: of every prompt one list for each adapter, in its template.
+    """Encodes prompts: for every prompt, one list of tokens for each adapter, in its template.
 
     Raises:
-      InputError: one is empty, is not text, or leaves no room for an answer.
+      InputError: a prompt is empty, is not text, or leaves no room for an answer.
     """
     base, encoded = answering.base, []
     room = base.config.max_positions - max_new_tokens
@@ -192,8 +192,8 @@ def encode(answering: Answering, prompts: Sequence[str], max_new_tokens: int) ->
         longest = max(map(len, rendered.values()))
         if longest > room:
             raise InputError(
-                f"prompt {number} has {longest} tokens; with --max_new_tokens={max_new_tokens} the"
-                f" {base.config.max_positions} positions of {base.name} leave {room}. Shorten one of them"
+                f"prompt {number} has {longest} tokens, but --max_new_tokens={max_new_tokens} leaves {room} of the"
+                f" {base.config.max_positions} positions of {base.name}; shorten the prompt or lower the flag"
             )
         encoded.append([rendered[name] for name in answering.templates])
     return encoded
@@ -208,15 +208,15 @@ def answer(
     samples: int = 1,
     first: int = 0,
 ) -> None:
-    """Answers every prompt with every adapter in one batch, and writes while it does.
+    """Answers every prompt with every adapter in one batch, and writes the answers as they are generated.
 
     Args:
-      answering: the model and its adapters.
-      prompts: token ids of every prompt for each adapter.
-      sampling: how completions are drawn.
-      key: key of the sampling noise; a prompt gets the same noise with every adapter.
-      out: where the answers go.
-      samples: answers per prompt and adapter.
+      answering: model and adapters.
+      prompts: token ids of every prompt, for each adapter.
+      sampling: sampling settings.
+      key: PRNG key of the sampling noise; a prompt gets the same noise with every adapter.
+      out: output stream for the answers.
+      samples: number of answers per prompt and adapter.
       first: number of prompts answered before.
     """
     asked = [Prompt(first + place, tuple(tokens), "", "") for place, row in enumerate(prompts) for tokens in row]
@@ -254,7 +254,7 @@ def _labels(prompts: int, names: Sequence[str], samples: int) -> list[str]:
 
 
 def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
-    """Batches of prompts: those given, or the lines of `source`, from a terminal one at a time."""
+    """Yields batches of prompts: the given ones, or the lines of `source`, one at a time from a terminal."""
     if given:
         yield list(given)
     elif not source.isatty():
@@ -263,7 +263,7 @@ def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
             raise InputError(f"standard input has more than {_MOST_TEXT} characters; give fewer prompts at a time")
         lines = [line for line in text.splitlines() if line.strip()]
         if not lines:
-            raise InputError("no prompt: give --prompt, or lines on standard input")
+            raise InputError("no prompt: set --prompt, or write lines to standard input")
         yield lines
     else:
         while True:
@@ -276,9 +276,9 @@ def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
 
 
 def run(values: flags.FlagValues) -> None:
-    """What the command line says."""
+    """Runs the command with parsed flags."""
     if values.samples > 1 and values.temperature == 0:
-        raise InputError(f"--samples={values.samples} are all alike at --temperature=0; raise it")
+        raise InputError(f"--samples={values.samples} would all be equal at --temperature=0; raise the temperature")
     sampling = Sampling(values.max_new_tokens, values.temperature)
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     adapters, download = values.adapter or [], values.allow_download
@@ -292,7 +292,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     use_compilation_cache()
     for file in (sys.stdin, sys.stdout):
@@ -302,20 +302,22 @@ def main(argv: Sequence[str]) -> None:
             run(FLAGS)
         except KeyboardInterrupt:
             sys.exit(130)
-        except BrokenPipeError:  # whoever read has had enough, and Python would complain once more at its end
+        except BrokenPipeError:  # the reader has closed the pipe; avoids a second message when Python exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "What `config.model` takes; absent: the base that the first adapter names.")
-    define_path("adapter", f"Folder of a trained adapter, or {BASE}; again for more of them.", several=True)
-    flags.DEFINE_bool("allow_download", False, "Download the base that the adapter names if it is not in the cache.")
-    flags.DEFINE_multi_string("prompt", [], "A question; again for more. Absent: lines of standard input.")
-    _about = f"The messages around a question: {', '.join(TEMPLATES)}. Absent: each adapter's own, else plain."
+    flags.DEFINE_string("model", None, "Model, as for `config.model`. Default: the first adapter's base model.")
+    define_path("adapter", f"Folder of a trained adapter, or {BASE}; may be repeated.", several=True)
+    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
+    flags.DEFINE_multi_string("prompt", [], "Question; may be repeated. Default: lines of standard input.")
+    _about = f"Prompt template: {', '.join(TEMPLATES)}. Default: each adapter's own, else plain."
     flags.DEFINE_string("template", None, _about)
-    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", lower_bound=0)
-    flags.DEFINE_integer("samples", 1, "Answers per prompt and adapter.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
+    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer, in tokens.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 takes the most likely token.", lower_bound=0)
+    flags.DEFINE_integer("samples", 1, "Number of answers per prompt and adapter.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"], "dtype of the weights. Default: float32 on a CPU, else bfloat16."
+    )
     app.run(main, flags_parser=parse_flags)

@@ -1,11 +1,11 @@
-"""Trains an adapter by GRPO.
+"""Trains an adapter with GRPO.
 
     python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
     python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_7b.py --workdir=… --config.adapter.u=4
 
-Any field of the config can be overridden. The run is saved after every step: Ctrl-C, SIGTERM or a crash, and
-the same command continues it to the same bits. The last line printed is the result as one JSON object, which
-is also in `workdir/summary.json`.
+Any field of the config can be overridden. The run is saved after every step. After Ctrl-C, SIGTERM or a crash, the same
+command continues it with bit-identical results. The last line printed is the result as one JSON object, which is also
+in `workdir/summary.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tinylora_jax.training import TrainState
 
 
 class Trainer(runs.Trainer):
-    """Learns from rewards: rollout, grading, update; see `runs.Trainer`."""
+    """Trains with rewards: rollout, grading and update; see `runs.Trainer`."""
 
     def __init__(
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
@@ -42,12 +42,12 @@ class Trainer(runs.Trainer):
         self.learner = rl.Learner(plan_of(config, specs, task.model, self.width), self.optimizer)
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
-        """The programs of a step, to be compiled before the first."""
+        """Lowers the programs of a step, to compile them in advance."""
         yield lower_answer(task, state.v, self.config.batch_size, self.width, task.sampling, self.config.samples)
         yield from self.learner.lower(state, task.policy)
 
     def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
-        """One rollout of a batch of prompts and the updates on it.
+        """Runs one rollout of a batch of prompts, and the updates on it.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     summary = runs.command_line(FLAGS, run)
     if is_first():

@@ -1,13 +1,13 @@
-"""The reward along a line in v, or over a plane: what a handful of parameters allows one to look at.
+"""Measures the reward along a line or over a plane in v, which few parameters make possible.
 
     python -m experiments.landscape --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter \\
         --output=/tmp/landscape.json
     python -m experiments.landscape … --adapter=A --adapter=B --points=15
 
-The line leads from the untrained model through a trained vector and beyond, at t times the vector for t from --low to
---high. A second adapter of the same factors makes it a plane; with --random=SEED the other axis is a random direction,
-orthogonal to the vector and as long. All points answer the same questions with the same sampling noise, as one batch of
-adapters. Writes the JSON and, beside it, a PNG.
+Points on the line are t times the trained vector, with t from --low to --high; t = 0 is the untrained model. A second
+adapter with the same factors spans a plane. With --random=SEED, the second axis is a random direction, orthogonal to
+the vector and of the same length. All points answer the same questions with the same sampling noise, as one batch of
+adapters. Writes a JSON file and a PNG next to it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from tinylora_jax.files import write_atomically
 from tinylora_jax.io import open_adapter
 
 FLAGS = flags.FLAGS
-_ROWS = 2048  # completions decoded together, about
+_ROWS = 2048  # approximate number of completions decoded together
 
 
 def grid(first: np.ndarray, second: np.ndarray | None, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a line or a plane.
+    """Computes the points of a line or a plane.
 
     Args:
-      first: vector `[groups, u]`, the direction of the line.
-      second: that of the other axis; None for a line.
+      first: vector of the first axis, `[groups, u]`.
+      second: vector of the second axis; None for a line.
       ts: coordinates on each axis.
 
     Returns:
@@ -55,10 +55,10 @@ def grid(first: np.ndarray, second: np.ndarray | None, ts: np.ndarray) -> tuple[
 
 
 def orthogonal(v: np.ndarray, seed: int) -> np.ndarray:
-    """A random direction orthogonal to v and of its length.
+    """Draws a random direction orthogonal to v and of the same length.
 
     Raises:
-      ConfigError: v has but one number, or is zero.
+      ConfigError: v has only one number, or is zero.
     """
     if v.size < 2 or not np.any(v):
         raise ConfigError("--random: a vector of one number, or of zeros, has no orthogonal direction")
@@ -70,17 +70,17 @@ def orthogonal(v: np.ndarray, seed: int) -> np.ndarray:
 def rewards(
     task: Task, vectors: np.ndarray, prompts: Sequence[Prompt], samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Grades of every point on the same questions with the same noise.
+    """Grades every point on the same questions with the same noise.
 
     Args:
-      task: the model.
-      vectors: `[points, groups, u]`.
-      prompts: the questions.
-      samples: completions a question.
+      task: model with its reward and sampling settings.
+      vectors: vector of each point, `[points, groups, u]`.
+      prompts: encoded questions.
+      samples: number of completions per question.
       seed: seed of the sampling noise.
 
     Returns:
-      Strict and lenient grades, each `[points, questions]`: means over the samples.
+      Strict and lenient grades, averaged over samples, each `[points, questions]`.
     """
     width, points = padded_width(prompts), len(vectors)
     chunk = max(1, min(len(prompts), _ROWS // (points * samples)))
@@ -102,13 +102,13 @@ def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: in
     """Measures the landscape.
 
     Args:
-      config: model, questions (`eval_data`), samples and sampling.
-      adapters: one, or two of the same factors.
+      config: run configuration with model, questions (`eval_data`), samples and sampling.
+      adapters: folder of one adapter, or of two with the same factors.
       ts: coordinates on each axis.
-      random: seed of a random second axis; None for none.
+      random: seed of a random second axis; None for no such axis.
 
     Returns:
-      What is written.
+      The JSON-serializable result.
 
     Raises:
       ConfigError: the adapters cannot span a plane.
@@ -123,7 +123,7 @@ def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: in
             lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), task.policy.factors.leaves, other.leaves
         )
         if vectors[0].shape != vectors[1].shape or not all(jax.tree.leaves(same)):
-            raise ConfigError(f"{adapters[0]} and {adapters[1]} are of different specs: a plane needs the same factors")
+            raise ConfigError(f"{adapters[0]} and {adapters[1]} have different specs; a plane needs the same factors")
     second = vectors[1] if len(vectors) == 2 else (None if random is None else orthogonal(vectors[0], random))
     places, points = grid(vectors[0], second, ts)
     prompts = make_prompts(config, questions, task)
@@ -148,14 +148,14 @@ def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: in
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     use_compilation_cache()
     output = Path(FLAGS.output)
     if output.suffix != ".json":
         fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
     if len(FLAGS.adapter) > 2 or (len(FLAGS.adapter) == 2 and FLAGS.random is not None):
-        fail("a landscape has one --adapter, or two, or one and --random")
+        fail("a landscape needs one --adapter, two, or one and --random")
     if not FLAGS.low < FLAGS.high:
         fail(f"--low={FLAGS.low} must be below --high={FLAGS.high}")
     with reporting_errors():
@@ -169,13 +169,13 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
-        "config", None, "Model, questions, samples; as for experiments.grpo.", lock_config=True
+        "config", None, "Config file with model, questions and samples, as for experiments.grpo.", lock_config=True
     )
     define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
-    define_path("output", "The .json to write; the .png lies beside it.")
-    flags.DEFINE_integer("points", 21, "Points on each axis.", lower_bound=2)
-    flags.DEFINE_float("low", -1.0, "First coordinate: multiples of the vector.")
-    flags.DEFINE_float("high", 3.0, "Last coordinate.")
+    define_path("output", "Write the result to this .json file, and a .png file next to it.")
+    flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
+    flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")
+    flags.DEFINE_float("high", 3.0, "Last coordinate, as a multiple of the vector.")
     flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
     flags.mark_flags_as_required(["config", "adapter", "output"])
     app.run(main, flags_parser=parse_flags)

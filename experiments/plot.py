@@ -1,16 +1,16 @@
-"""Draws a run, finished or still going, to one PNG; of several runs, the mean over their seeds.
+"""Plots a finished or running run as a PNG, or the mean over seeds of several runs.
 
     python -m experiments.plot --workdir=/tmp/tinylora-demo
     python -m experiments.plot --workdir=/tmp/seed0 --workdir=/tmp/seed1 --output=/tmp/curves.png
     python -m experiments.plot --workdir=/tmp/sweep
 
-Of GRPO: reward with one standard error, and the accuracies before and after; length and truncation; |v| and its
-numbers; how far the probabilities of rollout and update differ; seconds of each phase. Of SFT: loss, gradient and
-entropy, |v| and its numbers, length of the solutions, seconds. `experiments.grpo` and `experiments.sft` draw it at
-their end, and `experiments.sweep` its curves.
+For GRPO it shows the reward with one standard error and the accuracies before and after; length and truncation; |v|
+and its components; the difference between probabilities in rollout and update; and the seconds of each phase. For SFT
+it shows loss, gradient and entropy, |v| and its components, solution length and seconds. `experiments.grpo` and
+`experiments.sft` draw this plot at the end, and `experiments.sweep` draws its curves.
 
-Of several runs, or the members of a sweep, those that differ by their seeds alone make one curve: the mean of their
-rewards (of SFT, losses) over the steps, with a band of one standard error. The numbers lie beside it as JSON, from
+For several runs, or the members of a sweep, runs that differ only in their seeds form one curve: their mean reward (or
+loss, for SFT) over the steps, with a band of one standard error. The data are written next to the PNG as JSON, from
 which --redraw draws it again.
 """
 
@@ -35,32 +35,32 @@ from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, w
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAME = "run.png"  # of the picture, in the workdir
-_MAX_JSON_BYTES = 2**28  # a line of metrics has a kilobyte
-CURVES = "curves.png"  # of the curves of a sweep, in its workdir
+NAME = "run.png"  # file name of the plot, in the workdir
+_MAX_JSON_BYTES = 2**28  # a line of metrics takes about a kilobyte
+CURVES = "curves.png"  # file name of a sweep's curves, in its workdir
 _GRPO = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
 _SFT = ("loss", "grad_norm", "entropy", "length", "v_norm", "update_s")
-_OPTIONAL = ("reward_se", "grading_s")  # not in runs of older versions
+_OPTIONAL = ("reward_se", "grading_s")  # absent in runs of older versions
 
 
 class PlotError(ValueError):
-    """A folder holds no run that can be drawn."""
+    """A folder contains no run that can be plotted."""
 
 
 def read_run(workdir: Path) -> Run:
-    """Reads what a run has logged so far.
+    """Reads the log of a run so far.
 
     Raises:
-      PlotError: there is no run, no step is done, or a file is damaged.
+      PlotError: there is no run, no step is finished, or a file is damaged.
     """
     path = workdir / "metrics.jsonl"
     if not workdir.is_dir():
-        raise PlotError(f"{workdir} is no folder; expected the --workdir of a run")
+        raise PlotError(f"{workdir} is not a folder; expected the --workdir of a run")
     if not (workdir / "config.json").exists() and not path.exists():
-        raise PlotError(f"{workdir} holds no run: it has neither config.json nor metrics.jsonl")
+        raise PlotError(f"{workdir} contains no run: it has neither config.json nor metrics.jsonl")
     rows = _rows(path) if path.exists() else []
     if not rows:
-        raise PlotError(f"{workdir} holds a run that has not finished a step; draw it when the first one is done")
+        raise PlotError(f"{workdir} contains a run without a finished step; plot it after the first step")
     config, before, summary = (_json(workdir / name) for name in ("config.json", "eval_before.json", "summary.json"))
     shared = set.intersection(*(set(row) for row in rows))
     vectors = np.array([row["v"] for row in rows]) if "v" in shared else None
@@ -95,7 +95,7 @@ def _accuracies(path: Path, found: Any) -> dict[str, float] | None:
     if not found:
         return None
     if not isinstance(found, dict) or not {"strict", "lenient"} <= found.keys():
-        raise PlotError(f"{path} is damaged: it has no accuracy `strict` and `lenient`")
+        raise PlotError(f"{path} is damaged: it lacks the accuracies `strict` and `lenient`")
     return {name: _number(path, found[name]) for name in ("strict", "lenient")}
 
 
@@ -106,7 +106,7 @@ def _number(where: object, value: Any) -> float:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The steps of metrics.jsonl; of a last line without its end, which a run may be writing, nothing is kept."""
+    """Reads the steps of metrics.jsonl; an incomplete last line, which a run may be writing, is skipped."""
     try:
         *lines, torn = read_at_most(path, _MAX_JSON_BYTES).split(b"\n")
     except (OSError, ValueError) as error:
@@ -123,7 +123,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             raise PlotError(f"{where} is damaged: expected step {index}, found {str(row)[:40]!r}")
         needed = _GRPO if "reward" in (rows or [row])[0] else _SFT
         if missing := [name for name in needed if name not in row]:
-            raise PlotError(f"{where} has no {', '.join(missing)}: it is not of experiments.grpo or experiments.sft")
+            raise PlotError(f"{where} lacks {', '.join(missing)}: it is not from experiments.grpo or experiments.sft")
         known = {name: _number(f"{where}, {name}", row[name]) for name in (*needed, *_OPTIONAL) if name in row}
         numbers = known | {name: float(x) for name, x in row.items() if name != "step" and is_number(x)}
         if "v" in row:
@@ -136,17 +136,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(workdir: Path, output: Path | None = None) -> Path:
-    """Draws what a run has logged so far, or the curves of a sweep (see `plot_curves`).
+    """Plots the log of a run so far, or the curves of a sweep (see `plot_curves`).
 
     Args:
       workdir: folder of the run or sweep.
-      output: the PNG to write; None is `run.png` in the workdir, `curves.png` in a sweep's.
+      output: path of the PNG; None for `run.png` in the workdir, or `curves.png` for a sweep.
 
     Returns:
       The path of the PNG.
 
     Raises:
-      PlotError, CurveError: there is nothing to draw, or it is damaged.
+      PlotError, CurveError: there is nothing to plot, or a file is damaged.
       ImportError: matplotlib is not installed.
     """
     if _members(workdir):
@@ -159,22 +159,22 @@ def plot(workdir: Path, output: Path | None = None) -> Path:
 def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
-    write_atomically(path, picture.getvalue(), durable=False)  # who looks while it is written sees the old one
+    write_atomically(path, picture.getvalue(), durable=False)  # a viewer sees the old file until then
 
 
 def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
-    """Draws the means over seeds of what several runs have logged so far.
+    """Plots means over seeds of the logs of several runs so far.
 
     Args:
-      workdirs: folders of runs, or of sweeps, which stand for their members.
-      output: the PNG to write; the JSON of its numbers lies beside it.
+      workdirs: folders of runs, or of sweeps, which represent all their members.
+      output: path of the PNG; a JSON file with the data is written next to it.
 
     Returns:
       The path of the PNG.
 
     Raises:
-      CurveError: the runs do not belong together.
-      PlotError: there is nothing to draw, or it is damaged.
+      CurveError: the runs cannot be combined.
+      PlotError: there is nothing to plot, or a file is damaged.
       ImportError: matplotlib is not installed.
     """
     folders = [member for workdir in workdirs for member in (_members(workdir) or [workdir])]
@@ -185,21 +185,21 @@ def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
 
 
 def _members(workdir: Path) -> list[Path]:
-    """The members of a sweep that have finished a step; none of a run."""
+    """The members of a sweep that have finished a step; empty for a run."""
     logs = sorted((workdir / "members").glob("*/metrics.jsonl"))
     return [log.parent for log in logs if log.stat().st_size]
 
 
 def try_plot(workdir: Path) -> None:
-    """Draws a run and says where; if that fails, says why. What a run ends with: a picture must not cost its result."""
+    """Plots a run at its end, and reports the path or the failure: a failed plot must not fail the run."""
     try:
         tell(f"drawn: {plot(workdir)}")
-    except Exception as error:  # matplotlib, its fonts, the disk
-        tell(f"not drawn ({type(error).__name__}: {error}); python -m experiments.plot --workdir={workdir} tries again")
+    except Exception as error:  # from matplotlib, its fonts or the disk
+        tell(f"no plot ({type(error).__name__}: {error}); retry: python -m experiments.plot --workdir={workdir}")
 
 
 def _drawn(workdirs: Sequence[Path], output: Path | None) -> Path:
-    """Does what the flags say."""
+    """Draws the plot that the flags request."""
     if output is None or len(workdirs) == 1:
         return plot(workdirs[0], output)
     if workdirs:
@@ -209,14 +209,14 @@ def _drawn(workdirs: Sequence[Path], output: Path | None) -> Path:
 
 
 def checked_curves(path: Path) -> dict[str, Any]:
-    """Curves that this command wrote, read for drawing them again.
+    """Reads and checks curves that this command wrote, to draw them again.
 
     Raises:
-      PlotError: the file is damaged or holds something else; names the field.
+      PlotError: the file is damaged or of another kind; the message names the field.
     """
     result = _json(path)
     if not {"curves", "metric", "untrained", "model"} <= result.keys():
-        raise PlotError(f"{path} holds no curves; expected a JSON that this command wrote")
+        raise PlotError(f"{path} contains no curves; expected a JSON file written by this command")
     curves, before, model = result["curves"], result["untrained"], result["model"]
     numbers = lambda x: isinstance(x, list) and all(is_number(each) and abs(each) < 1e15 for each in x)
     wrong = [] if result["metric"] in ("reward", "loss") else ["metric"]
@@ -237,17 +237,17 @@ def checked_curves(path: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     if bool(FLAGS.workdir) == bool(FLAGS.redraw):
-        fail("give --workdir, once or more, or --redraw")
+        fail("set --workdir (it may be repeated) or --redraw")
     if not all(FLAGS.workdir or [True]):
         fail("--workdir is empty; name the folder of a run")
     output = None if FLAGS.output is None else Path(FLAGS.output)
     if output is not None and (output.suffix != ".png" or output.is_dir()):
         fail(f"--output={FLAGS.output}: expected a file name that ends in .png")
     if output is None and (FLAGS.redraw or len(FLAGS.workdir) > 1):
-        fail("--output is missing; of several runs, and of a --redraw, name the .png to write")
+        fail("--output is missing; it is required for several runs and for --redraw")
     with reporting_errors():
         try:
             print(_drawn([Path(name) for name in FLAGS.workdir or []], output))
@@ -257,7 +257,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    define_path("workdir", "Folder of a run or a sweep; several make one picture.", several=True)
-    define_path("redraw", "Draw the curves of this JSON again.")
-    define_path("output", "The .png to write; default: run.png in the workdir, curves.png in a sweep's.")
+    define_path("workdir", "Folder of a run or a sweep; may be repeated, for one plot of all.", several=True)
+    define_path("redraw", "Draw the curves of this JSON file again.")
+    define_path("output", "Write the plot to this .png file. Default: run.png or curves.png in the workdir.")
     app.run(main, flags_parser=parse_flags)

@@ -1,12 +1,12 @@
-"""Accuracy against the number of trained parameters: many runs as one table, JSON and picture.
+"""Reports accuracy against the number of trained parameters: many runs as a table, JSON and plot.
 
     python -m experiments.report --runs=RL:/tmp/sweep --runs=RL:/tmp/lora --runs=SFT:/tmp/sft --output=/tmp/report.json
     python -m experiments.report --redraw=experiments/results/gsm8k_0_5b_methods_h100.json --output=/tmp/again.json
 
-A run is the workdir of experiments.grpo, sft or sweep, all of one base model and the same questions. Of several
-settings of one series and size, the one with the best training (reward, or loss, of the last quarter of the steps,
-mean over the seeds) is drawn, as the mean of its seeds, so that no test question chooses it; all stand in the table.
-Each trained accuracy stands beside the untrained one, with a paired test of their difference. The picture lies beside
+Each run is a workdir of experiments.grpo, sft or sweep; all must have the same base model and questions. For each
+series and size, the plot shows the setting with the best training (mean reward or loss over the last quarter of the
+steps and over seeds), as the mean of its seeds, so that test questions do not influence the choice. The table lists all
+runs. It shows trained next to untrained accuracies, with a paired test of their difference. The plot is written next to
 the JSON.
 """
 
@@ -27,13 +27,13 @@ from tinylora_jax.files import expand, is_number, open_regular, parse_json, read
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
 
 FLAGS = flags.FLAGS
-_PRECISION = "float32"  # of v, in runs of versions that knew no other
+_PRECISION = "float32"  # precision of v in runs of older versions
 _MAX_JSON_BYTES = 2**26
-_SETTING = ("method", "rank", "tying", "u", "n_tie", "precision", "learning_rate")  # all but the seed
+_SETTING = ("method", "rank", "tying", "u", "n_tie", "precision", "learning_rate")  # all fields but the seed
 
 
 class ReportError(ValueError):
-    """A folder holds no finished run, or runs do not belong together."""
+    """A folder contains no finished run, or runs cannot be combined."""
 
 
 def _read(path: Path) -> Any:
@@ -47,11 +47,11 @@ def _read(path: Path) -> Any:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Says which file is missing or damaged."""
+    """Adds the name of a missing or damaged file to errors."""
     try:
         yield
     except FileNotFoundError as error:
-        raise ReportError(f"{path} is missing; the run did not end") from error
+        raise ReportError(f"{path} is missing; the run is not finished") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is damaged ({error!r})") from error
 
@@ -62,13 +62,13 @@ def _lines(path: Path) -> list[Any]:
 
 
 def _greedy(path: Path) -> dict[int, bool]:
-    """Whether each question was answered right, greedily and strictly."""
+    """Whether each question was answered correctly by greedy decoding, under the strict grader."""
     with _naming(path):
         return {row["id"]: row["strict"] == 1 for row in _lines(path) if row["mode"] == "greedy"}
 
 
 def _training(path: Path) -> float:
-    """How well the last quarter of the steps went: mean reward, or the negative loss where there is none."""
+    """Mean reward over the last quarter of the steps, or the negative mean loss without rewards."""
     with _naming(path):
         rows = _lines(path)
         last = rows[-max(1, len(rows) // 4) :]
@@ -80,17 +80,17 @@ def _training(path: Path) -> float:
 
 
 def read_runs(series: str, workdir: Path) -> list[dict[str, Any]]:
-    """The trained things of a run or a sweep.
+    """Reads the results of a run or of the members of a sweep.
 
     Args:
-      series: a name such as RL.
+      series: name of the series, such as RL.
       workdir: folder of the run or sweep.
 
     Returns:
-      For each its folder, config, answers before and after, and how training went.
+      For each run its folder, config, answers before and after, and a measure of training success.
 
     Raises:
-      ReportError: the folder holds no finished run.
+      ReportError: the folder contains no finished run.
     """
     try:
         return [
@@ -122,7 +122,7 @@ def _read_run(series: str, workdir: Path, folder: Path) -> dict[str, Any]:
 def _row(run: dict[str, Any]) -> dict[str, Any]:
     config, ids = run["config"], sorted(run["before"])
     if set(run["after"]) != set(run["before"]):
-        raise ReportError(f"a run of {run['params']} parameters answered other questions after training than before")
+        raise ReportError(f"a run with {run['params']} parameters has different questions before and after training")
     before, after = ([float(run[which][i]) for i in ids] for which in ("before", "after"))
     found, difference = estimate(after), compare_right_or_wrong(before, after)
     name = {"tinylora": "TinyLoRA", "lora_xs": "LoRA-XS", "lora": "LoRA", "full": "all weights"}[config["method"]]
@@ -158,19 +158,17 @@ def _checked_row(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All runs as one table.
+    """Combines all runs into one report.
 
     Args:
       runs: runs that `read_runs` returned.
 
     Raises:
-      ReportError: they are of several models, or answered several sets of questions.
+      ReportError: the runs have different models or questions.
     """
     models, sets = {run["model"] for run in runs}, {tuple(sorted(run["before"])) for run in runs}
     if len(models) > 1 or len(sets) > 1:
-        raise ReportError(
-            f"the runs are of {len(models)} models and {len(sets)} sets of questions; expected one of each"
-        )
+        raise ReportError(f"the runs have {len(models)} models and {len(sets)} sets of questions; expected one of each")
     first = runs[0]
     base = estimate([float(x) for x in first["before"].values()])
     rows = sorted(map(_checked_row, runs), key=lambda row: (row["series"], row["params"], row["learning_rate"]))
@@ -188,7 +186,7 @@ def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
-    """By series, the best-trained setting of every size: the rows of its runs, which differ by their seeds alone."""
+    """The best-trained setting of every size, by series: the rows of its runs, which differ only in their seeds."""
     settings: dict[tuple[str, int], dict[tuple[Any, ...], list[dict[str, Any]]]] = {}
     for row in rows:
         setting = tuple({"precision": _PRECISION, **row}.get(name) for name in _SETTING)
@@ -204,7 +202,7 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """What is drawn of `best`: means over the seeds, of the ends of the intervals too."""
+    """The points to draw: means over seeds of accuracies and of interval bounds."""
     drawn = ("params", "accuracy", "low", "high")
     return {
         series: [{name: _mean(runs, name) for name in drawn} for runs in sizes] for series, sizes in best(rows).items()
@@ -212,14 +210,14 @@ def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
 
 
 def checked_report(path: Path) -> dict[str, Any]:
-    """A report that this command wrote, read for drawing it again.
+    """Reads and checks a report that this command wrote, to draw it again.
 
     Raises:
-      ReportError: the file is damaged or holds something else; names the field.
+      ReportError: the file is damaged or of another kind; the message names the field.
     """
     result = _read(path)
     if not (isinstance(result, dict) and {"runs", "untrained"} <= result.keys()):
-        raise ReportError(f"{path} is no report; expected a JSON that this command wrote")
+        raise ReportError(f"{path} is not a report; expected a JSON file written by this command")
     rows = result["runs"]
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ReportError(f"{path}: runs: expected a list of objects, one or more")
@@ -234,11 +232,9 @@ def checked_report(path: Path) -> dict[str, Any]:
         wrong += ["precision"] if not isinstance(row.get("precision", _PRECISION), str) else []
         wrong += [name for name in _SETTING if isinstance(row.get(name, ""), list | dict)]
         if wrong or "u" not in row or "tying" not in row or "rank" not in row or not isinstance(row["params"], int):
-            raise ReportError(
-                f"{path}: {where} is no run: {', '.join(wrong) or 'a field'} is missing or not as written"
-            )
+            raise ReportError(f"{path}: {where} is not a run: {', '.join(wrong) or 'a field'} is missing or invalid")
         if not isinstance(row["tying"], str | None):
-            raise ReportError(f"{path}: {where}: tying: expected a text or null")
+            raise ReportError(f"{path}: {where}: tying: expected a string or null")
     return result
 
 
@@ -252,7 +248,7 @@ def _require(path: Path, where: str, row: Any, names: Sequence[str], low: float,
 
 
 def _name(row: dict[str, Any]) -> str:
-    """A run in words: its method, and what is not the default of u, tying and precision."""
+    """Describes a run: its method, and non-default values of u, tying and precision."""
     words = [row["series"], row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
     words += [f"u={row['u']}"] if row["u"] not in (None, 1) else []
     words += [row["tying"]] if row["tying"] not in (None, "tiled") else []
@@ -261,7 +257,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def runs_table(result: dict[str, Any]) -> str:
-    """The runs, one a line; those that are drawn have a star."""
+    """Formats the runs, one per line; a star marks those in the plot."""
     drawn = {id(row) for sizes in best(result["runs"]).values() for rows in sizes for row in rows}
     base = result["untrained"]
     names = ["", "untrained", *(f"{'*' if id(row) in drawn else ' '}{_name(row)}" for row in result["runs"])]
@@ -282,13 +278,13 @@ def runs_table(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     output = Path(FLAGS.output)
     if output.suffix != ".json":
         fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
     if bool(FLAGS.runs) == bool(FLAGS.redraw):
-        fail("give --runs, once or more, or --redraw")
+        fail("set --runs (it may be repeated) or --redraw")
     with reporting_errors():
         if FLAGS.redraw:
             result = checked_report(Path(FLAGS.redraw))
@@ -306,7 +302,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
-    define_path("redraw", "Draw the picture of this JSON again.")
-    define_path("output", "The .json to write; the .png lies beside it.")
+    define_path("redraw", "Draw the plot of this JSON file again.")
+    define_path("output", "Write the report to this .json file, and the plot to a .png file next to it.")
     flags.mark_flag_as_required("output")
     app.run(main, flags_parser=parse_flags)

@@ -1,11 +1,11 @@
-"""Trains an adapter by SFT: next-token loss on worked solutions, the baseline for GRPO.
+"""Trains an adapter with SFT: next-token loss on worked solutions, a baseline for GRPO.
 
     python -m experiments.sft --config=experiments/configs/demo.py --workdir=/tmp/sft --config.max_steps=100
     python -m experiments.sft --config=… --workdir=… --config.method=lora --config.train_data.solution_column=solution
 
-The config is GRPO's, so that both train, save, resume and evaluate alike; what it says of samples and rewards counts in
-evaluation alone. A solution is the text of an answer column that ends in `#### 72`, or of the column named; calculator
-annotations are stripped, and the last line is what `config.reward` wants.
+The config is the same as for GRPO, so that both train, save, resume and evaluate in the same way; samples and rewards
+only affect evaluation. Solutions come from an answer column whose text ends in `#### 72`, or from the named column.
+Calculator annotations are removed, and the last line has the format that `config.reward` requires.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
 from tinylora_jax.multihost import is_first
 from tinylora_jax.training import SFT_OBJECTIVE, TrainState, Update, finite_metrics, solutions_batch
 
-_MULTIPLE = 16  # solutions are padded to a multiple of so many tokens
+_MULTIPLE = 16  # solutions are padded to a multiple of this many tokens
 
 
 class Trainer(runs.Trainer):
-    """Learns from worked solutions; see `runs.Trainer`.
+    """Trains on worked solutions; see `runs.Trainer`.
 
     Raises:
-      DataError: a question has no solution, or one that is too long.
+      DataError: a question has no solution, or its solution is too long.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Trainer(runs.Trainer):
         self.update = Update(plan, self.optimizer, SFT_OBJECTIVE)
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
-        """The programs of a step, to be compiled before the first."""
+        """Lowers the programs of a step, to compile them in advance."""
         yield from self.update.lower(state, task.policy)
 
     def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
-        """One update on the solutions of a batch of prompts.
+        """Runs one update on the solutions of a batch of prompts.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     summary = runs.command_line(FLAGS, run)
     if is_first():

@@ -1,15 +1,15 @@
-"""Trains a population of adapters at once: one run for every combination of the values given.
+"""Trains a population of adapters at once: one run for every combination of the given values.
 
     python -m experiments.sweep --config=experiments/configs/demo.py --workdir=/tmp/sweep \\
         --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
     python -m experiments.sweep --config=… --workdir=… --vary=adapter.n_tie=1,4,13,168 --vary=optimizer.learning_rate=…
 
-The first trains all combinations of the values given; --member=field=value,field=value adds one member by itself. Every
-member is the run it would have been alone (its prompts, its noise, its optimizer), and all decode in one batch over
-the same frozen weights. Members may differ by seed, optimizer.*, adapter.* but the rank, and method (`tinylora`,
-`lora_xs`). One that diverges is dropped. The sweep is saved after every step, and the same command continues it. Each
-member has a folder in `members`, with what a run's workdir holds; `summary.json` compares them, and `curves.png` shows
-their rewards.
+--vary trains all combinations of the given values; --member=field=value,field=value adds a single member. Every member
+has the same prompts, noise and optimizer as in a separate run. All decode in one batch over the same frozen weights.
+Members may differ in seed, optimizer.*, adapter.* except the rank, and method (`tinylora`, `lora_xs`). A member that
+diverges is dropped. The sweep is saved after every step, and the same command continues it. Each member has a folder in
+`members` with the contents of a run's workdir. `summary.json` compares the members, and `curves.png` shows their
+rewards.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ FLAGS = flags.FLAGS
 
 
 class Folder:
-    """A sweep's workdir: its own log and checkpoints, and a log for every member.
+    """A sweep's workdir: the log and checkpoints of the sweep, and a log for every member.
 
     Args:
       path: folder of the sweep.
@@ -80,7 +80,7 @@ class Folder:
         self._configs = configs
 
     def claim(self) -> None:
-        """Makes the folder this sweep's own."""
+        """Reserves the folder for this sweep."""
         self.log.claim()
         self.members = {
             name: RunLog(self.member(name), as_json(config, "grpo")) for name, config in self._configs.items()
@@ -106,10 +106,10 @@ class Folder:
 def train(
     population: Population, task: Task, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
 ) -> tuple[dict[str, TrainState], dict[str, str]]:
-    """Runs the steps that are still to do, each saved when it is done.
+    """Runs the remaining steps and saves each one.
 
     Returns:
-      The final state of every member, and why some were dropped.
+      The final state of every member, and the reasons why members were dropped.
     """
     states, dropped, first = population.initial_states(), {}, 0
     if folder.checkpoints.latest_step() is not None:
@@ -146,14 +146,14 @@ def train(
 def run(
     config: ConfigDict, vary: Sequence[str], workdir: Path, stop: StopRequests, member: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Trains and evaluates the members, and compares them; continues what the workdir holds.
+    """Trains, evaluates and compares the members; continues a sweep in the workdir.
 
     Args:
-      config: what the members have in common.
-      vary: texts `field=value,value,…`.
+      config: configuration shared by all members.
+      vary: variations `field=value,value,…`.
       workdir: folder of the sweep.
-      stop: says when to stop early.
-      member: texts `field=value,field=value,…`, of further members.
+      stop: stop requests, checked between phases.
+      member: further members `field=value,field=value,…`.
 
     Returns:
       The summary.
@@ -211,7 +211,7 @@ def _finish(
     about: Mapping[str, Any],
     judge: Callable[..., tuple[dict[str, Any], list[Row]]],
 ) -> dict[str, Any]:
-    """Saves a member and evaluates it as it was saved, if that was not done yet; gives its row of the summary."""
+    """Saves a member and evaluates the saved vector, unless already done; returns its row of the summary."""
     log = folder.members[member.name]
     done = log.read_json("summary.json")
     if done is None:
@@ -229,7 +229,7 @@ def _finish(
 
 
 def members_table(summary: Mapping[str, Any]) -> str:
-    """The members, the best first, below the untrained model."""
+    """Formats the untrained model and the members, best first."""
     percent = lambda result: f"{result['strict']:>8.1%} {result['lenient']:>8.1%}"
     lines = [f"{'':40} {'params':>7} {'strict':>8} {'lenient':>8}"]
     lines.append(f"{'untrained':40} {0:>7} {percent(summary['eval_before'])}")
@@ -240,7 +240,7 @@ def members_table(summary: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Runs the command line."""
     del argv
     use_compilation_cache()
     if not FLAGS.workdir:
@@ -254,9 +254,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "What the members have in common.", lock_config=True)
-    define_path("workdir", "Folder of the sweep: created, or continued.")
-    flags.DEFINE_multi_string("vary", [], "field=value,value,…; may be repeated: all combinations are trained.")
-    flags.DEFINE_multi_string("member", [], "field=value,field=value,…: one more member; may be repeated.")
+    config_flags.DEFINE_config_file("config", None, "Config file shared by all members.", lock_config=True)
+    define_path("workdir", "Folder of the sweep, which is created or continued.")
+    flags.DEFINE_multi_string("vary", [], "Train all combinations of field=value,value,…; may be repeated.")
+    flags.DEFINE_multi_string("member", [], "Add one member field=value,field=value,…; may be repeated.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

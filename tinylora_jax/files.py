@@ -1,4 +1,4 @@
-"""Reads hostile files within bounds, and writes files so that they exist whole or not at all."""
+"""Reads untrusted files within limits, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")
 
 
 def expand(text: str | os.PathLike[str]) -> Path:
-    """A path in which `~` and `$NAME` stand for what the shell would put there.
+    """Expands `~` and `$NAME` in a path, as the shell would.
 
-    A shell leaves them as they are behind `--flag=`, and a folder named `~` is never meant.
+    The shell does not expand them after `--flag=`, and nobody wants a folder named `~`.
 
     Raises:
       ValueError: a variable is not set, or there is no such user.
@@ -39,28 +39,28 @@ def expand(text: str | os.PathLike[str]) -> Path:
     """
     given = os.fspath(text)
     if not given.startswith("~") and os.path.lexists(given):
-        return Path(given)  # a dollar in the name of what is there is meant
+        return Path(given)  # the dollar sign is part of an existing name
     found = os.path.expandvars(given)
     if unknown := _VARIABLE.search(found):
-        raise ValueError(f"{given}: the variable {unknown[0]} is not set; set it, or write the path out")
+        raise ValueError(f"{given}: the variable {unknown[0]} is not set; set it, or write the full path")
     found = os.path.expanduser(found)
     if found.startswith("~"):
-        raise ValueError(f"{given}: there is no user {found.split(os.sep)[0][1:]!r}; write the path out")
+        raise ValueError(f"{given}: there is no user {found.split(os.sep)[0][1:]!r}; write the full path")
     return Path(found)
 
 
 def kind_of(mode: int) -> str:
-    """What a file mode stands for, in words."""
+    """Describes a file mode in words."""
     return next((words for is_kind, words in _KINDS if is_kind(mode)), "a file")
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading; a pipe, which would block, and a device, which has no end, are refused.
+    """Opens a regular file for reading; rejects pipes, which would block, and devices, which have no end.
 
     Raises:
       FileNotFoundError: there is no such file.
-      OSError: it is no regular file, or cannot be read; names it.
+      OSError: it is not a regular file or cannot be read; the message names it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
@@ -71,29 +71,29 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_at_most(path: Path, most: int) -> bytes:
-    """Reads a regular file of at most so many bytes, and no more of a larger one.
+    """Reads a regular file of at most `most` bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      OSError: it is no regular file, or cannot be read.
+      OSError: it is not a regular file, or cannot be read.
       ValueError: it is larger.
     """
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"{path} is larger than {most} bytes, the most that is read of such a file")
+        raise ValueError(f"{path} is larger than {most} bytes, the limit for such a file")
     return data
 
 
 def parse_json(data: bytes | str, **options: Any) -> Any:
-    """Parses JSON; whatever is wrong with it is one `ValueError`, and so is nesting without end.
+    """Parses JSON; every error, including too deep nesting, is a `ValueError`.
 
     Args:
-      data: JSON text, in UTF-8 if it is bytes.
+      data: JSON text; bytes must be UTF-8.
       **options: keyword arguments of `json.loads`.
 
     Raises:
-      ValueError: it is not JSON; says so of a web page, which proxies and login pages send in place of a file.
+      ValueError: it is not JSON; the message points out a web page, which a proxy or login page may send instead.
     """
     try:
         return json.loads(data.decode("utf-8") if isinstance(data, bytes) else data, **options)
@@ -102,23 +102,23 @@ def parse_json(data: bytes | str, **options: Any) -> Any:
     except ValueError as error:
         start = data[:200].lstrip().lower()
         page = start.startswith((b"<!doctype", b"<html") if isinstance(start, bytes) else ("<!doctype", "<html"))
-        hint = "it is a web page, as a proxy or the login page of a network sends: " if page else ""
+        hint = "it is a web page, perhaps from a proxy or a network's login page: " if page else ""
         raise ValueError(f"{hint}{error}") from error
 
 
 def read_json(path: Path, most: int) -> Any:
-    """The value in a JSON file of at most so many bytes.
+    """Reads the value in a JSON file of at most `most` bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      OSError: it is no regular file, or cannot be read.
+      OSError: it is not a regular file, or cannot be read.
       ValueError: it is larger, or not JSON.
     """
     return parse_json(read_at_most(path, most))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that float64 holds: no truth value, no 10^400, no NaN.
+    """Whether a JSON value is a finite number within float64's range: not a boolean, 10^400 or NaN.
 
     >>> is_number(1), is_number(10**400), is_number(True), is_number(float("nan"))
     (True, False, False, False)
@@ -130,10 +130,10 @@ def is_number(value: Any) -> bool:
 
 
 def check_own(folder: Path, names: Sequence[str]) -> None:
-    """Refuses links where a program is about to write: it would overwrite what they point to.
+    """Raises an error for links where a program is about to write: it would overwrite their targets.
 
     Raises:
-      OSError: names the first one.
+      OSError: there is a link; the message names the first one.
     """
     for name in names:
         if (folder / name).is_symlink():
@@ -141,10 +141,10 @@ def check_own(folder: Path, names: Sequence[str]) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Appends to a regular file, made if absent; a link or a pipe in its place is refused.
+    """Appends to a regular file, which is created if absent; rejects links and pipes.
 
     Raises:
-      OSError: names the file.
+      OSError: the file cannot be written; the message names it.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     check_own(path.parent, [path.name])
@@ -158,17 +158,17 @@ def append(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write inside the `with` block, which takes its name at the end; after an error the old one is there.
+    """Yields a file to write, which replaces `path` at the end of the `with` block unless there is an error.
 
-    A link at the path is replaced, never followed. A device, such as /dev/null, is written to.
+    A link at the path is replaced, never followed. A device such as /dev/null is written to directly.
 
     Args:
-      path: name of the file.
-      durable: whether it must survive a power cut. Its bytes are then on the disk before its name is, and both are
-        there at the end of the block, which takes milliseconds.
+      path: path of the file.
+      durable: whether the file must survive a power failure. Its data then reach the disk before its name does, and
+        both are on disk at the end of the block, which takes milliseconds.
 
     Raises:
-      OSError: it cannot be written; names the file.
+      OSError: the file cannot be written; the message names it.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -177,7 +177,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
                 yield file
             return
         with suppress(FileNotFoundError):
-            temporary.unlink()  # of a process that was killed, or a link that is not to be followed
+            temporary.unlink()  # left by a killed process, or a link that must not be followed
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with open(descriptor, "wb") as file:
             yield file
@@ -196,7 +196,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def _is_device(path: Path) -> bool:
-    """Whether there is a device at a path; a pipe or a socket, which would be exchanged for a file, is refused."""
+    """Whether there is a device at a path; rejects pipes and sockets, which would be replaced by a file."""
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -207,24 +207,24 @@ def _is_device(path: Path) -> bool:
 
 
 def write_atomically(path: Path, data: str | bytes, durable: bool = True) -> None:
-    """Writes a file so that a reader, or a process after a crash or a power cut, sees all of it or the old one.
+    """Writes a file atomically: a reader sees the old or the new content, even after a crash or power failure.
 
-    Without `durable`, a power cut may leave the file empty, see `replacing`.
+    Without `durable`, a power failure may leave the file empty; see `replacing`.
     """
     with replacing(path, durable) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Writes values as JSON lines, by `write_atomically`."""
+    """Writes values as JSON lines with `write_atomically`."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_tree(folder: Path) -> None:
-    """Refuses a folder in which, at any depth, there is something else than files and folders.
+    """Raises an error if a folder contains, at any depth, anything but files and folders.
 
     Raises:
-      OSError: names the link, pipe or device.
+      OSError: there is a link, pipe or device; the message names it.
     """
     for root, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -234,20 +234,20 @@ def check_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the file system can."""
+    """Flushes the names in a folder to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # some network file systems refuse it for folders
+        with suppress(OSError):  # some network file systems do not support it for folders
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """Brings all files of a folder, and all names in it, to the disk.
+    """Flushes all files and names in a folder to disk.
 
     Raises:
-      OSError: the folder is gone, or the disk fails.
+      OSError: the folder no longer exists, or the disk fails.
     """
 
     def fail(error: OSError) -> None:

@@ -1,7 +1,7 @@
-"""What the processes of one run tell each other, and arrays of devices as arrays of every host.
+"""Communication between the processes of one run, and copies of distributed arrays on every host.
 
-All devices form one mesh. What a process learns alone, the others learn from it: `on_first` for what the first one
-read or wrote, `collect` for what each computed of its share. With a single process nothing is exchanged.
+All devices form one mesh. `on_first` runs work in the first process, such as reading or writing files, and shares its
+result. `collect` gathers what each process computed for its share. A single process exchanges nothing.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ class HostError(RuntimeError):
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is the first process, which writes all files."""
     return not several() or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Whether the run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this process's: as many as the others', within one."""
+    """This process's share of `count` items; shares differ in size by at most one."""
     processes, index = (jax.process_count(), jax.process_index()) if several() else (1, 0)
     return range(count * index // processes, count * (index + 1) // processes)
 
 
 def collect(items: Sequence[Any]) -> list[Any]:
-    """All processes' items, in the order of the processes. What they are, JSON can hold."""
+    """Gathers the items of all processes, in process order. Items must be JSON-serializable."""
     if not several():
         return list(items)
     data = np.frombuffer(json.dumps(list(items)).encode(), np.uint8)
@@ -50,10 +50,10 @@ def collect(items: Sequence[Any]) -> list[Any]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process; every one gets its result, which JSON can hold, or its error.
+    """Runs `work` in the first process; all processes get its JSON-serializable result or its error.
 
     Raises:
-      HostError: elsewhere than in the first process, whatever it raised there.
+      HostError: `work` failed; raised in all processes but the first, which raises the original error.
     """
     if not several():
         return work()
@@ -61,7 +61,7 @@ def on_first(work: Callable[[], T]) -> T:
     if is_first():
         try:
             outcome = [{"value": work()}]
-        except Exception as raised:  # raised again below, when the others know of it
+        except Exception as raised:  # raised again below, after the others are informed
             error, outcome = raised, [{"error": f"{type(raised).__name__}: {raised}"}]
     outcome = collect(outcome)[0]
     if error is not None:
@@ -72,7 +72,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def to_host(tree: Any) -> Any:
-    """NumPy copies of a tree's arrays, in every process alike, also of those that lie on other processes' devices."""
+    """Copies a tree's arrays to NumPy in every process, including arrays on devices of other processes."""
     elsewhere = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
     gather = lambda x: multihost_utils.process_allgather(x, tiled=True) if elsewhere(x) else x
     return jax.device_get(jax.tree.map(gather, tree))

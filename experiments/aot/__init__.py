@@ -1,1 +1,1 @@
-"""Compiling a run for a TPU without one: topologies, programs, and what XLA says of them."""
+"""Compiles a run for a TPU without having one: topologies, programs and XLA's estimates."""

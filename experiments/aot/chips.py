@@ -20,10 +20,10 @@ class Chip:
       hbm_bytes: size of its memory, in bytes.
       bandwidth: memory bandwidth, bytes per second.
       flops: bfloat16 operations per second.
-      clock: Hz, by which XLA's cycles become seconds.
-      ici: bytes per second around a ring of neighbours, in both directions together.
-      topologies: slices that are sold, the smallest first.
-      at_once: programs that the compiler takes side by side; None for as many as there are cores.
+      clock: clock rate in Hz, which converts XLA's cycles to seconds.
+      ici: bandwidth around a ring of neighbours in bytes per second, both directions together.
+      topologies: available slices, smallest first.
+      at_once: number of programs to compile in parallel; None for the number of cores.
     """
 
     kind: str
@@ -55,7 +55,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: its chips, and its devices as JAX sees them from a machine that has none."""
+    """A slice: its chips, and its devices as JAX describes them on a machine without TPUs."""
 
     name: str
     chip: Chip
@@ -63,11 +63,11 @@ class Topology:
 
 
 class TopologyError(ValueError):
-    """A topology's name means nothing, or the compiler for it is not installed."""
+    """A topology name is unknown, or its compiler is not installed."""
 
 
 def _nearest(chip: Chip, wanted: str) -> str:
-    """The slice of a chip whose number of chips is closest to that of a name."""
+    """The slice whose number of chips is closest to that in a name."""
     try:
         count = math.prod(int(n) for n in wanted.split("x"))
     except ValueError:
@@ -77,10 +77,10 @@ def _nearest(chip: Chip, wanted: str) -> str:
 
 
 def topology(name: str) -> Topology:
-    """Looks a topology up, such as `v5e:2x4`; `v5e:1x1` is one chip.
+    """Looks up a topology such as `v5e:2x4`; `v5e:1x1` is one chip.
 
     Raises:
-      TopologyError: says what is wrong and which topology comes nearest.
+      TopologyError: the name is unknown (the message gives the nearest one), or the compiler is not installed.
     """
     kind, _, layout = name.partition(":")
     if kind not in CHIPS:
@@ -88,7 +88,7 @@ def topology(name: str) -> Topology:
     chip = CHIPS[kind]
     alone = layout in ("1", "1x1", "1x1x1")
     asked = chip.topologies[0] if alone else layout
-    # Every compiler of this machine may load libtpu at once: none of them drives a TPU.
+    # Several processes may load libtpu at once, because none of them uses a TPU.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
@@ -107,7 +107,7 @@ def topology(name: str) -> Topology:
 
 
 def larger(name: str) -> Sequence[str]:
-    """The topologies of the same chip with more chips, the smallest first; then those of chips with more memory."""
+    """Larger topologies: more chips of the same kind, smallest first, then chips with more memory."""
     kind, _, layout = name.partition(":")
     size = lambda text: math.prod(int(n) for n in text.split("x"))
     chip = CHIPS[kind]

@@ -1,4 +1,4 @@
-"""Seconds from what the compiler says, beside the limits that no program passes."""
+"""Estimates run times from the compiler's output, and the lower bounds set by the hardware."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from experiments.aot.hlo import Collective, Kernel
 from experiments.aot.programs import Case, Compiled
 from experiments.common import fitting
 
-_KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is assumed to reach
-_GRID_STEP_S = 0.35e-6  # least time of one step of a Pallas kernel's grid
+_KERNEL_SHARE = 0.5  # share of the peak rate that a Pallas kernel is assumed to reach
+_GRID_STEP_S = 0.35e-6  # minimum time of one grid step of a Pallas kernel
 # Products of [queries, keys] by [keys or queries, head_dim] in each of splash attention's kernels.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
-_CAUSAL = 0.6  # share of the blocks that are computed: a half, and the diagonal's
+_CAUSAL = 0.6  # share of blocks that are computed: half of them, and the diagonal
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Estimates of one program.
+    """Time estimates of one program.
 
     Attributes:
-      xla: XLA's cycles over the clock, loops multiplied out; without exchanges between devices.
-      kernels: seconds of the kernels that XLA does not estimate, at half the chip's limits.
-      exchange: collectives at the links' bandwidth.
-      overlapped: whether exchanges run beside the computation, as in an update, where a layer's weights are fetched
-        while another part computes; a decoding step waits for each of them.
+      xla: seconds from XLA's cycles and the clock rate, with loops multiplied out, without communication.
+      kernels: seconds of kernels without an XLA estimate, at half the chip's limits.
+      exchange: seconds of collectives at the links' bandwidth.
+      overlapped: whether communication overlaps computation. It does in an update, where a layer's weights are fetched
+        during other computation; a decoding step waits for each exchange.
     """
 
     xla: float
@@ -38,31 +38,31 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """The total time in seconds."""
         own = self.xla + self.kernels
         return max(own, self.exchange) if self.overlapped else own + self.exchange
 
 
 def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
-    """Seconds of all rounds of a kernel, from its shapes."""
+    """Estimates the seconds of all rounds of a kernel from its shapes."""
     moved = 2 * kernel.result_bytes / (chip.bandwidth * _KERNEL_SHARE)
     for name, products in _PRODUCTS.items():
         if kernel.name.startswith(name):
             rows, heads, length, head_dim = max((s for s in kernel.shapes if len(s) == 4), key=math.prod)
             flops = 2 * products * rows * heads * length**2 * head_dim * _CAUSAL
             return kernel.rounds * max(flops / (chip.flops * _KERNEL_SHARE), moved)
-    if kernel.name.startswith("write_entry"):  # its result is the cache, of which it touches a tile a row
+    if kernel.name.startswith("write_entry"):  # its result is the cache, but it touches only one tile per row
         return kernel.rounds * kernel.shapes[0][0] * _GRID_STEP_S
     return kernel.rounds * moved
 
 
 def exchange_seconds(collective: Collective, chip: Chip) -> float:
-    """Seconds of a collective around a ring."""
+    """Estimates the seconds of a collective around a ring."""
     return (2 if collective.kind == "all-reduce" else 1) * collective.num_bytes / chip.ici
 
 
 def seconds(compiled: Compiled, chip: Chip) -> Seconds:
-    """The estimate of a compiled program."""
+    """Estimates the run time of a compiled program."""
     cost = compiled.cost
     return Seconds(
         xla=cost.cycles / chip.clock,
@@ -73,31 +73,31 @@ def seconds(compiled: Compiled, chip: Chip) -> Seconds:
 
 
 def _bytes_here(tree) -> float:
-    """Bytes of a tree of placed shapes on one device."""
+    """Bytes per device of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
 def weight_bytes(case: Case) -> float:
-    """Bytes of weights and factors that a device reads for a token: all but the table of embeddings."""
+    """Bytes of weights and factors that a device reads per token: all except the embedding table."""
     policy = case.policy()
     params = policy.params if case.model.tie_embeddings else {**policy.params, "embed_tokens": ()}
     return _bytes_here((params, policy.factors))
 
 
 def cache_bytes(case: Case, positions: int) -> float:
-    """Bytes of keys and values of so many positions of every slot, on one device."""
+    """Bytes per device of keys and values for a number of positions in every slot."""
     return fitting.cache_bytes(case.model, case.mesh, case.slots, positions, case.dtype.itemsize)
 
 
 def decode_floor(case: Case, chip: Chip) -> float:
-    """Seconds to read the weights and the whole cache once, which a decoding step of plain XLA does."""
+    """Seconds to read the weights and the whole cache once, as a decoding step of plain XLA does."""
     positions = case.config.max_prompt_tokens + case.config.max_new_tokens
     return (weight_bytes(case) + cache_bytes(case, positions)) / chip.bandwidth
 
 
 def weights_gathered(compiled: Compiled, case: Case) -> int:
-    """Bytes of weights that a program gathers: all-gathers whose result has the shape of a kernel or an embedding."""
+    """Bytes of all-gathers whose result has the shape of a kernel or an embedding."""
     sizes = {tuple(leaf.shape) for leaf in jax.tree.leaves(case.policy().params) if len(leaf.shape) == 2}
     sizes |= {shape[::-1] for shape in sizes}
 

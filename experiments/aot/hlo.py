@@ -1,7 +1,7 @@
-"""What a compiled TPU program costs and communicates, read from its text.
+"""Reads the cost and communication of a compiled TPU program from its text.
 
-XLA writes an estimate of clock cycles beside every fusion. A loop's body is counted once there, so a sum over the
-text is right only for programs without loops; here every counted loop is multiplied by its number of rounds.
+XLA writes an estimate of clock cycles for every fusion. It counts a loop's body only once, so a sum over the text is
+correct only for programs without loops. Here every loop with a known count is multiplied by its number of rounds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "bf16": 16, "f16": 16}  # the others carry their width in their name
+_BITS = {"pred": 8, "bf16": 16, "f16": 16}  # other names contain the width
 _SHAPE = re.compile(r"\b(pred|bf16|f\d+|[su]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%([\w.\-]+) = ((?:\(.*?\)|\S+)) ([\w\-]+)\((.*)$", re.DOTALL)
@@ -23,10 +23,10 @@ class Collective(NamedTuple):
     """One exchange between devices.
 
     Attributes:
-      kind: `all-gather`, `all-reduce`, ….
-      num_bytes: bytes that each device holds afterwards, over all rounds of the loops around it.
+      kind: kind of the collective: `all-gather`, `all-reduce`, ….
+      num_bytes: bytes of the result on each device, summed over all rounds of enclosing loops.
       shapes: shapes of the results, such as `bf16[3584,512]`.
-      source: the JAX operation that it serves.
+      source: JAX operation that caused it.
     """
 
     kind: str
@@ -36,13 +36,13 @@ class Collective(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """An operation to which XLA gives no estimate: a Pallas kernel, or a gather by the chip's own means.
+    """An operation without an XLA estimate: a Pallas kernel, or a gather in hardware.
 
     Attributes:
       name: name of the kernel; `gather` for a gather.
       shapes: shapes of the results and, for a Pallas kernel, of the operands.
       result_bytes: bytes of the results.
-      rounds: how often it runs.
+      rounds: number of executions.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Cost:
     """Estimates for one program on one device.
 
     Attributes:
-      cycles: XLA's, loops multiplied out.
-      collectives: each once, its bytes multiplied by the rounds of its loop.
-      open_loops: loops whose number of rounds is not in the program; their bodies count once.
+      cycles: XLA's estimate of clock cycles, with loops multiplied out.
+      collectives: collectives, each listed once, with bytes multiplied by the rounds of its loop.
+      open_loops: number of loops without a known number of rounds; their bodies count once.
       kernels: operations without an estimate.
     """
 
@@ -96,7 +96,7 @@ def shape_bytes(text: str) -> list[int]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of every computation, and the name of the entry."""
+    """The instructions of every computation, and the name of the entry computation."""
     found: dict[str, list[_Instruction]] = {}
     entry, name, pending = "", None, ""
 
@@ -115,7 +115,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             finish()
             pending = line
         else:
-            pending += "\n" + line  # a kernel's metadata may hold line breaks
+            pending += "\n" + line  # a kernel's metadata may contain line breaks
     return found, entry
 
 
@@ -125,7 +125,7 @@ def _called(rest: str, word: str) -> str | None:
 
 
 def _rounds(condition: Sequence[_Instruction]) -> int | None:
-    """How often a loop runs whose condition compares a counter with a constant; None if it is not that simple."""
+    """The number of rounds of a loop whose condition compares a counter with a constant; None for other loops."""
     limits = [int(m.group(1)) for i in condition if i.op == "constant" and (m := re.match(r"(\d+)\)", i.rest))]
     simple = len(limits) == 1 and len(condition) <= 5
     return limits[0] if simple else None
@@ -136,7 +136,7 @@ def _collective(instruction: _Instruction, rounds: int) -> Collective | None:
     if kind not in _COLLECTIVES:
         return None
     sizes = shape_bytes(instruction.result)
-    # A started exchange returns its operand, its result and some flags; all-reduces return results alone.
+    # An asynchronous start returns its operand, its result and some flags; an all-reduce returns only results.
     started = instruction.op != kind and kind != "all-reduce"
     size = max(sizes) if started or kind == "collective-permute" else sum(sizes)
     shapes = tuple(f"{kind}[{dims}]" for kind, dims in _SHAPE.findall(instruction.result))
@@ -166,7 +166,7 @@ def read(text: str) -> Cost:
     """
     computations, entry = _computations(text)
     cost = Cost()
-    seen: set[str] = set()  # channels: one exchange may be cut over several fused computations
+    seen: set[str] = set()  # channels: one collective may be split over several fused computations
 
     def add(instruction: _Instruction, rounds: int, inside_fusion: bool) -> None:
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
@@ -195,7 +195,7 @@ def read(text: str) -> Cost:
 def _callees(
     instruction: _Instruction, computations: dict[str, list[_Instruction]]
 ) -> Iterator[tuple[str, int | None, bool]]:
-    """What an instruction calls: the computation, how often (None: unknown), and whether it is a fusion's inside."""
+    """The computations an instruction calls, how often (None: unknown), and whether it is a fusion's body."""
     rest = instruction.rest
     if instruction.op == "while":
         condition, body = _called(rest, "condition"), _called(rest, "body")

@@ -1,4 +1,4 @@
-"""Lowers, compiles and measures the programs of a run for devices that need not exist."""
+"""Lowers and compiles the programs of a run for devices that need not exist, and collects estimates."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from tinylora_jax.training import (
     plan_update,
 )
 
-_STOP_TOKENS = (1, 2)  # their number matters to the program, their values do not
+_STOP_TOKENS = (1, 2)  # the program depends on their number, not on their values
 # "Used 17.30G of 15.75G hbm", "the total memory required for HLO temporaries (19.06G) exceeds available HBM (15.75G)"
 _REFUSED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -59,15 +59,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Case:
-    """A run and the devices it is compiled for.
+    """A run and the devices for which it is compiled.
 
     Attributes:
       config: run configuration.
       specs: parsed run configuration.
-      model: the architecture.
-      mesh: the devices.
-      device_bytes: memory of one of them.
-      name: name of the model for people; empty for `config.model`.
+      model: architecture of the model.
+      mesh: device mesh.
+      device_bytes: memory per device, in bytes.
+      name: display name of the model; empty for `config.model`.
     """
 
     config: ConfigDict
@@ -79,40 +79,40 @@ class Case:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return jnp.dtype(self.config.dtype)
 
     @property
     def rows(self) -> int:
-        """Completions of a rollout."""
+        """Number of completions of a rollout."""
         return self.config.batch_size * self.config.samples
 
     @property
     def slots(self) -> int:
-        """Completions decoded at once."""
+        """Number of completions decoded at once."""
         return min(self.config.slots or self.rows, self.rows)
 
     @property
     def sampling(self) -> Sampling:
-        """Of the rollout."""
+        """The sampling settings of the rollout."""
         return sampling_of(self.config, _STOP_TOKENS)
 
     def plan(self) -> Plan:
-        """Of the update; whether blocks are recomputed is decided by the memory of the device compiled for."""
+        """The plan of the update; the memory of the target device decides whether blocks are recomputed."""
         c = self.config
         bounds = Bounds(c.batch_size, c.max_prompt_tokens, c.samples, c.max_new_tokens)
         return plan_update(self.model, self.specs.grpo, c.temperature, bounds, self.dtype, self.mesh, self.device_bytes)
 
     def policy(self) -> Policy:
-        """Shapes and places of weights and factors."""
+        """Shapes and shardings of weights and factors."""
         return _abstract_policy(self.model, self.specs.adapter, self.dtype, self.mesh)
 
     def vector(self) -> jax.ShapeDtypeStruct:
-        """SequenceShape and place of v."""
+        """Shape and sharding of v."""
         return self.replicated(jax.eval_shape(init, self.policy().factors))
 
     def replicated(self, tree: Any) -> Any:
-        """The shapes of a tree, on every device."""
+        """The shapes of a tree that is replicated on every device."""
         return abstract_everywhere(tree, self.mesh)
 
 
@@ -122,7 +122,7 @@ def _abstract_policy(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype, me
 
 
 class Program(NamedTuple):
-    """One program, and the work that it does by the model's arithmetic: `flops` of one device."""
+    """A program with its number of operations per device, `flops`, according to the model's arithmetic."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
@@ -132,18 +132,18 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, per device.
+    """The compiler's results for a program, per device.
 
     Attributes:
       name: name of the program.
-      seconds: to trace, lower and compile, beside the others.
-      arguments: bytes.
-      outputs: bytes, those that take the place of arguments left out.
-      temporaries: bytes.
-      refused: bytes that it would need, if the compiler says that it does not fit; else None.
-      model_flops: by the model's arithmetic.
-      xla_flops: XLA's count; a loop's body counts once.
-      cost: cycles and collectives; None if refused.
+      seconds: time to trace, lower and compile, in parallel with other programs.
+      arguments: size of the arguments, in bytes.
+      outputs: size of the outputs that do not alias arguments, in bytes.
+      temporaries: size of temporary memory, in bytes.
+      refused: bytes needed, if the compiler reports that the program does not fit; else None.
+      model_flops: number of operations according to the model's arithmetic.
+      xla_flops: XLA's count of operations, in which a loop's body counts once.
+      cost: cycles and collectives; None if the program does not fit.
     """
 
     name: str
@@ -158,12 +158,12 @@ class Compiled:
 
     @property
     def total(self) -> float:
-        """Bytes in use while it runs."""
+        """Memory in use during execution, in bytes."""
         return self.refused or self.arguments + self.outputs + self.temporaries
 
 
 def compile_program(program: Program, mesh: Mesh) -> Compiled:
-    """Compiles a program; one that does not fit the device's memory is a result too."""
+    """Compiles a program; not fitting in memory is also a result."""
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = program.lower()
@@ -193,7 +193,7 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
 
 
 class Build(NamedTuple):
-    """Programs of a run, compiled side by side: seconds of the clock, and of all processor cores together."""
+    """Programs of a run compiled in parallel, with wall-clock time and processor time in seconds."""
 
     programs: Sequence[Compiled]
     seconds: float
@@ -201,7 +201,7 @@ class Build(NamedTuple):
 
 
 def compile_all(case: Case, only: Sequence[str] = (), at_once: int | None = None) -> Build:
-    """Compiles the programs of a run whose names begin with one of `only` (none: all), so many side by side."""
+    """Compiles the programs of a run whose names start with one of `only` (empty: all), `at_once` in parallel."""
     started, cpu = time.perf_counter(), time.process_time()
     wanted = [p for p in all_programs(case) if not only or p.name.startswith(tuple(only))]
 
@@ -215,9 +215,9 @@ def compile_all(case: Case, only: Sequence[str] = (), at_once: int | None = None
 
 
 def factorizations(case: Case) -> Iterator[Program]:
-    """The decomposition of each shape of kernel, in the batches that `factorize` makes of them.
+    """The decomposition of each kernel shape, in the batches of `factorize`.
 
-    None for `exact`, which runs on the host.
+    There are none for `exact`, which runs on the host.
     """
     if case.config.svd == "exact":
         return
@@ -226,13 +226,13 @@ def factorizations(case: Case) -> Iterator[Program]:
     for W, triplets in svd_shapes(leaves, parts, rank):
         if case.config.svd == "jnp":
             lower = partial(jnp_svd.lower, W, triplets)
-        else:  # which `auto` means on a TPU, where there is no float64
+        else:  # the meaning of `auto` on a TPU, which has no float64
             lower = partial(subspace_svd.lower, W, triplets, "float32", mesh=mesh_of(W))
         yield Program(f"factorize {' x '.join(map(str, W.shape))}", lower, 0.0, 0)
 
 
 def rollout(case: Case) -> Program:
-    """The whole rollout: prefill, admission, decoding in a pool that shrinks, sampling."""
+    """The whole rollout: prefill, admission, decoding in a shrinking pool, and sampling."""
     c = case.config
     prompts = (
         jax.ShapeDtypeStruct((c.batch_size,), jnp.uint32),
@@ -256,7 +256,7 @@ def rollout(case: Case) -> Program:
 
 
 def step(case: Case) -> Program:
-    """One decoding step of the full pool: the body of the rollout's loop, in the layout that XLA picks for it."""
+    """One decoding step of the full pool: the body of the rollout's loop, in the layout that XLA chooses."""
 
     def lower() -> jax.stages.Lowered:
         width, capacity = case.config.max_prompt_tokens, case.config.max_new_tokens
@@ -289,7 +289,7 @@ def step(case: Case) -> Program:
 
 
 def updates(case: Case) -> Iterator[Program]:
-    """Loss and gradient of one microbatch of a rollout, for every shape of sequence."""
+    """Loss and gradient of one microbatch of a rollout, for every sequence shape."""
     plan = case.plan()
     for sequence, microbatch in zip(plan.shapes, empty_microbatches(plan), strict=True):
         yield _update(case, plan, sequence, microbatch)
@@ -309,7 +309,7 @@ def _update(case: Case, plan: Plan, sequence: SequenceShape, microbatch: Microba
 
 
 def optimizer(case: Case) -> Program:
-    """The optimizer's step on v."""
+    """The optimizer step on v."""
 
     def lower() -> jax.stages.Lowered:
         transform = case.specs.optimizer.transform()
@@ -322,5 +322,5 @@ def optimizer(case: Case) -> Program:
 
 
 def all_programs(case: Case) -> Sequence[Program]:
-    """Everything that a run compiles, the longest first, and a decoding step by itself."""
+    """All programs of a run, longest first, and a separate decoding step."""
     return (*updates(case), rollout(case), step(case), *factorizations(case), optimizer(case))

@@ -1,4 +1,4 @@
-"""The table and the JSON of a compiled run."""
+"""Formats the results for a compiled run as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _program(compiled: Compiled, topology: Topology) -> dict[str, Any]:
         return row
     row["collective_bytes"] = compiled.cost.bytes_by_kind()
     row["open_loops"] = compiled.cost.open_loops
-    if compiled.cost.open_loops == 0:  # else the text does not say how long it runs
+    if compiled.cost.open_loops == 0:  # otherwise the text does not determine the run time
         seconds = estimate.seconds(compiled, topology.chip)
         row["seconds"] = {
             "xla": seconds.xla,
@@ -73,7 +73,7 @@ def _update(case: Case, topology: Topology, compiled: Compiled) -> dict[str, Any
 
 
 def _longest_step(case: Case, decode: Mapping[str, Any], updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of a GRPO step whose completions all have the greatest length: more than any real one takes."""
+    """Seconds of a GRPO step whose completions all have the greatest length: an upper bound for real steps."""
     c = case.config
     rollout = c.max_new_tokens * decode["seconds"] * (case.rows / case.slots)
     tokens = c.batch_size * (c.max_prompt_tokens + c.samples * c.max_new_tokens)
@@ -82,7 +82,7 @@ def _longest_step(case: Case, decode: Mapping[str, Any], updates: Sequence[Mappi
 
 
 def summary(case: Case, topology: Topology, build: Build) -> dict[str, Any]:
-    """Everything that is known of a compiled run, ready for JSON."""
+    """Collects the results for a compiled run as a JSON-serializable dict."""
     compiled = {p.name: p for p in build.programs if p.cost is not None}
     result: dict[str, Any] = {
         "topology": topology.name,
@@ -114,7 +114,7 @@ def summary(case: Case, topology: Topology, build: Build) -> dict[str, Any]:
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """Prints a summary for a person."""
+    """Prints a summary as a table."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     print(f"\n{result['model']} on {result['topology']}: {result['devices']} devices ({mesh})")
     shown = (result["prompts"], result["samples"], result["prompt_tokens"], result["new_tokens"], result["slots"])
@@ -141,7 +141,7 @@ def print_table(result: Mapping[str, Any]) -> None:
 
 
 def _print_estimates(result: Mapping[str, Any]) -> None:
-    """Estimates: XLA's cycles over the clock, kernels at half the chip's limits, exchanges at the links' rate."""
+    """Prints estimates: XLA's cycles over the clock rate, kernels at half the limits, exchanges at link speed."""
     decode = result.get("decode")
     if decode:
         print(

@@ -1,4 +1,4 @@
-"""Finds a mesh and sizes that fit a topology: predicted first, then proven by compiling them."""
+"""Finds a mesh and sizes that fit a topology: predicts first, then verifies by compilation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_COMPILED = 4
 
 
 class Candidate(NamedTuple):
-    """A way to run, and what is predicted of it."""
+    """A choice of settings and its predictions."""
 
     topology: Topology
     mesh: MeshSpec
@@ -30,9 +30,9 @@ MakeCase = Callable[[Topology, MeshSpec, int, int], Case]
 
 
 def predict(case: Case, topology: Topology) -> tuple[float, float]:
-    """Bytes of a device while it decodes, and tokens per second of all devices at the bandwidth's limit.
+    """Predicts bytes per device during decoding, and tokens per second of all devices at the bandwidth limit.
 
-    A step also reduces two activations a layer over the devices that share its weights.
+    A step also reduces two activations per layer over the devices that share its weights.
     """
     c, model = case.config, case.model
     weights = estimate.weight_bytes(case)
@@ -44,7 +44,7 @@ def predict(case: Case, topology: Topology) -> tuple[float, float]:
 
 
 def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream_tokens: int) -> Iterator[Candidate]:
-    """Every mesh without `fsdp` (decoding is to gather no weights), with all slots, a half, a quarter, …"""
+    """Every mesh without `fsdp` (decoding should not gather weights), with all slots, half of them, a quarter, …"""
     for topology in topologies:
         devices = len(topology.devices)
         for tensor in (n for n in range(1, devices + 1) if devices % n == 0):
@@ -59,7 +59,7 @@ def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream
 
 
 def ranked(topologies: Sequence[Topology], found: Iterable[Candidate]) -> list[Candidate]:
-    """The fewest devices first; of equally many the topology named first: prices are the user's; then the fastest."""
+    """Sorts by number of devices, then by the user's order of topologies, then by speed."""
     named = [topology.name for topology in topologies]
     return sorted(found, key=lambda c: (len(c.topology.devices), named.index(c.topology.name), -c.tokens_per_s))
 
@@ -71,14 +71,14 @@ def search(
     stream_tokens: int,
     prove: Callable[[Case, Topology], dict[str, Any]],
 ) -> dict[str, Any]:
-    """The cheapest candidate that compiles and fits.
+    """Finds the cheapest candidate that compiles and fits.
 
     Args:
-      topologies: to choose from; of those with equally many devices, the one that costs less before the others.
-      make: the case of a topology, a mesh, slots and sequence tokens.
-      rows: completions of a rollout.
-      stream_tokens: tokens differentiated at once, from the configuration.
-      prove: compiles a case and gives its summary.
+      topologies: topologies to choose from; among equal numbers of devices, the cheaper one must come first.
+      make: function from a topology, a mesh, slots and sequence tokens to a case.
+      rows: number of completions of a rollout.
+      stream_tokens: number of tokens differentiated at once, from the configuration.
+      prove: function that compiles a case and returns its summary.
 
     Raises:
       ValueError: nothing fits.
@@ -95,10 +95,10 @@ def search(
                 chosen = {"tensor": candidate.mesh.tensor, "slots": candidate.slots, "stream_tokens": tokens}
                 return {**result, "suggestion": chosen}
             if all(p["fits"] for p in result["programs"] if not p["program"].startswith("update")):
-                continue  # only the update is too large: shorter sequences
+                continue  # only the update is too large: try shorter sequences
             break
     names = ", ".join(t.name for t in topologies)
     raise ValueError(
-        f"nothing fits {names}: even the smallest pool of slots needs more memory; take a larger topology,"
+        f"nothing fits {names}: even the smallest pool of slots needs more memory; use a larger topology,"
         " or lower config.max_new_tokens or config.batch_size"
     )

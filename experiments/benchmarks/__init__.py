@@ -1,1 +1,1 @@
-"""Benchmarks with the hardware's floor beside every figure."""
+"""Benchmarks that compare each result with the hardware's limit."""

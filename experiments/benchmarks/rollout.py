@@ -1,4 +1,4 @@
-"""Tokens per second of generation, beside what reading the weights and the cache alone would take.
+"""Measures tokens per second of generation, compared with the limit from reading weights and cache.
 
 python -m experiments.benchmarks.rollout --model=random:qwen2.5-0.5b --prompts=64 --samples=4
 """
@@ -24,7 +24,7 @@ ADAPTERS = ("unmerged", "merged", "none", "per_row")
 
 
 def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, samples: int, new_tokens: int) -> Any:
-    """The function of a run's index that generates."""
+    """Builds the function that generates, given a run's index."""
     policy, v, sampling = model.policy, model.v, Sampling(new_tokens)
     if adapter == "per_row":
         v = v * jnp.linspace(0.5, 1.5, prompts[0].shape[0])[:, None, None]
@@ -49,9 +49,9 @@ def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, s
 
 
 def floor_s(config: Any, rows: int, prompt_tokens: int, new_tokens: int, rate: float, itemsize: int) -> float:
-    """Seconds to read every weight once a step, and every row's cache at its mean length, and no more.
+    """Lower bound in seconds: reading every weight once per step, and every row's cache at its mean length.
 
-    Of what each device has of them, at its own `rate` in bytes per second.
+    It counts the share of each device, at its `rate` in bytes per second.
     """
     mesh = common.mesh_of_devices()
     weights = matrix_params(config) * itemsize / (mesh.size // mesh.shape["data"])
@@ -107,10 +107,10 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     common.define_flags()
     flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
-    flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=1)
-    flags.DEFINE_integer("prompt_tokens", 128, "Length of every prompt.", lower_bound=1)
-    flags.DEFINE_integer("new_tokens", 64, "Tokens generated per completion: none stops early.", lower_bound=1)
-    flags.DEFINE_integer("slots", 0, "Completions decoded at once; 0 is all.", lower_bound=0)
-    flags.DEFINE_list("adapters", ["unmerged"], f"Some of {', '.join(ADAPTERS)}; per_row: one a prompt.")
+    flags.DEFINE_integer("samples", 4, "Number of completions per prompt.", lower_bound=1)
+    flags.DEFINE_integer("prompt_tokens", 128, "Length of every prompt, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 64, "Tokens generated per completion; none stops early.", lower_bound=1)
+    flags.DEFINE_integer("slots", 0, "Number of completions decoded at once; 0 for all.", lower_bound=0)
+    flags.DEFINE_list("adapters", ["unmerged"], f"Some of {', '.join(ADAPTERS)}; per_row: one per prompt.")
     flags.DEFINE_bool("prefill", False, "Also time the prefill.")
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""Seconds of a GRPO step on 1, 2, … devices: speed-up on the same work, efficiency on n-fold work.
+"""Measures a GRPO step on 1, 2, … devices: speed-up for equal work, efficiency for n-fold work.
 
 python -m experiments.benchmarks.scaling --config=experiments/configs/demo.py --devices=1,2,4 --steps=3
 """
@@ -29,19 +29,19 @@ def adapter_spec(axis: str, count: int) -> MeshSpec:
 
 
 def measure(config: ConfigDict, axis: str, count: int, work: str) -> dict[str, float]:
-    """Seconds of a step and its phases on so many devices."""
+    """Seconds of a step and its phases on a number of devices."""
     config = config.copy_and_resolve_references()
     config.batch_size *= count // min(map(int, FLAGS.devices)) if work == "n-fold" else 1
     tell(f"{count} devices, {config.batch_size} x {config.samples} completions")
     chosen = jax.devices()[:count]
     with common.use_devices(adapter_spec(axis, count), chosen):
         median = timed_steps(config, FLAGS.steps, FLAGS.questions).median
-    gc.collect()  # the weights of this mesh make room for those of the next
+    gc.collect()  # frees the weights of this mesh for those of the next
     return {**{phase: median[phase] for phase in _PHASES}, "tokens_per_s": median["tokens"] / median["step_s"]}
 
 
 def table(found: dict[tuple[str, int], dict[str, float]]) -> dict[str, Any]:
-    """What is reported: seconds, and speed-up and efficiency against the fewest devices."""
+    """Builds the table: seconds, and speed-up and efficiency relative to the fewest devices."""
     rows: dict[str, Any] = {}
     for (work, count), phases in found.items():
         name, least = f"{count} devices, {WORK[work]}", min(n for w, n in found if w == work)
@@ -83,11 +83,11 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    config_flags.DEFINE_config_file("config", None, "As for experiments.grpo.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "Config file, as for experiments.grpo.", lock_config=True)
     flags.mark_flags_as_required(["config"])
-    flags.DEFINE_list("devices", ["1", "2"], "Numbers of devices.")
-    flags.DEFINE_enum("axis", "data", AXES, "Axis of the mesh that takes them.")
-    flags.DEFINE_multi_enum("work", list(WORK), list(WORK), "The same batch on all, or as many prompts a device.")
-    flags.DEFINE_integer("steps", 3, "Timed steps after the first.", lower_bound=1)
-    flags.DEFINE_integer("questions", None, "Questions to read; None reads all.", lower_bound=1)
+    flags.DEFINE_list("devices", ["1", "2"], "Numbers of devices to measure.")
+    flags.DEFINE_enum("axis", "data", AXES, "Mesh axis over which devices are spread.")
+    flags.DEFINE_multi_enum("work", list(WORK), list(WORK), "Equal total batch, or equal prompts per device.")
+    flags.DEFINE_integer("steps", 3, "Number of timed steps after the first.", lower_bound=1)
+    flags.DEFINE_integer("questions", None, "Number of questions to read. Default: all.", lower_bound=1)
     app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,6 @@
-"""Tunix with this library's weights: its model, its sampler, and steps of its GRPO with LoRA.
+"""Runs Tunix with this library's weights: its model, its sampler, and its GRPO with LoRA.
 
-Its Qwen2 holds a Llama too, with biases of zero, and heeds `rope_theta`, which its own Llama does not.
+Llama models also run in its Qwen2 with zero biases, because it uses `rope_theta`, which Tunix's Llama ignores.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from flax import nnx
 
 from tinylora_jax.models import ModelConfig
 
-NEVER = -1  # as a stop token: no model says it
+NEVER = -1  # a stop token that no model generates
 PROJECTIONS = "qkvo"
 
 
 def named_as_theirs(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """This library's weights in the names and shapes of Tunix's Qwen2.
+    """Converts this library's weights to the names and shapes of Tunix's Qwen2.
 
     Args:
-      config: the architecture; `params` its plain weights.
-      params: weights, nested as by `tinylora_jax.models.init_params`.
+      config: architecture of the model.
+      params: plain weights, nested as in `tinylora_jax.models.init_params`.
 
     Returns:
-      A nested dict of arrays, a bias of zeros where the model has none.
+      A nested dict of arrays, with zero biases if the model has none.
 
     Raises:
-      ValueError: Tunix's Qwen2 lacks something that the architecture has.
+      ValueError: Tunix's Qwen2 does not support the architecture.
     """
     lacking = {
         "qk_norm": config.qk_norm,
@@ -66,7 +66,7 @@ def named_as_theirs(config: ModelConfig, params: Any) -> dict[str, Any]:
 
 
 def qwen2(config: ModelConfig, params: Any) -> nnx.Module:
-    """Tunix's Qwen2 with this library's weights, computing in their dtype."""
+    """Creates Tunix's Qwen2 with this library's weights and dtype."""
     from tunix.models.qwen2 import model as theirs
 
     dtype = params["norm"]["scale"].dtype
@@ -93,7 +93,7 @@ def qwen2(config: ModelConfig, params: Any) -> nnx.Module:
 
 @dataclass
 class Tokenizer:
-    """What Tunix asks of one: prompts with known ids, a padding id that none of them holds, and answers, counted."""
+    """A tokenizer for Tunix: known ids of prompts, an unused padding id, and a record of answer lengths."""
 
     ids: dict[str, list[int]]
     stop_tokens: tuple[int, ...]
@@ -115,31 +115,31 @@ class Tokenizer:
         return self.text(answer)
 
     def bos_id(self) -> None:
-        """Nothing is to be added: the prompts have it."""
+        """No token to add, because the prompts already contain it."""
 
     def eos_id(self) -> int:
         """The first of the stop tokens."""
         return self.stop_tokens[0]
 
     def pad_id(self) -> int:
-        """What Tunix masks wherever it stands: the last token that no prompt holds, the least likely in an answer."""
+        """The last token that no prompt contains; Tunix masks it everywhere, and it is unlikely in answers."""
         return self.padding
 
 
 def sampler(
     model: nnx.Module, rows: Sequence[Sequence[int]], samples: int, new_tokens: int, temperature: float = 1.0
 ) -> Callable[[int], list[np.ndarray]]:
-    """Tunix's sampler for some prompts.
+    """Creates Tunix's sampler for given prompts.
 
     Args:
-      model: from `qwen2`.
-      rows: ids of the prompts.
-      samples: answers to each.
-      new_tokens: length of each.
-      temperature: more than 0.
+      model: model from `qwen2`.
+      rows: token ids of the prompts.
+      samples: number of answers per prompt.
+      new_tokens: length of each answer, in tokens.
+      temperature: sampling temperature, > 0.
 
     Returns:
-      A function of a seed that draws all answers at once, without their texts: the tokens of each, on the host.
+      A function of a seed that generates all answers at once, and returns their tokens on the host.
     """
     from tunix.generate.sampler import CacheConfig, Sampler
 
@@ -154,7 +154,7 @@ def sampler(
 
 
 class Steps(NamedTuple):
-    """Seconds of each step, the first with its compilation; parameters trained; tokens drawn for an answer."""
+    """Seconds of each step (the first includes compilation), trained parameters, and mean tokens per answer."""
 
     seconds: list[float]
     trained: int
@@ -164,22 +164,22 @@ class Steps(NamedTuple):
 def grpo_steps(
     model: nnx.Module, tokenizer: Tokenizer, samples: int, new_tokens: int, micro_batch: int, steps: int
 ) -> Steps:
-    """Steps of Tunix's GRPO, of LoRA of rank 1 on all seven projections, with its own rollout.
+    """Runs steps of Tunix's GRPO, with LoRA of rank 1 on all seven projections and its own rollout.
 
     Args:
-      model: from `qwen2`.
-      tokenizer: with all prompts of a step.
-      samples: answers to each.
-      new_tokens: longest answer.
-      micro_batch: prompts whose answers are differentiated at once; divides their number.
-      steps: how many.
+      model: model from `qwen2`.
+      tokenizer: tokenizer with all prompts of a step.
+      samples: number of answers per prompt.
+      new_tokens: longest answer, in tokens.
+      micro_batch: number of prompts whose answers are differentiated at once; divides the number of prompts.
+      steps: number of steps.
     """
     import qwix
     from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
     from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
     from tunix.rl.rollout.base_rollout import RolloutConfig
 
-    logging.set_verbosity(logging.WARNING)  # else it prints every answer, within the step
+    logging.set_verbosity(logging.WARNING)  # otherwise it prints every answer during the step
     prompts, longest = list(tokenizer.ids), max(map(len, tokenizer.ids.values()))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     everywhere = ".*(q|k|v|o|gate|up|down)_proj"
@@ -213,10 +213,10 @@ def grpo_steps(
     stamps: list[float] = []
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        """The same prompts for every step; the last step ends as a further batch is asked for."""
+        """Yields the same prompts for every step; the last step ends when a further batch is requested."""
         for _ in range(steps):
             stamps.append(time.perf_counter())
-            yield {"prompts": np.array(prompts)}  # Tunix repeats the entries of a list one by one
+            yield {"prompts": np.array(prompts)}  # Tunix would repeat the entries of a list one by one
             jax.block_until_ready(adapter())
         stamps.append(time.perf_counter())
 
@@ -227,5 +227,5 @@ def grpo_steps(
     GRPOLearner(cluster, config, alternating).train(batches())
     seconds = [end - begin for begin, end in zip(stamps[:-1], stamps[1:], strict=True)]
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapter()))
-    drawn = np.minimum(np.array(tokenizer.lengths) + 1, new_tokens)  # it cuts stop tokens off before decoding
+    drawn = np.minimum(np.array(tokenizer.lengths) + 1, new_tokens)  # it removes stop tokens before decoding
     return Steps(seconds, trained, float(drawn.mean()))

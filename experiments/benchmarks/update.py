@@ -1,4 +1,4 @@
-"""Seconds of one GRPO update on natural lengths, beside the device's measured matrix rate.
+"""Measures one GRPO update with natural lengths, compared with the device's measured matrix rate.
 
 python -m experiments.benchmarks.update --model=random:qwen2.5-0.5b --prompts=64 --new_tokens=512
 """
@@ -33,7 +33,7 @@ FLAGS = flags.FLAGS
 
 
 def natural_batch(vocab: int, bounds: Bounds) -> Batch:
-    """Random tokens with the spread of lengths of GSM8K answers: mean 0.57 and deviation 0.22 of the cap."""
+    """Random tokens with lengths distributed like GSM8K answers: mean 0.57, deviation 0.22 of the cap."""
     rng = np.random.default_rng(0)
     prompts, prompt_tokens, samples, new_tokens = bounds
     shape = (prompts, samples, new_tokens)
@@ -50,7 +50,7 @@ def natural_batch(vocab: int, bounds: Bounds) -> Batch:
 
 
 def flops_ratio(plan: Plan, model: common.Model, microbatch) -> float:
-    """XLA's count of operations of loss and gradient over those of the loss alone."""
+    """XLA's operation count for loss and gradient, relative to the loss alone."""
     loss = lambda v, policy, microbatch: grpo_loss(v, plan, policy, microbatch)[0]
 
     def count(function) -> float:
@@ -106,9 +106,9 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     common.define_flags()
     flags.DEFINE_integer("prompts", 4, "Prompts.", lower_bound=1)
-    flags.DEFINE_integer("samples", 4, "Completions a prompt.", lower_bound=2)
-    flags.DEFINE_integer("prompt_tokens", 320, "Padded width of the prompts.", lower_bound=1)
-    flags.DEFINE_integer("new_tokens", 64, "Longest completion allowed.", lower_bound=1)
+    flags.DEFINE_integer("samples", 4, "Number of completions per prompt.", lower_bound=2)
+    flags.DEFINE_integer("prompt_tokens", 320, "Padded prompt length, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 64, "Longest allowed completion, in tokens.", lower_bound=1)
     flags.DEFINE_integer("stream_tokens", 8192, "GRPO.stream_tokens.", lower_bound=1)
     flags.DEFINE_enum("remat", "auto", ["auto", "on", "off"], "GRPO.remat.")
     app.run(main, flags_parser=parse_flags)

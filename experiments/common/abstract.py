@@ -1,4 +1,4 @@
-"""Shapes, dtypes and shardings that stand for arrays, so that programs can be lowered early."""
+"""Shapes, dtypes and shardings in place of arrays, so that programs can be lowered early."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tinylora_jax.models import abstract_at, policy_shardings
 
 
 def abstract_policy(params: Any, spec: Spec, mesh: Mesh | None) -> Adapted:
-    """What `adapt` makes of weights, where it lies on a mesh.
+    """The shapes and shardings of the policy that `adapt` would return.
 
     Args:
-      params: the weights, or their shapes.
+      params: weights, or their shapes.
       spec: adapter settings.
-      mesh: None is one device, the default.
+      mesh: device mesh; None for the default device.
 
     Raises:
       ValueError: the spec does not fit the tree.

@@ -1,4 +1,4 @@
-"""Answers prompts with a task's model and grades the answers, for all commands that need it."""
+"""Answers prompts with a task's model and grades the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def answer(
     samples: int = 1,
     width: int | None = None,
 ) -> rl.GradedRollout:
-    """`rl.rollout`, then `rl.grade`, with what the task says of model, slots and reward."""
+    """Runs `rl.rollout` and `rl.grade` with the task's model, slots and reward."""
     drawn = rl.rollout(task.model, task.policy, v, prompts, key, sampling, samples, width, task.slots)
     return rl.grade(drawn, task.reward, task.tokenizer)
 
@@ -38,16 +38,16 @@ def lower_answer(
     samples: int = 1,
     key: jax.Array | jax.ShapeDtypeStruct | None = None,
 ) -> jax.stages.Lowered:
-    """The program with which `answer` answers so many prompts, to be compiled before it is needed.
+    """Lowers the program of `answer` for a number of prompts, to compile it in advance.
 
     Args:
       task: task, loaded or abstract.
       v: trained vector, or its shape.
       prompts: number of prompts.
       width: padded length of the prompts.
-      sampling: how tokens are picked.
-      samples: completions per prompt.
-      key: key of the sampling noise, or its shape; None for a single key.
+      sampling: sampling settings.
+      samples: number of completions per prompt.
+      key: PRNG key of the sampling noise, or its shape; None for a single key.
     """
     key = abstract_everywhere(jax.eval_shape(lambda: jax.random.key(0))) if key is None else key
     arrays = PromptArrays(
@@ -57,7 +57,7 @@ def lower_answer(
 
 
 def readable_page(prompts: Sequence[Prompt], graded: rl.GradedRollout, kept: int) -> str:
-    """A page for people: the first `kept` prompts of a rollout with all their completions and grades."""
+    """Formats the first `kept` prompts of a rollout, with all their completions and grades, for reading."""
     lines = []
     for place, prompt in enumerate(prompts[:kept]):
         lines.append(f"=== question {prompt.id}: {prompt.question}\n=== answer: {prompt.answer}\n")

@@ -1,4 +1,4 @@
-"""Architectures known without their files: for random weights and for compiling."""
+"""Architectures that are known without files, for random weights and for compilation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _SUFFIXES = ("-instruct", "-it", "-2507")
 
 
 def shape_name(model: str) -> str | None:
-    """The name of a model's architecture in `SHAPES`; None if it is not among them.
+    """Finds the name of a model's architecture in `SHAPES`; None if it is not there.
 
     >>> shape_name("Qwen/Qwen2.5-Coder-0.5B-Instruct")
     'qwen2.5-0.5b'
@@ -68,17 +68,17 @@ def shape_name(model: str) -> str | None:
 
 
 def matrix_params(config: ModelConfig, head: bool = True) -> int:
-    """Weights that every token is multiplied with: those of the blocks, and the output head's."""
+    """Number of weights that multiply every token: those of the blocks and of the output head."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     block = config.hidden_size * (heads + 3 * config.intermediate_size)
     return config.num_layers * block + (config.hidden_size * config.vocab_size if head else 0)
 
 
 def architecture(model: str) -> ModelConfig:
-    """The architecture of a shape, of a model with a known shape, or of a `config.json` (or its folder).
+    """Returns the architecture of a named shape, a model with a known shape, or a `config.json` (or its folder).
 
     Raises:
-      ValueError: nothing of the kind.
+      ValueError: the argument is none of these.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -94,7 +94,7 @@ def architecture(model: str) -> ModelConfig:
     name = shape_name(model)
     if name is None:
         raise ValueError(
-            f"the architecture of {model!r} is not known here: expected one of {', '.join(SHAPES)}, a model with one"
-            " of these shapes, or the path of a config.json (--model_config)"
+            f"the architecture of {model!r} is unknown: expected one of {', '.join(SHAPES)}, a model with one of these"
+            " shapes, or the path of a config.json (--model_config)"
         )
     return parse_config(dict(SHAPES[name]))

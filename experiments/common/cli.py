@@ -1,4 +1,4 @@
-"""What every command line shares."""
+"""Helpers for all command lines."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tinylora_jax.training import DivergenceError
 
 _EXAMPLE = " experiments/configs/demo.py"
 _INTERRUPTED = 130  # as a shell reports SIGINT
-# What follows the name of a base model that only an adapter names: its maker chose what would be downloaded.
+# Ends messages about a base model named only by an adapter, whose author chose what would be downloaded.
 NOT_IN_CACHE = (
-    "is not in the cache of the Hugging Face hub; --allow_download fetches it, or --model says where it is or which"
-    " other model to take"
+    "is not in the cache of the Hugging Face hub; set --allow_download to download it, or set --model to its path or"
+    " to another model"
 )
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the last good state is kept."""
+    """Training cannot continue; the last good state is kept."""
 
     @classmethod
     def at_step(cls, index: int, error: DivergenceError) -> TrainingError:
-        """The error of a run whose step diverged, with what to do about it."""
+        """Creates the error for a diverged step, with advice."""
         return cls(
             f"step {index} is not finite ({error.values}); the state before it is kept. Lower"
             " config.optimizer.learning_rate or config.optimizer.max_grad_norm and train in a new --workdir"
@@ -43,7 +43,7 @@ class TrainingError(RuntimeError):
 
 
 class _PathParser(flags.ArgumentParser):
-    """A flag's path with `~` and variables expanded; an empty one stays."""
+    """Expands `~` and variables in a flag's path; an empty path is unchanged."""
 
     syntactic_help = "a path"
 
@@ -52,7 +52,7 @@ class _PathParser(flags.ArgumentParser):
 
 
 def define_path(name: str, help_text: str, several: bool = False) -> None:
-    """Defines a flag that takes a path, in which `~` and `$NAME` are expanded.
+    """Defines a path flag in which `~` and `$NAME` are expanded.
 
     Args:
       name: name of the flag, whose default is None.
@@ -64,34 +64,34 @@ def define_path(name: str, help_text: str, several: bool = False) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the same command starts faster the next time; uses a GPU's whole memory.
+    """Caches compiled programs on disk, so that a command starts faster next time, and uses most of a GPU's memory.
 
-    In `$JAX_COMPILATION_CACHE_DIR` if that is set (to nothing: no cache), else in the user's cache folder.
+    The cache is in `$JAX_COMPILATION_CACHE_DIR` if set (empty: no cache), else in the user's cache folder.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX takes 0.75
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # share of GPU memory; JAX's default is 0.75
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "tinylora_jax" / "xla"))
 
 
 def tell(message: str) -> None:
-    """Prints a line for the person watching, without tearing a progress bar; of several processes the first does."""
+    """Prints a progress message in the first process, without breaking a progress bar."""
     if is_first():
         tqdm.write(message, file=sys.stderr)
 
 
 def fail(problem: str, code: int = 1) -> NoReturn:
-    """Ends the program with one message, and an exit code that says so."""
+    """Prints one error message and exits with an error code."""
     print(f"error: {problem}", file=sys.stderr)
     multihost.leave(code)
 
 
 class _PathError(ValueError):
-    """A path with a variable or a user that is not there."""
+    """A path contains an unknown variable or user."""
 
 
 def _with_config_expanded(argv: list[str]) -> list[str]:
-    """A command line with the path of its config file expanded, which ml_collections takes as it is."""
+    """Expands the path of the config file in a command line, which ml_collections does not."""
     given = list(argv)
     for place, argument in enumerate(given):
         flag, equals, path = argument.partition("=")
@@ -108,15 +108,15 @@ def _with_config_expanded(argv: list[str]) -> list[str]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """What `app.run` parses the command line with: what is wrong with it is one message here."""
+    """Parses the command line for `app.run`, and reports each problem as a single message."""
     try:
         rest = flags.FLAGS(_with_config_expanded(argv))
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell much at INFO
+            logging.set_verbosity(logging.WARNING)  # JAX and Orbax log a lot at INFO
         if len(rest) > 1:
-            fail(f"arguments {rest[1:]} mean nothing; a config field is written --config.field=value")
+            fail(f"unexpected arguments {rest[1:]}; write a config field as --config.field=value")
         if "config" in flags.FLAGS:
-            getattr(flags.FLAGS.config, "model", None)  # of a file that is not there, ml_collections says so only now
+            getattr(flags.FLAGS.config, "model", None)  # ml_collections reports a missing file only now
         return rest
     except flags.Error as error:
         fail(_flag_problem(str(error)))
@@ -126,7 +126,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}")
     except (SyntaxError, ImportError) as error:
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
-    except (AttributeError, KeyError) as error:  # ml_collections lets these through
+    except (AttributeError, KeyError) as error:  # ml_collections does not handle these
         fail(_config_problem(error, argv))
     except (TypeError, ValueError) as error:
         fail(f"the config file cannot be loaded: {' '.join(str(error).split())}")
@@ -145,7 +145,7 @@ def _flag_problem(said: str) -> str:
 def _config_problem(error: BaseException, argv: Sequence[str]) -> str:
     """What is wrong with a config, or with the flags that change it."""
     said: object = error
-    while isinstance(said, BaseException):  # one within the other, each quoted once more
+    while isinstance(said, BaseException):  # nested exceptions, each adding quotes
         said = said.args[0] if said.args else type(said).__name__
     text = " ".join(str(said).split())
     if "'get_config'" in text:
@@ -162,17 +162,17 @@ def _config_problem(error: BaseException, argv: Sequence[str]) -> str:
 
 @contextmanager
 def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
-    """Turns an error that a user can mend into one message and exit code 1, and an interrupt into one and code 130.
+    """Reports errors that a user can fix as one message with exit code 1, and interrupts with exit code 130.
 
-    The traceback goes to `error.log` in the given folder, for the cases that need more than the message; not that of a
-    `WorkdirError`, whose folder may be another run's.
+    The traceback is written to `error.log` in the given folder, except for a `WorkdirError`, whose folder may belong to
+    another run.
     """
     try:
         yield
     except WorkdirError as error:
         fail(str(error))
     except MemoryError:
-        fail(f"the memory is full; lower the sizes, or free some{_keep_traceback(log_folder)}")
+        fail(f"out of memory; lower the sizes, or free some memory{_keep_traceback(log_folder)}")
     except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, HostError) as error:
         fail(f"{error}{_keep_traceback(log_folder)}")
     except KeyboardInterrupt as error:
@@ -182,7 +182,7 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
         if not several() or "RESOURCE_EXHAUSTED" in str(error):
             raise
         fail(
-            f"the connection to the other processes broke, so one of them has ended: its own message says why"
+            f"the connection to the other processes broke because one of them ended; see its own message"
             f" ({str(error).strip().splitlines()[0][:200]}). The same command on every host continues a saved run."
         )
 
@@ -190,7 +190,7 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
 def _keep_traceback(folder: Path | None) -> str:
     if folder is None or not folder.is_dir() or not is_first():
         return ""
-    with suppress(OSError):  # the disk may be what failed
+    with suppress(OSError):  # the disk may be the cause of the error
         write_atomically(folder / "error.log", traceback.format_exc().encode("utf-8", "replace"))
         return f"\n(traceback in {folder / 'error.log'})"
     return ""

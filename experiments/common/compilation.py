@@ -1,4 +1,4 @@
-"""Compiling what a run needs before it begins, side by side."""
+"""Compiles the programs of a run in parallel before it begins."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _POLL_S = 0.2
 
 
 def compile_together(programs: Iterable[Lowered], check: Callable[[], None] = lambda: None) -> None:
-    """Compiles programs in threads; their functions, called with such arguments, find them compiled.
+    """Compiles programs in threads; later calls of their functions with such arguments do not compile.
 
-    Nothing should run on the devices meanwhile: a GPU records what runs as graphs, and the compiler's own trials
-    of tilings break a recording. (Copies to the devices are not recorded.)
+    Nothing else should run on the devices meanwhile: a GPU records programs as graphs, and the compiler's autotuning
+    breaks a recording. (Copies to the devices are not recorded.)
 
     Args:
-      programs: to compile; each begins as soon as it is lowered.
-      check: called now and then; what it raises ends the wait.
+      programs: lowered programs; compilation of each starts as soon as it is lowered.
+      check: function called periodically; an exception from it ends the wait.
     """
     pool = ThreadPoolExecutor()
     try:
@@ -31,5 +31,5 @@ def compile_together(programs: Iterable[Lowered], check: Callable[[], None] = la
             for compiled in done:
                 compiled.result()
             check()
-    finally:  # one that compiles cannot be stopped, and an error should not wait for it
+    finally:  # a running compilation cannot be stopped, and an error should not wait for it
         pool.shutdown(wait=False, cancel_futures=True)

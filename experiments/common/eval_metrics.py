@@ -1,4 +1,4 @@
-"""The scores of an evaluation, from its rows, and the table of them."""
+"""Computes the scores of an evaluation from its rows, and formats them as a table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GRADES = ("strict", "lenient")
 
 
 def summary(rows: Sequence[Row], samples: int = 1) -> dict[str, Any]:
-    """Scores of one way of answering, strict and lenient, with intervals of 95 %.
+    """Computes strict and lenient scores with 95 % intervals.
 
     Args:
-      rows: question by question, `samples` of each.
+      rows: rows ordered by question, with `samples` rows per question.
       samples: number of samples per question.
     """
     groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
@@ -30,7 +30,7 @@ def summary(rows: Sequence[Row], samples: int = 1) -> dict[str, Any]:
 
 
 def sampled_summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
-    """`summary`, with `majority` (maj@k of all samples) and `pass` (pass@k by k; only of grades that are 0 and 1)."""
+    """`summary` with `majority` (maj@k of all samples) and `pass` (pass@k by k, only for grades of 0 and 1)."""
     groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
     voted = {name: [majority(_votes(group), [row[name] for row in group]) for group in groups] for name in GRADES}
     result = {**summary(rows, samples), "majority": _scores(voted)}
@@ -44,7 +44,7 @@ def sampled_summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
 
 
 def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results of several sets as text, in percent."""
+    """Formats the results of several sets as a table, in percent."""
     lines = []
     for name, result in results.items():
         lines.append([name, str(result["questions"]), "greedy", *_cells(result), *_lengths(result)])
@@ -65,7 +65,7 @@ def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in percent, with one decimal."""
+    """Formats a share in percent with one decimal."""
     return f"{100 * value:.1f}"
 
 

@@ -1,7 +1,7 @@
-"""Finds what fits the devices' memory: the most completions at once, and the smallest split.
+"""Finds settings that fit the devices' memory: the most completions at once, and the smallest split.
 
-Nothing is compiled for it. The prediction is the arithmetic of weights, caches and scores, of which a tenth of the
-memory is left to all that is small.
+Nothing is compiled. The prediction adds the sizes of weights, caches and scores, and leaves a tenth of the memory for
+everything else.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tinylora_jax.io import OpenedModel, open_pretrained
 from tinylora_jax.io.hf import param_shapes
 from tinylora_jax.models import MeshSpec, ModelConfig, heads_axes, param_shardings
 
-ROOM = 0.9  # of the memory: what a prediction may fill
-_TRAINED_BYTES = 16  # of a number with its gradient and Adam's two moments, all float32
-_CPU_SLOTS = 32  # a CPU is busy with so many: more of them wait for the longest without being any faster
+ROOM = 0.9  # share of memory that a prediction may fill
+_TRAINED_BYTES = 16  # bytes per trained parameter: value, gradient and Adam's two moments in float32
+_CPU_SLOTS = 32  # enough to keep a CPU busy; more slots wait for the longest completion without being faster
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a run lies on its devices.
+    """The placement of a run on its devices.
 
     Attributes:
-      mesh: sizes of the mesh, all of them positive.
-      slots: completions decoded at once; 0 is all of a batch.
-      num_bytes: predicted memory of one device while it decodes; None where the memory is not known.
+      mesh: sizes of the mesh, all positive.
+      slots: number of completions decoded at once; 0 for the whole batch.
+      num_bytes: predicted memory per device during decoding, in bytes; None if device memory is unknown.
     """
 
     mesh: MeshSpec
@@ -43,19 +43,19 @@ class Fit:
 
 @lru_cache(maxsize=1)
 def open_model(source: str, dtype: str) -> OpenedModel:
-    """`open_pretrained`, once for the choice of a mesh and for the run."""
+    """Cached `open_pretrained`, used for the choice of a mesh and for the run."""
     return open_pretrained(source, jnp.dtype(dtype))
 
 
 def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int, joined: bool) -> float:
-    """Bytes of one device while it decodes.
+    """Predicts the bytes per device during decoding.
 
     Args:
-      model: architecture.
+      model: architecture of the model.
       config: run configuration.
-      mesh: devices, existing or not.
-      slots: completions decoded at once.
-      joined: whether the blocks' kernels are joined for decoding where they are whole, which copies them.
+      mesh: device mesh, of real or hypothetical devices.
+      slots: number of completions decoded at once.
+      joined: whether decoding joins unsplit kernels of the blocks, which copies them.
     """
     size = jnp.dtype(config.dtype).itemsize
     shapes = param_shapes(model, jnp.dtype(config.dtype))
@@ -70,18 +70,18 @@ def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int
 
 
 def _num_trained(config: ConfigDict, shapes: Any) -> int:
-    """Numbers trained, as far as they are many: those of full fine-tuning."""
+    """Number of trained parameters in full fine-tuning; 0 for other methods, which train few."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) if config.method == "full" else 0
 
 
 def placed_bytes(shapes: Any, places: Any) -> float:
-    """Bytes of a tree of shapes on one device."""
+    """Bytes per device of a tree of shapes."""
     own = lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
     return float(sum(jax.tree.leaves(jax.tree.map(own, shapes, places))))
 
 
 def cache_bytes(model: ModelConfig, mesh: Mesh, rows: int, positions: int, itemsize: int) -> float:
-    """Bytes on one device of the keys and values of so many rows and positions."""
+    """Bytes per device of cached keys and values for a number of rows and positions."""
     whole = 2 * model.num_layers * rows * positions * model.num_kv_heads * model.head_dim * itemsize
     split = heads_axes(mesh, rows, model.num_kv_heads)
     return whole / math.prod(mesh.shape[axis] for axes in split for axis in axes)
@@ -95,18 +95,18 @@ def fit(
     memory: float | None,
     joined: bool = False,
 ) -> Fit:
-    """The mesh and the slots of a run: what its config says, and what fits best where it says `auto` (0).
+    """Chooses the mesh and the slots of a run: the config's values, or the best fit for `auto` (0).
 
-    The smallest split of the weights with which all completions of a batch fit at once; if none is enough, the one
-    with which the most do.
+    The best fit is the smallest split of the weights with which all completions of a batch fit at once; if there is
+    none, it is the split with which the most completions fit.
 
     Args:
-      model: architecture.
+      model: architecture of the model.
       config: run configuration.
-      spec: sizes of its mesh.
-      devices: those of the run, existing or not.
-      memory: bytes of one of them; None: not known.
-      joined: see `rollout_bytes`.
+      spec: mesh sizes from the config.
+      devices: devices of the run, real or hypothetical.
+      memory: memory of a device in bytes; None if unknown.
+      joined: whether decoding joins kernels, see `rollout_bytes`.
     """
     if memory is None:
         return Fit(spec.resolve(len(devices)), config.slots or _CPU_SLOTS)
@@ -117,15 +117,15 @@ def fit(
         for slots in [min(config.slots, rows)] if config.slots else _halves(rows, mesh.size // tensor):
             num_bytes = rollout_bytes(model, config, mesh, slots, joined)
             found.append((num_bytes <= ROOM * memory, slots, -tensor, -num_bytes, resolved))
-    # Of what fits the most slots, then the smallest split. If nothing is predicted to fit, the least memory has the
-    # best chance, and the device says what is missing.
+    # Prefer the most slots that fit, then the smallest split. If nothing is predicted to fit, the choice with the least
+    # memory has the best chance, and the device reports what is missing.
     fitting = [way for way in found if way[0]]
     _, slots, _, negative, resolved = max(fitting) if fitting else max(found, key=lambda way: way[3])
     return Fit(resolved, config.slots or (slots if slots < rows else 0), -negative)
 
 
 def _splits(spec: MeshSpec, devices: int) -> list[int]:
-    """The sizes of `tensor` to choose from, the smallest first."""
+    """The possible sizes of `tensor`, smallest first."""
     if spec.tensor or spec.data:
         return [spec.resolve(devices).tensor]
     spare = devices // spec.fsdp
@@ -133,7 +133,7 @@ def _splits(spec: MeshSpec, devices: int) -> list[int]:
 
 
 def _halves(rows: int, least: int) -> Iterator[int]:
-    """All rows, a half, a quarter, …, but not fewer than there are devices to share them."""
+    """All rows, half of them, a quarter, …, but at least one per device that shares them."""
     yield rows
     while rows % 2 == 0 and rows // 2 >= max(1, least):
         rows //= 2

@@ -1,11 +1,11 @@
-"""The start of a run: programs compile, and prompts are made, while the weights are read.
+"""Starts a run: compiles programs and encodes prompts while the weights are being read.
 
     with launch(config, specs) as start:
         prompts = make_prompts(config, questions, start.abstract)
         task = start.finish(programs lowered for start.abstract)
 
-All that programs depend on stands in a file's header and the config. What runs on the devices, the factorization, waits
-until everything is compiled: see `compile_together`.
+Programs depend only on the file's header and the config. The factorization, which runs on the devices, waits until
+everything is compiled; see `compile_together`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Launch:
       config: run configuration.
       specs: parsed run configuration.
       adapter: adapter settings.
-      abstract: the task, with a `jax.ShapeDtypeStruct` for every weight and factor.
-      reading: the weights.
-      seconds: wall time of the parts of `finish`, by name, when it is done.
+      abstract: task with a `jax.ShapeDtypeStruct` for every weight and factor.
+      reading: weights that are being read.
+      seconds: wall time of each part of `finish`, by name, once it is done.
     """
 
     config: ConfigDict
@@ -53,7 +53,7 @@ class Launch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def finish(self, programs: Iterable[Lowered] = ()) -> Task:
-        """The task, loaded and factorized, when these programs (of its abstract task) are compiled.
+        """Compiles programs of the abstract task, then returns the loaded and factorized task.
 
         Raises:
           ValueError: a weight cannot be read or adapted.
@@ -77,15 +77,15 @@ class Launch:
 
 @contextmanager
 def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Iterator[Launch]:
-    """Reads a model's weights inside the `with` block; `adapter` stands in for the config's.
+    """Reads a model's weights inside the `with` block; `adapter` replaces the config's adapter settings.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_pretrained`, or the adapter does not fit the model.
+      FileNotFoundError, ValueError: as in `load_pretrained`, or the adapter does not fit the model.
     """
     tell(f"loading {config.model}")
     adapter, mesh = adapter or specs.adapter, active_mesh()
     opened = open_model(config.model, config.dtype)
-    open_model.cache_clear()  # another run of this process may find other files there
+    open_model.cache_clear()  # the files may have changed since an earlier run in this process
     slots = slots_of(config, opened.abstract.config)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
         policy = abstract_policy(opened.abstract.params, adapter, mesh)

@@ -1,4 +1,4 @@
-"""How a run lies on its devices."""
+"""Places a run on its devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, device_bytes
 
 
 def parse_mesh(text: str) -> MeshSpec:
-    """`data,fsdp,tensor`, such as 1,1,8.
+    """Parses `data,fsdp,tensor`, such as 1,1,8.
 
     Raises:
       ValueError: the text is not three integers.
@@ -32,11 +32,11 @@ def parse_mesh(text: str) -> MeshSpec:
 
 
 def use_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> AbstractContextManager:
-    """The mesh of these devices, around everything that a run computes; nothing at all for a single device.
+    """Sets the mesh of these devices for the `with` block; no mesh for a single device.
 
     Args:
       spec: sizes of the mesh.
-      devices: devices of the mesh; None: all there are.
+      devices: devices of the mesh; None for all devices.
     """
     devices = jax.devices() if devices is None else devices
     mesh = spec.make(devices)
@@ -44,7 +44,7 @@ def use_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Abs
 
 
 def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManager:
-    """`use_mesh` for a run, whose mesh follows from the memory of its devices where the config leaves it open.
+    """`use_mesh` for a run; sizes that the config leaves open are chosen by the memory of the devices.
 
     Raises:
       FileNotFoundError, ValueError: the model cannot be opened, or the mesh does not fit the devices.
@@ -57,9 +57,9 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
 
 
 def slots_of(config: ConfigDict, model: ModelConfig) -> int:
-    """Completions that a run decodes at once on the mesh in use, 0 for all; says how it lies on its devices."""
+    """Chooses the number of completions decoded at once (0 for all), and reports the placement on devices."""
     memory, mesh = device_bytes(), active_mesh()
-    if memory is None and jax.default_backend() != "cpu":  # an accelerator that does not say what it has: all at once
+    if memory is None and jax.default_backend() != "cpu":  # unknown accelerator memory: all at once
         return config.slots
     devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
     found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels())
@@ -74,16 +74,16 @@ def slots_of(config: ConfigDict, model: ModelConfig) -> int:
 
 
 def joins_kernels() -> bool:
-    """Whether decoding joins kernels that are whole, see `generate`."""
+    """Whether decoding joins unsplit kernels, see `generate`."""
     return jax.default_backend() == "gpu"
 
 
 def replicate(tree: Any) -> Any:
-    """Arrays of the host, or of one device, on every device of the mesh in use."""
+    """Copies arrays from the host or one device to every device of the current mesh."""
     mesh = active_mesh()
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def describe(mesh: Mesh | None) -> Sequence[int]:
-    """The sizes of the axes: data, fsdp, tensor."""
+    """The sizes of the axes data, fsdp and tensor."""
     return (1, 1, 1) if mesh is None else tuple(mesh.shape.values())

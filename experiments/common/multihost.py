@@ -1,7 +1,7 @@
-"""One run on several hosts: all run the same program, and the first one owns the workdir.
+"""Runs on several hosts: all run the same program, and the first one owns the workdir.
 
---multihost                                  on every host of a TPU pod, which says who is who
---multihost --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0        anywhere else
+--multihost                                  on every host of a TPU pod, where ranks are detected
+--multihost --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0        outside a TPU pod
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from absl import flags
 
 from tinylora_jax.multihost import HostError, several
 
-_HEARTBEAT_S = 60  # a host that was silent for so long is lost
-_GOODBYE_S = 15  # and for so long the others are waited for at the end
+_HEARTBEAT_S = 60  # time without a heartbeat after which a host counts as lost
+_GOODBYE_S = 15  # time to wait for the other hosts at the end
 
 
 def define_flags() -> None:
     """Defines the flags of a run on several hosts."""
-    flags.DEFINE_bool("multihost", False, "This process is one of several; the same command runs on every host.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no TPU pod or cluster says so.")
-    flags.DEFINE_integer("num_processes", None, "Of the run, with --coordinator.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Of this process, with --coordinator.", lower_bound=0)
+    flags.DEFINE_bool("multihost", False, "Run on several hosts, with the same command on each.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; needed outside a TPU pod or cluster.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Rank of this process, with --coordinator.", lower_bound=0)
     flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait at the start for the other processes.", lower_bound=1)
 
 
 def connect(values: flags.FlagValues) -> None:
-    """Joins the other processes, if the flags say that there are any. Before anything is computed.
+    """Connects to the other processes, if the flags request it; call it before any computation.
 
     Args:
-      values: those of `define_flags`.
+      values: values of the flags from `define_flags`.
 
     Raises:
-      ValueError: the flags contradict each other.
-      HostError: the others cannot be found.
+      ValueError: the flags are inconsistent.
+      HostError: the other processes cannot be found.
     """
     where = {name: getattr(values, name) for name in ("num_processes", "process_id")}
     given = [f"--{name}" for name in ("coordinator", *where) if getattr(values, name) is not None]
     if not values.multihost:
         if given:
-            raise ValueError(f"{', '.join(given)} without --multihost; add it, or leave them out")
+            raise ValueError(f"{', '.join(given)} without --multihost; add --multihost, or omit these flags")
         return
     if given and len(given) < 3:
         raise ValueError(f"only {', '.join(given)}: expected all of --coordinator, --num_processes and --process_id")
@@ -64,14 +64,14 @@ def connect(values: flags.FlagValues) -> None:
     except (RuntimeError, ValueError) as error:
         if not given:
             raise HostError(
-                f"--multihost: no TPU pod or cluster says who the others are ({error}). Give --coordinator,"
-                " --num_processes and --process_id, or leave --multihost out"
+                f"--multihost: no TPU pod or cluster was detected ({error}). Set --coordinator,"
+                " --num_processes and --process_id, or omit --multihost"
             ) from error
         raise HostError(f"cannot join the other processes at {values.coordinator}: {error}") from error
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process; with others about, without waiting for them: they may be waiting for it."""
+    """Exits this process, without waiting for any others, because they may be waiting for it."""
     if several():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,10 +1,10 @@
-"""Several runs as one program: members share the frozen weights and one batch of rollouts.
+"""Trains several runs as one program: members share the frozen weights and one batch of rollouts.
 
-A member is what its config would be alone: its own prompts in its own order, its own sampling noise, its own
-optimizer. Members may differ by whatever leaves the compiled programs as they are: seeds, the optimizer, and the
-adapter's tying, u and seed, for all adapters of one rank are points of one space (`coordinates`). The rollout decodes
-all members' prompts together, each row with its member's adapter; the updates are those of the members alone, one after
-the other, by one compiled gradient.
+A member behaves like a separate run: it has its own prompts in its own order, its own sampling noise and its own
+optimizer. Members may differ in anything that leaves the compiled programs unchanged: seeds, the optimizer, and the
+adapter's tying, u and seed, because all adapters of one rank are points of one space (`coordinates`). The rollout
+decodes all members' prompts together, each row with its member's adapter. The members are updated one after the other,
+with one compiled gradient.
 """
 
 from __future__ import annotations
@@ -29,48 +29,48 @@ from tinylora_jax.data import Prompt
 from tinylora_jax.training import DivergenceError, TrainState, init_state
 
 VARIED = ("seed", "method", "optimizer.", "adapter.")
-"""What members may differ by: fields, or groups of them."""
+"""Fields, or groups of fields, in which members may differ."""
 
 Changes = dict[str, Any]
-"""Fields of the config with the values of one member."""
+"""Fields of the config, with the values of one member."""
 
 
 def parse_variation(text: str, config: ConfigDict) -> tuple[str, tuple[Any, ...]]:
-    """Reads `optimizer.learning_rate=1e-3,3e-3`: a field and the values that members take.
+    """Parses `optimizer.learning_rate=1e-3,3e-3`: a field and its values for the members.
 
     Raises:
-      ConfigError: it is not of this form, the config has no such field, or members cannot differ by it.
+      ConfigError: the text has another form, the config has no such field, or members cannot differ in it.
     """
     field, _, listed = text.partition("=")
     if not field.strip() or not listed.strip():
         raise ConfigError(f"--vary={text}: expected field=value,value,…, such as optimizer.learning_rate=1e-3,3e-3")
     field, values = field.strip(), tuple(_parsed(field.strip(), value, config) for value in listed.split(","))
     if len(set(values)) < len(values):
-        raise ConfigError(f"--vary={text}: a value stands there twice")
+        raise ConfigError(f"--vary={text}: a value is repeated")
     return field, values
 
 
 def parse_member(text: str, config: ConfigDict) -> Changes:
-    """Reads `adapter.n_tie=13,optimizer.learning_rate=3e-3`: what one member changes.
+    """Parses `adapter.n_tie=13,optimizer.learning_rate=3e-3`: the changes of one member.
 
     Raises:
-      ConfigError: as `parse_variation`.
+      ConfigError: as in `parse_variation`.
     """
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(field.strip() and value.strip() for field, _, value in pairs):
         raise ConfigError(f"--member={text}: expected field=value,field=value,…")
     fields = [field.strip() for field, _, _ in pairs]
     if len(set(fields)) < len(fields):
-        raise ConfigError(f"--member={text}: a field stands there twice")
+        raise ConfigError(f"--member={text}: a field is repeated")
     return {field: _parsed(field, value, config) for field, (_, _, value) in zip(fields, pairs, strict=True)}
 
 
 def _parsed(field: str, text: str, config: ConfigDict) -> Any:
-    """A value of a field as the type that the field holds."""
+    """Converts a value to the type of its field."""
     if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection"):
         raise ConfigError(
-            f"{field}: members of one program may differ by seed, method, optimizer.* and adapter.* but its rank and"
-            " projection; run another sweep for each value of this one"
+            f"{field}: members may differ only in seed, method, optimizer.* and adapter.* (except rank and"
+            " projection); run a separate sweep for each value of this field"
         )
     try:
         now = config
@@ -80,7 +80,7 @@ def _parsed(field: str, text: str, config: ConfigDict) -> Any:
         raise ConfigError(f"{field}: the config has no such field; see experiments/configs/base.py") from error
     kind = type(now)
     if kind not in (int, float, str):
-        raise ConfigError(f"{field}: expected a single field that holds a number or a text")
+        raise ConfigError(f"{field}: expected a single field with a number or a string")
     try:
         return kind(text.strip())
     except ValueError as error:
@@ -88,23 +88,23 @@ def _parsed(field: str, text: str, config: ConfigDict) -> Any:
 
 
 def combinations(variations: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Changes]:
-    """What every member changes, for all combinations of the values.
+    """The changes of every member, for all combinations of the values.
 
     Raises:
-      ConfigError: a field varies twice.
+      ConfigError: a field is repeated.
     """
     fields = [field for field, _ in variations]
     if len(set(fields)) < len(fields):
-        raise ConfigError(f"--vary: a field stands there twice in {', '.join(fields)}")
+        raise ConfigError(f"--vary: a field is repeated in {', '.join(fields)}")
     products = itertools.product(*(values for _, values in variations)) if variations else ()
     return [dict(zip(fields, values, strict=True)) for values in products]
 
 
 def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, ConfigDict]:
-    """The config of every member, by a name that says what it changes.
+    """Builds the config of every member, by a name that states its changes.
 
     Raises:
-      ConfigError: there is no member, two are alike, or a config is out of range (the member is named).
+      ConfigError: there is no member, two are equal, or a config is out of range (the message names the member).
     """
     found: dict[str, ConfigDict] = {}
     last = lambda field: field.split(".")[-1]
@@ -115,16 +115,14 @@ def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, 
         own = config.copy_and_resolve_references()
         own.update_from_flattened_dict(changes)
         if twin := next((other for other, known in found.items() if known == own), None):
-            raise ConfigError(
-                f"member {name} is there twice" if twin == name else f"members {twin} and {name} are alike"
-            )
+            raise ConfigError(f"member {name} is repeated" if twin == name else f"members {twin} and {name} are equal")
         try:
             free_spec(own, parse(own))
         except ConfigError as error:
             raise ConfigError(f"member {name}: {error}") from error
         found[name] = own
     if not found:
-        raise ConfigError("a sweep needs members: give --vary or --member")
+        raise ConfigError("a sweep needs members: set --vary or --member")
     return found
 
 
@@ -132,12 +130,12 @@ class Member:
     """One run of a population.
 
     Args:
-      name: name in the sweep.
-      config: configuration, as if the run were alone.
-      factors: factors of the member's own spec.
-      free: factors of LoRA-XS, in whose space all members lie.
+      name: name of the member in the sweep.
+      config: configuration, as for a separate run.
+      factors: factors of the member's spec.
+      free: LoRA-XS factors, whose space contains all members.
       learner: learner whose compiled gradient all members share.
-      steps: steps of the run.
+      steps: number of steps of the run.
     """
 
     def __init__(self, name: str, config: ConfigDict, factors: Factors, free: Factors, learner: rl.Learner, steps: int):
@@ -155,7 +153,7 @@ class Member:
 
 
 def _ties_of(factors: Factors) -> Factors:
-    """The factors without singular vectors: all that coordinates need, and small enough for a program to hold."""
+    """The factors without singular vectors, which coordinates do not need; small enough for a program's constants."""
     none = jnp.zeros((0,))
     leaves = {
         path: type(leaf)(none, none, none, leaf.P, leaf.groups, leaf.target) for path, leaf in factors.leaves.items()
@@ -164,20 +162,20 @@ def _ties_of(factors: Factors) -> Factors:
 
 
 class Population:
-    """The members of a sweep, and the step they make together; it holds no weights, as a `Trainer` holds none.
+    """The members of a sweep and their joint step; like a `Trainer`, it holds no weights.
 
     Args:
       configs: configurations of the members, by name.
       specs: parsed configuration of any member.
       task: task adapted by LoRA-XS of the members' rank (`free_spec`), loaded or abstract.
-      width: padded length of the prompts.
-      steps: steps of every member's run.
+      width: padded prompt length, in tokens.
+      steps: number of steps of every member.
     """
 
     def __init__(self, configs: Mapping[str, ConfigDict], specs: Specs, task: Task, width: int, steps: int):
         self.width, self.config = width, next(iter(configs.values()))
         learner = rl.Learner(plan_of(self.config, specs, task.model, width), optimizer_of(specs, steps))
-        # Of abstract factors nothing but the ties is there; these are made anew.
+        # Abstract factors contain only the tie groups; these are rebuilt.
         tied = partial(retie, task.policy.params, task.policy.factors)
         free = tied(task.policy.factors.spec)
         self.members = {
@@ -190,7 +188,7 @@ class Population:
         return {name: member.initial_state() for name, member in self.members.items()}
 
     def lower(self, task: Task, states: Mapping[str, TrainState]) -> Iterator[jax.stages.Lowered]:
-        """The programs of a step."""
+        """Lowers the programs of a step."""
         names = list(self.members)
         count = len(names) * self.config.batch_size
         v = jnp.zeros((count, *init(task.policy.factors).shape), jnp.float32)
@@ -206,17 +204,17 @@ class Population:
         prompts: Mapping[str, Sequence[Prompt]],
         live: Collection[str],
     ) -> dict[str, tuple[TrainState, dict[str, float], rl.GradedRollout] | TrainingError]:
-        """One rollout of all members, and the updates of each on its own part.
+        """Runs one rollout of all members, and the updates of each on its own part.
 
         Args:
           task: loaded task.
           states: states of all members.
           index: index of the step.
           prompts: prompts of each member.
-          live: members that learn. The others keep their rows, so that nothing is compiled anew.
+          live: members that still train. The others keep their rows, so that nothing is recompiled.
 
         Returns:
-          For each that learns its next state, metrics and graded rollout; or the error of one that diverged.
+          The next state, metrics and graded rollout of each training member, or the error if it diverged.
         """
         names, size = list(self.members), self.config.batch_size
         rows = lambda x: jnp.repeat(jnp.stack(x), size, axis=0)
@@ -226,7 +224,7 @@ class Population:
         sampling, samples = task.sampling, self.config.samples
         drawn = rl.rollout(task.model, task.policy, v, together, keys, sampling, samples, self.width, task.slots)
         underway, found = {}, {}
-        for place, name in enumerate(names):  # the devices learn from one member's answers while the next are graded
+        for place, name in enumerate(names):  # the devices update one member while the next one's answers are graded
             if name in live:
                 graded = rl.grade(drawn.part(place * size, size), task.reward, task.tokenizer)
                 underway[name] = self.members[name].learner.begin(states[name], task.policy, graded)
@@ -239,10 +237,10 @@ class Population:
 
 
 def free_spec(config: ConfigDict, specs: Specs) -> TinyLoRA:
-    """LoRA-XS of a config's rank and targets, in whose space all members lie.
+    """LoRA-XS with a config's rank and targets, whose space contains all members.
 
     Raises:
-      ConfigError: the config trains something else than TinyLoRA or LoRA-XS.
+      ConfigError: the config's method is not TinyLoRA or LoRA-XS.
     """
     if config.method not in ("tinylora", "lora_xs"):
         raise ConfigError(f"config.method={config.method!r}: a sweep in one program trains 'tinylora' or 'lora_xs'")

@@ -1,4 +1,4 @@
-"""Stops a run between two phases of a step instead of inside one; before the first, at once."""
+"""Stops a run between two phases of a step, or immediately before the first step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinylora_jax.multihost import collect, several
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C asked the run to stop; everything worth keeping is on disk."""
+    """SIGTERM or Ctrl-C requested a stop; all results are on disk."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -20,10 +20,10 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """Remembers the first SIGTERM or Ctrl-C; a second one kills as usual.
+    """Records the first SIGTERM or Ctrl-C; a second one kills the process as usual.
 
-    Until the first `check` there is nothing to finish: the model is loaded and compiled, which would take seconds more,
-    and the process ends at once. Of several processes none does, since all must end at the same place.
+    Before the first `check` there is nothing to finish, so the process exits immediately instead of waiting for loading
+    and compilation. In a multi-process run it does not, because all processes must stop at the same point.
     """
 
     def __init__(self):
@@ -35,16 +35,16 @@ class StopRequests:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._loading and not several():
             stopped = Stopped(number)
-            print(f"stopped by {stopped} before the first step; the same command begins it again", flush=True)
+            print(f"stopped by {stopped} before the first step; the same command starts it again", flush=True)
             sys.stderr.flush()
-            os._exit(stopped.exit_code)  # threads that read and compile are not waited for
+            os._exit(stopped.exit_code)  # does not wait for threads that read and compile
         self._received = number
         tell("stopping when this phase of the step is done; again to kill (nothing saved is lost)")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal came, to this process or to any other of the run: all stop at the same place."""
+        """Raises `Stopped` if any process of the run got a signal, so that all stop at the same point."""
         self._loading = False
         received = [number for number in collect([self._received]) if number is not None]
         if received:

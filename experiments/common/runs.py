@@ -1,4 +1,4 @@
-"""A run from its config to its summary, whatever it learns from."""
+"""A run from its config to its summary, for any kind of trainer."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ from tinylora_jax.training import Bounds, DivergenceError, Plan, TrainState, ini
 
 Totals = dict[str, float]
 
-_SHOWN = ("loss", "reward", "length", "tokens_per_s")  # of the metrics, while it runs
+_SHOWN = ("loss", "reward", "length", "tokens_per_s")  # metrics in the progress bar
 
-_SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # kept in adapter.json
+_SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # stored in adapter.json
 
 
 class Stepped(NamedTuple):
-    """What a step leaves.
+    """The results of a step.
 
     Attributes:
-      state: after it.
-      metrics: to log.
-      page: readable completions.
-      tokens: how many were generated.
+      state: training state after the step.
+      metrics: metrics to log.
+      page: page of readable completions.
+      tokens: number of generated tokens.
     """
 
     state: TrainState
@@ -70,10 +70,10 @@ class Stepped(NamedTuple):
 
 
 class Trainer(ABC):
-    """What a run's steps are made of: sizes, programs and the optimizer, but no weights.
+    """The sizes, programs and optimizer of a run's steps, without weights.
 
-    It is made of a task whose weights are still being read, and its steps take the loaded one: their programs are the
-    same.
+    It is created from a task whose weights are still being read, and its steps take the loaded task: the programs are
+    the same.
 
     Args:
       config: run configuration.
@@ -92,17 +92,17 @@ class Trainer(ABC):
         return replicate(init_state(policy.init(), self.optimizer))
 
     def abstract_state(self, policy: Adapted) -> TrainState:
-        """The shapes and places of the initial state."""
+        """The shapes and shardings of the initial state."""
         make = lambda policy: init_state(policy.init(), self.optimizer)
         return abstract_everywhere(jax.eval_shape(make, policy))
 
     @abstractmethod
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
-        """The programs of a step from a state, or from its shapes, to be compiled before the first."""
+        """Lowers the programs of a step for a state or its shapes, to compile them in advance."""
 
     @abstractmethod
     def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
-        """What one batch of prompts teaches.
+        """Runs one training step on a batch of prompts.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
@@ -113,7 +113,7 @@ MakeTrainer = Callable[[ConfigDict, Specs, Task, Sequence[Prompt], int, StopRequ
 
 
 def optimizer_of(specs: Specs, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of so many rollouts."""
+    """The optimizer of a run with a given number of rollouts."""
     updates = steps * specs.grpo.updates_per_rollout
     return dataclasses.replace(specs.optimizer, total_updates=updates).transform()
 
@@ -126,15 +126,15 @@ def plan_of(
     samples: int | None = None,
     longest: int | None = None,
 ) -> Plan:
-    """What the update of a run is compiled for.
+    """The plan of a run's update.
 
     Args:
       config: run configuration.
       specs: parsed run configuration.
       model: architecture.
-      width: padded length of the prompts.
-      samples: completions per prompt; None for the configuration's.
-      longest: most tokens of a completion; None for the configuration's.
+      width: padded prompt length, in tokens.
+      samples: number of completions per prompt; None for the configuration's value.
+      longest: longest completion, in tokens; None for the configuration's value.
     """
     samples, longest = samples or config.samples, longest or config.max_new_tokens
     bounds = Bounds(config.batch_size, width, samples, longest)
@@ -143,13 +143,13 @@ def plan_of(
 
 
 def summary_of_config(config: ConfigDict) -> dict[str, Any]:
-    """What an adapter's description keeps of its run."""
+    """The part of a config that is stored in an adapter's description."""
     kept = {name: config[name] for name in _SUMMARY}
     return kept | {"train_data": config.train_data.source, "learning_rate": config.optimizer.learning_rate}
 
 
 def num_steps(config: ConfigDict, num_prompts: int) -> int:
-    """Rollouts of a run.
+    """Number of rollouts of a run.
 
     Raises:
       ConfigError: there are fewer prompts than a batch needs.
@@ -157,16 +157,16 @@ def num_steps(config: ConfigDict, num_prompts: int) -> int:
     steps = num_prompts // config.batch_size * config.epochs
     steps = min(steps, config.max_steps) if config.max_steps else steps
     if steps < 1:
-        raise ConfigError(f"config.batch_size={config.batch_size} is more than the {num_prompts} prompts; lower it")
+        raise ConfigError(f"config.batch_size={config.batch_size} exceeds the {num_prompts} prompts; lower it")
     return steps
 
 
 def questions_of(config: ConfigDict, specs: Specs) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
-    """The questions to train on and those to evaluate on, graded once; refuses too few before the slow part.
+    """Loads and checks the questions for training and evaluation, before the slow part of a run.
 
     Raises:
-      ConfigError: there are fewer questions than a batch needs, the reward can never pay most of them, or the template
-        asks for another format than the reward pays.
+      ConfigError: there are fewer questions than a batch needs, the reward can never accept most of them, or the
+        template asks for another format than the reward accepts.
     """
     check_template(config.template, config.reward)
     to_train = load_graded_questions(specs.train_data, config.reward)
@@ -177,11 +177,11 @@ def questions_of(config: ConfigDict, specs: Specs) -> tuple[tuple[Question, ...]
 
 @contextmanager
 def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
-    """What a training command runs in: an error that a user can mend, or a request to stop, ends it with one line.
+    """Context of a training command: errors that a user can fix, and stop requests, end it with one message.
 
     Args:
-      workdir: folder that keeps the traceback of an error.
-      what: what the same command continues, such as `run`.
+      workdir: folder for the traceback of an error.
+      what: noun for messages, such as `run`.
     """
     stop = StopRequests()
     with reporting_errors(workdir):
@@ -196,10 +196,10 @@ def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
 def train(
     trainer: Trainer, task: Task, data: DatasetIterator, steps: int, folder: Workdir, started: float
 ) -> tuple[TrainState, Totals]:
-    """Runs the steps that are still to do, each saved when it is done.
+    """Runs the remaining steps and saves each one.
 
     Returns:
-      The final state, and totals over the whole run, interruptions included.
+      The final state, and totals over the whole run, including interrupted parts.
     """
     config, state = trainer.config, trainer.initial_state(task.policy)
     totals = {"wall_s": 0.0, "tokens": 0, "rollout_s": 0.0}
@@ -234,14 +234,14 @@ def train(
 def run(
     config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer, experiment: str
 ) -> dict[str, Any]:
-    """Trains one adapter, from the config to the summary; continues what the workdir holds.
+    """Trains one adapter, from the config to the summary; continues a run in the workdir.
 
     Args:
-      config: see `experiments/configs/base.py`.
-      workdir: see `RunLog`.
-      stop: says when to stop early.
+      config: run configuration, see `experiments/configs/base.py`.
+      workdir: folder of the run, see `RunLog`.
+      stop: stop requests, checked between phases.
       make_trainer: class of the trainer, for rewards or for solutions.
-      experiment: `grpo` or `sft`; a workdir of the one is refused to the other.
+      experiment: name of the experiment, `grpo` or `sft`; one cannot continue a workdir of the other.
 
     Returns:
       The summary.
@@ -272,7 +272,7 @@ def run(
         folder.write_rows("answers_before.jsonl", answers)
         folder.write("eval_before.json", before)
     tell(f"before training: {json.dumps(before)}")
-    del initial  # of all weights it is gigabytes
+    del initial  # takes gigabytes in full fine-tuning
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
     state, totals = train(trainer, task, data, steps, folder, started)
@@ -299,13 +299,13 @@ def run(
 
 
 def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
-    """Saves what was trained, and gives it as it was saved: of a vector what its 26 bytes keep."""
+    """Saves the trained parameters, and returns them as saved, for a vector after rounding to its 26 bytes."""
     policy, v, fingerprint = task.policy_to_save(), to_host(v), base_fingerprint(task.policy.params)
 
     def write() -> list[Any] | None:
         saved = save_trained(folder, task.pretrained, policy, v, fingerprint, dtype, **about)
         if all(map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(v))):
-            return None  # large ones are saved in float32, and need not be told to the other processes
+            return None  # large ones are saved in float32, so other processes already have them
         return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(saved)]
 
     found = on_first(write)
@@ -315,18 +315,18 @@ def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any
 
 def define_flags() -> None:
     """Defines the flags of a command that trains."""
-    config_flags.DEFINE_config_file("config", None, "What to train, and how.", lock_config=True)
-    define_path("workdir", "Folder of the run: created, or continued.")
+    config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
+    define_path("workdir", "Folder of the run, which is created or continued.")
     multihost.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
 
 
 def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], dict[str, Any]]) -> dict[str, Any]:
-    """Runs what the flags say, to the end or until it is asked to stop, which ends the program.
+    """Runs a training command with parsed flags; a stop request ends the program.
 
     Args:
-      values: values of the flags that `define_flags` defines.
-      run: from config, workdir and stop to the summary.
+      values: values of the flags from `define_flags`.
+      run: function from config, workdir and stop requests to the summary.
 
     Returns:
       The summary.

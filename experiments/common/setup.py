@@ -1,4 +1,4 @@
-"""From a config to the things a run needs: model, factors, prompts, specs."""
+"""Builds the parts of a run from its config: model, factors, prompts and specs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tinylora_jax.rewards import BUILT_IN, Reward, load_reward, unpayable
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
 
-_EXAMPLES = 3  # of gold answers that cannot be paid, and of missing fields
+_EXAMPLES = 3  # number of examples in a message
 
-_MOST_OF_ALL = 2**31 - 1  # steps and places are counted in 32 bits
-# Far above what any machine holds, far below what makes arrays that none can describe.
+_MOST_OF_ALL = 2**31 - 1  # steps and positions are counted in 32 bits
+# Far above the capacity of any machine, and far below sizes that no array can have.
 _MOST = {
     **dict.fromkeys(("batch_size", "samples", "eval_batch_size", "eval_samples", "slots"), 2**16),
     **dict.fromkeys(("max_prompt_tokens", "max_new_tokens", "adapter.rank", "adapter.u", "lora.rank"), 2**20),
@@ -39,12 +39,12 @@ METHODS = ("tinylora", "lora_xs", "lora", "full")
 
 
 class ConfigError(ValueError):
-    """A config value is out of range; names the field and what is allowed."""
+    """A config value is out of range; the message names the field and the allowed values."""
 
 
 @dataclass(frozen=True)
 class Specs:
-    """A config, parsed and checked before anything slow begins."""
+    """A parsed config, checked before anything slow begins."""
 
     adapter: Spec
     train_data: DataSpec
@@ -57,16 +57,16 @@ class Specs:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with what adapts it, and how it is asked and graded.
+    """A model with its policy, sampling settings and reward.
 
     Attributes:
-      pretrained: the model.
-      policy: what is trained of it.
-      sampling: how completions are drawn.
-      reward: grades them.
-      slots: completions decoded at once; 0 is all.
-      ill_conditioned: `Factors.ill_conditioned`, which only the weights tell. The policy's own is empty, because it is
-        part of what programs are compiled for.
+      pretrained: model with weights and tokenizer.
+      policy: policy to train.
+      sampling: sampling settings of completions.
+      reward: reward function that grades completions.
+      slots: number of completions decoded at once; 0 for all.
+      ill_conditioned: names as in `Factors.ill_conditioned`, which depend on the weights. The policy's own field is
+        empty, because programs are compiled for its value.
     """
 
     pretrained: Pretrained
@@ -78,7 +78,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of the base model."""
+        """The name of the base model."""
         return self.pretrained.name
 
     @property
@@ -88,11 +88,11 @@ class Task:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the model."""
+        """The tokenizer of the model."""
         return self.pretrained.tokenizer
 
     def policy_to_save(self) -> Adapted:
-        """The policy with the names of what is ill-conditioned; its factors are the host's."""
+        """The policy with the names of ill-conditioned modules, and with its factors on the host."""
         name = lambda factors: replace(to_host(factors), ill_conditioned=self.ill_conditioned)
         return self.policy.map_frozen(lambda params: params, name)
 
@@ -101,10 +101,10 @@ def parse(config: ConfigDict) -> Specs:
     """Checks every value of a config.
 
     Raises:
-      ConfigError: lists every problem found.
+      ConfigError: values are invalid; lists all of them.
     """
     if not isinstance(config, ConfigDict):
-        getattr(config, "model", None)  # what stands for a file that cannot be loaded raises the reason
+        getattr(config, "model", None)  # the placeholder for a file that cannot be loaded raises the reason
         found = "None" if config is None else f"an object of type {type(config).__name__}"
         raise ConfigError(
             f"get_config() returned {found}, expected an ml_collections ConfigDict; end it with `return config`"
@@ -118,7 +118,7 @@ def parse(config: ConfigDict) -> Specs:
     def build(field: str, make, *args: Any, **fields: Any) -> Any:
         try:
             return make(*args, **fields)
-        except (TypeError, ValueError, re.error) as error:  # re.error: a target that is no pattern
+        except (TypeError, ValueError, re.error) as error:  # re.error: a target is not a valid pattern
             problems.append(f"config.{field}: {error}")
 
     def require(field: str, ok: bool, expected: str) -> None:
@@ -140,7 +140,7 @@ def parse(config: ConfigDict) -> Specs:
             most = _MOST.get(field, _MOST_OF_ALL)
             problems.append(f"config.{field}={value!r:.40}: expected at most {most}")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
-    require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all alike")
+    require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all equal")
     require("method", config.method in METHODS, " or ".join(METHODS))
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
@@ -161,10 +161,10 @@ def parse(config: ConfigDict) -> Specs:
 
 
 def check_template(template: str, reward: str) -> None:
-    """Refuses a template that asks for the answer in another format than a built-in reward pays.
+    """Refuses a template that asks for the answer in another format than a built-in reward accepts.
 
     Raises:
-      ConfigError: no completion that follows the prompt would be paid.
+      ConfigError: no completion that follows the prompt would be rewarded.
     """
     text, own = get_template(template).text, BUILT_IN.get(reward)
     asked = {built_in.marker for built_in in BUILT_IN.values() if built_in.marker in text}
@@ -172,13 +172,13 @@ def check_template(template: str, reward: str) -> None:
         fitting = ", ".join(name for name, built_in in BUILT_IN.items() if built_in.marker in asked)
         raise ConfigError(
             f"config.template={template!r} asks for answers after {' or '.join(sorted(asked))}, but"
-            f" config.reward={reward!r} pays those after {own.marker} alone; take a reward such as {fitting},"
+            f" config.reward={reward!r} accepts only those after {own.marker}; choose a reward such as {fitting},"
             " or another template"
         )
 
 
 def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:
-    """What a config trains."""
+    """The adapter spec of a config."""
     match config.method:
         case "full":
             return Full()
@@ -190,15 +190,15 @@ def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:
 
 
 def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
-    """How a config's rollouts are drawn."""
+    """The sampling settings of a config's rollouts."""
     return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_tokens)
 
 
 def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], Adapted] | None = None) -> Task:
-    """Loads the model and factorizes it; `policy_of` stands in for the config's adapter. A run does it by `launch`."""
+    """Loads and factorizes a model; `policy_of` replaces the config's adapter. A run uses `launch` instead."""
     tell(f"loading {config.model}")
     mesh = active_mesh()
-    place = mesh and partial(param_shardings, mesh)  # no single device may have room for a model that is to be split
+    place = mesh and partial(param_shardings, mesh)  # a model that must be split may not fit on one device
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
     slots = slots_of(config, model.config)
     policy = make_policy(model.params, policy_of or specs.adapter, config.svd)
@@ -206,7 +206,7 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
 
 
 def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:
-    """Weights with what adapts them, on the devices of the mesh; `how` is a spec, or makes it of weights and `svd`."""
+    """Builds a policy on the devices of the mesh; `how` is a spec, or a function of the weights and `svd`."""
     if callable(how) or how.needs_svd:
         tell("factorizing its weights")
     policy = how(params, svd) if callable(how) else adapt(params, how, svd)
@@ -215,10 +215,10 @@ def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str
 
 
 def make_task(config: ConfigDict, specs: Specs, model: Pretrained, policy: Adapted, slots: int) -> Task:
-    """The task of a model and its policy, or of their shapes; `slots` completions are decoded at once (0: all).
+    """Builds the task of a model and its policy, or of their shapes, which decodes `slots` completions at once.
 
     Raises:
-      ValueError: an adapter stands on the head.
+      ValueError: the policy adapts the output head.
     """
     jax.eval_shape(lambda policy: head_kernel(model.config, policy(policy.init())), policy)
     unnamed = policy.map_frozen(lambda params: params, lambda factors: replace(factors, ill_conditioned=()))
@@ -236,7 +236,7 @@ def make_prompts(config: ConfigDict, questions: Sequence[Question], task: Task) 
     """Renders questions as prompts that leave room for an answer.
 
     Raises:
-      ConfigError: prompts and completions together exceed what the model was made for.
+      ConfigError: prompts and completions together exceed the model's context length.
     """
     total = config.max_prompt_tokens + config.max_new_tokens
     if total > task.model.max_positions:
@@ -249,18 +249,18 @@ def make_prompts(config: ConfigDict, questions: Sequence[Question], task: Task) 
 
 
 def load_graded_questions(data: DataSpec, reward: str) -> tuple[Question, ...]:
-    """Loads questions, and grades every gold answer against itself.
+    """Loads questions, and checks each gold answer by grading it against itself.
 
     Args:
-      data: what to load.
-      reward: name of the reward that grades them.
+      data: description of the questions.
+      reward: name of the reward that grades answers.
 
     Returns:
-      The questions; a warning says how many of them the reward can never pay.
+      The questions; a warning reports how many of them the reward can never accept.
 
     Raises:
-      DataError: as `load_questions`.
-      ConfigError: the reward can never pay most of them.
+      DataError: the questions cannot be loaded, see `load_questions`.
+      ConfigError: the reward can never accept most of them.
     """
     questions = load_questions(data)
     failed = [questions[place] for place in unpayable(reward, [question.answer for question in questions])]
@@ -268,15 +268,15 @@ def load_graded_questions(data: DataSpec, reward: str) -> tuple[Question, ...]:
         return questions
     examples = ", ".join(f"{each.answer!r:.60} (id {each.id})" for each in failed[:_EXAMPLES])
     share = f"{len(failed)} of {len(questions)} ({len(failed) / len(questions):.1%})"
-    problem = f"reward {reward!r} can never pay {share} gold answers of {data.source}, such as {examples}"
+    problem = f"reward {reward!r} can never accept {share} gold answers of {data.source}, such as {examples}"
     if 2 * len(failed) > len(questions):
         advice = "choose another config.reward, such as 'math', or other questions"
         raise ConfigError(f"{problem}; {advice}")
     if is_first():
-        logging.warning("%s; these questions teach nothing and count as wrong", problem)
+        logging.warning("%s; these questions give no training signal and count as wrong", problem)
     return questions
 
 
 def as_json(config: ConfigDict, experiment: str) -> Mapping[str, Any]:
-    """A config as plain JSON-serializable values, with the experiment (`grpo`, `sft`, `sweep`) that it is of."""
+    """Converts a config to JSON-serializable values, with the name of the experiment (`grpo`, `sft`, `sweep`)."""
     return {**config.to_dict(), "experiment": experiment}

@@ -1,4 +1,4 @@
-"""What a run keeps on disk. The first process owns it and shares what it reads with the others."""
+"""The files of a run. The first process owns them, and shares what it reads with the others."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tinylora_jax.io import CheckpointError, Checkpoints, RunLog
 from tinylora_jax.multihost import on_first, several
 from tinylora_jax.training import TrainState
 
-_VECTOR_NUMBERS = 64  # a longer v is logged by its norm alone
+_VECTOR_NUMBERS = 64  # for a longer v only the norm is logged
 
 
 def logged_vector(v: Any) -> dict[str, Any]:
-    """What the log of a step keeps of v: all of a short vector, nothing of anything longer."""
+    """The fields of v in the log of a step: a short vector in full, nothing for a longer one."""
     short = isinstance(v, jax.Array) and v.size <= _VECTOR_NUMBERS
     return {"v": np.asarray(v).ravel().tolist()} if short else {}
 
 
 class Workdir:
-    """A run's log, results and checkpoints; every method is called by all processes together.
+    """A run's log, results and checkpoints; all processes must call every method together.
 
     Args:
-      path: see `RunLog`.
+      path: folder of the run, see `RunLog`.
       config: run configuration.
     """
 
@@ -43,7 +43,7 @@ class Workdir:
         on_first(open_log)
 
     def claim(self) -> None:
-        """Makes the folder this config's own; before the first checkpoint is read or written."""
+        """Reserves the folder for this config; call it before reading or writing checkpoints."""
 
         def open_checkpoints() -> None:
             self._log.claim()
@@ -52,7 +52,7 @@ class Workdir:
         on_first(open_checkpoints)
 
     def saved_steps(self) -> int:
-        """How many steps the newest checkpoint is after; 0 without one."""
+        """Number of finished steps in the newest checkpoint; 0 without one."""
 
         def look() -> int:
             path = self.path / "checkpoints"
@@ -64,26 +64,26 @@ class Workdir:
         return on_first(look)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A result; None if it was not written yet."""
+        """Reads a result; None if it does not exist yet."""
         return on_first(lambda: self._log.read_json(name))
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes a result, all or nothing."""
+        """Writes a result atomically."""
         on_first(lambda: self._log.write_json(name, value))
 
     def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes JSON lines, all or nothing."""
+        """Writes JSON lines atomically."""
         on_first(lambda: self._log.write_rows(name, rows))
 
     def check(self) -> None:
-        """Refuses to go on in a workdir that was deleted or exchanged."""
+        """Raises an error if the workdir was deleted or replaced."""
         on_first(lambda: self._log.check())
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint's state, as arrays of the host, and its record; None before the first.
+        """Reads the newest checkpoint: its state as host arrays, and its record; None without a checkpoint.
 
         Raises:
-          CheckpointError: it is damaged, or another run's.
+          CheckpointError: the checkpoint is damaged, or belongs to another run.
         """
 
         def read() -> list[Any] | None:
@@ -92,10 +92,10 @@ class Workdir:
             state, record = self._checkpoints.restore(like)
             if not {"data", "totals"} <= record.keys():
                 raise CheckpointError(
-                    f"the checkpoint in {self._checkpoints.directory} has no data position; train anew"
+                    f"the checkpoint in {self._checkpoints.directory} has no data position; start a new run"
                 )
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-            # What the others are told goes by JSON, which float32 survives.
+            # The other processes get it as JSON, which preserves float32.
             return [[leaf.tolist() for leaf in leaves] if several() else leaves, record]
 
         found = on_first(read)
@@ -106,15 +106,15 @@ class Workdir:
         return jax.tree.unflatten(structure, typed), found[1]
 
     def start(self, step: int) -> None:
-        """Forgets what was logged from `step` on, which is about to be done (again)."""
+        """Discards log entries from `step` on, because these steps are about to run (again)."""
         on_first(lambda: self._log.start(step))
 
     def keep(
         self, step: int, state: TrainState, record: dict[str, Any] | None, metrics: Mapping[str, float], page: str
     ) -> None:
-        """Keeps a finished step, last of all its checkpoint: `state` and all else that the next step needs.
+        """Saves a finished step, and last of all its checkpoint: `state` and everything else the next step needs.
 
-        Without a `record` there is no checkpoint of it: a run that is interrupted does the step again.
+        Without a `record` no checkpoint is written, so an interrupted run repeats the step.
         """
 
         def write() -> None:
@@ -126,7 +126,7 @@ class Workdir:
         on_first(write)
 
     def close(self) -> None:
-        """Closes the files of the steps; closing again does nothing."""
+        """Closes the files; repeated calls have no effect."""
         if hasattr(self, "_log"):
             self._log.close()
         if hasattr(self, "_checkpoints"):

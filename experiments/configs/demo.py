@@ -1,8 +1,8 @@
-"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU, 13 numbers in 10 steps.
+"""The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU; 13 parameters, 10 steps.
 
     python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
 
-The model knows the format from one example; what the 13 numbers teach it is to add more carefully.
+The model learns the format from one example in the prompt; the 13 parameters teach it to add more carefully.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.batch_size, config.samples = 16, 8
     config.max_new_tokens = 18
     config.grpo.stream_tokens = 448
-    config.slots = 128  # answers are all about equally long: none waits for another
+    config.slots = 128  # all answers have about the same length, so none waits for another
     config.optimizer.learning_rate = 1.5e-2
     config.eval_batch_size = 128
     return config

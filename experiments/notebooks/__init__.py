@@ -1,1 +1,1 @@
-"""What the notebooks of `colab` call."""
+"""Helpers for the notebooks in `colab`."""

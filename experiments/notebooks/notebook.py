@@ -1,6 +1,6 @@
-"""The notebooks' helpers: a setup that suits the machine, the run's folder, watched commands.
+"""Helpers for the notebooks: a setup for the machine, the run's folder and monitored commands.
 
-The kernel itself computes on the CPU alone: a TPU belongs to one process at a time, and the commands need it.
+The kernel itself uses only the CPU, because a TPU belongs to one process at a time and the commands need it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.aot.report import print_table
 from experiments.notebooks.subprocesses import ROOT, Command, CommandError, why
 from experiments.plot import PlotError, plot
 
-_LOOK_S = 0.5  # between two looks at a run's log
+_LOOK_S = 0.5  # seconds between two checks of a run's log
 _DEVICES = """
 import json, jax
 found = jax.devices()
@@ -43,15 +43,15 @@ _STORY = ("A baker sells 12 loaves a day at 3 dollars each. How much does she ea
 
 @dataclass(frozen=True)
 class Session:
-    """What is trained, and what the model is asked before and after.
+    """The training setup, and the questions for the model before and after training.
 
     Attributes:
-      config: the config's path.
+      config: path of the config.
       flags: flags of `experiments.grpo`.
-      model: as `config.model`.
-      template: name of the questions' prompt template.
-      questions: to ask.
-      first_session: steps after which the first session ends, as if it were disconnected; None goes to the end.
+      model: source of the model, as in `config.model`.
+      template: name of the prompt template of the questions.
+      questions: questions for the model.
+      first_session: number of steps after which the first session stops, as after a disconnect; None runs to the end.
     """
 
     config: str
@@ -63,19 +63,19 @@ class Session:
 
     @property
     def asking(self) -> tuple[str, ...]:
-        """The flags of `experiments.generate` that ask."""
+        """The flags of `experiments.generate` for these questions."""
         asked = tuple(f"--prompt={question}" for question in self.questions)
         return (f"--model={self.model}", f"--template={self.template}", "--max_new_tokens=64", *asked)
 
 
 def begin() -> str:
-    """Keeps the kernel off the accelerator, and says in words what this machine has.
+    """Keeps the kernel off the accelerator, and describes the machine.
 
     Returns:
-      `cpu`, `gpu` or `tpu`.
+      The platform: `cpu`, `gpu` or `tpu`.
 
     Raises:
-      CommandError: JAX finds no device, most often because another process holds the TPU.
+      CommandError: JAX finds no device, usually because another process holds the TPU.
     """
     jax.config.update("jax_platforms", "cpu")
     child = subprocess.run([sys.executable, "-c", _DEVICES], capture_output=True, text=True, cwd=ROOT)
@@ -83,7 +83,7 @@ def begin() -> str:
         raise CommandError(why(child.returncode, child.stderr.splitlines()))
     platform, kind, count = json.loads(child.stdout.splitlines()[-1])
     if platform == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the commands need not look for others again
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the commands need not search for other devices again
         print(
             f"No accelerator here: everything runs on the {os.cpu_count()} cores of this CPU, and slowly.\n"
             "In Colab, Runtime → Change runtime type offers TPUs and GPUs; then run all cells again."
@@ -94,7 +94,7 @@ def begin() -> str:
 
 
 def hub_answers(timeout_s: float = 5.0) -> bool:
-    """Whether models can be fetched from the Hugging Face hub."""
+    """Whether the Hugging Face hub can be reached to download models."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return False
     try:
@@ -105,12 +105,12 @@ def hub_answers(timeout_s: float = 5.0) -> bool:
 
 
 def quickstart_plan(platform: str, choice: str = "") -> Session:
-    """Chooses what the quickstart trains, and says why.
+    """Chooses what the quickstart trains, and prints the reason.
 
     Args:
-      platform: as `begin` returned it.
-      choice: empty is what suits the machine; or `sums`, the demo; `gsm8k`; `smoke`, two tiny steps of the demo; or a
-        config file.
+      platform: platform returned by `begin`.
+      choice: `sums` for the demo, `gsm8k`, `smoke` for two tiny steps of the demo, or a config file; empty chooses by
+        the machine.
 
     Raises:
       CommandError: the choice is none of these.
@@ -133,32 +133,32 @@ def quickstart_plan(platform: str, choice: str = "") -> Session:
 
 
 def gsm8k_plan(platform: str, choice: str = "") -> Session:
-    """The GSM8K recipe on one chip.
+    """Chooses the GSM8K recipe for one chip.
 
     Args:
-      platform: as `begin` returned it.
-      choice: empty is the recipe; `smoke` or a config file stands for it, as in `quickstart_plan`.
+      platform: platform returned by `begin`.
+      choice: `smoke` or a config file, as in `quickstart_plan`; empty for the recipe.
 
     Raises:
-      CommandError: there is no accelerator, or no hub to fetch the model from.
+      CommandError: there is no accelerator, or the hub cannot be reached.
     """
     if choice:
         return quickstart_plan(platform, choice)
     if platform == "cpu":
         raise CommandError(
-            "this recipe needs a TPU or a GPU, and this runtime has none. Choose one under Runtime → Change runtime"
-            " type and run all cells again, or take quickstart.ipynb, which does with a CPU"
+            "this recipe needs a TPU or a GPU, but this runtime has none. Choose one under Runtime → Change runtime"
+            " type and run all cells again, or use quickstart.ipynb, which runs on a CPU"
         )
     if not hub_answers():
         raise CommandError(
-            "the Hugging Face hub does not answer, and Qwen2.5-1.5B-Instruct and GSM8K come from there. Check the"
+            "the Hugging Face hub does not respond, but Qwen2.5-1.5B-Instruct and GSM8K come from there. Check the"
             " network, or unset HF_HUB_OFFLINE"
         )
     return Session(_RECIPE, _ONE_CHIP, "Qwen/Qwen2.5-1.5B-Instruct", "gsm8k", _STORY)
 
 
 def expected() -> None:
-    """Prints what XLA's TPU compiler said of the recipe on one v5e chip, and the command that asks it again."""
+    """Prints the estimates of XLA's TPU compiler for the recipe on one v5e chip, and the command to repeat them."""
     found = json.loads(_COMPILED.read_text(encoding="utf-8"))
     print(f"$ {found['command']}")
     for result in found["results"]:
@@ -166,7 +166,7 @@ def expected() -> None:
 
 
 def keep_folder(name: str) -> Path:
-    """A folder for a run: in Google Drive, where it outlives the session, or here if this is not Colab.
+    """Creates a folder for a run: in Google Drive, where it outlives the session, or here outside Colab.
 
     Raises:
       CommandError: Drive was not connected.
@@ -180,8 +180,8 @@ def keep_folder(name: str) -> Path:
         drive.mount("/content/drive")
     except (ValueError, OSError, RuntimeError) as error:
         raise CommandError(
-            f"Drive was not connected ({error}). Run this cell again and allow the access; or set workdir to a folder"
-            " of this machine, which is lost with the session"
+            f"Drive was not connected ({error}). Run this cell again and allow access, or set workdir to a folder"
+            " on this machine, which is lost at the end of the session"
         ) from error
     folder = Path("/content/drive/MyDrive/tinylora", name)
     print(f"The run is kept in {folder}. After a disconnect, run all cells again: it continues from there.")
@@ -189,36 +189,36 @@ def keep_folder(name: str) -> Path:
 
 
 def command(name: str, *flags: str) -> str:
-    """Runs `python -m experiments.<name>` and prints what it prints.
+    """Runs `python -m experiments.<name>` and prints its output.
 
     Returns:
-      Its last line.
+      The last line of the output.
 
     Raises:
-      CommandError: it failed, says why; or it was interrupted.
+      CommandError: the command failed or was interrupted; the message says why.
     """
     with _start(name, *flags) as child:
         for line in child.lines():
             print(line)
     child.check()
     if child.stopped:
-        raise CommandError("stopped before its end; run this cell again")
+        raise CommandError("stopped early; run this cell again")
     return child.last[-1] if child.last else ""
 
 
 def train(plan: Session, workdir: Path, steps_now: int | None = None) -> dict[str, Any] | None:
-    """Trains, or continues what the workdir holds, beneath a picture that follows the run.
+    """Trains, or continues the run in the workdir, below a plot that follows the run.
 
     Args:
-      plan: what to train.
+      plan: training setup.
       workdir: folder of the run.
-      steps_now: stop after so many more steps; the run continues when it is called again.
+      steps_now: number of further steps before stopping; the next call continues the run.
 
     Returns:
-      The summary; None if it was stopped before the end.
+      The summary; None if the run was stopped early.
 
     Raises:
-      CommandError: training failed; says why.
+      CommandError: training failed; the message says why.
     """
     from IPython.display import Image, Markdown, display
 
@@ -234,7 +234,7 @@ def train(plan: Session, workdir: Path, steps_now: int | None = None) -> dict[st
                 seen = _lines(log)
                 try:
                     shown.update(Image(plot(workdir)))
-                except (PlotError, OSError):  # the line may not be there whole; the next look sees it
+                except (PlotError, OSError):  # the line may be incomplete; the next check sees it
                     pass
             if steps_now is not None and seen - before >= steps_now:
                 child.stop()
@@ -248,17 +248,17 @@ def train(plan: Session, workdir: Path, steps_now: int | None = None) -> dict[st
 
 
 def evaluate(plan: Session, adapter: Path | None = None) -> dict[str, Any]:
-    """Evaluates what a plan trained, or its base model, as `experiments.evaluate` does.
+    """Evaluates a trained adapter or the base model of a plan with `experiments.evaluate`.
 
     Raises:
-      CommandError: it failed; says why.
+      CommandError: the evaluation failed; the message says why.
     """
     flags = () if adapter is None else (f"--adapter={adapter}",)
     return json.loads(command("evaluate", f"--config={plan.config}", *plan.flags, *flags))
 
 
 def _start(name: str, *flags: str) -> Command:
-    flags = tuple(flag.replace(f"{ROOT}{os.sep}", "") for flag in flags)  # where the command starts
+    flags = tuple(flag.replace(f"{ROOT}{os.sep}", "") for flag in flags)  # the command's working folder
     print(" ".join([f"$ python -m experiments.{name}", *(f"'{flag}'" if " " in flag else flag for flag in flags)]))
     return Command(name, flags)
 

@@ -1,1 +1,1 @@
-"""Drawing: what a run, a sweep, a comparison and a landscape look like."""
+"""Plots of runs, sweeps, comparisons and landscapes."""

@@ -1,4 +1,4 @@
-"""Pictures of results: reward landscapes, curves over steps, accuracy against parameters."""
+"""Plots of results: reward landscapes, curves over steps, accuracy against parameters."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
-    """Draws what `experiments.landscape` measured: a line with its standard error, or a map.
+    """Draws the result of `experiments.landscape`: a line with its standard error, or a map.
 
     Args:
-      result: as `experiments.landscape` writes it.
+      result: result of `experiments.landscape`.
       path: path of the PNG file.
     """
     rows = result["points"]
@@ -73,9 +73,9 @@ def draw_landscape(result: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_curves(result: Mapping[str, Any]) -> Figure:
-    """Draws the means over seeds with bands of one standard error; beside rewards, the accuracies before and after.
+    """Draws means over seeds with bands of one standard error, and for rewards the accuracies before and after.
 
-    More than 40 steps are smoothed: every run by itself, so that the band is that of the seeds.
+    More than 40 steps are smoothed, for each run separately, so that the band still shows the spread over seeds.
 
     Args:
       result: result of `experiments.plotting.curves.mean_curves`.
@@ -119,7 +119,7 @@ def draw_curves(result: Mapping[str, Any]) -> Figure:
 
 
 def _legend(curve: Mapping[str, Any]) -> str:
-    """A curve in words: what it is of, and the accuracy after training."""
+    """The legend of a curve: its label, and the accuracy after training."""
     count, trained = len(curve["runs"]), curve["trained"]
     words = [curve["label"]] if curve["label"] else []
     words += [f"mean of {count} seeds" if count > 1 else "one seed"]
@@ -133,10 +133,10 @@ def _legend(curve: Mapping[str, Any]) -> str:
 
 
 def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path) -> None:
-    """Accuracy against the number of trained parameters, on a logarithmic axis.
+    """Draws accuracy against the number of trained parameters, on a logarithmic axis.
 
     Args:
-      series: by name (such as `RL`), points with `params`, `accuracy`, `low` and `high`, all accuracies in [0, 1].
+      series: points by name of the series (such as `RL`), with `params`, and `accuracy`, `low` and `high` in [0, 1].
       base: `accuracy`, `low` and `high` of the untrained model.
       path: path of the PNG file.
     """

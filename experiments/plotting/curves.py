@@ -1,4 +1,4 @@
-"""Curves over the steps of runs: the mean of runs that differ only by seed, and its band."""
+"""Curves over the steps of runs: the mean of runs that differ only in their seeds, and its band."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ import numpy as np
 from experiments.plotting.picture import Run
 from tinylora_jax.io import flat
 
-_SEEDS = ("seed", "adapter.seed", "lora.seed")  # of the data's order and the noise, of P, of A
+_SEEDS = ("seed", "adapter.seed", "lora.seed")  # seeds of data order and noise, of P, and of A
 _ABSENT = "absent"
 
 
 class CurveError(ValueError):
-    """Runs that make no curves together."""
+    """Runs that cannot be combined into curves."""
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """The mean of runs and its standard error, step by step.
+    """Computes the mean of runs and its standard error for each step.
 
     Args:
-      values: float64 `[runs, steps]`.
+      values: values of the runs, float64 `[runs, steps]`.
 
     Returns:
-      Both `[steps]`; no error of one run alone.
+      Mean and standard error, each `[steps]`; the error is None for a single run.
     """
     count = len(values)
     return values.mean(axis=0), values.std(axis=0, ddof=1) / count**0.5 if count > 1 else None
 
 
 def mean_curves(runs: Sequence[tuple[str, Run]]) -> dict[str, Any]:
-    """A curve for every config, whatever its seeds; as long as the shortest of its runs.
+    """Computes a curve for every config, over all its seeds, up to the length of the shortest run.
 
     Args:
-      runs: with their names; one or more.
+      runs: runs with their names, at least one.
 
     Returns:
-      JSON: `model` (None of several); `metric`, which is `reward` or, of SFT, `loss`; `untrained`, the strict accuracy
-      before training (None if no run has it yet), and `curves`: of each a `label` that says what its config has of
-      its own, its `runs` and the `steps` that each has done, `values` (a row a run), their `mean` and standard error
-      `se` (None of one run alone), and the strict accuracies `trained` of the runs that have one.
+      A JSON-serializable dict with `model` (None for several); `metric`, which is `reward`, or `loss` for SFT;
+      `untrained`, the strict accuracy before training (None if no run has it yet); and `curves`. Each curve has a
+      `label` that states how its config differs, its `runs` and their finished `steps`, `values` (a row per run), their
+      `mean` and standard error `se` (None for a single run), and the available strict accuracies `trained`.
 
     Raises:
-      CurveError: some are of GRPO and some of SFT, or two have the same config and seeds.
+      CurveError: the runs mix GRPO and SFT, or two have the same config and seeds.
     """
     metrics = {"reward" if "reward" in run.steps else "loss" for _, run in runs}
     if len(metrics) > 1:
-        raise CurveError("some runs are of GRPO and some of SFT; draw rewards and losses in two pictures")
+        raise CurveError("the runs mix GRPO and SFT; draw rewards and losses in separate plots")
     (metric,) = metrics
     groups: dict[tuple[tuple[str, str], ...], dict[tuple[str, ...], tuple[str, Run]]] = {}
     for name, run in runs:
@@ -73,7 +73,7 @@ def mean_curves(runs: Sequence[tuple[str, Run]]) -> dict[str, Any]:
 
 
 def _labels(configs: list[dict[str, str]]) -> list[str]:
-    """What every config has of its own, as a sweep names its members."""
+    """The differences of each config from the others, as in the names of a sweep's members."""
     names = sorted(set().union(*configs))
     value = lambda config, name: config.get(name, _ABSENT)
     own = [name for name in names if len({value(config, name) for config in configs}) > 1]

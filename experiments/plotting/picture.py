@@ -1,4 +1,4 @@
-"""The picture of a run: five panels over its steps, chosen by what it logs."""
+"""The plot of a run: five panels over its steps, chosen by its logged metrics."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FEW = 40  # more steps than these are drawn faintly, beneath the means of neighbours
+_FEW = 40  # with more steps, single values are drawn faintly below smoothed ones
 _BLUE, _ORANGE, _GRAY = "#1f5fa8", "#d9730d", "#7a7a7a"
 _PHASES = {"rollout_s": ("rollout", "#1f5fa8"), "update_s": ("update", "#d9730d"), "grading_s": ("grading", "#5a9e4b")}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What there is to draw.
+    """The data of a run to draw.
 
     Attributes:
-      title: title of the picture.
+      title: title of the plot.
       config: run configuration; empty if the file is missing.
-      steps: by name, the metrics that all steps have, `[steps]` each.
-      vectors: `[steps, numbers]`, v after each step; None if it was too long to be logged.
-      before: accuracies of the untrained model; None if they are not there yet.
-      after: accuracies of the trained model; None if they are not there yet.
+      steps: metrics that all steps have, by name, `[steps]` each.
+      vectors: v after each step, `[steps, numbers]`; None if it was too long to be logged.
+      before: accuracies of the untrained model; None if not available yet.
+      after: accuracies of the trained model; None if not available yet.
     """
 
     title: str
@@ -39,12 +39,12 @@ class Run:
 
     @property
     def count(self) -> int:
-        """Steps done."""
+        """Number of finished steps."""
         return len(self.steps["v_norm"])
 
 
 def draw(run: Run) -> Figure:
-    """Draws a run; matplotlib's global state is left alone.
+    """Draws a run, without using matplotlib's global state.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -52,7 +52,7 @@ def draw(run: Run) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.6))
-    # Fixed places: matplotlib's own layout would draw everything twice to measure it.
+    # Fixed positions: matplotlib's automatic layout would draw everything twice to measure it.
     above = figure.add_gridspec(1, 2, left=0.06, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
     beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.32)
     places = (above[0], above[1], beneath[0], beneath[1], beneath[2])
@@ -72,12 +72,12 @@ def draw(run: Run) -> Figure:
 
 
 def smoothing(count: int) -> int:
-    """How many steps a drawn mean is over: a tenth of them where they are many, else one."""
+    """Number of steps that are averaged: a tenth of many steps, else one."""
     return count // 10 if count > _FEW else 1
 
 
 def _line(axes: Axes, values: np.ndarray, color: str, label: str, errors: np.ndarray | None = None) -> None:
-    """A metric over the steps; with its standard error if there is one."""
+    """Draws a metric over the steps, with its standard error if there is one."""
     count = len(values)
     x, width = np.arange(1, count + 1), smoothing(count)
     if width > 1:
@@ -96,7 +96,7 @@ def _percent(value: float, place: int | None = None) -> str:
 
 
 def _notes(axes: Axes, run: Run, shares: bool, mark: str = "") -> None:
-    """The accuracies before and after, in the two upper corners."""
+    """Writes the accuracies before and after in the two upper corners."""
     text = _percent if shares else lambda x: f"{x:.3g}"
     for name, accuracy, x, side in (("untrained", run.before, 0.01, "left"), ("trained", run.after, 0.99, "right")):
         if accuracy is not None:
@@ -137,14 +137,14 @@ def _loss(axes: Axes, run: Run) -> None:
 
 
 def _above_zero(axes: Axes, values: np.ndarray, label: str, color: str = _BLUE, least: float = 0.0) -> None:
-    """A metric that is never negative, on an axis of its own colour."""
+    """Draws a nonnegative metric, with an axis in the same colour."""
     _line(axes, values, color, label)
     axes.set_ylabel(label, color=color)
     axes.set_ylim(0, max(1.15 * max(values), least) or 1.0)
 
 
 def _right(axes: Axes, values: np.ndarray, label: str, least: float = 0.0) -> Axes:
-    """A second metric, whose axis is on the right."""
+    """Draws a second metric, with its axis on the right."""
     right = axes.twinx()
     _above_zero(right, values, label, _ORANGE, least)
     right.spines["top"].set_visible(False)
@@ -169,7 +169,7 @@ def _solutions(axes: Axes, run: Run) -> None:
 
 
 def _vector(axes: Axes, run: Run) -> None:
-    if run.config.get("method") in ("lora", "full"):  # what begins as random matrices, or as the weights
+    if run.config.get("method") in ("lora", "full"):  # v starts as random matrices, or as the weights
         axes.set_title("the norm of all that is trained")
         _line(axes, run.steps["v_norm"], "black", "|v|")
         return
@@ -203,7 +203,7 @@ def _seconds(axes: Axes, run: Run) -> None:
             below = top
     usual = 1.35 * np.percentile(below, 90)
     axes.set_ylim(0, usual)
-    if max(below) > usual:  # programs that were compiled in a step, or a machine that had other things to do
+    if max(below) > usual:  # a step included compilation, or the machine was busy
         slowest = int(np.argmax(below))
         axes.set_title(f"seconds of a step (step {slowest + 1}: {max(below):.3g} s)")
     axes.legend(loc="upper right", fontsize=9, ncols=3, framealpha=1, edgecolor="none", columnspacing=1.2)
@@ -216,4 +216,4 @@ _PANELS: tuple[dict[str, Callable[[Axes, Run], None]], ...] = (
     {"delta_prob": _mismatch, "length": _solutions},
     {"update_s": _seconds},
 )
-"""What may stand in each place, by a metric that it shows: the first whose metric is logged does."""
+"""The candidates for each panel, by metric; the first one whose metric is logged is drawn."""

@@ -120,7 +120,7 @@ def test_a_last_group_with_the_remainder_becomes_several():
     assert same.tolist() == [[0.5], [-2.0], [-2.0]]
     assert_same(delta(given, v), delta(own, same))
     apart = {path: dataclasses.replace(leaf, groups=(i,)) for i, (path, leaf) in enumerate(given.leaves.items())}
-    with pytest.raises(ValueError, match="ties modules whose vectors differ"):
+    with pytest.raises(ValueError, match="ties modules that have different vectors"):
         own_triplets(params, dataclasses.replace(given, leaves=apart), jnp.ones((5, 1)))
 
 
@@ -149,9 +149,9 @@ def test_what_cannot_be_shared_is_said():
     factors = factorize(params, spec())
     turned = own_triplets(params, foreign(params, factors, turned=("b",)), v)
     others = {
-        r"other shapes: U and V of a have .* and ": (factorize(params, spec(rank=3)), v),
-        "adapt other weights; they differ in e": (factorize(params, spec(targets=tuple("abcd"))), v[:2]),
-        "other singular directions of 1 of 5 weights .b,": turned,
+        r"different shapes: U and V of a have .* and ": (factorize(params, spec(rank=3)), v),
+        "adapt different weights, among others e": (factorize(params, spec(targets=tuple("abcd"))), v[:2]),
+        "different singular directions for 1 of 5 weights .b,": turned,
     }
     for message, other in others.items():
         with pytest.raises(CombinationError, match=message):
@@ -167,5 +167,5 @@ def test_projections_go_where_they_are_named():
     assert list(places_of(factors)) == list("abcde")
     with pytest.raises(ValueError, match="no such module"):
         with_projections(factors, {"x": P})
-    with pytest.raises(ValueError, match=r"P of shape \(1, 2, 2\), expected \(2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"P has shape \(1, 2, 2\), expected \(2, 2, 2\)"):
         with_projections(factors, {"c": P[:1]})

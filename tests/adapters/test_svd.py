@@ -228,5 +228,5 @@ def test_inside_jit_no_value_is_looked_at_on_any_back_end(backend, method, monke
 
 
 def test_subspace_iteration_cannot_be_verified_inside_jit():
-    with pytest.raises(ValueError, match="'subspace' in a jitted function.*'jnp'"):
+    with pytest.raises(ValueError, match="'subspace' must verify its result, so it cannot be jitted.*'jnp'"):
         jax.jit(lambda W: truncated_svd(W, 2, "subspace"))(jnp.ones((1, 8, 4)))

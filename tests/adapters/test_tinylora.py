@@ -374,7 +374,7 @@ def test_rows_of_vectors_cannot_be_merged():
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - set(APPLICABLE)))
 def test_layouts_that_cannot_stay_unmerged_are_refused_by_name(layout):
     tree, factors = make(layout)
-    with pytest.raises(ValueError, match=f"a is laid out '{layout}'.*merge"):
+    with pytest.raises(ValueError, match=f"a has layout '{layout}'.*merge"):
         apply(tree, factors, init(factors))
 
 
@@ -431,7 +431,7 @@ def test_weights_that_are_not_finite_are_named(bad):
 
 
 def test_only_floats_are_adapted():
-    with pytest.raises(ValueError, match=r"float type can be adapted, got q \(int8\)"):
+    with pytest.raises(ValueError, match=r"floating-point weights can be adapted, got q \(int8\)"):
         factorize({"q": jnp.ones((6, 10), jnp.int8)}, TinyLoRA(targets=("q",)))
 
 
@@ -454,13 +454,13 @@ def test_factors_of_other_weights_are_refused(use):
     one, other = tree(0), tree(1)
     factors = factorize(one, TinyLoRA(targets=(".*kernel",)))
     v = jnp.ones((factors.num_groups, factors.spec.u))
-    with pytest.raises(ValueError, match="factors are of other weights: .*a/up_proj/kernel.*factorize this tree"):
+    with pytest.raises(ValueError, match="factors belong to other weights: .*a/up_proj/kernel.*factorize this tree"):
         use(other, factors, v)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         use(jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), one), factors, v)
     jax.jit(use)(other, factors, v)  # of what is not known yet nothing is said
     jax.jit(lambda v: use(one, factors, v))(v)
-    with pytest.raises(ValueError, match="factors are of other weights"):
+    with pytest.raises(ValueError, match="factors belong to other weights"):
         jax.jit(lambda v: use(other, factors, v))(v)
 
 
@@ -468,5 +468,5 @@ def test_a_box_is_called_by_its_name():
     tree = {"a": {"up_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 96))}}}
     factors = factorize(tree, TinyLoRA(targets=(".*kernel",)))
     boxed = jax.tree.map(Box, tree)
-    with pytest.raises(ValueError, match="a/up_proj/kernel is a Box, expected an array: take it out of its box"):
+    with pytest.raises(ValueError, match="a/up_proj/kernel is a Box, expected an array; unwrap it first"):
         apply(boxed, factors, jnp.ones((factors.num_groups, factors.spec.u)))

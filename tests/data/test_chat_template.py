@@ -38,7 +38,7 @@ def tokenizer(template):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_one_error_in_time(name):
     started, before = time.monotonic(), sys.gettrace()
-    with pytest.raises(DataError, match="the model's chat template .*mend or remove it"):
+    with pytest.raises(DataError, match="the model's chat template .*fix or remove it"):
         render(get_template("plain"), "hello", tokenizer(HOSTILE[name]))
     assert time.monotonic() - started < 8 and sys.gettrace() is before
 

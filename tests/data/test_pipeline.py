@@ -111,9 +111,9 @@ def test_resume_in_a_fresh_process():
 @pytest.mark.parametrize(
     ("prompts", "fields", "error", "said"),
     [
-        (make_prompts(3), {"batch_size": 4}, DataError, "batch_size=4 is more than the 3 prompts"),
-        ((), {}, DataError, "more than the 0 prompts"),
-        (make_prompts(3) + make_prompts(1), {}, DataError, r"1 of 4 prompts \(ids 0\) have ids that repeat"),
+        (make_prompts(3), {"batch_size": 4}, DataError, "batch_size=4 exceeds the number of prompts, 3"),
+        ((), {}, DataError, "exceeds the number of prompts, 0"),
+        (make_prompts(3) + make_prompts(1), {}, DataError, r"1 of 4 prompts \(ids 0\) have repeated ids"),
         (make_prompts(3), {"batch_size": 0}, ValueError, "batch_size=0"),
         (make_prompts(3), {"epochs": 0}, ValueError, "epochs=0"),
         (make_prompts(3), {"seed": -1}, ValueError, "seed=-1"),

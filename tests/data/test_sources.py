@@ -65,7 +65,7 @@ def test_hub_columns_are_named(hub):
         (datasets.exceptions.DatasetGenerationError("broken"), "cannot load"),
         (HTTPError("peer closed connection"), "the connection broke; run the same command again"),
         (datasets.exceptions.DatasetNotFoundError("'x' is a gated dataset on the Hub."), "accept its licence.*log in"),
-        (json.JSONDecodeError("Expecting value", "<html>", 0), "not the hub but, for instance, a proxy"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "not come from the hub but, for example, from a proxy"),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer supported; check the name"),
     ],
 )

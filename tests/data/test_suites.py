@@ -42,8 +42,8 @@ def test_files_and_hub_ids_are_sets_of_their_own(tmp_path):
     ("text", "said"),
     [
         ("gsm8", "unknown set 'gsm8'; did you mean gsm8k"),
-        ("", "it is empty; expected some of gsm8k"),
-        ("gsm8k,gsm8k@4", "gsm8k stands in it more than once"),
+        ("", "it is empty; expected names out of gsm8k"),
+        ("gsm8k,gsm8k@4", "gsm8k is listed more than once"),
         ("gsm8k,math500", "none of gsm8k.jsonl.*; .* has none of math500.jsonl"),
         ("aime24@0", "'aime24@0': expected a number of samples from 1"),
     ],

@@ -170,7 +170,7 @@ def test_data_package_missing(config, command_line, tmp_path, monkeypatch):
 
 def test_batch_larger_than_the_data(config, command_line, tmp_path):
     config.batch_size = 20
-    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 is more than the 16 prompts; lower it")
+    fails(command_line(config, tmp_path / "run"), "config.batch_size=20 exceeds the 16 prompts; lower it")
 
 
 def test_prompts_too_long(config, command_line, tmp_path, capsys):
@@ -247,7 +247,7 @@ def test_gold_answers_that_the_reward_can_never_pay(config, command_line, tmp_pa
     config.reward = "hash"
     config[which].source, config[which].limit = jsonl(tmp_path / "d.jsonl", rows), len(rows)
     result = command_line(config, tmp_path / "run", command)
-    fails(result, r"'hash' can never pay 12 of 16 \(75.0%\) gold .*d.jsonl, such as '5/2' \(id 0\), 'yes' \(id 1\)")
+    fails(result, r"'hash' can never accept 12 of 16 \(75.0%\) gold .*d.jsonl, such as '5/2' \(id 0\), 'yes' \(id 1\)")
 
 
 def test_a_few_such_gold_answers_are_a_warning(tmp_path, caplog):
@@ -255,7 +255,7 @@ def test_a_few_such_gold_answers_are_a_warning(tmp_path, caplog):
     rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
     data = DataSpec(jsonl(tmp_path / "d.jsonl", rows))
     assert len(load_graded_questions(data, "hash")) == 8
-    assert "can never pay 2 of 8 (25.0%) gold answers" in caplog.text and "'5/2' (id 0), 'yes' (id 1)" in caplog.text
+    assert "can never accept 2 of 8 (25.0%) gold answers" in caplog.text and "'5/2' (id 0), 'yes' (id 1)" in caplog.text
     caplog.clear()
     for reward in ("boxed", "math", "tiny_rewards:even"):
         assert len(load_graded_questions(data, reward)) == 8
@@ -412,7 +412,7 @@ def test_a_config_that_was_not_made_from_the_base_says_what_it_lacks():
 def test_a_template_that_asks_for_what_the_reward_does_not_pay(config, command_line, tmp_path, template, reward):
     """Such a run is flat at 0 % from its first step to its last."""
     config.template, config.reward = template, reward
-    fails(command_line(config, tmp_path / "run"), f"config.reward={reward!r} pays those after")
+    fails(command_line(config, tmp_path / "run"), f"config.reward={reward!r} accepts only those after")
 
 
 def test_a_workdir_that_is_refused_is_not_touched(finished, config, command_line):
@@ -455,7 +455,7 @@ def test_a_workdir_with_anything_in_place_of_a_file(config, command_line, tmp_pa
 def test_paths_of_flags_are_expanded(processes, tmp_path, monkeypatch):
     processes.env |= {"HOME": str(tmp_path), "RUNS": str(tmp_path / "runs")}
     for given, found in (("~/no-run", tmp_path / "no-run"), ("$RUNS/none", tmp_path / "runs" / "none")):
-        fails(processes.run("plot", f"--workdir={given}", config=False), f"{found} is no folder")
+        fails(processes.run("plot", f"--workdir={given}", config=False), f"{found} is not a folder")
     (tmp_path / "own.py").write_text(processes.config_file.read_text())
     for given in (["--config=~/own.py"], ["--config", "$HOME/own.py"]):
         result = processes.run("grpo", *given, f"--workdir={tmp_path / 'run'}", "--config.samples=1", config=False)
@@ -487,5 +487,5 @@ def test_a_workdir_that_is_deleted_meanwhile_is_not_complete(config, command_lin
         return save(folder, *args)
 
     monkeypatch.setattr(runs, "_save", deleting)
-    fails(command_line(config, tmp_path / "run"), "was deleted or replaced while the run was writing there")
+    fails(command_line(config, tmp_path / "run"), "was deleted or replaced during the run")
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -150,7 +150,7 @@ def edited(folder, **changes):
 
 def test_an_adapter_of_another_base_is_refused(adapter, config, other_model_folder, capsys, monkeypatch, one_host):
     config.model = str(other_model_folder)
-    with pytest.raises(AdapterError, match="trained on 'tiny', from which this base model differs in 16 of 27 weights"):
+    with pytest.raises(AdapterError, match="trained on 'tiny', but this base model differs in 16 of 27 weights"):
         cli.run(config, adapter)
     values = SimpleNamespace(config=config, adapter=str(adapter), output=None, **NO_SUITE, **one_host)
     monkeypatch.setattr(cli, "FLAGS", values, raising=False)

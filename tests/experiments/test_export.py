@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_nothing(adapter, processes, model_folder, tmp_path):
     flags = (f"--adapter={adapter}", "--to=merged", f"--output={tmp_path / 'a' / 'b'}", f"--model={model_folder}")
     result = processes.run("export", *flags, config=False, file_kib=40)
     assert result.code == 1 and "Traceback" not in result.err, result.err
-    assert "model.safetensors: File too large; make room" in result.err
+    assert "model.safetensors: File too large; free space" in result.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,19 +132,19 @@ def test_our_own_folder_is_written_anew(adapter, model_folder, tmp_path, capsys)
     assert open_adapter(adapter).template == "arithmetic"
     export.export(adapter, "tinylora", tmp_path / "short", str(model_folder), "bfloat16")
     assert (tmp_path / "short" / "vector.bin").stat().st_size * 2 == (adapter / "vector.bin").stat().st_size
-    assert "rounding to bfloat16 moves the vector by" in capsys.readouterr().err
+    assert "rounding to bfloat16 changes the vector by" in capsys.readouterr().err
 
 
 def test_a_dtype_that_a_form_does_not_have_is_refused(adapter, model_folder, tmp_path):
     for form in ("peft-lora", "peft-tinylora"):
-        with pytest.raises(ValueError, match=f"--dtype=bfloat16: {form} is written in float32"):
+        with pytest.raises(ValueError, match=f"--dtype=bfloat16: {form} is always float32"):
             export.export(adapter, form, tmp_path / "out", str(model_folder), "bfloat16")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_bfloat16_loses_is_told(adapter, model_folder, tmp_path, capsys):
     export.export(adapter, "merged", tmp_path / "merged", str(model_folder), "bfloat16")
-    assert "warning: rounding to bfloat16 is off by" in capsys.readouterr().err
+    assert "warning: rounding to bfloat16 has an error of" in capsys.readouterr().err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype.itemsize == 2
 
 
@@ -156,8 +156,13 @@ def nameless(adapter, place):
 
 
 REFUSED = {
-    "another base": lambda x: (x.adapter, x.place / "out", x.other, "from which this base model differs"),
-    "another base of PEFT's": lambda x: (x.peft, x.place / "out", x.other, "singular directions are not this model's"),
+    "another base": lambda x: (x.adapter, x.place / "out", x.other, "but this base model differs"),
+    "another base of PEFT's": lambda x: (
+        x.peft,
+        x.place / "out",
+        x.other,
+        "singular directions differ from this model's",
+    ),
     "no adapter": lambda x: (x.place / "none", x.place / "out", x.model, "none/adapter.json is missing"),
     "a model for an adapter": lambda x: (x.model, x.place / "out", x.model, "adapter.json is missing"),
     "no model": lambda x: (x.adapter, x.place / "out", "/no/such/model", "is not a model"),
@@ -165,17 +170,17 @@ REFUSED = {
         nameless(x.peft, x.place),
         x.place / "out",
         None,
-        "name its base model; give it with --model",
+        "name its base model; set --model",
     ),
-    "into the adapter": lambda x: (x.adapter, x.adapter / "out", x.model, "lies in the adapter's own folder"),
+    "into the adapter": lambda x: (x.adapter, x.adapter / "out", x.model, "is inside the adapter's folder"),
     "onto the adapter": lambda x: (
         x.adapter,
         x.adapter / "." / "x" / "..",
         x.model,
-        "lies in the adapter's own folder",
+        "is inside the adapter's folder",
     ),
-    "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "in the adapter's own folder"),
-    "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot make a folder in"),
+    "below a file": lambda x: (x.adapter, x.adapter / "vector.bin" / "x", x.model, "is inside the adapter's folder"),
+    "below nothing": lambda x: (x.adapter, x.place / "link" / "out", x.model, "cannot create a folder in"),
     "onto the model": lambda x: (x.adapter, x.model, x.model, "is not empty"),
 }
 

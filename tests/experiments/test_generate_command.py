@@ -254,16 +254,16 @@ def test_each_answers_in_the_template_that_it_was_trained_in(model_folder, adapt
     assert load(adapters[0], peft).templates == ("plain", "plain")
     assert "template" not in capsys.readouterr().err
     assert load(sums).templates == ("arithmetic",)
-    assert "trained in: arithmetic (sums). --template chooses" in capsys.readouterr().err
+    assert "from training: arithmetic (sums). Set --template" in capsys.readouterr().err
     mixed = load(command.BASE, boxes, peft, sums)
     assert mixed.templates == ("boxed", "boxed", "boxed", "arithmetic")
-    assert re.search(r"trained in: boxed \(base, .*boxes, .*peft\); arithmetic \(.*sums\)\.", capsys.readouterr().err)
+    assert re.search(r"from training: boxed \(base, .*boxes, .*peft\); arithmetic \(.*sums", capsys.readouterr().err)
     encoded = command.encode(mixed, PROMPTS, NEW)
     for prompt, row in zip(PROMPTS, encoded, strict=True):
         assert row == [render(get_template(name), prompt, mixed.base.tokenizer) for name in mixed.templates]
     command.answer(mixed, encoded, Sampling(NEW, stop_tokens=mixed.base.stop_tokens), jax.random.key(0), io.StringIO())
     assert load(boxes, sums, unknown, template="gsm8k").templates == ("gsm8k",) * 3
-    with pytest.raises(command.InputError, match="new was trained in the template 'of the future', .*choose one of"):
+    with pytest.raises(command.InputError, match="new was trained with the template 'of the future', .*choose one of"):
         load(sums, unknown)
     for odd in ({"config": 3}, {"config": {"template": ["plain"]}}, {"config": None}):
         assert load(write_adapter(tmp_path / "odd", model_folder, 1, **odd)).templates == ("plain",)
@@ -289,23 +289,23 @@ def test_what_is_wrong_with_the_input_is_said(adapters, model_folder, other_mode
         (flags(model=str(tmp_path / "no")), "no' is not a model"),
         (
             flags(adapter=[renamed]),
-            "moved-away.*not in the cache.*--allow_download fetches it, or --model says where it is",
+            "moved-away.*not in the cache.*set --allow_download to download it, or set --model",
         ),
         (flags(adapter=[adapters[0]] * 2), "is given twice"),
         (flags(adapter=[adapters[0], rank]), "rank adapts rank 3 and 14 weights, .*one/adapter rank 2 and 14 .*each"),
         (flags(adapter=[adapters[0], few]), "few adapts rank 2 and 4 weights, .*one/adapter rank 2 and 14"),
         (flags(adapter=[nameless]), "--model is missing: the adapter does not name its base model"),
         (flags(adapter=[adapters[0], theirs]), "theirs was trained on .*name the model of both"),
-        (flags(adapter=[adapters[0], theirs], model=model), "theirs was trained on .* singular directions are not"),
+        (flags(adapter=[adapters[0], theirs], model=model), "theirs was trained on .* singular directions differ"),
         (flags(adapter=[adapters[0], foreign]), "foreign was trained on .*name the model of both"),
         (flags(adapter=[adapters[0], foreign], model=model), "foreign: .* whose factors differ"),
         (flags(adapter=adapters, model=other), "one/adapter: .* whose factors differ"),
         (flags(model=model, prompt=["", "x"]), "prompt 1 is empty"),
         (flags(model=model, prompt=["x", "\udcff"]), "prompt 2 is not UTF-8"),
-        (flags(model=model, prompt=["x", "y " * 300]), "prompt 2 has .* leave 244"),
-        (flags(model=model, max_new_tokens=256), "prompt 1 has .* leave 0"),
+        (flags(model=model, prompt=["x", "y " * 300]), "prompt 2 has .* leaves 244"),
+        (flags(model=model, max_new_tokens=256), "prompt 1 has .* leaves 0"),
         (flags(model=model, template="gsm8"), "did you mean gsm8k"),
-        (flags(model=model, samples=2), "--samples=2 are all alike"),
+        (flags(model=model, samples=2), "--samples=2 would all be equal"),
     ]
     for values, message in cases:
         with pytest.raises((ValueError, OSError), match=message):

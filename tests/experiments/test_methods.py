@@ -156,7 +156,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "is missing"),
         (spoil_tensors(lambda t: {n: x for n, x in t.items() if n != FIRST}), "no pair of lora_A and lora_B"),
         (spoil_tensors(lambda t: t | {FIRST: np.full_like(t[FIRST], np.nan)}), "not finite"),
-        (spoil_tensors(lambda t: t | {"lm_head.weight": t[FIRST]}), "holds lm_head.weight, which LoRA"),
+        (spoil_tensors(lambda t: t | {"lm_head.weight": t[FIRST]}), "contains lm_head.weight, expected only LoRA"),
     ],
 )
 def test_damaged_folders(lora_folder, tmp_path, spoil, message):

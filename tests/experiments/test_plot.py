@@ -172,20 +172,20 @@ def replace_line(workdir, number, text):
 
 
 DAMAGE = {
-    "absent": (shutil.rmtree, "is no folder; expected the --workdir"),
-    "a file": (lambda w: (shutil.rmtree(w), w.write_text("")), "is no folder"),
-    "empty": (lambda w: (shutil.rmtree(w), w.mkdir()), "holds no run: it has neither"),
-    "just begun": (lambda w: (w / "metrics.jsonl").unlink(), "has not finished a step; draw it when"),
-    "first line torn": (lambda w: (w / "metrics.jsonl").write_text('{"step"'), "has not finished a step"),
+    "absent": (shutil.rmtree, "is not a folder; expected the --workdir"),
+    "a file": (lambda w: (shutil.rmtree(w), w.write_text("")), "is not a folder"),
+    "empty": (lambda w: (shutil.rmtree(w), w.mkdir()), "contains no run: it has neither"),
+    "just begun": (lambda w: (w / "metrics.jsonl").unlink(), "without a finished step; plot it after"),
+    "first line torn": (lambda w: (w / "metrics.jsonl").write_text('{"step"'), "without a finished step"),
     "no JSON": (lambda w: replace_line(w, 3, b"{{\n"), r"metrics\.jsonl line 3 is damaged"),
     "binary": (lambda w: replace_line(w, 3, b"\xff\x00\n"), "line 3 is damaged"),
     "nested": (lambda w: replace_line(w, 3, b"[" * 100_000 + b"\n"), "line 3 is damaged"),
     "a list": (lambda w: replace_line(w, 3, b"[1]\n"), "line 3 is damaged: expected step 2, found"),
     "a step is missing": (lambda w: replace_line(w, 3, b""), "line 3 is damaged: expected step 2, found"),
-    "another log": (lambda w: replace_line(w, 1, b'{"step": 0, "loss": 1}\n'), "line 1 has no grad_norm, .*not of"),
+    "another log": (lambda w: replace_line(w, 1, b'{"step": 0, "loss": 1}\n'), "line 1 lacks grad_norm, .*not from"),
     "SFT after GRPO": (
         lambda w: rewrite(w, lambda r: {k: x for k, x in r.items() if k != "reward" or r["step"] < 3}),
-        "line 4 has no reward: it is not of experiments.grpo or experiments.sft",
+        "line 4 lacks reward: it is not from experiments.grpo or experiments.sft",
     ),
     "a word": (lambda w: rewrite(w, lambda r: r | {"length": "x"}), "line 1, length is damaged: .* number, found 'x'"),
     "not finite": (lambda w: rewrite(w, lambda r: r | {"reward": np.nan}), "line 1, reward is damaged"),
@@ -195,7 +195,10 @@ DAMAGE = {
     ),
     "config": (lambda w: (w / "config.json").write_text("{"), r"config\.json is damaged"),
     "summary": (lambda w: (w / "summary.json").write_text("[]"), "summary.json is damaged: expected an object"),
-    "accuracy": (lambda w: (w / "eval_before.json").write_text('{"strict": 1}'), "no accuracy `strict` and `lenient`"),
+    "accuracy": (
+        lambda w: (w / "eval_before.json").write_text('{"strict": 1}'),
+        "lacks the accuracies `strict` and",
+    ),
 }
 
 
@@ -223,10 +226,10 @@ def test_the_command(tmp_path, processes, blank_panels):
         (["run", ""], "x.png", "--workdir is empty"),
         (["run"], "x.jpg", "expected a file name that ends in .png"),
         (["run"], "no/such/x.png", "No such file"),
-        (["other"], None, "is no folder"),
-        (["run", "run2"], None, "--output is missing; of several runs"),
+        (["other"], None, "is not a folder"),
+        (["run", "run2"], None, "--output is missing; it is required for several runs"),
         (["run", "run"], "x.png", "run and run have the same config and seeds"),
-        (["run", "other"], "x.png", "other is no folder"),
+        (["run", "other"], "x.png", "other is not a folder"),
     ],
 )
 def test_flags_that_cannot_be(tmp_path, monkeypatch, capsys, workdir, output, message):
@@ -255,7 +258,7 @@ def test_a_run_that_cannot_be_drawn_keeps_its_result(finished, config, command_l
     monkeypatch.setattr(plot, "draw", broken)
     result = command_line(config, finished.workdir)
     assert result.code == 0 and json.loads(result.out) == finished.summary
-    assert "not drawn (RuntimeError: no fonts here)" in result.err
+    assert "no plot (RuntimeError: no fonts here)" in result.err
 
 
 def test_of_several_processes_the_first_draws(finished, config, command_line, monkeypatch):
@@ -304,7 +307,7 @@ def test_curves_are_drawn_again_from_their_json(sweep, tmp_path, monkeypatch, ca
     monkeypatch.setattr(plot, "FLAGS", type("Flags", (), values), raising=False)
     with pytest.raises(SystemExit):
         plot.main([])
-    assert "holds no curves" in capsys.readouterr().err
+    assert "contains no curves" in capsys.readouterr().err
 
 
 def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):
@@ -365,7 +368,7 @@ def test_smoothing_keeps_the_band_of_the_seeds(tmp_path):
 
 def test_rewards_and_losses_make_no_curve(tmp_path):
     folders = [write_run(tmp_path / f"run{sft}", sft=sft) for sft in (False, True)]
-    with pytest.raises(CurveError, match="some runs are of GRPO and some of SFT"):
+    with pytest.raises(CurveError, match="the runs mix GRPO and SFT"):
         plot.plot_curves(folders, tmp_path / "curves.png")
     assert not list(tmp_path.glob("curves.*"))
 

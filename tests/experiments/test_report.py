@@ -135,7 +135,7 @@ def test_what_does_not_belong_together(runs, tmp_path):
     with pytest.raises(ReportError, match="2 sets of questions"):
         report.report(runs + fewer)
     mixed = read_runs("RL", write_run(tmp_path / "mixed", 1, reward(0.1), BEFORE[:5]))
-    with pytest.raises(ReportError, match="answered other questions after training"):
+    with pytest.raises(ReportError, match="different questions before and after training"):
         report.report(mixed)
 
 
@@ -172,7 +172,7 @@ def test_another_json_is_not_redrawn(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(report, "FLAGS", type("Flags", (), values))
     with pytest.raises(SystemExit):
         report.main([])
-    assert "is no report" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+    assert "is not a report" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
 
 
 def test_of_a_size_the_best_setting_is_drawn_and_not_the_best_seed():

@@ -168,7 +168,7 @@ def test_differences_by_hand(results):
     [
         (
             {"template": "plain"},
-            "template is 'boxed' in .*a.json and 'plain' in .*b.json; evaluate both under the same",
+            "template is 'boxed' in .*a.json and 'plain' in .*b.json; evaluate both with the same",
         ),
         ({"reward": "boxed"}, "reward of mine is 'math'"),
         ({"data": "other"}, "reward of mine is 'math' in .*a.json and None"),
@@ -183,7 +183,7 @@ def test_other_prompts_and_graders_are_refused(results, changes, said):
 def test_other_questions_are_refused(results):
     rows = answers([1.0, 0.0], [(0.0, 1.0)] * 2)
     for other in (rows[:1], [*rows, row(5, 0, 1.0, 1.0)], [each | {"answer": "9"} for each in rows]):
-        with pytest.raises(CompareError, match="are of different questions: [12] differ or are in one alone"):
+        with pytest.raises(CompareError, match="have different questions: [12] differ or are in only one"):
             compare(results("a", rows), results("b", other))
 
 
@@ -192,15 +192,19 @@ def test_damaged_and_missing_results_are_named(results, tmp_path, capsys):
     for bad, said in (
         ({"strict": "1"}, "row 1: expected finite grades"),
         ({"strict": float("nan")}, "row 1: expected finite grades"),
-        ({"id": "0"}, "row 1: id, set, mode, question or answer is of a wrong type"),
+        ({"id": "0"}, "row 1: id, set, mode, question or answer has the wrong type"),
     ):
         with pytest.raises(DataError, match=said):
             results("a", [rows[0] | bad])
     with pytest.raises(DataError, match="row 1: it has no 'answer'"):
         results("a", [{name: value for name, value in rows[0].items() if name != "answer"}])
-    with pytest.raises(DataError, match="row 2: id 0 stands for two questions"):
+    with pytest.raises(DataError, match="row 2: id 0 is used for two questions"):
         results("a", [rows[0], rows[0] | {"question": "other?"}])
-    for text, said in (("{", "no result of"), ("[]", "no result of"), ('{"data": "mine"}', "it has no 'template'")):
+    for text, said in (
+        ("{", "not a result of"),
+        ("[]", "not a result of"),
+        ('{"data": "mine"}', "it has no 'template'"),
+    ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(CompareError, match=said):
             read(tmp_path / "a.json")

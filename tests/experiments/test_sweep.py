@@ -152,14 +152,14 @@ def test_an_interrupted_sweep_continues_to_the_same_bits(swept, make_config, tmp
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("samples=2,4", "may differ by seed, method, optimizer"),
-        ("adapter.rank=1,2", "may differ by seed, method, optimizer"),
+        ("samples=2,4", "may differ only in seed, method, optimizer"),
+        ("adapter.rank=1,2", "may differ only in seed, method, optimizer"),
         ("optimizer.rate=1", "has no such field"),
-        ("lora.rank=1,2", "may differ by seed, method, optimizer"),
+        ("lora.rank=1,2", "may differ only in seed, method, optimizer"),
         ("seed", "expected field=value"),
         ("seed=", "expected field=value"),
         ("seed=1,a", "expected a value of type int"),
-        ("seed=1,1", "stands there twice"),
+        ("seed=1,1", "is repeated"),
     ],
 )
 def test_a_variation_that_means_nothing(make_config, text, message):
@@ -170,11 +170,11 @@ def test_a_variation_that_means_nothing(make_config, text, message):
 def test_members_that_are_alike_are_refused(make_config):
     config = make_config()
     same = [{"seed": 1, "optimizer.learning_rate": 0.5}, {"optimizer.learning_rate": 0.5, "seed": 1}]
-    with pytest.raises(ConfigError, match="seed=1,learning_rate=0.5 and learning_rate=0.5,seed=1 are alike"):
+    with pytest.raises(ConfigError, match="seed=1,learning_rate=0.5 and learning_rate=0.5,seed=1 are equal"):
         member_configs(config, same)
-    with pytest.raises(ConfigError, match="seed=1 and seed=1,precision=float32 are alike"):
+    with pytest.raises(ConfigError, match="seed=1 and seed=1,precision=float32 are equal"):
         member_configs(config, [{"seed": 1}, {"seed": 1, "optimizer.precision": "float32"}])
-    with pytest.raises(ConfigError, match="seed=1 is there twice"):
+    with pytest.raises(ConfigError, match="seed=1 is repeated"):
         member_configs(config, [{"seed": 1}, {"seed": 1}])
 
 
@@ -191,9 +191,9 @@ def test_a_member_out_of_range(make_config, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("seed=1,seed=2", "stands there twice"),
+        ("seed=1,seed=2", "is repeated"),
         ("seed=1,", "expected field=value"),
-        ("method=lora,samples=3", "may differ by"),
+        ("method=lora,samples=3", "may differ only in"),
     ],
 )
 def test_a_member_that_means_nothing(make_config, text, message):
@@ -204,7 +204,7 @@ def test_a_member_that_means_nothing(make_config, text, message):
 def test_members_must_be_there_and_differ(make_config, tmp_path):
     with pytest.raises(ConfigError, match="needs members"):
         sweep.run(make_config(), [], tmp_path / "sweep", Never())
-    with pytest.raises(ConfigError, match="member seed=1 is there twice"):
+    with pytest.raises(ConfigError, match="member seed=1 is repeated"):
         member_configs(make_config(), [{"seed": 1}, {"seed": 1}])
     with pytest.raises(ConfigError, match="trains 'tinylora' or 'lora_xs'"):
         sweep.run(make_config(), [], tmp_path / "sweep", Never(), ["method=lora"])

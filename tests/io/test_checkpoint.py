@@ -150,7 +150,7 @@ def test_no_damage_to_a_file_goes_unnoticed(checkpoints, tmp_path, how):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot keep checkpoints in .*file/checkpoints"):
+    with pytest.raises(CheckpointError, match="cannot store checkpoints in .*file/checkpoints"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 

@@ -31,7 +31,7 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "x").write_text("mine")
     for path, what in ((tmp_path, "not empty"), (tmp_path / "x", "not a folder")):
-        with pytest.raises(FileExistsError, match=f"is {what}; name a new folder"), new_folder(path):
+        with pytest.raises(FileExistsError, match=f"is {what}; choose a new folder"), new_folder(path):
             raise AssertionError
     assert (tmp_path / "x").read_text() == "mine"
 
@@ -39,5 +39,5 @@ def test_what_is_there_stays(tmp_path):
 @pytest.mark.parametrize("place", ["x/a", "/proc/nothing/a", "/dev/null/a"])
 def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
     (tmp_path / "x").write_text("a file")
-    with pytest.raises(OSError, match="cannot make a folder in .*; choose another"), new_folder(tmp_path / place):
+    with pytest.raises(OSError, match="cannot create a folder in .*; choose another"), new_folder(tmp_path / place):
         raise AssertionError

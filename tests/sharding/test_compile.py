@@ -63,7 +63,7 @@ def test_an_unknown_topology_is_one_message():
     [
         ("1,1,3", None, "does not fit 8 devices"),
         ("8", None, "--mesh=8: expected data,fsdp,tensor as three integers, such as 1,1,8"),
-        (None, "gpt-5", "the architecture of 'gpt-5' is not known here: expected one of qwen2.5-0.5b"),
+        (None, "gpt-5", "the architecture of 'gpt-5' is unknown: expected one of qwen2.5-0.5b"),
     ],
 )
 def test_what_cannot_be_compiled_says_why(mesh, model, message):

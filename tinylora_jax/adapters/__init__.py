@@ -1,4 +1,4 @@
-"""Pure transforms of any pytree of weights: no model and no Flax inside."""
+"""Pure transforms of any pytree of weights, independent of any model and of Flax."""
 
 from tinylora_jax.adapters.batches import BATCH_BYTES as BATCH_BYTES
 from tinylora_jax.adapters.batches import batches as batches

@@ -17,15 +17,15 @@ from tinylora_jax.adapters.svd import lower_svds
 from tinylora_jax.adapters.svd_device import mesh_of, spread
 from tinylora_jax.adapters.targets import Module, Target, leaves_by_path, select
 
-BATCH_BYTES = 2**30  # of matrices decomposed together
+BATCH_BYTES = 2**30  # of matrices that are decomposed together
 
 
 def lower_factorize(
     params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes: int = BATCH_BYTES
 ) -> Iterator[jax.stages.Lowered]:
-    """The programs that `factorize` runs with these arguments, to be compiled before it.
+    """Lowers the programs that `factorize` would run, to compile them in advance.
 
-    Args as those of `factorize`; shapes (`jax.ShapeDtypeStruct`) may stand for the weights, which one device has.
+    The arguments are those of `factorize`; `params` may hold `jax.ShapeDtypeStruct`s, for weights on one device.
     """
     leaves, parts = leaves_by_path(params), batches(select(params, spec.targets), max_batch_bytes)
     yield from lower_svds(svd_shapes(leaves, parts, spec.rank), method)
@@ -35,7 +35,7 @@ def lower_factorize(
 
 
 def batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
-    """Modules of equal shape together, in batches of about equal size whose weights in float32 are bounded."""
+    """Groups modules of equal shape into batches of similar size, with bounded float32 weights."""
     by_shape: dict[tuple[int, int], list[Module]] = {}
     for module in modules:
         by_shape.setdefault(module.shape, []).append(module)
@@ -48,14 +48,14 @@ def batches(modules: Sequence[Module], max_bytes: int) -> list[list[Module]]:
 
 
 def num_triplets(module: Module, rank: int) -> int:
-    """How many triplets are computed of a module: one more than are used, to see whether those are determined."""
+    """Number of triplets to compute for a module: one extra, to check that the others are well determined."""
     return min(rank + 1, *module.shape)
 
 
 def svd_shapes(
     leaves: Mapping[str, Any], parts: Sequence[Sequence[Module]], rank: int
 ) -> Iterable[tuple[jax.ShapeDtypeStruct, int]]:
-    """The different shapes of batches, and how many triplets are computed of each."""
+    """The distinct shapes of batches, with the number of triplets to compute for each."""
 
     def describe(batch: Sequence[Module]) -> jax.ShapeDtypeStruct:
         (arrays, _), place = stack_arguments(leaves, batch)
@@ -69,9 +69,9 @@ def svd_shapes(
 def stack_arguments(
     leaves: Mapping[str, Any], batch: Sequence[Module]
 ) -> tuple[tuple[tuple[Any, ...], tuple[tuple[Target, int | None], ...]], NamedSharding | None]:
-    """The arguments of `oriented_stack` for a batch, and the place of its result.
+    """The arguments of `oriented_stack` for a batch, and the sharding of its result.
 
-    On a mesh the last module is repeated until all devices have equally many.
+    On a mesh the last module is repeated until every device has the same number.
     """
     mesh = mesh_of(leaves[batch[0].path])
     padded = [*batch, *batch[-1:] * (-len(batch) % (mesh.size if mesh else 1))]
@@ -85,14 +85,14 @@ def oriented_stack(
     where: tuple[tuple[Target, int | None], ...],
     place: NamedSharding | None = None,
 ) -> Float[Array, "modules out in"]:
-    """The weights of modules, each `[out, in]`: one layer of its leaf.
+    """Stacks the weights of modules, each `[out, in]`, which is one layer of its leaf.
 
     Args:
-      leaves: leaf of each module.
-      where: target and layer of each module.
-      place: sharding of the result; None leaves it to the compiler.
+      leaves: leaf that holds each module.
+      where: target and layer index of each module.
+      place: sharding of the result; None lets the compiler choose.
     """
-    if place is not None:  # XLA gathers the weights anyway; unless it is told to, it warns of it
+    if place is not None:  # XLA gathers the weights anyway, and warns unless this is explicit
         leaves = jax.lax.with_sharding_constraint(leaves, NamedSharding(place.mesh, PartitionSpec()))
     pairs = zip(leaves, where, strict=True)
     stacked = jnp.stack([_oriented(leaf, target)[layer or 0] for leaf, (target, layer) in pairs])

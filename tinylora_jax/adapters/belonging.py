@@ -1,4 +1,4 @@
-"""Checks that factors were computed from these weights; equal shapes alone do not show it."""
+"""Checks that factors were computed from the given weights, which equal shapes do not prove."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from tinylora_jax.adapters.batches import oriented_stack
 from tinylora_jax.adapters.factors import Factors, LeafFactors
 from tinylora_jax.adapters.targets import Target
 
-# The cosine of W v and u for the first triplet: 1 but for rounding, whatever the precision of W, and of another weight
-# about 1/√out. Fine-tuning turns a leading direction by far less than this allows.
+# The cosine of W v and u for the first triplet is 1 up to rounding, whatever the precision of W; for another weight it
+# is about 1/√out. Fine-tuning turns a leading direction by far less than this threshold allows.
 _LEAST_ALIGNED = 0.5
 _SAMPLED = 3  # leaves: the first, the middle and the last
-_ENOUGH = 16  # a column of fewer entries may be aligned by chance
-_known: dict[tuple[int, int], tuple[weakref.ref, weakref.ref]] = {}  # pairs of arrays that fitted before
+_ENOUGH = 16  # a column with fewer entries may be aligned by chance
+_known: dict[tuple[int, int], tuple[weakref.ref, weakref.ref]] = {}  # pairs of arrays that passed the check before
 
 
 def check_weights(weights: Mapping[str, Any], factors: Factors) -> None:
-    """Refuses weights whose leading singular directions are not those of the factors.
+    """Raises an error if the leading singular directions of the weights are not those of the factors.
 
-    It looks at one column of three leaves, once for each pair of arrays, and only at concrete arrays: inside a jitted
-    function nothing is known of them, and nothing is computed.
+    The check uses one column of three leaves, and runs once for each pair of arrays. It covers only concrete arrays:
+    inside a jitted function values are unknown, and nothing is computed.
 
     Args:
-      weights: leaves of the tree by path, of the shapes that the factors fit.
+      weights: leaves of the tree by path, with shapes that fit the factors.
       factors: factors computed by `factorize` or read from a file.
 
     Raises:
-      ValueError: names the weights.
+      ValueError: the factors belong to other weights (the message names them).
     """
     paths = list(factors.leaves)
     sampled = dict.fromkeys(paths[i * (len(paths) - 1) // (_SAMPLED - 1)] for i in range(_SAMPLED))
     foreign = [path for path in sampled if not _belongs(weights[path], factors.leaves[path])]
     if foreign:
         raise ValueError(
-            f"these factors are of other weights: the singular directions of {', '.join(foreign)} are not those of the"
-            " given tree; factorize this tree, or give the one that was factorized"
+            f"the factors belong to other weights: the singular directions of {', '.join(foreign)} differ from those"
+            " in the given tree; factorize this tree, or pass the tree that was factorized"
         )
 
 
@@ -55,14 +55,14 @@ def _belongs(W: Any, leaf: LeafFactors) -> bool:
         cosine = float(_cosine(jnp.asarray(W), jnp.asarray(leaf.U), jnp.asarray(leaf.V), leaf.target))
     if cosine < _LEAST_ALIGNED:
         return False
-    # An id may be another array's once its own is gone, so the pair is forgotten with either.
+    # Python may reuse an id once its array is gone, so the pair is forgotten when either array is.
     forget = lambda _: _known.pop(key, None)
     _known[key] = weakref.ref(W, forget), weakref.ref(leaf.U, forget)
     return True
 
 
 def _can_tell(W: Any, leaf: LeafFactors) -> bool:
-    """Whether the arrays are concrete, on the same devices of this process, and large enough."""
+    """Whether the check applies: concrete arrays on the same devices of this process, and large enough."""
     arrays = (W, leaf.U, leaf.V)
     if any(isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray) for x in arrays):
         return False

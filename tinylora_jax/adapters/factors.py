@@ -27,13 +27,13 @@ from tinylora_jax.multihost import to_host
 
 _LOG = logging.getLogger(__name__)
 
-_FOREIGN = 0.02  # by how much given triplets may miss: those of the weight in float32 miss it by 4e-3 in bfloat16
+_FOREIGN = 0.02  # largest accepted mismatch of given triplets; float32 triplets miss a bfloat16 weight by 4e-3
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LeafFactors:
-    """Frozen factors of one leaf; `layers` is 1 for a leaf that is not stacked.
+    """Frozen factors of one leaf; `layers` is 1 for an unstacked leaf.
 
     Attributes:
       U: left singular vectors, `[layers, out, rank]`, float32.
@@ -55,13 +55,13 @@ class LeafFactors:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Factors:
-    """Everything frozen that turns a vector into an update.
+    """All frozen data that turns a trained vector into a weight update.
 
     Attributes:
-      leaves: the factors by leaf path.
-      spec: that they follow.
-      ill_conditioned: names of the modules whose weight does not fix its singular vectors well enough, so that another
-        back end or method may find others. An adapter file holds the factors of these.
+      leaves: factors of each adapted leaf, by path.
+      spec: description from which the factors were computed.
+      ill_conditioned: names of the modules whose weight does not determine its singular vectors well enough, so that
+        another back end or method may find different ones. An adapter file stores the factors of these modules.
     """
 
     leaves: dict[str, LeafFactors]
@@ -70,12 +70,12 @@ class Factors:
 
     @property
     def num_groups(self) -> int:
-        """Rows of the trained vector."""
+        """Number of tie groups, which are the rows of the trained vector."""
         return 1 + max(group for leaf in self.leaves.values() for group in leaf.groups)
 
     @property
     def num_params(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return self.num_groups * self.spec.u
 
 
@@ -84,17 +84,17 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
 
     Args:
       params: any pytree of weights.
-      spec: what to adapt.
-      method: see `truncated_svd`.
-      max_batch_bytes: bound on the float32 copies of the matrices decomposed together.
+      spec: description of what to adapt.
+      method: SVD method, see `truncated_svd`.
+      max_batch_bytes: upper bound in bytes on the float32 copies of the matrices decomposed together.
 
     Returns:
-      The factors, on the default device. Modules whose weight determines its singular vectors badly are named in a
-      warning and in `Factors.ill_conditioned` (but not inside a jitted function, where no number is known).
+      The factors, on the default device. A warning and `Factors.ill_conditioned` name the modules whose weight does
+      not determine its singular vectors well enough (not inside a jitted function, where values are unknown).
 
     Raises:
-      ValueError: a target matches nothing, the rank exceeds a matrix's smaller side, or a weight is not of a
-        float type or not finite (each is named).
+      ValueError: a target matches nothing, the rank exceeds a matrix's smaller side, or a weight is not floating-point
+        or not finite (the message names each).
     """
     modules = select(params, spec.targets)
     small = [f"{m.name} {m.shape}" for m in modules if spec.rank > min(m.shape)]
@@ -105,7 +105,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
         )
     _check_floats(params, modules)
     found = _decompose(params, modules, spec.rank, method, max_batch_bytes)
-    # Inside a jitted function the values are not known yet, and the check is the caller's.
+    # Inside a jitted function values are unknown, so the caller must check.
     known = [module for module in modules if not isinstance(found[module].S, jax.core.Tracer)]
     broken = [module.name for module in known if not np.isfinite(found[module].S).all()]
     if broken:
@@ -113,8 +113,8 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
     ill_conditioned = tuple(module.name for module in known if is_ill_conditioned(found[module], spec.rank))
     if ill_conditioned:
         _LOG.warning(
-            "%d of %d weights do not determine their factors, since singular values are close or a sign is not sure: "
-            "%s. A saved adapter holds these factors, and so stays portable",
+            "%d of %d weights do not determine their factors uniquely, because singular values are close or the sign of"
+            " a singular vector is ambiguous: %s. Saved adapters include these factors, so they stay portable",
             *(len(ill_conditioned), len(modules), _some(ill_conditioned)),
         )
     leaves, ties = {}, _ties(modules, spec)
@@ -125,7 +125,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
 
 
 def _ties(modules: Sequence[Module], spec: TinyLoRA) -> dict[str, tuple[jax.Array, tuple[int, ...], Target]]:
-    """What a spec adds to the triplets of each leaf: P, the groups, and the target."""
+    """For each leaf, what a spec adds to the triplets: P, the tie groups and the target."""
     groups = dict(zip(modules, tie_groups(modules, spec.n_tie, spec.tying), strict=True))
     P = lambda members: jnp.asarray(np.stack([spec.P(module.name) for module in members]))
     return {
@@ -135,19 +135,19 @@ def _ties(modules: Sequence[Module], spec: TinyLoRA) -> dict[str, tuple[jax.Arra
 
 
 def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
-    """The factors of another spec of the same rank and targets, without decomposing again.
+    """Computes factors for another spec of the same rank and targets, without a new decomposition.
 
     Args:
       params: the tree that was factorized.
       factors: factors of these weights; the result shares U, Σ and V with them.
-      spec: the other spec.
+      spec: spec of the new factors.
 
     Raises:
       ValueError: the rank or the targets differ.
     """
     if (spec.rank, spec.targets) != (factors.spec.rank, factors.spec.targets):
         raise ValueError(
-            f"factors of rank {factors.spec.rank} cannot serve rank {spec.rank}, nor other targets: factorize again"
+            f"factors of rank {factors.spec.rank} do not fit rank {spec.rank} or other targets; call factorize"
         )
     ties = _ties(select(params, spec.targets), spec)
     leaves = {path: LeafFactors(leaf.U, leaf.S, leaf.V, *ties[path]) for path, leaf in factors.leaves.items()}
@@ -155,21 +155,22 @@ def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
 
 
 def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Factors:
-    """The factors, with given ones for some modules, which must be right for their weights too.
+    """Replaces the triplets of some modules with given ones, after checking that they fit the weights.
 
-    Where singular values are close, several sets of vectors are; this puts those in place that a vector was trained
-    with.
+    Where singular values are close, several sets of singular vectors are valid. This function restores the set that
+    a vector was trained with.
 
     Args:
       params: the tree that was factorized.
       factors: factors computed by `factorize(params, spec)`.
-      triplets: by module name, NumPy arrays without a batch axis.
+      triplets: triplets by module name, as NumPy arrays without a batch axis.
 
     Returns:
       The factors, on the default device.
 
     Raises:
-      ValueError: names the modules that are not adapted, or whose triplets are not the leading ones of their weight.
+      ValueError: a module is not adapted, or its triplets are not the leading ones of its weight (the message names
+        the modules).
     """
     modules = _by_path(select(params, factors.spec.targets))
     strange = sorted(set(triplets) - {module.name for members in modules.values() for module in members})
@@ -196,7 +197,7 @@ def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Fact
 
 
 def _is_of(W: Float[Array, "out in"], svd: SVD, S: np.ndarray) -> bool:
-    """Whether triplets are leading ones of a weight with these singular values."""
+    """Whether the triplets are the leading ones of a weight with these singular values."""
     shapes = ((W.shape[0], len(S)), S.shape, (W.shape[1], len(S)))
     if tuple(x.shape for x in svd) != shapes or not np.all(np.abs(svd.S - S) <= _FOREIGN * np.max(S)):
         return False
@@ -222,7 +223,7 @@ def _leading(svd: SVD, rank: int) -> SVD:
 def _decompose(
     params: Any, modules: Sequence[Module], rank: int, method: str, max_batch_bytes: int
 ) -> dict[Module, SVD]:
-    """Triplets of every module, one more than `rank` if there is one: NumPy arrays, or traced in a jitted function."""
+    """Triplets of every module, `rank + 1` where possible: NumPy arrays, or tracers inside a jitted function."""
     leaves = leaves_by_path(params)
     traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
     found, parts = {}, batches(modules, max_batch_bytes)
@@ -232,13 +233,13 @@ def _decompose(
         arguments, place = stack_arguments(leaves, batch)
         W = oriented_stack(*arguments, place=place)
         svd = truncated_svd(W, num_triplets(batch[0], rank), method)
-        svd = svd if traced else to_host(svd)  # cut apart on the host, where nothing compiles
+        svd = svd if traced else to_host(svd)  # sliced on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
     return found
 
 
 def _stack(parts: Sequence[Any]) -> jax.Array:
-    """One array on the device, in one transfer where the parts are the host's."""
+    """Stacks the parts into one device array, with a single transfer if they are host arrays."""
     return jnp.asarray(np.stack(parts)) if isinstance(parts[0], np.ndarray) else jnp.stack(parts)
 
 
@@ -246,7 +247,7 @@ def _check_floats(params: Any, modules: Sequence[Module]) -> None:
     leaves = leaves_by_path(params)
     wrong = sorted({f"{m.path} ({leaves[m.path].dtype})" for m in modules if not _is_float(leaves[m.path])})
     if wrong:
-        raise ValueError(f"only weights of a float type can be adapted, got {', '.join(wrong[:5])}")
+        raise ValueError(f"only floating-point weights can be adapted, got {', '.join(wrong[:5])}")
 
 
 def _is_float(leaf: jax.Array) -> bool:

@@ -1,7 +1,7 @@
-"""A weight with a low-rank update beside it, and the one matmul that understands both.
+"""A weight with a separate low-rank update, and a matmul that handles both.
 
-The update is never added to the weight: in bfloat16 a tiny ΔW would be rounded away, and a row of
-the batch may carry an adapter of its own.
+The update is never added to the weight: in bfloat16 a tiny ΔW would be lost to rounding, and each row of the batch
+may have its own adapter.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AdaptedKernel:
-    """A frozen kernel W and its update ΔW = right · core · leftᵀ, kept apart.
+    """A frozen kernel W and its separate update ΔW = right · core · leftᵀ.
 
-    A stacked kernel has one more leading axis on every field (its layers), which `jax.lax.scan`
-    slices off together.
+    In a stacked kernel every field has one more leading axis (the layers), which `jax.lax.scan` slices together.
 
     Attributes:
-      base: the kernel, `[*in, *out]`.
-      right: V, `[in, rank]` with the input axes flattened, float32.
-      core: Rᵀ Σ, `[rank, rank]`, or `[rows, rank, rank]` with one adapter per row of the batch, float32.
-      left: U, `[out, rank]` with the output axes flattened, float32.
+      base: kernel W, `[*in, *out]`.
+      right: V, float32 `[in, rank]`, with the input axes flattened.
+      core: Rᵀ Σ, float32 `[rank, rank]`, or `[rows, rank, rank]` with one adapter per row of the batch.
+      left: U, float32 `[out, rank]`, with the output axes flattened.
     """
 
     base: Float[Array, ...]
@@ -41,10 +40,12 @@ class AdaptedKernel:
 
 
 _HALF = (jnp.bfloat16, jnp.float16)
-_PARTS = 4  # of a long sum
-_WIDE_FROM = 2048  # inputs: updates as rows of the product decode 3,584 4 % faster, 2,048 2 %, 1,536 not, 896 slower
-_FEW_ROWS = 512  # up to which its products leave multiprocessors idle
-_UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above, a product
+_PARTS = 4  # number of parts of a long sum
+# Number of inputs from which updates become rows of the product: decoding is then 4 % faster with 3,584 inputs, 2 %
+# with 2,048, no faster with 1,536 and slower with 896.
+_WIDE_FROM = 2048
+_FEW_ROWS = 512  # up to this many rows, the products leave multiprocessors idle
+_UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above, a matrix product
 
 
 def _mix(skinny: jax.Array, core: jax.Array) -> jax.Array:
@@ -58,7 +59,7 @@ def _mix(skinny: jax.Array, core: jax.Array) -> jax.Array:
 
 
 def _expand(skinny: jax.Array, factor: jax.Array) -> jax.Array:
-    """skinny · factor for `[..., r]` and `[r, out]`; at a small rank XLA fuses it into whatever reads it."""
+    """skinny · factor for `[..., r]` and `[r, out]`; at a small rank XLA fuses it into its consumer."""
     rank = factor.shape[0]
     if rank <= _UNROLLED:
         return sum(skinny[..., k, None] * factor[k] for k in range(rank))
@@ -66,40 +67,40 @@ def _expand(skinny: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    """aᵀ · b for `[..., tokens, r]`, exact float32."""
+    """aᵀ · b for `[..., tokens, r]`, in exact float32."""
     if a.shape[-1] <= _UNROLLED:
         return jnp.sum(a[..., :, None] * b[..., None, :], axis=-3)
     return jnp.matmul(jnp.swapaxes(a, -1, -2), b, precision="highest")
 
 
 def _flat(x: jax.Array, num: int) -> jax.Array:
-    """Joins the trailing `num` axes."""
+    """Flattens the trailing `num` axes into one."""
     return x.reshape(*x.shape[: x.ndim - num], math.prod(x.shape[x.ndim - num :]))
 
 
 def pieces(x: jax.Array, dtype: jnp.dtype, count: int) -> tuple[jax.Array, ...]:
-    """x as a sum of `count` numbers of 16 bits: so many times their precision."""
+    """Splits x into a sum of `count` 16-bit arrays, for `count` times their precision."""
     info, found = jnp.finfo(dtype), []
     for _ in range(count - 1):
-        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a pair of casts would be optimized away
+        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # XLA would optimize a pair of casts away
         found, x = [*found, high.astype(dtype)], x - high
     return (*found, x.astype(dtype))
 
 
 def _in_one_product(x: jax.Array, W: jax.Array) -> bool:
-    """Whether the update rides in the product of a wide kernel: elsewhere than on a GPU it fuses into its end."""
+    """Whether the update becomes part of a wide kernel's product; only on a GPU, because elsewhere XLA fuses it."""
     return jax.default_backend() == "gpu" and x.dtype in _HALF and W.ndim == 2 and W.shape[1] >= 2 * W.shape[0]
 
 
 def _widened(W: jax.Array, left: jax.Array) -> jax.Array:
-    """The rows of W, then Uᵀ in two halves that meet those of `_columns`, up to a multiple of 64 rows."""
+    """The rows of W, then Uᵀ in two pieces that match those of `_columns`, padded to a multiple of 64 rows."""
     high, low = pieces(left.T, W.dtype, 2)
     padding = jnp.zeros((-(W.shape[0] + 3 * left.shape[1]) % 64, W.shape[1]), W.dtype)
     return jnp.concatenate([W, high, high, low, padding])
 
 
 def _columns(x: jax.Array, mixed: jax.Array, size: int) -> jax.Array:
-    """`[x, mixed]` such that its product with `_widened` is x·W + mixed·Uᵀ to more than 16 bits before rounding."""
+    """`[x, mixed]` whose product with `_widened` is x·W + mixed·Uᵀ with more than 16-bit precision before rounding."""
     high, low = pieces(mixed, x.dtype, 2)
     padding = jnp.zeros((*x.shape[:-1], size - x.shape[-1] - 3 * mixed.shape[-1]), x.dtype)
     return jnp.concatenate([x, high, low, high, padding], axis=-1)
@@ -124,8 +125,8 @@ def _adapted_forward(x, W, right, core, left, num_in):
 
 
 def _adapted_backward(num_in, residuals, g):
-    # Left to JAX, float32 copies of W and of the cotangent would be multiplied. What nobody asks for (dL/dW
-    # above all) is dead code that the compiler drops.
+    # JAX's own rule would multiply float32 copies of W and of the cotangent. Unused gradients (above all dL/dW) are
+    # dead code that the compiler removes.
     x, W, right, core, left, skinny = residuals
     num_out = W.ndim - num_in
     narrow = lambda x, W: jax.lax.dot_general(
@@ -151,12 +152,12 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int = 1) -> Float[Array, ...]:
     """Contracts the trailing axes of `x` with the leading axes of a kernel, adapted or not.
 
-    y = x·W + x·V·(RᵀΣ)·Uᵀ, the update accumulated in float32 and added before the one rounding to `x.dtype`.
+    y = x·W + x·V·(RᵀΣ)·Uᵀ, where the update is accumulated in float32 and added before a single rounding to `x.dtype`.
 
     Args:
-      x: activations `[..., *in]`; `[rows, ..., *in]` if the kernel carries one adapter per row.
-      kernel: an array `[*in, *out]` or an `AdaptedKernel`.
-      num_in: how many axes `in` has.
+      x: activations `[..., *in]`; `[rows, ..., *in]` if the kernel has one adapter per row.
+      kernel: array `[*in, *out]` or `AdaptedKernel`.
+      num_in: number of input axes.
 
     Returns:
       Activations `[..., *out]` in the dtype of `x`.
@@ -174,17 +175,17 @@ def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedKernel:
-    """Several kernels that read the same input, as one product: decoding is bound by launches and by bytes.
+    """Several kernels with the same input, as one product: launches and memory traffic limit decoding.
 
-    The columns of `base` are those of every W, then those of every V, then zeros up to a multiple of 64: the
-    skinny products x·V cost no launch of their own. Wide kernels have V apart and their updates as further rows of
-    `base` instead (`_in_one_product`): a float32 output of twice the bytes would cost more than that launch.
+    The columns of `base` are those of every W, then those of every V, then zeros up to a multiple of 64, so that the
+    skinny products x·V need no separate launch. Wide kernels instead keep V separate and add their updates as further
+    rows of `base` (`_in_one_product`): a float32 output of twice the size would cost more than that launch.
 
     Attributes:
-      base: `[in, Σ out + Σ rank + padding]`, or `[in + 3 Σ rank + padding, Σ out]`.
-      updates: per kernel what turns its skinny product into its update.
-      widths: per kernel the width of its output.
-      right: `[in, Σ rank]`, every V, where the updates are rows of `base`; else None.
+      base: joined kernels, `[in, Σ out + Σ rank + padding]` or `[in + 3 Σ rank + padding, Σ out]`.
+      updates: function of each kernel that turns its skinny product into its update.
+      widths: output width of each kernel.
+      right: every V, `[in, Σ rank]`, if the updates are rows of `base`; else None.
     """
 
     base: jax.Array
@@ -196,9 +197,9 @@ class FusedKernel:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Update:
-    """`core` `[rows, rank, rank]` if each row has its own adapter, else None and part of `left` `[rank, out]`.
+    """The update of one kernel, as `core` `[rows, rank, rank]` and `left` `[rank, out]`.
 
-    A kernel without an adapter has `rank` 0.
+    `core` is None if all rows share the adapter: it is then part of `left`. A kernel without an adapter has rank 0.
     """
 
     core: jax.Array | None
@@ -208,7 +209,7 @@ class _Update:
     def of(cls, kernel: jax.Array | AdaptedKernel) -> _Update:
         if not isinstance(kernel, AdaptedKernel):
             return cls(None, jnp.zeros((0, kernel.shape[1]), jnp.float32))
-        # Neighbours in the output are neighbours in memory, as they are for the threads that read them.
+        # Adjacent outputs are adjacent in memory, because adjacent threads read them.
         left = kernel.left.T
         if kernel.core.ndim == 3:
             return cls(kernel.core, left)
@@ -219,7 +220,7 @@ class _Update:
         return self.left.shape[0]
 
     def mixed(self, skinny: jax.Array) -> jax.Array:
-        """What the rows of `left` are multiplied with."""
+        """The factor of the rows of `left`."""
         return skinny if self.core is None else _mix(skinny, self.core)
 
     def __call__(self, skinny: jax.Array) -> jax.Array:
@@ -227,14 +228,14 @@ class _Update:
 
 
 def map_shared(function: Callable[[jax.Array], jax.Array], kernel: jax.Array | AdaptedKernel) -> Any:
-    """A kernel, adapted or not, with a function applied to the arrays that all rows share: all but `core`."""
+    """Applies a function to the arrays of a kernel that all rows share, which are all but `core`."""
     if not isinstance(kernel, AdaptedKernel):
         return function(kernel)
     return replace(kernel, base=function(kernel.base), right=function(kernel.right), left=function(kernel.left))
 
 
 def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
-    """Joins two-dimensional kernels of one input; `fused_matmul` is its use."""
+    """Joins two-dimensional kernels with the same input, for `fused_matmul`."""
     bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
     rights = [k.right.astype(k.base.dtype) for k in kernels if isinstance(k, AdaptedKernel)]
     updates, widths = tuple(_Update.of(kernel) for kernel in kernels), tuple(base.shape[1] for base in bases)
@@ -249,9 +250,10 @@ def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
 
 
 def _product(x: jax.Array, W: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x·W in a dtype; on a GPU a long sum of few rows is cut into parts, so that all multiprocessors have some.
+    """x·W in a given dtype; on a GPU long sums over few rows are split, to use all multiprocessors.
 
-    `[256, 18944] · [18944, 3584]` is 28 tiles of output for 132 multiprocessors, and took 85 µs for 50 µs of reading.
+    `[256, 18944] · [18944, 3584]` has only 28 output tiles for 132 multiprocessors, and took 85 µs although reading
+    the operands takes 50 µs.
     """
     few = math.prod(x.shape[:-1]) <= _FEW_ROWS
     if not (jax.default_backend() == "gpu" and x.dtype in _HALF and few and W.shape[0] >= _PARTS * W.shape[1]):
@@ -261,7 +263,7 @@ def _product(x: jax.Array, W: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[Array, ...], ...]:
-    """What `matmul` gives for each of the fused kernels, from one product."""
+    """Computes `matmul` for each of the fused kernels with one product."""
     if kernel.right is not None:
         skinny = jnp.matmul(x, kernel.right, preferred_element_type=jnp.float32)
         ranks = np.cumsum([update.rank for update in kernel.updates])[:-1]
@@ -284,17 +286,17 @@ _WITH_CORES = (AdaptedKernel, _Update)
 
 
 def _has_own_rows(kernel: Any) -> bool:
-    """Whether each row of the batch has a core of its own."""
+    """Whether each row of the batch has its own core."""
     return isinstance(kernel, _WITH_CORES) and kernel.core is not None and kernel.core.ndim == 3
 
 
 def select_rows(params: Any, index: Int[Array, " rows"]) -> Any:
-    """The tree in which row i has the adapter of row `index[i]`; adapters shared by all rows stay as they are."""
+    """Gives row i the adapter of row `index[i]`; adapters that all rows share are unchanged."""
     select = lambda kernel: replace(kernel, core=kernel.core[index]) if _has_own_rows(kernel) else kernel
     return jax.tree.map(select, params, is_leaf=lambda x: isinstance(x, _WITH_CORES))
 
 
 def rows_marked(params: Any, tree: Any, mark: Any) -> Any:
-    """A tree like `params` with `mark` in place of what has one entry a row of the batch, `tree`'s leaves elsewhere."""
+    """A tree like `params`, with `mark` for leaves that have one entry per batch row and `tree`'s leaves elsewhere."""
     select = lambda kernel, other: replace(other, core=mark) if _has_own_rows(kernel) else other
     return jax.tree.map(select, params, tree, is_leaf=lambda x: isinstance(x, _WITH_CORES))

@@ -1,9 +1,9 @@
-"""LoRA (arXiv 2106.09685), the baseline that trains two matrices per module.
+"""LoRA (arXiv 2106.09685), a baseline that trains two matrices per module.
 
     ΔW = (α / r) B A        B `[out, r]` starts at zero, A `[r, in]` random
 
-The two are kept as the kernels they act as, `right` = Aᵀ and `left` = B of an `AdaptedKernel`, so that an adapted
-model runs through the same `matmul` as with TinyLoRA.
+The matrices are stored as the fields `right` = Aᵀ and `left` = B of an `AdaptedKernel`, so that an adapted model runs
+through the same `matmul` as with TinyLoRA.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Matrices = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class LoRA:
-    """What to train.
+    """A frozen description of the LoRA matrices to train.
 
     Attributes:
-      rank: r.
-      alpha: α; the update is scaled by α / r.
+      rank: r, the rank of the update.
+      alpha: α, the numerator of the update's scale α / r.
       targets: regular expressions over leaf paths, or `Target`s laid out `layer… in… out…`.
-      seed: seed of the matrices A.
+      seed: seed of the random matrices A.
 
     >>> LoRA(rank=0)
     Traceback (most recent call last):
@@ -58,12 +58,12 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """Of the update."""
+        """The scale of the update, α / r."""
         return self.alpha / self.rank
 
 
 def _sizes(params: Any, spec: LoRA) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """Leading axes, inputs and outputs of every adapted leaf.
+    """Leading axes, number of inputs and number of outputs of every adapted leaf.
 
     Raises:
       ValueError: a kernel is not laid out `layer… in… out…`.
@@ -80,7 +80,7 @@ def _sizes(params: Any, spec: LoRA) -> dict[str, tuple[tuple[int, ...], int, int
 
 
 def init_lora(params: Any, spec: LoRA) -> Matrices:
-    """A uniform in ±1/√in, as PEFT draws it (Kaiming, a = √5), and B zero: the base model."""
+    """The matrices of the base model: A uniform in ±1/√in, as in PEFT (Kaiming, a = √5), and B zero."""
     key, found = jax.random.key(spec.seed), {}
     for index, (path, (leading, num_in, num_out)) in enumerate(_sizes(params, spec).items()):
         bound = num_in**-0.5
@@ -91,10 +91,10 @@ def init_lora(params: Any, spec: LoRA) -> Matrices:
 
 
 def apply_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
-    """The tree with every adapted weight replaced by an `AdaptedKernel`.
+    """Replaces every adapted weight with an `AdaptedKernel`.
 
     Raises:
-      ValueError: the matrices are not of this tree and rank.
+      ValueError: the matrices do not fit this tree and rank.
     """
     _check(params, spec, matrices)
     core = spec.scale * jnp.eye(spec.rank, dtype=jnp.float32)
@@ -109,7 +109,7 @@ def apply_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
 
 
 def merge_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
-    """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype."""
+    """Replaces every adapted weight with W + ΔW, dense and in its own dtype."""
     _check(params, spec, matrices)
 
     def add(path: str, leaf: jax.Array) -> jax.Array:
@@ -131,6 +131,6 @@ def _check(params: Any, spec: LoRA, matrices: Matrices) -> None:
     wrong = [path for path in sorted(expected | shapes) if expected.get(path) != shapes.get(path)]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} LoRA matrices do not fit this tree at rank {spec.rank}: {', '.join(wrong[:5])}, the first"
+            f"{len(wrong)} LoRA matrices do not fit this tree at rank {spec.rank}: {', '.join(wrong[:5])}; the first"
             f" has {shapes.get(wrong[0], 'none')}, expected {expected.get(wrong[0], 'none')}"
         )

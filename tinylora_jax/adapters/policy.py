@@ -1,8 +1,8 @@
-"""A frozen tree of weights and a way to adapt it: everything but what is trained.
+"""A policy: a frozen tree of weights and a way to adapt it, without the trained parameters.
 
-Training, rollout, sharding and evaluation know a policy by few things: `policy(v)`, the weights at v; `init()`, the v
-of the base model; `merged(v)`, dense weights; `map_frozen`; and `num_params`. What v is, a vector or a tree of
-matrices, is the policy's own.
+Training, rollout, sharding and evaluation use a small interface: `policy(v)` gives the weights at v, `init()` the v of
+the base model and `merged(v)` dense weights; `map_frozen` and `num_params` complete it. Each policy defines what v is:
+a vector or a tree of matrices.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from tinylora_jax.adapters.targets import leaves_by_path, map_by_path
 from tinylora_jax.adapters.tinylora import apply, init, merge
 
 Trained: TypeAlias = Any
-"""A pytree of float32 arrays: what is trained."""
+"""The trained parameters: a pytree of float32 arrays."""
 
 
 @runtime_checkable
 class Adapted(Protocol):
-    """What every policy can do.
+    """The interface of every policy.
 
     Attributes:
-      params: the base weights.
+      params: tree of base weights.
       rows_apart: whether v may have a leading axis, with one adapter for each row of a batch.
-      trains_head: whether the output head is among what is trained.
-      num_params: how many numbers are trained.
-      ill_conditioned: `Factors.ill_conditioned`; empty where nothing is decomposed.
+      trains_head: whether the output head is trained too.
+      num_params: number of trained parameters.
+      ill_conditioned: names as in `Factors.ill_conditioned`; empty if nothing is decomposed.
     """
 
     @property
@@ -61,11 +61,11 @@ class Adapted(Protocol):
     def merged(self, v: Trained) -> Any: ...
 
     def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> Adapted:
-        """The same policy of other frozen parts.
+        """Applies functions to the frozen parts and returns the new policy.
 
         Args:
-          weights: function of the base weights.
-          factors: function of the factors; not called where there are none.
+          weights: function applied to the base weights.
+          factors: function applied to the factors; not called if the policy has none.
         """
         ...
 
@@ -73,10 +73,10 @@ class Adapted(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Policy:
-    """An `Adapted` by TinyLoRA, LoRA-XS included; v is `[groups, u]`.
+    """A policy adapted by TinyLoRA or LoRA-XS; v is float32 `[groups, u]`.
 
     Attributes:
-      params: the base weights.
+      params: tree of base weights.
       factors: factors computed by `factorize(params, spec)`.
     """
 
@@ -91,36 +91,36 @@ class Policy:
         return apply(self.params, self.factors, v)
 
     def init(self) -> Float[Array, "groups u"]:
-        """Zeros."""
+        """The vector of the base model: zeros."""
         return init(self.factors)
 
     def merged(self, v: Float[Array, "groups u"]) -> Any:
-        """Dense weights."""
+        """The adapted weights at v, merged into dense arrays."""
         return merge(self.params, self.factors, v)
 
     def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> Policy:
-        """The same policy of other frozen parts."""
+        """Applies functions to the frozen parts and returns the new policy."""
         return replace(self, params=weights(self.params), factors=factors(self.factors))
 
     @property
     def num_params(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return self.factors.num_params
 
     @property
     def ill_conditioned(self) -> tuple[str, ...]:
-        """`Factors.ill_conditioned`."""
+        """Names as in `Factors.ill_conditioned`."""
         return self.factors.ill_conditioned
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoRAPolicy:
-    """An `Adapted` by LoRA; v is the two matrices of every module.
+    """A policy adapted by LoRA; v holds the two matrices of every module.
 
     Attributes:
-      params: the base weights.
-      spec: what is trained.
+      params: tree of base weights.
+      spec: description of the LoRA matrices.
     """
 
     params: Any
@@ -135,26 +135,26 @@ class LoRAPolicy:
         return apply_lora(self.params, self.spec, v)
 
     def init(self) -> Matrices:
-        """A random, B zero."""
+        """The matrices of the base model: A random, B zero."""
         return init_lora(self.params, self.spec)
 
     def merged(self, v: Matrices) -> Any:
-        """Dense weights."""
+        """The adapted weights at v, merged into dense arrays."""
         return merge_lora(self.params, self.spec, v)
 
     def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> LoRAPolicy:
-        """The same policy of other base weights."""
+        """Applies a function to the base weights and returns the new policy."""
         return replace(self, params=weights(self.params))
 
     @property
     def num_params(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return _count(jax.eval_shape(self.init))
 
 
 @dataclass(frozen=True)
 class Full:
-    """Full fine-tuning: every weight is trained, the embedding and the head included."""
+    """Full fine-tuning: every weight is trained, including the embedding and the head."""
 
     needs_svd = False
 
@@ -162,10 +162,10 @@ class Full:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullPolicy:
-    """An `Adapted` by training the weights themselves; v is all of them, by path, in float32.
+    """A policy whose weights are all trained; v maps each path to its weight in float32.
 
     Attributes:
-      params: the base weights, whose dtypes are those of computation.
+      params: tree of base weights, whose dtypes are used for computation.
     """
 
     params: Any
@@ -175,24 +175,24 @@ class FullPolicy:
     ill_conditioned = ()
 
     def __call__(self, v: dict[str, Any]) -> Any:
-        """The weights at v in the base's dtypes."""
+        """The weights at v, in the dtypes of the base weights."""
         return map_by_path(lambda path, leaf: v[path].astype(leaf.dtype), self.params)
 
     def init(self) -> dict[str, jax.Array]:
-        """The base weights."""
+        """The base weights in float32, by path."""
         return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves_by_path(self.params).items()}
 
     def merged(self, v: dict[str, Any]) -> Any:
-        """The weights at v."""
+        """The weights at v; the same as calling the policy."""
         return self(v)
 
     def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> FullPolicy:
-        """The same policy of other base weights."""
+        """Applies a function to the base weights and returns the new policy."""
         return replace(self, params=weights(self.params))
 
     @property
     def num_params(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return _count(self.params)
 
 
@@ -200,12 +200,12 @@ Spec: TypeAlias = TinyLoRA | LoRA | Full
 
 
 def adapt(params: Any, spec: Spec, method: str = "auto") -> Adapted:
-    """The policy of a spec.
+    """Builds the policy that a spec describes.
 
     Args:
-      params: the base weights.
-      spec: what is trained, and how.
-      method: method of `truncated_svd`, which only TinyLoRA needs.
+      params: tree of base weights.
+      spec: description of what is trained, and how.
+      method: SVD method, see `truncated_svd`; used by TinyLoRA only.
 
     Raises:
       ValueError: the spec does not fit the tree.
@@ -213,13 +213,13 @@ def adapt(params: Any, spec: Spec, method: str = "auto") -> Adapted:
     if isinstance(spec, Full):
         return FullPolicy(params)
     if isinstance(spec, LoRA):
-        jax.eval_shape(lambda params: init_lora(params, spec), params)  # refuses a tree without such modules
+        jax.eval_shape(lambda params: init_lora(params, spec), params)  # raises if the tree has no such modules
         return LoRAPolicy(params, spec)
     return Policy(params, factorize(params, spec, method))
 
 
 def lower_adapt(params: Any, spec: Spec, method: str = "auto") -> Iterator[jax.stages.Lowered]:
-    """The programs that `adapt` runs with these arguments, to be compiled before it; shapes may stand for weights."""
+    """Lowers the programs that `adapt` would run, to compile them in advance; `params` may hold shapes only."""
     if isinstance(spec, TinyLoRA):
         yield from lower_factorize(params, spec, method)
 

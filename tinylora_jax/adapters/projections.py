@@ -1,8 +1,8 @@
-"""The fixed random matrices P, the same numbers on every back end, library version and machine.
+"""The fixed random matrices P, identical on every back end, library version and machine.
 
-A trained vector means nothing without its P. Neither NumPy's nor JAX's generators promise the same
-normal deviates for ever or on every device, so these come from SHA-256 in counter mode and the
-Box–Muller transform in float64, which any language can reproduce.
+A trained vector is useless without its P. Neither NumPy nor JAX guarantees the same normal deviates across
+versions and devices. These matrices therefore come from SHA-256 in counter mode and the Box–Muller transform in
+float64, which any language can reproduce.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 
 def standard_normals(label: str, count: int) -> np.ndarray:
-    """Draws standard normal numbers that depend on a text alone.
+    """Draws standard normal numbers that depend only on a string.
 
     Block k is SHA-256(`label` + ":" + k) read as four big-endian 64-bit words. Each pair of words
     (a, b) gives u₁ = (⌊a / 2¹¹⌋ + 1) / 2⁵³ ∈ (0, 1], u₂ = ⌊b / 2¹¹⌋ / 2⁵³ ∈ [0, 1) and the two numbers
     √(−2 ln u₁) · cos 2πu₂ and √(−2 ln u₁) · sin 2πu₂.
 
     Args:
-      label: the seed, as text.
-      count: how many numbers.
+      label: string that serves as the seed.
+      count: number of values to draw.
 
     Returns:
       float64 `[count]`.
@@ -40,13 +40,13 @@ def standard_normals(label: str, count: int) -> np.ndarray:
 def projection(seed: int, module_name: str, u: int, rank: int) -> np.ndarray:
     """The matrices P of one module: independent N(0, 1/rank) entries.
 
-    The paper leaves the distribution open; this is the one PEFT uses.
+    The paper does not specify the distribution; this is the one that PEFT uses.
 
     Args:
       seed: the adapter's seed.
-      module_name: `Module.name`; every module has matrices of its own.
-      u: how many matrices.
-      rank: their size.
+      module_name: `Module.name`; every module has its own matrices.
+      u: number of matrices.
+      rank: number of rows and columns of each matrix.
 
     Returns:
       float32 `[u, rank, rank]`.

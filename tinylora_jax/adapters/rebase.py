@@ -1,10 +1,10 @@
-"""Expresses foreign factors by a weight's own singular triplets, so that adapters can share a batch.
+"""Expresses foreign factors in a weight's own singular triplets, so that adapters can share a batch.
 
-An update B (Σᵢ vᵢ Pᵢ) A whose B and A span the weight's leading singular directions is one of ours with other P:
+An update B (Σᵢ vᵢ Pᵢ) A whose B and A span the weight's leading singular directions is a TinyLoRA update with other P:
 
     B Pᵢ A = U Σ Pᵢ' Vᵀ        Pᵢ' = Σ⁺ Uᵀ B Pᵢ A V
 
-So what travels with an adapter that another library trained are u · r² numbers a module, not the directions.
+So an adapter trained by another library needs only u · r² stored numbers per module, not the directions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tinylora_jax.adapters.targets import module_name
 from tinylora_jax.adapters.tinylora import coordinates, free
 from tinylora_jax.multihost import to_host
 
-# As a share of the update. Decompositions in float32, a file's and its reader's, differ by up to 7.5e-7 over the gap of
-# the singular values, which can move logits by more than all else that it rounds; there the given directions are kept.
+# As a share of the update. Two float32 decompositions of a weight, by the writer and the reader of a file, differ by up
+# to 7.5e-7 / gap. That can move logits by more than all other rounding; in such cases the given directions are kept.
 _SAME = 1e-5
-_PORTABLE = 1e-3  # what an adapter file promises of an update
+_PORTABLE = 1e-3  # relative accuracy of an update that an adapter file guarantees
 _ZERO = 1e-6  # of the largest singular value
 
 
@@ -35,7 +35,7 @@ class CombinationError(ValueError):
 
 
 def places_of(factors: Factors) -> dict[str, tuple[str, int]]:
-    """Where the factors of every module are, by its name: the path of a leaf and which layer of it."""
+    """Maps each module name to the location of its factors: leaf path and layer index."""
     return {
         module_name(path, layer if leaf.target.axes("layer") else None): (path, layer)
         for path, leaf in factors.leaves.items()
@@ -44,14 +44,14 @@ def places_of(factors: Factors) -> dict[str, tuple[str, int]]:
 
 
 def with_projections(factors: Factors, projections: Mapping[str, np.ndarray]) -> Factors:
-    """The factors, with given projections P for some modules.
+    """Replaces the projections P of some modules with given ones.
 
     Args:
       factors: factors of a model's weights.
-      projections: by module name, float32 `[u, rank, rank]`.
+      projections: matrices P by module name, float32 `[u, rank, rank]`.
 
     Raises:
-      ValueError: names a module that is not adapted, or whose P has another shape.
+      ValueError: a module is not adapted, or its P has the wrong shape (the message names the module).
     """
     places, changed = places_of(factors), {}
     for name, P in projections.items():
@@ -60,24 +60,24 @@ def with_projections(factors: Factors, projections: Mapping[str, np.ndarray]) ->
         path, layer = places[name]
         expected = factors.leaves[path].P.shape[1:]
         if P.shape != expected:
-            raise ValueError(f"{name}: P of shape {P.shape}, expected {expected}")
+            raise ValueError(f"{name}: P has shape {P.shape}, expected {expected}")
         changed.setdefault(path, np.array(to_host(factors.leaves[path].P)))[layer] = P
     new = {path: replace(factors.leaves[path], P=jnp.asarray(P)) for path, P in changed.items()}
     return replace(factors, leaves=factors.leaves | new)
 
 
 def rebase(factors: Factors, onto: Factors) -> tuple[Factors, dict[str, float]]:
-    """The same updates with the U, Σ and V of other factors of the same weights.
+    """Expresses the same updates with U, Σ and V of other factors of the same weights.
 
     Args:
       factors: factors from any source: U Σ and V need not be orthonormal.
-      onto: factors whose U and V are orthonormal, of the same leaves and rank.
+      onto: factors of the same leaves and rank, with orthonormal U and V.
 
     Returns:
-      The factors, with the tie groups that they had, and by module what they miss, as a share of the update.
+      The factors with unchanged tie groups, and the error of each module as a share of its update.
 
     Raises:
-      CombinationError: the two adapt other leaves, or have other ranks.
+      CombinationError: the two adapt different leaves, or have different ranks.
     """
     _check_alike(factors, onto)
     leaves, missed = {}, {}
@@ -95,12 +95,12 @@ def rebase(factors: Factors, onto: Factors) -> tuple[Factors, dict[str, float]]:
 def _check_alike(factors: Factors, onto: Factors) -> None:
     apart = sorted(set(factors.leaves) ^ set(onto.leaves))
     if apart:
-        raise CombinationError(f"two adapt other weights; they differ in {', '.join(apart[:3])}, …")
+        raise CombinationError(f"they adapt different weights, among others {', '.join(apart[:3])}, …")
     shapes = lambda leaf: (leaf.U.shape, leaf.V.shape)
     wrong = [path for path, leaf in factors.leaves.items() if shapes(leaf) != shapes(onto.leaves[path])]
     if wrong:
         found = " and ".join(str(shapes(x.leaves[wrong[0]])) for x in (factors, onto))
-        raise CombinationError(f"two have factors of other shapes: U and V of {wrong[0]} have {found}")
+        raise CombinationError(f"their factors have different shapes: U and V of {wrong[0]} have {found}")
 
 
 def _wide(leaf: LeafFactors) -> SVD:
@@ -108,12 +108,12 @@ def _wide(leaf: LeafFactors) -> SVD:
 
 
 def _moved(onto: SVD, svd: SVD, P: np.ndarray) -> tuple[np.ndarray, float]:
-    """P' of one module, and the share of the update that it misses."""
+    """P' of one module, and its error as a share of the update."""
     kept = onto.S > _ZERO * onto.S.max()
     left, right = svd.U * svd.S, svd.V
     inside, across = (onto.U.T @ left) * kept[:, None], onto.V.T @ right
     moved = np.einsum("ab,ubc,dc->uad", inside, P, across) / np.where(kept, onto.S, 1)[:, None]
-    # L P Rᵀ - L' P R'ᵀ = (L - L') P Rᵀ + L' P (R - R')ᵀ: nothing cancels but in the first differences.
+    # L P Rᵀ - L' P R'ᵀ = (L - L') P Rᵀ + L' P (R - R')ᵀ: cancellation happens only in L - L' and R - R'.
     size = _size(left, P, right)
     lost = _size(left - onto.U @ inside, P, right) + _size(onto.U @ inside, P, right - onto.V @ across)
     return moved, lost / size if size else 0.0
@@ -127,22 +127,22 @@ def _size(left: np.ndarray, P: np.ndarray, right: np.ndarray) -> float:
 def own_triplets(
     params: Any, factors: Factors, v: Float[Array, "groups u"], method: str = "auto"
 ) -> tuple[Factors, Float[Array, "own_groups u"]]:
-    """An adapter of another make as one of ours: the same updates by what `factorize` gives, and other P.
+    """Converts an adapter of another library: the same updates, with triplets from `factorize` and other P.
 
     Args:
       params: the base model's tree.
-      factors: factors from any source. A tie group may join several of those that the spec gives.
-      v: the vector.
-      method: see `truncated_svd`.
+      factors: factors from any source. A tie group may join several tie groups of the spec.
+      v: trained vector, float32 `[groups, u]`.
+      method: SVD method, see `truncated_svd`.
 
     Returns:
-      Factors whose tie groups are those of their spec, and the vector, which repeats a row where one group became
-      several. Where the weight's triplets are not the directions of the given factors (they are not determined, or
-      were rounded), the given ones are kept, and the module counts as ill-conditioned.
+      Factors with the tie groups of their spec, and the vector, which repeats a row where one group became several.
+      Where the weight's triplets differ from the given directions (because they are ambiguous or were rounded), the
+      given ones are kept, and the module counts as ill-conditioned.
 
     Raises:
-      ValueError: the given directions are not singular ones of the weights, or the spec ties modules that had
-        vectors of their own.
+      ValueError: the given directions are not singular directions of the weights, or the spec ties modules that had
+        separate vectors.
     """
     own = factorize(params, factors.spec, method)
     moved, missed = rebase(factors, own)
@@ -155,7 +155,7 @@ def own_triplets(
     for path, leaf in own.leaves.items():
         for ours, theirs in zip(leaf.groups, factors.leaves[path].groups, strict=True):
             if rows.setdefault(ours, theirs) != theirs:
-                raise ValueError(f"{path}: {factors.spec} ties modules whose vectors differ")
+                raise ValueError(f"{path}: {factors.spec} ties modules that have different vectors")
     leaves = {path: replace(leaf, groups=own.leaves[path].groups) for path, leaf in moved.leaves.items()}
     return replace(moved, leaves=leaves), v[jnp.asarray([rows[group] for group in range(own.num_groups)])]
 
@@ -171,20 +171,21 @@ def _triplets(factors: Factors, path: str, layer: int) -> SVD:
 def combine(
     adapters: Sequence[tuple[Factors, Float[Array, "_ _"] | np.ndarray]],
 ) -> tuple[Factors, list[np.ndarray]]:
-    """Adapters of one base model, with P or tie groups of their own, as vectors of common factors.
+    """Expresses adapters of one base model, with their own P or tie groups, as vectors of common factors.
 
-    All updates of one rank in the same singular directions are points of one space: the common factors are LoRA-XS's,
-    and a vector is R of every module (`coordinates`).
+    All updates of one rank in the same singular directions are points of one space. The common factors are those of
+    LoRA-XS, and a vector is R of every module (`coordinates`).
 
     Args:
-      adapters: factors and vector of each, `factorize`d or from `own_triplets`; some may share their factors.
+      adapters: factors and vector of each adapter, with factors from `factorize` or `own_triplets`; adapters may share
+        factors.
 
     Returns:
-      Factors, and the vectors as NumPy arrays, float32 `[groups, u]`: stacked, they give each row its own adapter.
-      Where all have the same factors, these are they.
+      The common factors, and the vectors as NumPy arrays, float32 `[groups, u]`; stacked, the vectors give each row its
+      own adapter. Factors that all adapters share are returned unchanged.
 
     Raises:
-      CombinationError: they adapt other leaves, have other ranks, or use other singular directions of a weight.
+      CombinationError: the adapters have different leaves, ranks or singular directions of a weight.
     """
     distinct = list({id(factors): factors for factors, _ in adapters}.values())
     first = distinct[0]
@@ -195,7 +196,8 @@ def combine(
         new, missed = rebase(factors, first)
         if far := [name for name, share in missed.items() if share > _PORTABLE]:
             raise CombinationError(
-                f"they use other singular directions of {len(far)} of {len(missed)} weights ({', '.join(far[:3])}, …)"
+                f"they use different singular directions for {len(far)} of {len(missed)} weights"
+                f" ({', '.join(far[:3])}, …)"
             )
         moved[id(factors)] = new
     common = free(first)

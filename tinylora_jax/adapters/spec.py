@@ -1,4 +1,4 @@
-"""What TinyLoRA trains: the frozen description."""
+"""The frozen description of what TinyLoRA trains."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 from tinylora_jax.adapters.projections import projection
 from tinylora_jax.adapters.targets import LINEAR_MAPS, Target
 
-_MAX_PROJECTION = 2**20  # numbers of one module's P; beyond r² a module's P only repeats directions
+_MAX_PROJECTION = 2**20  # numbers in one module's P; u > r² matrices only repeat directions
 
 
 @dataclass(frozen=True)
 class TinyLoRA:
-    """What to train: a frozen, hashable description; the trained vector has ceil-many rows of `u` numbers.
+    """A frozen, hashable description of what to train; the trained vector has `u` numbers per tie group.
 
     Attributes:
-      rank: r, the rank of the truncated SVD (the paper's main experiments use 2).
-      u: numbers per tie group.
-      n_tie: modules per tie group.
-      tying: `tiled` (neighbours in depth share, whatever their type) or `structured` (the same type shares).
+      rank: r, the rank of the truncated SVD (2 in the paper's main experiments).
+      u: number of trained parameters per tie group.
+      n_tie: number of modules per tie group.
+      tying: `tiled` (ties adjacent modules of any type) or `structured` (ties modules of the same type).
       targets: regular expressions over leaf paths, or `Target`s for kernels that are not `[in, out]`.
       seed: seed of the fixed projections P.
-      projection: `random`, the paper's, or `standard`: Pᵢ has a single one, so that the u = rank² numbers of a group
-        are the entries of its matrix R; without tying that is LoRA-XS (`lora_xs`).
+      projection: `random` as in the paper, or `standard`. With `standard` each Pᵢ has a single nonzero entry, a one, so
+        that the u = rank² numbers of a group are the entries of its matrix R; without tying, this is LoRA-XS.
 
     >>> TinyLoRA(rank=0)
     Traceback (most recent call last):
@@ -70,7 +70,7 @@ class TinyLoRA:
 
 
 def lora_xs(rank: int = 2, targets: tuple[str | Target, ...] = LINEAR_MAPS) -> TinyLoRA:
-    """LoRA-XS (arXiv 2405.17604): a free matrix R `[rank, rank]` for every module, ΔW = U Σ R Vᵀ.
+    """LoRA-XS (arXiv 2405.17604): one trained matrix R `[rank, rank]` per module, ΔW = U Σ R Vᵀ.
 
     >>> lora_xs(2).u
     4

@@ -1,4 +1,4 @@
-"""Truncated SVD of many matrices, with signs that every back end agrees on."""
+"""Truncated SVD of many matrices, with the same signs on every back end."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 SVD_METHODS = ("auto", "exact", "subspace", "jnp")
 
-# Of the largest singular value: closer neighbours may mix until ΔW differs by 1e-3. On SmolLM2's 210 weights, methods
-# in float32 miss NumPy's ΔW by at most 7.5e-7 over the gap (python -m experiments.benchmarks.portability).
+# Gap as a share of the largest singular value: closer neighbours may mix until ΔW differs by 1e-3. On SmolLM2's 210
+# weights, float32 methods differ from NumPy's ΔW by at most 7.5e-7 / gap (experiments.benchmarks.portability).
 _CLOSE = 1e-3
-_EVEN = 1e-3  # of the largest entry of a column
+_EVEN = 1e-3  # share of a column's largest entry
 _HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits
 
 
@@ -40,7 +40,7 @@ class SVD(NamedTuple):
 def canonical_signs(svd: SVD) -> SVD:
     """Flips pairs of singular vectors so that the largest entry of each column of U is positive.
 
-    A singular pair is determined only up to a common sign, and back ends choose differently.
+    A singular pair is determined only up to a common sign, and back ends choose different signs.
     """
     at = jnp.argmax(jnp.abs(svd.U), axis=1, keepdims=True)
     sign = jnp.where(jnp.take_along_axis(svd.U, at, axis=1) < 0, -1.0, 1.0).astype(svd.U.dtype)
@@ -49,9 +49,9 @@ def canonical_signs(svd: SVD) -> SVD:
 
 @partial(jax.jit, static_argnames="rank")
 def jnp_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets from the full decomposition, `jnp.linalg.svd`, in float32 or better.
+    """The leading `rank` triplets from the full decomposition by `jnp.linalg.svd`, in float32 or better.
 
-    A GPU's mixes neighbours by 2.5e-5 over their gap, and a refinement by its other decompositions does not help.
+    On a GPU it mixes neighbouring vectors by 2.5e-5 / gap, and refining with other GPU decompositions does not help.
     """
     U, S, Vt = jnp.linalg.svd(W.astype(np.promote_types(W.dtype, np.float32)), full_matrices=False)
     return canonical_signs(SVD(U[..., :rank], S[..., :rank], Vt[..., :rank, :].swapaxes(-1, -2)))
@@ -63,27 +63,27 @@ def host_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
 
 
 def _joined(found: Sequence[tuple[np.ndarray, ...]], dtype: np.dtype) -> SVD:
-    """One batch of the triplets of several matrices."""
+    """Joins the triplets of several matrices into one batch."""
     return canonical_signs(SVD(*(jnp.asarray(np.stack(parts), dtype) for parts in zip(*found, strict=True))))
 
 
 def _on_device(run: Callable[..., T], W: Any, rank: int) -> T:
-    """`run(W, rank, …)` with the arguments of `subspace_svd` that these weights call for: itself, or its `lower`."""
+    """Calls `run`, which is `subspace_svd` or its `lower`, with the arguments that these weights need."""
     dtype, mesh = work_dtype(W.dtype), mesh_of(W)
     with jax.enable_x64(bool(jax.config.jax_enable_x64) or dtype == np.float64):
         return run(W, rank, dtype.name, mesh=mesh)
 
 
 def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
-    """The leading `rank` triplets by `subspace_svd`; a matrix that misses goes to the host alone."""
+    """The leading `rank` triplets by `subspace_svd`; matrices that do not converge are decomposed on the host."""
     dtype = work_dtype(W.dtype)
     *found, error = (np.array(part) for part in to_host(_on_device(subspace_svd, W, rank)))
     out = np.promote_types(W.dtype, np.float32)
-    missed = np.flatnonzero(~(error <= tolerances(dtype)[1]))  # NaN among them
+    missed = np.flatnonzero(~(error <= tolerances(dtype)[1]))  # NaN included
     if missed.size:
         _LOG.warning(
-            "%d of %d matrices of %d x %d did not converge on the device (largest error %.1e): decomposing these on"
-            " the host",
+            "%d of %d matrices of %d x %d did not converge on the device (largest error %.1e);"
+            " decomposing these on the host",
             *(missed.size, *W.shape, np.max(error[missed])),
         )
         again = leading_triplets_of([np.asarray(to_host(W[i])) for i in missed], rank)
@@ -93,27 +93,28 @@ def _device_svd(W: Float[Array, "batch rows columns"], rank: int) -> SVD:
 
 
 def is_ill_conditioned(svd: SVD, rank: int) -> bool:
-    """Whether another computation in float32 may find other singular vectors of a matrix, so that ΔW is another.
+    """Whether another float32 computation may find different singular vectors, and so a different ΔW.
 
-    The vectors of neighbouring singular values mix by rounding over gap, and a column of U whose largest entries of
-    either sign are about equal has no sure sign.
+    Rounding mixes the vectors of neighbouring singular values in proportion to 1 / gap. The sign of a column of U is
+    ambiguous if its largest positive and negative entries are about equal.
 
     Args:
-      svd: decomposition of one matrix, as NumPy arrays: `rank + 1` triplets, if the matrix has so many.
-      rank: triplets in use.
+      svd: decomposition of one matrix as NumPy arrays, with `rank + 1` triplets if the matrix has that many.
+      rank: number of triplets in use.
     """
     S, U = np.append(svd.S, 0.0)[: rank + 1], svd.U[:, :rank]
     if S[0] == 0:
-        return False  # the update is zero whatever the vectors
+        return False  # the update is zero for any vectors
     highest, lowest = U.max(axis=0), -U.min(axis=0)
     margins = np.abs(highest - lowest) / np.maximum(highest, lowest)
     return bool(np.any(S[:-1] - S[1:] < _CLOSE * S[0]) or np.any(margins < _EVEN))
 
 
 def mismatch(W: Float[Array, "rows columns"], svd: SVD) -> float:
-    """How far triplets are from being singular ones of a matrix: 0 if they are, of the order of 1 if they are not.
+    """Measures how far triplets are from singular triplets of a matrix: 0 if exact, about 1 if unrelated.
 
-    The largest of ‖W v − s u‖ and ‖Wᵀ u − s v‖ over the largest s, and what U and V lack of being orthonormal.
+    It is the largest of ‖W v − s u‖ and ‖Wᵀ u − s v‖ relative to the largest s, and of the deviations of U and V from
+    orthonormality.
     """
     return float(to_host(_mismatch(W, *(np.asarray(x, np.float32) for x in svd))))
 
@@ -132,23 +133,23 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
     """The leading `rank` singular triplets of a batch of equally shaped matrices.
 
     Args:
-      W: the matrices, any float dtype.
-      rank: triplets wanted, at most the smaller side.
-      method: `exact` (by LAPACK in float64, on the host: the same on every machine), `subspace` (faster on an
-        accelerator, in float64 except on a TPU; each result is verified by its residual, and a matrix that misses
-        the tolerance is decomposed exactly),
-        `jnp` (`jnp.linalg.svd` of the back end, in float32), or `auto`: `exact` on a CPU, `subspace` elsewhere. In a
-        jitted function, which the host cannot enter, `exact` and `auto` are `jnp`.
+      W: matrices `[batch, rows, columns]` of any float dtype.
+      rank: number of triplets, at most the smaller side.
+      method: SVD method. `exact` uses LAPACK in float64 on the host and gives the same result on every machine.
+        `subspace` is faster on an accelerator and uses float64 except on a TPU; each result is verified by its
+        residual, and a matrix that misses the tolerance is decomposed exactly. `jnp` is the back end's
+        `jnp.linalg.svd` in float32. `auto` is `exact` on a CPU and `subspace` elsewhere. Inside a jitted function,
+        where the host cannot be used, `exact` and `auto` mean `jnp`.
 
     Returns:
-      The triplets with canonical signs, float32 (float64 for float64 input).
+      The triplets with canonical signs, in float32 (float64 for float64 input).
 
     Raises:
-      ValueError: `subspace` in a jitted function, where its residual cannot be looked at.
+      ValueError: the method is `subspace` inside a jitted function, where its residual cannot be checked.
     """
     if isinstance(W, jax.core.Tracer):
         if method == "subspace":
-            raise ValueError("SVD method 'subspace' in a jitted function: its result must be verified; use 'jnp' there")
+            raise ValueError("SVD method 'subspace' must verify its result, so it cannot be jitted; use 'jnp' instead")
         method = "jnp"
     method = _resolved(method)
     if method == "jnp":
@@ -157,14 +158,14 @@ def truncated_svd(W: Float[Array, "batch rows columns"], rank: int, method: str 
 
 
 def lower_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> Iterator[jax.stages.Lowered]:
-    """What `truncated_svd` runs for these weights and ranks, lowered; of the exact method nothing is compiled."""
+    """Lowers the programs that `truncated_svd` runs for these shapes and ranks; the exact method has none."""
     method = _resolved(method)
     for W, rank in shapes if method != "exact" else ():
         yield jnp_svd.lower(W, rank) if method == "jnp" else _on_device(subspace_svd.lower, W, rank)
 
 
 def compile_svds(shapes: Iterable[tuple[jax.ShapeDtypeStruct, int]], method: str) -> None:
-    """Compiles what `truncated_svd` runs for these weights and ranks, side by side: for a GPU each takes seconds."""
+    """Compiles in parallel the programs of `truncated_svd` for these shapes and ranks; on a GPU each takes seconds."""
     with ThreadPoolExecutor() as pool:
         for compiled in [pool.submit(lowered.compile) for lowered in lower_svds(shapes, method)]:
             compiled.result()

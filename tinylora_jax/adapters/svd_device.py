@@ -1,4 +1,4 @@
-"""The leading singular triplets by products of whole batches: what accelerators are good at."""
+"""The leading singular triplets by batched matrix products, which suit accelerators."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters.kernel import pieces
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # a GPU or TPU would otherwise multiply float32 in fewer bits
-_BLOCK = 8  # columns iterated together, at least
-_STEPS = 4  # blocks of a basis: 4 × 8 columns, for which a GPU decomposes a whole batch in one kernel
-_SUMMED = 1024  # products summed by the matrix units; on an H100 8,960 of them leave an error of 3e-5
-_MOST_CYCLES = 240  # after 60, noise of 13,824 × 5,120, whose values lie close together, has an error of 3e-6 left
+_BLOCK = 8  # smallest number of columns iterated together
+_STEPS = 4  # blocks in a basis: for 4 × 8 columns a GPU decomposes a whole batch in one kernel
+_SUMMED = 1024  # products summed by the matrix units; on an H100, sums of 8,960 products have an error of 3e-5
+_MOST_CYCLES = 240  # after 60, Gaussian noise of 13,824 × 5,120, whose values lie close together, has an error of 3e-6
 
 
 class Triplets(NamedTuple):
-    """The leading triplets of a batch of matrices, and how far each is from being right.
+    """The leading triplets of a batch of matrices, with their errors.
 
     Attributes:
-      U: left singular vectors `[batch, rows, rank]`.
-      S: singular values `[batch, rank]`, descending.
-      V: right singular vectors `[batch, columns, rank]`.
-      error: `[batch]`: the largest ‖Wᵀu − s v‖ / s₁, plus what U and V lack of being orthonormal; NaN where the
-        iteration broke down.
+      U: left singular vectors, `[batch, rows, rank]`.
+      S: singular values, `[batch, rank]`, descending.
+      V: right singular vectors, `[batch, columns, rank]`.
+      error: error of each matrix, `[batch]`: the largest ‖Wᵀu − s v‖ / s₁, plus the deviations of U and V from
+        orthonormality; NaN where the iteration broke down.
     """
 
     U: Float[Array, "batch rows rank"]
@@ -39,18 +39,18 @@ class Triplets(NamedTuple):
 
 
 def work_dtype(of: jnp.dtype) -> np.dtype:
-    """The dtype to iterate in: float64, which a TPU does not have; there float32, or that of the weights if wider.
+    """The dtype of the iteration: float64; on a TPU, which lacks it, at least float32.
 
-    Needs `jax.enable_x64(True)` around the trace where it is float64.
+    With float64, trace inside `jax.enable_x64(True)`.
     """
     return np.promote_types(of, np.float32) if jax.default_backend() == "tpu" else np.dtype(np.float64)
 
 
 def tolerances(dtype: np.dtype) -> tuple[float, float]:
-    """The error at which a matrix is done, and the largest that is accepted when it improves no more.
+    """The error at which a matrix is finished, and the largest accepted error once it stops improving.
 
-    An error e and a gap g to the next singular value, both relative to the first, turn a vector by e / 2g; gaps below
-    1e-3 are reported as ill-conditioned. Float32 cannot reach more than a few 1e-6.
+    An error e turns a vector by e / 2g, where g is the gap to the next singular value; both are relative to the first
+    singular value. Gaps below 1e-3 are reported as ill-conditioned. Float32 reaches an error of a few 1e-6 at best.
     """
     return (1e-8, 1e-7) if dtype == np.float64 else (3e-6, 2e-5)
 
@@ -62,7 +62,7 @@ def mesh_of(W: jax.Array | jax.ShapeDtypeStruct) -> Mesh | None:
 
 
 def spread(mesh: Mesh) -> NamedSharding:
-    """Where a batch of matrices lies for `subspace_svd`: every device of the mesh has its share, of whole matrices."""
+    """The sharding of a batch of matrices for `subspace_svd`: each device holds an equal share of whole matrices."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
@@ -74,22 +74,22 @@ def subspace_svd(
     max_cycles: int = _MOST_CYCLES,
     mesh: Mesh | None = None,
 ) -> Triplets:
-    """The leading `rank` triplets by block Krylov iteration with restarts.
+    """Computes the leading `rank` triplets by block Krylov iteration with restarts.
 
-    A cycle expands a block X to the basis X, AX, A²X, A³X of A = WᵀW (W Wᵀ if that is smaller), orthonormalized, and
-    keeps the best block in its span (Rayleigh-Ritz). It converges in a third of the products of plain subspace
-    iteration, and equal singular values are found together. A matrix that is done does not change any more, so its
-    triplets do not depend on its neighbours.
+    A cycle expands a block X to the orthonormalized basis X, AX, A²X, A³X with A = WᵀW (W Wᵀ if that is smaller), and
+    keeps the best block in its span (Rayleigh-Ritz). It needs a third of the products of plain subspace iteration,
+    and finds equal singular values together. A finished matrix no longer changes, so its triplets do not depend on
+    the other matrices of the batch.
 
     Args:
-      W: matrices of one shape.
-      rank: number of triplets wanted.
+      W: matrices of one shape, `[batch, rows, columns]`.
+      rank: number of triplets to compute.
       dtype: dtype of the iteration, see `work_dtype`.
-      max_cycles: cycles after which a matrix is given up.
-      mesh: devices that share the batch, which they must divide; none of them waits for another.
+      max_cycles: largest number of cycles for a matrix.
+      mesh: devices that share the batch, whose size they must divide; no device waits for another.
 
     Returns:
-      The triplets in `dtype`, signs as they come, and the error, which the caller must check.
+      The triplets in `dtype` with arbitrary signs, and the errors, which the caller must check.
     """
     if mesh is not None:
         own = partial(subspace_svd, rank=rank, dtype=dtype, max_cycles=max_cycles)
@@ -99,7 +99,8 @@ def subspace_svd(
         U, S, V, error = subspace_svd(W.swapaxes(1, 2), rank, dtype, max_cycles)
         return Triplets(V, S, U, error)
     dtype = np.dtype(dtype)
-    # A bfloat16 W meets float32 vectors in three bfloat16 pieces: half the bytes, and matrix units.
+    # A bfloat16 W is multiplied by float32 vectors split into three bfloat16 pieces: that reads half the bytes and
+    # uses the matrix units.
     W = W if W.dtype == jnp.bfloat16 and dtype == np.float32 else W.astype(dtype)
     columns = W.shape[2]
     width = min(columns, max(_BLOCK, rank + 4))
@@ -107,7 +108,7 @@ def subspace_svd(
     done_at, accepted = tolerances(dtype)
 
     def cycle(X: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The next block, and the error of this one."""
+        """The next block, and the error of the current one."""
 
         def expand(step, carry):
             X, basis, images, error = carry
@@ -118,8 +119,8 @@ def subspace_svd(
             error = jnp.where(step == 0, _residual(X, WX, Y, rank), error)
             return _orthonormal(Y, basis), basis, images, error
 
-        # One loop over a basis of full width, zeros where nothing is yet: unrolled, a GPU's compiler tried tilings for
-        # some forty different products, which took most of a cold start.
+        # One loop over a basis of full width, initially zero: with an unrolled loop, the GPU compiler tuned tilings for
+        # about forty different products, which took most of a cold start.
         empty = jnp.zeros((*X.shape[:2], steps * width), dtype), jnp.zeros((*W.shape[:2], steps * width), dtype)
         carry = X, *empty, jnp.zeros(X.shape[:1], dtype)
         _, basis, images, error = jax.lax.fori_loop(0, steps, expand, carry)
@@ -143,9 +144,9 @@ def subspace_svd(
 
 
 def _triplets(W: jax.Array, X: jax.Array, rank: int) -> Triplets:
-    """The triplets of W in the span of X, by `jnp.linalg.svd` of the small problem."""
+    """The triplets of W in the span of X, from `jnp.linalg.svd` of the small problem."""
     WX = _product(W, X)
-    Q, R = jnp.linalg.qr(WX)  # orthonormal also where singular values are zero
+    Q, R = jnp.linalg.qr(WX)  # orthonormal even where singular values are zero
     left, S, right = jnp.linalg.svd(R)
     U = _einsum("brk,bkl->brl", Q, left[..., :rank])
     V = _einsum("bck,blk->bcl", X, right[:, :rank])
@@ -157,7 +158,7 @@ def _triplets(W: jax.Array, X: jax.Array, rank: int) -> Triplets:
 
 
 def _skew(U: jax.Array) -> jax.Array:
-    """What the columns of each matrix of a batch lack of being orthonormal."""
+    """The deviation of each matrix's columns from orthonormality."""
     return jnp.max(jnp.abs(_einsum("brk,brl->bkl", U, U) - jnp.eye(U.shape[2], dtype=U.dtype)), axis=(1, 2))
 
 
@@ -167,7 +168,7 @@ def _residual(X: jax.Array, WX: jax.Array, Y: jax.Array, rank: int) -> jax.Array
     squares = jnp.sum(WX * WX, axis=1)
     S = jnp.sqrt(squares)
     largest = jnp.maximum(jnp.max(S, axis=1, keepdims=True), jnp.finfo(S.dtype).tiny ** 0.25)
-    small = jnp.finfo(S.dtype).eps ** 0.5 * largest  # a value of zero has no direction to be wrong about
+    small = jnp.finfo(S.dtype).eps ** 0.5 * largest  # a zero singular value has no direction, so no error
     off = jnp.linalg.norm(Y - X * squares[:, None], axis=1) / (jnp.maximum(S, small) * largest)
     return jnp.max(off, axis=1)
 
@@ -175,7 +176,7 @@ def _residual(X: jax.Array, WX: jax.Array, Y: jax.Array, rank: int) -> jax.Array
 def _orthonormal(Y: jax.Array, basis: jax.Array | None = None) -> jax.Array:
     """An orthonormal basis of the columns of each matrix, orthogonal to those of `basis`: three rounds of Cholesky QR.
 
-    A column of zeros stays one, and columns of zeros in the basis count for nothing.
+    A column of zeros stays zero, and zero columns of `basis` have no effect.
     """
     eye = jnp.eye(Y.shape[2], dtype=Y.dtype)
     shifts = 100 * jnp.finfo(Y.dtype).eps * Y.shape[2] * jnp.array([1, 1, 0], Y.dtype)
@@ -198,7 +199,7 @@ def _einsum(subscripts: str, *arrays: jax.Array) -> jax.Array:
 
 
 def _product(W: jax.Array, X: jax.Array, transposed: bool = False) -> jax.Array:
-    """W X, or Wᵀ X, exact to the dtype of X: long sums are cut into parts that are added outside the matrix units."""
+    """W X, or Wᵀ X, in the full precision of X: long sums are split and then added outside the matrix units."""
     length = W.shape[1 if transposed else 2]
     parts = 1 if X.dtype == jnp.float64 else length // _part(length)
     split = lambda x, axis: x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
@@ -212,6 +213,6 @@ def _product(W: jax.Array, X: jax.Array, transposed: bool = False) -> jax.Array:
 
 
 def _part(length: int) -> int:
-    """The longest part of at most `_SUMMED` into which a sum can be cut evenly; all of it if that is too short."""
+    """The largest size up to `_SUMMED` that divides a sum evenly; the whole length if that size is too small."""
     best = max(size for size in range(1, min(length, _SUMMED) + 1) if length % size == 0)
     return best if best >= 64 else length

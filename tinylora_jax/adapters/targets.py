@@ -1,4 +1,4 @@
-"""Which weights of a tree are adapted, in which order, and which of them share a vector."""
+"""Selects the weights of a tree to adapt, orders them, and ties those that share a vector."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import numpy as np
 LINEAR_MAPS = tuple(
     rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 )
-"""The seven linear maps of a block, the paper's choice of modules."""
+"""The seven linear maps of a transformer block, which the paper adapts."""
 
 _MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Target:
-    """Selects leaves by path and says what their axes mean.
+    """Selects leaves by path and describes their axes.
 
     Attributes:
       path: regular expression, matched in full against the leaf's path such as `layers/3/mlp/up_proj/kernel`.
-      layout: one word per axis: `in`, `out` or `layer`. Inputs may span several axes, and outputs too:
+      layout: one word per axis: `in`, `out` or `layer`. Inputs and outputs may each span several axes:
         `in out out` is a query kernel `[hidden, heads, head_dim]`, `layer in out` a stack of kernels,
         `out in` a torch weight.
     """
@@ -38,8 +38,8 @@ class Target:
         words = self.layout.split()
         if set(words) - {"in", "out", "layer"} or not {"in", "out"} <= set(words) or words.count("layer") > 1:
             raise ValueError(
-                f"layout {self.layout!r} of target {self.path!r}: expected one word per axis out of"
-                " 'in', 'out' and at most one 'layer', such as 'in out' or 'layer in out out'"
+                f"layout {self.layout!r} of target {self.path!r}: expected one word per axis, each"
+                " 'in' or 'out' and at most one 'layer', such as 'in out' or 'layer in out out'"
             )
         re.compile(self.path)
 
@@ -66,17 +66,17 @@ class Module:
 
     @property
     def name(self) -> str:
-        """Unique name, which also seeds the module's projections: the path, and `[layer]` when stacked."""
+        """Unique name, which also seeds the module's projections: the path, plus `[layer]` if stacked."""
         return module_name(self.path, self.layer)
 
     @property
     def kind(self) -> str:
-        """The path with its numbers taken out: equal for the same projection of every layer."""
+        """The path without its numbers; the same projection has the same kind in every layer."""
         return "/".join("*" if part.isdigit() else part for part in self.path.split("/"))
 
     @property
     def depth(self) -> tuple[int, ...]:
-        """The numbers in the path, then the stacked layer: the order of layers."""
+        """The numbers in the path, then the stacked layer index: the sort key for layers."""
         numbers = tuple(int(part) for part in self.path.split("/") if part.isdigit())
         return numbers if self.layer is None else (*numbers, self.layer)
 
@@ -92,10 +92,10 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def _paths(tree: Any) -> list[str]:
-    """The paths of a tree's leaves, without the box some lie in.
+    """The paths of a tree's leaves, without any box around a leaf.
 
-    A box is a node whose only leaf is its `value`: a variable of NNX, a `Partitioned` of Linen. Boxed and pure, the
-    same weights have the same names, and so the same P.
+    A box is a node whose only leaf is its `value`, such as an NNX variable or a Linen `Partitioned`. Boxed and plain
+    weights therefore have the same names, and so the same P.
     """
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     leaves_inside = Counter(path[:depth] for path in paths for depth in range(len(path)))
@@ -104,33 +104,33 @@ def _paths(tree: Any) -> list[str]:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their path, in the tree's order; a box around a leaf is no part of its path."""
+    """Maps each path to its leaf, in the tree's order; a box around a leaf is not part of its path."""
     return dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """The tree with `function(path, leaf)` in the place of each leaf."""
+    """Replaces each leaf of a tree with `function(path, leaf)`."""
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten(map(function, _paths(tree), leaves))
 
 
 def natural(path: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which layer 2 comes before layer 10, whatever the container's own order."""
+    """Sort key that puts layer 2 before layer 10, whatever the container's own order."""
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split("/"))
 
 
 def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
     """Finds the adapted modules of a tree, ordered by depth, then by target, then by path.
 
-    The order decides which modules share a vector and does not depend on how the tree's containers
-    order their keys.
+    This order determines which modules share a vector. It does not depend on how the tree's containers order
+    their keys.
 
     Args:
       params: any pytree of arrays (or of `jax.ShapeDtypeStruct`).
-      targets: what to adapt; a leaf belongs to the first target that matches it.
+      targets: patterns of the leaves to adapt; a leaf belongs to the first target that matches it.
 
     Returns:
-      The modules, a stacked leaf counting once per layer.
+      The modules; a stacked leaf gives one module per layer.
 
     Raises:
       ValueError: a target matches nothing, or a leaf's rank does not fit its target's layout.
@@ -142,10 +142,10 @@ def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
     for rank, target in enumerate(targets):
         paths = [p for p in leaves if p not in matched and re.fullmatch(target.path, p)]
         if not paths:
-            problems.append(f"target {target.path!r} matches no leaf that an earlier target has not taken")
+            problems.append(f"target {target.path!r} matches no leaf, apart from those of earlier targets")
         matched.update(paths)
         for path in paths:
-            shape = np.shape(leaves[path])  # () for what is no array: an activation function in an Equinox model
+            shape = np.shape(leaves[path])  # () for a leaf that is not an array, such as an Equinox activation
             if len(shape) != len(target.layout.split()):
                 problems.append(f"{path} has shape {shape}, but its target's layout is {target.layout!r}")
                 continue
@@ -163,14 +163,14 @@ def select(params: Any, targets: Sequence[Target]) -> tuple[Module, ...]:
 
 
 def tie_groups(modules: Sequence[Module], n_tie: int, tying: str) -> tuple[int, ...]:
-    """Assigns each module to the group whose vector it uses (§6.5 of the paper).
+    """Assigns each module to a tie group, whose vector it uses (§6.5 of the paper).
 
-    `tiled` gives neighbours in depth the same vector whatever their type: ceil(N / n_tie) groups.
-    `structured` ties neighbours in depth of the same type: Σ over types of ceil(layers / n_tie) groups.
+    `tiled` ties modules that are adjacent in depth, whatever their type: ceil(N / n_tie) groups.
+    `structured` ties modules of the same type in adjacent layers: Σ over types of ceil(layers / n_tie) groups.
 
     Args:
-      modules: in the order of `select`.
-      n_tie: modules per group.
+      modules: modules in the order given by `select`.
+      n_tie: number of modules per group.
       tying: `tiled` or `structured`.
 
     Returns:

@@ -1,9 +1,9 @@
 """TinyLoRA as transforms of a pytree of weights: factorize once, then apply or merge any vector.
 
-    ΔW = U Σ (Σᵢ v[g, i] Pᵢ) Vᵀ        for every adapted module, g its tie group
+    ΔW = U Σ (Σᵢ v[g, i] Pᵢ) Vᵀ        for every adapted module in tie group g
 
 (equation 3 and §4 of "Learning to Reason in 13 Parameters", arXiv 2602.04118). W is the torch-oriented
-weight `[out, in]`; kernels laid out `[in, out]` get the transpose of the same update.
+weight `[out, in]`; kernels laid out `[in, out]` get the transpose of this update.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinylora_jax.adapters.targets import Target, leaves_by_path, map_by_path
 
 
 def init(factors: Factors) -> Float[Array, "groups u"]:
-    """The vector at the start of training: zeros, under which every adapted weight is the base weight.
+    """Creates the vector at the start of training: zeros, which leave every weight unchanged.
 
     Args:
       factors: factors computed by `factorize`; they determine the number of groups.
@@ -45,7 +45,7 @@ def _expand(
 ) -> Float[Array, "... layers rank rank"]:
     """R = Σᵢ v[g, i] Pᵢ for every layer of a leaf.
 
-    Exact float32: by itself a TPU would round v to bfloat16 here, and with it what training added last.
+    The precision is set to exact float32: by default a TPU would round v to bfloat16 and lose the latest updates.
     """
     return jnp.einsum("...lu,luij->...lij", jnp.take(v, groups, axis=-2, mode="clip"), P, precision="highest")
 
@@ -67,7 +67,7 @@ def _parts(
 
 
 def free(factors: Factors) -> Factors:
-    """Factors of LoRA-XS in the same singular directions: every module's R is its own.
+    """Builds LoRA-XS factors in the same singular directions, with a separate R for every module.
 
     >>> import jax
     >>> from tinylora_jax.adapters import TinyLoRA, factorize
@@ -85,15 +85,15 @@ def free(factors: Factors) -> Factors:
 
 
 def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]) -> Float[Array, "... modules free"]:
-    """The vector of LoRA-XS that is the same adapter: R of every module. Linear in v.
+    """Converts a vector to the LoRA-XS vector of the same adapter: R of every module. Linear in v.
 
-    All adapters of one rank and the same targets are points of one space, whatever they tie; a population of different
-    ones decodes in one batch by their coordinates.
+    All adapters with the same rank and targets are points of one space, whatever their tying. Their coordinates in it
+    let a population of different adapters decode in one batch.
 
     Args:
       free: factors of `lora_xs`.
-      factors: those of `v`, from `retie`.
-      v: the vector.
+      factors: factors of `v`, computed by `retie`.
+      v: trained vector, float32 `[..., groups, u]`.
     """
     order = np.argsort(np.concatenate([leaf.groups for leaf in free.leaves.values()]))
     R = [_expand(leaf.P, _groups(leaf), v) for leaf in (factors.leaves[path] for path in free.leaves)]
@@ -102,7 +102,7 @@ def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]
 
 
 def _check_tree(params: Any, factors: Factors) -> None:
-    """Refuses a tree other than the factorized one: a reshaped update would fit any weight of equal size."""
+    """Raises for any tree but the factorized one: a reshaped update would fit every weight of equal size."""
     weights = {path: leaf for path, leaf in leaves_by_path(params).items() if path in factors.leaves}
     shapes = {path: np.shape(leaf) for path, leaf in weights.items()}
     problems = []
@@ -110,9 +110,7 @@ def _check_tree(params: Any, factors: Factors) -> None:
         if path not in shapes:
             problems.append(f"{path} is missing")
         elif not hasattr(weights[path], "dtype"):
-            problems.append(
-                f"{path} is a {type(weights[path]).__name__}, expected an array: take it out of its box first"
-            )
+            problems.append(f"{path} is a {type(weights[path]).__name__}, expected an array; unwrap it first")
         elif len(shapes[path]) != len(leaf.target.layout.split()):
             problems.append(f"{path} has shape {shapes[path]}, but its layout is {leaf.target.layout!r}")
         else:
@@ -121,31 +119,31 @@ def _check_tree(params: Any, factors: Factors) -> None:
             if sizes != expected:
                 problems.append(f"{path} has [layers, out, in] = {sizes}, expected {expected}")
     if problems:
-        raise ValueError("this is not the tree that was factorized:\n  " + "\n  ".join(problems[:20]))
+        raise ValueError("the tree is not the one that was factorized:\n  " + "\n  ".join(problems[:20]))
     check_weights(weights, factors)
 
 
 def _check_vector(factors: Factors, v: jax.Array, ranks: tuple[int, ...]) -> None:
     expected = (factors.num_groups, factors.spec.u)
     if v.ndim not in ranks or v.shape[-2:] != expected:
-        rows = " (or with one leading axis of rows)" if 3 in ranks else ""
+        rows = " (optionally with one leading axis of rows)" if 3 in ranks else ""
         raise ValueError(f"v has shape {v.shape}, but these factors need {expected}{rows}")
 
 
 def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any:
-    """The tree with every adapted weight replaced by an `AdaptedKernel`: base and update kept apart.
+    """Replaces every adapted weight with an `AdaptedKernel`, which keeps base and update separate.
 
     Args:
-      params: the tree that was factorized.
+      params: tree of weights that was factorized.
       factors: factors computed from these weights by `factorize`.
-      v: the vector, `[groups, u]`, or `[rows, groups, u]` for one adapter per row of a batch.
+      v: trained vector, float32 `[groups, u]`, or `[rows, groups, u]` with one adapter per row of a batch.
 
     Returns:
-      The same tree; forward code multiplies through `matmul`.
+      A tree of the same structure; forward code must multiply through `matmul`.
 
     Raises:
       ValueError: the tree is not the one that was factorized, the shape of `v` does not fit, or a kernel's
-        layout is not `layer… in… out…` (merge those).
+        layout is not `layer… in… out…` (use `merge` for such layouts).
     """
     _check_vector(factors, v, (2, 3))
     _check_tree(params, factors)
@@ -155,7 +153,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
             return leaf
         part = factors.leaves[name]
         if part.target.layout.split() != sorted(part.target.layout.split(), key=("layer", "in", "out").index):
-            raise ValueError(f"{name} is laid out {part.target.layout!r}; apply needs 'layer in out' order, use merge")
+            raise ValueError(f"{name} has layout {part.target.layout!r}; apply needs 'layer in out' order, use merge")
         stacked = bool(part.target.axes("layer"))
         return AdaptedKernel(leaf, *_parts(part.U, part.S, part.V, part.P, _groups(part), v, stacked))
 
@@ -163,17 +161,17 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
 
 
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
-    """The tree with every adapted weight replaced by W + ΔW, dense and in its own dtype.
+    """Replaces every adapted weight with W + ΔW, dense and in its own dtype.
 
-    In bfloat16 a small ΔW is mostly rounded away; `apply` keeps it. Any layout is merged, stacked or not.
+    In bfloat16 a small ΔW is mostly lost to rounding; `apply` keeps it. Every layout can be merged, stacked or not.
 
     Args:
-      params: the tree that was factorized.
+      params: tree of weights that was factorized.
       factors: factors computed from these weights by `factorize`.
-      v: the vector, `[groups, u]`.
+      v: trained vector, float32 `[groups, u]`.
 
     Returns:
-      A tree of the same structure, shapes and dtypes, that any code takes.
+      A tree of the same structure, shapes and dtypes, which works in any code.
 
     Raises:
       ValueError: the tree is not the one that was factorized, or the shape of `v` does not fit.
@@ -189,21 +187,21 @@ def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
 
 
 def merge_leaf(leaf: jax.Array, part: LeafFactors, v: Float[Array, "groups u"]) -> jax.Array:
-    """One leaf of `merge`, for those who have no room for all of them."""
+    """Merges one leaf, for callers without memory for all of them at once."""
     wide = np.promote_types(leaf.dtype, np.float32)
     update = _restored(_delta(part, v), leaf, part.target)
     return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
 
 
 def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Array, "layers out in"]]:
-    """ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, to look at.
+    """Computes ΔW = U Σ (Σᵢ vᵢ Pᵢ) Vᵀ of every adapted leaf, for inspection.
 
     Args:
       factors: factors computed by `factorize`.
-      v: the vector, `[groups, u]`.
+      v: trained vector, float32 `[groups, u]`.
 
     Returns:
-      By leaf path, float32 `[layers, out, in]` in the paper's orientation; one layer for a leaf that is not stacked.
+      ΔW by leaf path, float32 `[layers, out, in]` in the paper's orientation; an unstacked leaf has one layer.
     """
     _check_vector(factors, v, (2,))
     return {path: _delta(part, v) for path, part in factors.leaves.items()}
@@ -215,6 +213,6 @@ def _delta(part: LeafFactors, v: Float[Array, "groups u"]) -> Float[Array, "laye
 
 
 def _restored(W: jax.Array, like: jax.Array, target: Target) -> jax.Array:
-    """The inverse of `_oriented`: `[layers, out, in]` back to the shape of `like`."""
+    """Reshapes `[layers, out, in]` back to the shape of `like`; the inverse of `_oriented`."""
     order = sum((target.axes(word) for word in ("layer", "out", "in")), ())
     return jnp.transpose(W.reshape([like.shape[axis] for axis in order]), np.argsort(order))

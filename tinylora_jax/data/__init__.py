@@ -1,4 +1,4 @@
-"""Questions from files, the hub and generators; prompt templates; the resumable stream of batches."""
+"""Questions from files, the hub and generators; prompt templates; a resumable stream of batches."""
 
 from tinylora_jax.data.pipeline import (
     Prompt,

@@ -1,4 +1,4 @@
-"""Chat templates are programs of whoever made the model: bounded in time and memory, whatever they do."""
+"""Renders chat templates, which are untrusted programs, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from tinylora_jax.data.sources import DataError
 
 RENDER_S = 2.0
-"""Seconds that one prompt may take; a real template takes a thousandth of one."""
+"""Time limit per prompt, in seconds; a real template takes about a millisecond."""
 
-_TRIAL_S = 10.0  # with the start of a process on a busy machine
+_TRIAL_S = 10.0  # includes starting a process on a busy machine
 _TRIAL_BYTES = 1 << 29
 _MAX_TEMPLATE = 1 << 20
 _MAX_TEXT = 1 << 23
 
-# What runs in the process of `_try_out`. What it renders is not used, so it need not be what transformers renders.
+# The program that `_try_out` runs. Its output is not used, so it may differ from what transformers renders.
 _TRIAL = f"""
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({int(RENDER_S)}, {int(RENDER_S)}))
@@ -39,50 +39,50 @@ for messages in (turn[:1], [{{"role": "system", "content": "Be brief."}}, *turn,
 
 
 class _TooLong(Exception):
-    """A template has taken all its time."""
+    """A template exceeded its time limit."""
 
 
 def render_within_bounds(template: Any, render: Callable[[], str]) -> str:
-    """Calls what renders a chat template, and turns whatever it raises into one error.
+    """Renders a chat template, and converts every failure into one error type.
 
     Args:
-      template: the chat template's text, or several by name.
-      render: renders it with transformers.
+      template: text of the chat template, or several texts by name.
+      render: function that renders the template with transformers.
 
     Raises:
-      DataError: the template fails, does not end within `RENDER_S`, or makes a text of many megabytes.
+      DataError: the template fails, does not finish within `RENDER_S`, or produces many megabytes of text.
     """
     for text in template.values() if isinstance(template, dict) else [template]:
         if problem := _try_out(text):
-            raise DataError(f"the model's chat template cannot be used: {problem}; mend or remove it")
+            raise DataError(f"the model's chat template cannot be used: {problem}; fix or remove it")
     try:
         text = _timed(render)
     except _TooLong:
         raise DataError(
-            f"the model's chat template takes more than {RENDER_S:g} s a prompt; mend or remove it"
+            f"the model's chat template takes more than {RENDER_S:g} s per prompt; fix or remove it"
         ) from None
     except Exception as error:  # the template's own code may raise anything
         problem = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"the model's chat template cannot render a prompt ({problem:.300}); mend or remove it"
+            f"the model's chat template cannot render a prompt ({problem:.300}); fix or remove it"
         ) from error
     if not isinstance(text, str) or len(text) > _MAX_TEXT:
         size = f"{len(text)} characters" if isinstance(text, str) else f"a {type(text).__name__}"
-        raise DataError(f"the model's chat template makes {size} of a prompt; mend or remove it")
+        raise DataError(f"the model's chat template turns a prompt into {size}; fix or remove it")
     return text
 
 
 @lru_cache(maxsize=64)
 def _try_out(template: Any) -> str | None:
-    """What is wrong with a template: tried in a process that can be ended, for one operation may take for ever too."""
+    """Finds what is wrong with a template, in a process that can be killed: one operation may never end."""
     if not isinstance(template, str):
-        return f"it is a {type(template).__name__}, expected a text"
+        return f"it is a {type(template).__name__}, expected a string"
     if len(template) > _MAX_TEMPLATE:
         return f"it has {len(template)} characters, expected at most {_MAX_TEMPLATE}"
     if not any(
         mark in template for mark in ("*", "range", "macro", "namespace", "recursive", "|", "~", "+", "%(", ".")
     ):
-        return None  # nothing in it that grows
+        return None  # contains nothing that can grow
     try:
         result = subprocess.run(
             [sys.executable, "-I", "-c", _TRIAL],
@@ -92,14 +92,14 @@ def _try_out(template: Any) -> str | None:
             timeout=_TRIAL_S,
         )
     except subprocess.TimeoutExpired:
-        return "it does not end"
+        return "it does not finish"
     if result.returncode < 0:
         return f"it takes more than {RENDER_S:g} s or {_TRIAL_BYTES >> 20} MB"
-    return "it takes too much memory" if b"MemoryError" in result.stderr[-200:] else None
+    return "it uses too much memory" if b"MemoryError" in result.stderr[-200:] else None
 
 
 def _timed(render: Callable[[], str]) -> str:
-    """Calls a function, and ends it between two of its lines when its time is over."""
+    """Calls a function, and stops it between two of its lines once its time is up."""
     end, before = time.monotonic() + RENDER_S, sys.gettrace()
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

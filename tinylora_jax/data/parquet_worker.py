@@ -1,12 +1,12 @@
-"""A program that reads columns of the Parquet file that is its standard input, one JSON object a line.
+"""A program that reads columns of a Parquet file from stdin and writes one JSON object per line.
 
-    {"columns": ["question", "answer"]}        first of all: those that the file has
+    {"columns": ["question", "answer"]}        first: the columns of the file
     {"rows": [{"question": "1 + 1?", ...}]}    a batch of rows
-    {"refused": "..."}, {"unreadable": "..."}  last of all, if something is wrong
+    {"refused": "..."}, {"unreadable": "..."}  last, if something is wrong
 
-A file of 30 kB may hold a text of a gigabyte and say that it has a thousand bytes; its pages are as large as it likes
-before anyone can look at them, and damaged metadata ends the process within pyarrow. So the file is read in this
-process, which is started by its path and imports nothing of this package, and whose memory has a bound.
+A file of 30 kB may hold a gigabyte of text while its metadata states a thousand bytes. Its pages may be of any size
+before they can be inspected, and damaged metadata can kill the process inside pyarrow. So the file is read in this
+separate process with bounded memory, which is started by its path and imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any
 
 
 class _Refused(ValueError):
-    """The file is larger inside than any file of questions is."""
+    """The decoded file is larger than any real file of questions."""
 
 
 def serve(columns: Sequence[str], most_bytes: int, most_rows: int, batch_rows: int, batch_bytes: int) -> None:
-    """Writes the rows of the file.
+    """Writes the rows of the file to standard output.
 
     Args:
-      columns: their names; without one of them nothing but the names of those in the file is written.
-      most_bytes: in all columns, as the file's row groups say it.
-      most_rows: more are refused.
-      batch_rows: rows that are decoded at once.
-      batch_bytes: that these may take.
+      columns: names of the columns to read; if one is absent, only the names of the file's columns are written.
+      most_bytes: largest total size of all columns in bytes, according to the file's row groups.
+      most_rows: largest number of rows.
+      batch_rows: number of rows decoded at once.
+      batch_bytes: largest decoded size of such a batch, in bytes.
     """
     import pyarrow.parquet
 
@@ -41,12 +41,12 @@ def serve(columns: Sequence[str], most_bytes: int, most_rows: int, batch_rows: i
     _write({"columns": names})
     if not set(columns) <= set(names):
         return
-    # Of the groups, not of their columns: pyarrow ends the process where a column's damaged metadata is looked at.
+    # Uses the sizes of row groups, not of their columns: pyarrow aborts on damaged column metadata.
     groups = [outer.metadata.row_group(index) for index in range(outer.metadata.num_row_groups)]
     size = sum(max(group.total_byte_size, group.num_rows) for group in groups)
     if size > most_bytes:
         raise _Refused(f"{size} bytes of columns")
-    # Left as Parquet stores them, equal texts are in memory once until their row is read.
+    # With Parquet's dictionary encoding, equal texts are in memory only once until their row is read.
     leaves = [outer.schema.column(i) for i in range(len(outer.schema))]
     wanted = (leaf for leaf in leaves if leaf.path.split(".")[0] in columns)
     texts = [leaf.path for leaf in wanted if leaf.physical_type == "BYTE_ARRAY"]
@@ -61,7 +61,7 @@ def serve(columns: Sequence[str], most_bytes: int, most_rows: int, batch_rows: i
 
 
 def _decoded_bytes(array: Any) -> int:
-    """What an Arrow array takes once each of its texts stands for itself."""
+    """The size of an Arrow array in bytes once each text is stored separately."""
     import pyarrow.compute
 
     if isinstance(array, pyarrow.DictionaryArray):
@@ -75,15 +75,15 @@ def _decoded_bytes(array: Any) -> int:
 
 
 def _write(message: dict[str, Any]) -> None:
-    # Of what JSON has no words for, such as a date, the type is said, which no question or answer is of.
+    # Values without a JSON form, such as dates, are replaced by their type; no question or answer has such a type.
     line = json.dumps(message, default=lambda value: {"type": type(value).__name__})
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def _bound_memory(most: int) -> None:
-    """Lets this process take so many bytes more than it has taken by now."""
-    with contextlib.suppress(OSError, ValueError):  # macOS has neither the file nor the limit
+    """Limits this process to this many bytes beyond its current memory."""
+    with contextlib.suppress(OSError, ValueError):  # macOS has neither this file nor this limit
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         bound = pages * resource.getpagesize() + most
         resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
@@ -92,7 +92,7 @@ def _bound_memory(most: int) -> None:
 
 
 def main() -> None:
-    """Reads with the arguments of the command line: those of `serve` as JSON, and bytes of memory."""
+    """Runs with command-line arguments: the arguments of `serve` as JSON, and the memory limit in bytes."""
     import pyarrow.compute
     import pyarrow.parquet
 
@@ -101,8 +101,8 @@ def main() -> None:
         serve(**json.loads(sys.argv[1]))
     except _Refused as error:
         _write({"refused": str(error)})
-    except MemoryError:  # pyarrow's too
-        _write({"refused": f"more than {int(sys.argv[2])} bytes of memory are needed to read it"})
+    except MemoryError:  # pyarrow's memory error included
+        _write({"refused": f"reading it needs more than {int(sys.argv[2])} bytes of memory"})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
         _write({"unreadable": f"{error!s:.300}"})
 

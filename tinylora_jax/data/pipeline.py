@@ -1,4 +1,4 @@
-"""From questions to batches of prompts: encoding, the resumable shuffled stream, padded arrays."""
+"""From questions to batches of prompts: encoding, a resumable shuffled stream, padded arrays."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MAX_REPORTED = 5
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as tokens.
+    """A question rendered as prompt tokens.
 
     Attributes:
-      id: the question's id.
-      tokens: the rendered prompt.
-      question: the question's text, for rewards and logs.
-      answer: the gold answer.
-      solution: a worked solution, if there is one.
+      id: id of the question.
+      tokens: token ids of the rendered prompt.
+      question: text of the question, for rewards and logs.
+      answer: gold answer.
+      solution: worked solution; None if there is none.
     """
 
     id: int
@@ -40,12 +40,12 @@ class Prompt:
 
 
 class PromptArrays(NamedTuple):
-    """Prompts as arrays, padded on the right.
+    """Right-padded prompts as arrays.
 
     Attributes:
-      ids: the questions' ids.
-      tokens: token ids; what lies at or beyond a row's length is padding.
-      lengths: tokens of each row.
+      ids: ids of the questions, `[prompts]`.
+      tokens: token ids, int32 `[prompts, length]`; entries beyond a row's length are padding.
+      lengths: number of tokens in each row, int32 `[prompts]`.
     """
 
     ids: UInt32[np.ndarray, " prompts"]
@@ -60,20 +60,20 @@ def encode_prompts(
     max_prompt_tokens: int,
     on_too_long: Literal["error", "drop"] = "error",
 ) -> tuple[Prompt, ...]:
-    """Renders questions to prompts of a bounded length.
+    """Renders questions to prompts of bounded length.
 
     Args:
-      questions: from `load_questions`.
-      template: the messages around each question.
-      tokenizer: from transformers.
-      max_prompt_tokens: longest prompt allowed.
-      on_too_long: what to do with longer ones; `drop` logs how many went.
+      questions: questions from `load_questions`.
+      template: messages around each question.
+      tokenizer: transformers tokenizer of the model.
+      max_prompt_tokens: longest allowed prompt, in tokens.
+      on_too_long: action for longer prompts: `error`, or `drop`, which logs their number.
 
     Returns:
       The prompts, in order.
 
     Raises:
-      DataError: prompts are too long (with `error`), have no tokens, or none is left.
+      DataError: prompts are too long (with `error`) or have no tokens, or none is left.
     """
     prompts = [
         Prompt(q.id, tuple(render(template, q.question, tokenizer)), q.question, q.answer, q.solution)
@@ -99,37 +99,37 @@ def encode_prompts(
 def make_pipeline(
     prompts: Sequence[Prompt], batch_size: int, seed: int, epochs: int | None = None
 ) -> grain.DatasetIterator[tuple[Prompt, ...]]:
-    """Streams batches of prompts, reshuffled each epoch.
+    """Streams batches of prompts, reshuffled in each epoch.
 
-    Each epoch is cut into whole batches and leaves out the prompts that do not fill another one (others each
-    time, as the order changes). So no batch holds a prompt twice: its samples would share their noise.
+    Each epoch consists of whole batches and skips the remaining prompts, which differ between epochs because the order
+    changes. So no batch contains a prompt twice; its samples would share their noise.
 
-    `get_state()` is a small JSON-serializable dict. After `set_state` a new pipeline made with the same
-    arguments continues with exactly the batches that were still to come.
+    `get_state()` returns a small JSON-serializable dict. After `set_state`, a new pipeline with the same arguments
+    continues with exactly the remaining batches.
 
     Args:
-      prompts: with distinct ids.
-      batch_size: prompts in a batch.
-      seed: keys the order.
-      epochs: passes over the prompts; None is without end.
+      prompts: prompts with distinct ids.
+      batch_size: number of prompts per batch.
+      seed: seed of the order.
+      epochs: number of passes over the prompts; None for infinitely many.
 
     Returns:
       A grain iterator over tuples of `batch_size` prompts. It reads in the calling thread.
 
     Raises:
-      DataError: fewer prompts than a batch needs, or ids that repeat.
-      ValueError: a size, seed or epoch count out of range.
+      DataError: there are fewer prompts than a batch needs, or ids repeat.
+      ValueError: the batch size, the seed or the number of epochs is out of range.
     """
     if batch_size < 1 or (epochs is not None and epochs < 1) or not 0 <= seed < 2**32:
         problem = f"got batch_size={batch_size}, epochs={epochs}, seed={seed}"
         raise ValueError(f"a pipeline needs batch_size >= 1, epochs >= 1 (or None) and a 32-bit seed; {problem}")
     if len(prompts) < batch_size:
         advice = "lower batch_size or load more questions"
-        raise DataError(f"batch_size={batch_size} is more than the {len(prompts)} prompts there are; {advice}")
+        raise DataError(f"batch_size={batch_size} exceeds the number of prompts, {len(prompts)}; {advice}")
     repeated = [id for id, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
-        problem = f"{_some(repeated, len(prompts))} have ids that repeat"
-        raise DataError(f"{problem}; ids key the sampling noise, so renumber questions of joined data sets")
+        problem = f"{_some(repeated, len(prompts))} have repeated ids"
+        raise DataError(f"{problem}; ids determine the sampling noise, so renumber questions of joined data sets")
     dataset = grain.MapDataset.source(tuple(prompts)).seed(seed).shuffle()
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=tuple).repeat(epochs)
     # Reading from memory needs neither threads nor a buffer.
@@ -137,17 +137,17 @@ def make_pipeline(
 
 
 def padded_width(prompts: Sequence[Prompt]) -> int:
-    """The longest prompt's length rounded up to a multiple of 16: one width for all batches of a set."""
+    """The length of the longest prompt, rounded up to a multiple of 16: one width for all batches of a set."""
     return -(-max(len(prompt.tokens) for prompt in prompts) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def pad_prompts(prompts: Sequence[Prompt], length: int | None = None, pad_id: int = 0) -> PromptArrays:
-    """Pads prompts on the right into arrays.
+    """Builds right-padded arrays of prompts.
 
     Args:
-      prompts: at least one.
-      length: width of the result; None is the longest prompt rounded up to a multiple of 16.
-      pad_id: fills the padding. Any token does: `lengths` says what counts.
+      prompts: prompts to pad, at least one.
+      length: width of the result in tokens; None for the longest prompt rounded up to a multiple of 16.
+      pad_id: token id of the padding; it may be any token, because `lengths` marks the valid ones.
 
     Returns:
       The arrays.

@@ -1,6 +1,6 @@
-r"""Prompt templates, all in this one place, and their rendering to tokens.
+r"""All prompt templates, and their rendering to tokens.
 
-A trained vector belongs to its prompt, and an untrained score more so: the paper alone has 58.8, 75.6 and
+A trained vector depends on its prompt, and an untrained score even more: the paper alone reports 58.8, 75.6 and
 88.2 % for one model on GSM8K. After a change here, measure the baselines again.
 """
 
@@ -20,7 +20,7 @@ _SLOT = "{question}"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What this package needs of a transformers tokenizer to make prompts."""
+    """The methods of a transformers tokenizer that rendering needs."""
 
     chat_template: object
 
@@ -33,13 +33,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The messages around a question; `{question}` is replaced, no other brace means anything.
+    """The messages around a question; `{question}` is replaced, and all other braces are literal.
 
     Attributes:
-      system: the system message. None leaves it to the tokenizer's chat template, and Qwen2.5's puts one of
-        its own.
-      user: the user's message; holds `{question}`.
-      shots: worked examples, (question, answer) pairs shown as earlier turns of the conversation.
+      system: system message. None leaves it to the tokenizer's chat template; Qwen2.5's adds its own.
+      user: user message, which contains `{question}`.
+      shots: worked examples: (question, answer) pairs shown as earlier turns of the conversation.
     """
 
     system: str | None
@@ -68,7 +67,7 @@ TEMPLATES: Mapping[str, PromptTemplate] = MappingProxyType(
             system="You are a helpful assistant.",
             user="{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
         ),
-        # One example teaches a 135M model the format; without it hardly an answer is graded right.
+        # One example teaches a 135M model the format; without it almost no answer is graded right.
         "arithmetic": PromptTemplate(
             system="", user="{question}", shots=(("What is 21 + 32?", "21 + 32 = 53\n#### 53"),)
         ),
@@ -78,7 +77,7 @@ TEMPLATES: Mapping[str, PromptTemplate] = MappingProxyType(
 
 
 def get_template(name: str) -> PromptTemplate:
-    """Finds a template by name; raises ValueError naming the nearest ones."""
+    """Finds a template by name; an unknown name raises ValueError with the closest names."""
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1) or list(TEMPLATES)
         raise ValueError(f"unknown prompt template {name!r}; did you mean {', '.join(near)}?")
@@ -86,19 +85,18 @@ def get_template(name: str) -> PromptTemplate:
 
 
 def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> list[int]:
-    """Renders a question to the tokens that a completion continues.
+    """Renders a question to prompt tokens.
 
     Args:
-      template: the messages.
-      question: the question's text; braces and `{question}` in it are plain text.
-      tokenizer: from transformers. One without a chat template gets the messages as plain text, with blank lines
-        between them.
+      template: messages around the question.
+      question: text of the question; braces and `{question}` in it are literal.
+      tokenizer: transformers tokenizer. Without a chat template, the messages are joined by blank lines.
 
     Returns:
-      Token ids, with a beginning-of-sequence token where the model expects one, exactly once.
+      Token ids, with exactly one beginning-of-sequence token if the model expects one.
 
     Raises:
-      DataError: the model's chat template fails, or does not end in time.
+      DataError: the model's chat template fails or does not finish in time.
     """
     messages = [] if template.system is None else [{"role": "system", "content": template.system}]
     for asked, answered in template.shots:
@@ -109,30 +107,28 @@ def render(template: PromptTemplate, question: str, tokenizer: Tokenizer) -> lis
         return encode(tokenizer, "\n\n".join(filter(None, (m["content"] for m in messages))))
     apply = lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     text = render_within_bounds(tokenizer.chat_template, apply)
-    # Chat templates write the beginning-of-sequence token themselves (Llama's does).
+    # Chat templates add the beginning-of-sequence token themselves (Llama's does).
     return encode(tokenizer, text, add_special_tokens=False)
 
 
 def encode(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
-    """The token ids of a text.
+    """Encodes a text to token ids.
 
     Args:
-      tokenizer: from transformers.
-      text: what to encode.
-      **options: keyword arguments of its `encode`.
+      tokenizer: transformers tokenizer.
+      text: text to encode.
+      **options: keyword arguments of the tokenizer's `encode`.
 
     Raises:
-      DataError: the tokenizer fails, as one of which a regular expression takes for ever.
+      DataError: the tokenizer fails, for example because of a regular expression that never finishes.
     """
     try:
         return _ids(tokenizer.encode(text, **options))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # the tokenizers library panics, which is no `Exception`
+    except BaseException as error:  # panics of the tokenizers library are not an `Exception`
         what = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"the model's tokenizer cannot encode {text!r:.80} ({what:.300}); mend or exchange it"
-        ) from error
+        raise DataError(f"the model's tokenizer cannot encode {text!r:.80} ({what:.300}); fix or replace it") from error
 
 
 def _ids(ids: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Questions with their gold answers, from any source, checked row by row."""
+"""Questions with gold answers, from any source, checked row by row."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tinylora_jax.files import expand, is_number
 DEFAULT_GENERATED = 1024
 MAX_REPORTED = 5
 MAX_TEXT = 1 << 20
-"""Characters of a question or an answer; no model reads a longer one."""
+"""Largest number of characters of a question or an answer; no model can use a longer one."""
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-"""What names of files of questions end in."""
+"""Suffixes of files of questions."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[^\s:/]+)?")
 _REASONING_GYM = "reasoning-gym:"
@@ -40,10 +40,10 @@ class Question:
     """A question and its gold answer.
 
     Attributes:
-      id: row index in the source. It keys the sampling noise, so it does not depend on `start` or `limit`.
-      question: as asked, without surrounding space.
-      answer: the final answer alone.
-      solution: a worked solution, for SFT; None where the source has none.
+      id: row index in the source, independent of `start` and `limit`. The sampling noise is derived from it.
+      question: text of the question, without surrounding whitespace.
+      answer: final answer only.
+      solution: worked solution, for SFT; None if the source has none.
     """
 
     id: int
@@ -54,23 +54,24 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What to load.
+    """A description of the questions to load.
 
     Attributes:
-      source: `arithmetic`; `reasoning-gym:<task>`; a path ending in .jsonl, .jsonl.gz or .parquet; or a hub
-        id, `owner/name` or `owner/name:config`.
-      split: the split; ignored for files, which are one split each.
+      source: `arithmetic`; `reasoning-gym:<task>`; a path ending in .jsonl, .jsonl.gz or .parquet; or a hub id,
+        `owner/name` or `owner/name:config`.
+      split: name of the split; ignored for files, which contain a single split.
       question_column: column of the question (files and hub).
-      answer_column: column of the answer (files and hub). Where it is a worked solution that ends in
-        `#### 72`, the answer is what follows the marker. A list of texts is several answers.
-      solution_column: column of a worked solution, for SFT (files and hub). Empty: an answer column that ends in
-        `#### 72` is one.
-      start: first row.
-      limit: at most this many rows; 0 or None is all (generators: exactly this many; see `sources`).
-      seed: keys the generators.
-      below: arithmetic only; numbers are below this.
-      tolerance_column: column of the absolute tolerance of a row's numbers, which rows may leave empty; "" is none.
-      keep: `level=3,4,5` keeps only rows with one of these in that column (files and hub); "" keeps all.
+      answer_column: column of the answer (files and hub). If it is a worked solution that ends in `#### 72`, the answer
+        is the part after the marker. A list of strings means several answers.
+      solution_column: column of a worked solution, for SFT (files and hub). If empty, an answer column that ends in
+        `#### 72` serves as the solution.
+      start: index of the first row.
+      limit: largest number of rows; 0 or None for all (for generators the exact number; see `sources`).
+      seed: seed of the generators.
+      below: exclusive upper bound of the numbers (arithmetic only).
+      tolerance_column: column of the absolute tolerance of a row's numbers, which may be empty; "" for no such column.
+      keep: filter such as `level=3,4,5`, which keeps rows with one of these values in that column (files and hub);
+        "" keeps all.
     """
 
     source: str
@@ -103,7 +104,7 @@ class DataSpec:
 
     @property
     def kept(self) -> tuple[str, frozenset[str]]:
-        """The column of `keep` and its values."""
+        """The column and the values of `keep`."""
         column, _, values = self.keep.partition("=")
         return column.strip(), frozenset(value.strip() for value in values.split(","))
 
@@ -112,14 +113,14 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
     """Loads and checks questions.
 
     Args:
-      spec: what to load.
+      spec: description of the questions to load.
 
     Returns:
       The questions in the order of the source, at least one.
 
     Raises:
-      DataError: the source cannot be read, lacks a column, holds no rows, or holds rows without a usable
-        question or answer (the first few are named with their row index, and how many there are).
+      DataError: the source cannot be read, lacks a column, has no rows, or has rows without a usable question or
+        answer (the message gives their number and the row indices of the first few).
 
     >>> load_questions(DataSpec("arithmetic", split="test", limit=1))
     (Question(id=0, question='What is 36 + 27?', answer='63', solution='36 + 27 = 63\\n#### 63'),)
@@ -143,7 +144,7 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
             problems += [f"row {row_index}: {error}"] if unusable <= MAX_REPORTED else []
     if unusable:
         shown = "; ".join(problems) + ("; ..." if unusable > MAX_REPORTED else "")
-        raise DataError(f"{spec.source} has {unusable} unusable rows: {shown}. Mend or remove them")
+        raise DataError(f"{spec.source} has {unusable} unusable rows: {shown}. Fix or remove them")
     if not questions:
         which = f" with {spec.keep}" if spec.keep else ""
         raise DataError(f"{spec.source} (split {spec.split!r}) has no rows{which} from row {spec.start} on")
@@ -151,7 +152,7 @@ def load_questions(spec: DataSpec) -> tuple[Question, ...]:
 
 
 def final_answer(answer: str) -> str:
-    """Takes what follows the last `####`, without thousands commas; an answer without the marker stays.
+    """Returns the part after the last `####`, without thousands commas; an answer without it is unchanged.
 
     Raises:
       DataError: nothing follows the marker.
@@ -168,7 +169,7 @@ def final_answer(answer: str) -> str:
 
 
 def _columns(spec: DataSpec) -> tuple[str, ...]:
-    """Columns of the question, the answer and, if there is one, the worked solution."""
+    """Columns of the question, the answer and the worked solution, if any."""
     if spec.source == "arithmetic":
         return ("question", "answer", "solution")
     if _is_generated(spec.source):
@@ -178,13 +179,13 @@ def _columns(spec: DataSpec) -> tuple[str, ...]:
 
 
 def _joined(answer: object) -> object:
-    """The answers of a list as one text; a list of anything else, as of none, is for `_as_text` to refuse."""
+    """Joins a list of answers into one text; `_as_text` rejects any other list, including an empty one."""
     is_list = isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer)
     return ", ".join(answer) if is_list else answer
 
 
 def _tolerance(column: str, row: Row) -> str:
-    """A row's tolerance as graders read it behind the answer."""
+    """A row's tolerance as the suffix of the answer that graders read."""
     value = row.get(column) if column else None
     if value is None or value == "":
         return ""
@@ -193,7 +194,7 @@ def _tolerance(column: str, row: Row) -> str:
     except ValueError:
         number = -1.0
     if not (math.isfinite(number) and number >= 0):
-        raise DataError(f"column {column!r} is {str(value)[:40]!r}, expected a number of at least 0, or nothing")
+        raise DataError(f"column {column!r} is {str(value)[:40]!r}, expected a number >= 0 or an empty value")
     return f" (tolerance {number})" if number else ""
 
 
@@ -202,7 +203,7 @@ def _is_generated(source: str) -> bool:
 
 
 def _read(spec: DataSpec) -> Iterator[Row]:
-    """Opens the source; yields its rows from `start` on, at most `limit`."""
+    """Opens the source and yields at most `limit` of its rows, from `start` on."""
     source = spec.source
     columns = _columns(spec) + tuple(filter(None, (spec.tolerance_column, spec.kept[0])))
     if source == "arithmetic":
@@ -216,24 +217,24 @@ def _read(spec: DataSpec) -> Iterator[Row]:
         raise DataError(str(error)) from error
     if source.endswith(FILE_SUFFIXES):
         if not path.exists():
-            raise DataError(f"{source}: no such file (in {Path.cwd()})")
+            raise DataError(f"{source}: no such file (current folder: {Path.cwd()})")
         rows = read_parquet(path, columns) if source.endswith(".parquet") else read_jsonl(path)
         return itertools.islice(rows, spec.start, None if spec.limit is None else spec.start + spec.limit)
-    # `datasets` would read a local folder of that name in place of the hub's data set, and takes bare names
-    # such as `json` for file formats, to search the current folder for.
+    # `datasets` would read a local folder of that name instead of the hub's data set. It treats bare names such as
+    # `json` as file formats, and searches the current folder for such files.
     if path.exists() or not _HUB_ID.fullmatch(source):
         raise DataError(
-            f"cannot tell what {source!r} is; expected arithmetic, reasoning-gym:<task>, a file ending in "
+            f"unknown data source {source!r}; expected arithmetic, reasoning-gym:<task>, a file ending in "
             f"{', '.join(FILE_SUFFIXES)}, or a hub id such as openai/gsm8k:main"
         )
     return read_hub(source, spec.split, columns, spec.start, spec.limit)
 
 
 def _as_text(column: str, value: object) -> str:
-    """A text or a plain number as stripped text that any tokenizer can encode."""
+    """Converts a text or a plain number to stripped text that every tokenizer can encode."""
     if not isinstance(value, str) and not is_number(value):
         shown = "null" if value is None else f"of type {type(value).__name__}"
-        raise DataError(f"column {column!r} is {shown}, expected a text or a finite number")
+        raise DataError(f"column {column!r} is {shown}, expected a string or a finite number")
     text = str(value).strip()
     if not text:
         raise DataError(f"column {column!r} is empty")
@@ -242,5 +243,5 @@ def _as_text(column: str, value: object) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"column {column!r} holds a lone surrogate at character {error.start}") from error
+        raise DataError(f"column {column!r} contains a lone surrogate at character {error.start}") from error
     return text

@@ -1,4 +1,4 @@
-r"""Worked solutions as completions to learn from by SFT."""
+r"""Worked solutions as target completions for SFT."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MAX_REPORTED = 5
 
 
 def solution_text(solution: str, answer: str, reward: str) -> str:
-    r"""A worked solution as the reward wants an answer to be: GSM8K's calculator annotations go, the answer ends it.
+    r"""Formats a worked solution for a reward: removes GSM8K's calculator annotations and ends with the answer.
 
     Args:
-      solution: as the source holds it.
-      answer: the final answer.
-      reward: name of the reward, whose format the last line takes where the solution does not have it; a reward
-        that is not built in leaves the solution as it is.
+      solution: worked solution from the data source.
+      answer: final answer.
+      reward: name of the reward whose answer format is appended if the solution lacks it; a reward that is not built in
+        leaves the solution unchanged.
 
     >>> solution_text("48/2 = <<48/2=24>>24 clips", "24", "hash")
     '48/2 = 24 clips\n#### 24'
@@ -35,22 +35,22 @@ def solution_text(solution: str, answer: str, reward: str) -> str:
 def encode_solutions(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, reward: str, stop_token: int, max_tokens: int
 ) -> tuple[tuple[int, ...], ...]:
-    """The completion of every prompt: its worked solution, then the stop token.
+    """Encodes the target completion of every prompt: its worked solution, then the stop token.
 
     Args:
-      prompts: whose solutions to encode.
-      tokenizer: from transformers.
-      reward: see `solution_text`.
-      stop_token: ends every completion.
-      max_tokens: longest completion allowed, the stop token included.
+      prompts: prompts with worked solutions.
+      tokenizer: transformers tokenizer of the model.
+      reward: name of the reward, see `solution_text`.
+      stop_token: id of the token that ends every completion.
+      max_tokens: longest allowed completion in tokens, including the stop token.
 
     Raises:
-      DataError: prompts have no solution, or solutions are too long (the first few are named).
+      DataError: prompts have no solution, or solutions are too long (the message names the first few).
     """
     without = [prompt.id for prompt in prompts if not prompt.solution]
     if without:
         raise DataError(
-            f"{_some(without, prompts)} have no worked solution to learn from; name their column with"
+            f"{_some(without, prompts)} have no worked solution to train on; name their column with"
             " config.train_data.solution_column"
         )
     texts = (solution_text(prompt.solution or "", prompt.answer, reward) for prompt in prompts)
@@ -59,7 +59,7 @@ def encode_solutions(
     if long:
         raise DataError(
             f"solutions of {_some(list(long), prompts)} are longer than max_new_tokens={max_tokens} (longest:"
-            f" {max(long.values())} tokens); raise config.max_new_tokens, or leave those questions out"
+            f" {max(long.values())} tokens); raise config.max_new_tokens, or exclude these questions"
         )
     return found
 

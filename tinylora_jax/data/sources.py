@@ -1,7 +1,7 @@
 """Sources of rows: JSON lines, Parquet, the Hugging Face hub, reasoning-gym and arithmetic.
 
-Each reader yields rows (mappings from column to value) in the order of the source, and turns whatever can go
-wrong with bytes from outside into one `DataError`.
+Each reader yields rows (mappings from column to value) in the order of the source, and reports every failure with
+external data as a `DataError`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from typing import Any, TypeAlias
 
 from tinylora_jax.files import open_regular, parse_json
 
-# A small compressed file can hold many gigabytes, and JSON takes up to 30 times its size once it is parsed.
+# A small compressed file can contain many gigabytes, and parsed JSON takes up to 30 times its size.
 MAX_LINE_BYTES = 1 << 22
-"""A longer line of JSON is refused."""
+"""Longest accepted line of JSON, in bytes."""
 
 MAX_ROWS = 1 << 20
-"""More rows of one source are refused; `limit` reads fewer."""
+"""Largest accepted number of rows of one source; set `limit` to read fewer."""
 
 _MAX_BLANK_LINES = 1 << 20
-_EXPANSION, _FREE_BYTES = 100, 1 << 26  # a file may grow a hundredfold, and to 64 MB whatever its size
+_EXPANSION, _FREE_BYTES = 100, 1 << 26  # a file may expand a hundredfold, and always to 64 MB
 _BATCH_ROWS, _MAX_BATCH_BYTES = 256, 1 << 26
 _PARQUET_PROGRAM = Path(__file__).with_name("parquet_worker.py")
-_DECODING = 4  # copies of what is read that may be in memory at once
-_PROBE_S = 5  # seconds that the hub has to answer anything
+_DECODING = 4  # number of copies of the data that may be in memory at once
+_PROBE_S = 5  # seconds within which the hub must respond
 
 Row: TypeAlias = Mapping[str, object]
 
 
 class DataError(ValueError):
-    """A data set that cannot be found, read or used; the message says where and what to do."""
+    """A data set cannot be found, read or used; the message says where and what to do."""
 
 
 def require_columns(where: str, have: Iterable[str], need: Iterable[str]) -> None:
-    """Raises `DataError` naming the columns that `where` lacks and those it has."""
+    """Raises `DataError` if columns are missing, with the missing and the available ones."""
     have = tuple(have)
     missing = [name for name in need if name not in have]
     if missing:
@@ -56,17 +56,17 @@ def require_columns(where: str, have: Iterable[str], need: Iterable[str]) -> Non
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """Reads JSON lines, gzipped when the name ends in `.gz`; blank lines are skipped and not counted as rows.
+    """Reads JSON lines, gzipped if the name ends in `.gz`; blank lines are skipped and do not count as rows.
 
     Args:
-      path: an existing file.
+      path: path of an existing file.
 
     Yields:
       One object per line.
 
     Raises:
-      DataError: a line is no JSON object (its number is named), the file is truncated or unreadable, or it is larger
-        inside than any file of questions is.
+      DataError: a line is not a JSON object (the message gives its number), the file is truncated or unreadable, or it
+        expands to more data than any real file of questions.
     """
     number = blank = size = 0
     try:
@@ -78,20 +78,20 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 blank += not line.strip()
                 if blank > _MAX_BLANK_LINES or size > most or number - blank > MAX_ROWS:
                     what = f"{number - blank} rows and {blank} blank lines, {size} bytes"
-                    raise DataError(f"{path}: no file of questions has so much in it ({what}); set limit, or split it")
+                    raise DataError(f"{path}: too large for a file of questions ({what}); set limit, or split it")
                 if line.strip() or len(line) > MAX_LINE_BYTES:
                     yield _parse_line(line, f"{path}, line {number}")
     except (OSError, EOFError, zlib.error) as error:
-        advice = "the file is truncated or not what its name says; fetch it again"
+        advice = "the file is truncated or not of the type that its name says; download it again"
         raise DataError(f"{path}: cannot be read after line {number} ({error}); {advice}") from error
 
 
 def _parse_line(line: bytes, where: str) -> Row:
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; is this a file of JSON lines of questions?")
+        raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; is this a JSON-lines file of questions?")
     try:
         row = parse_json(line.decode("utf-8-sig"))
-    except ValueError as error:  # bad UTF-8, bad JSON, an endless integer, endless nesting
+    except ValueError as error:  # bad UTF-8, bad JSON, too long an integer, too deep nesting
         raise DataError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
@@ -102,14 +102,14 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     """Reads columns of a Parquet file.
 
     Args:
-      path: an existing file.
-      columns: their names.
+      path: path of an existing file.
+      columns: names of the columns to read.
 
     Yields:
       One row at a time.
 
     Raises:
-      DataError: the file is corrupt, lacks a column, or is larger inside than any file of questions is.
+      DataError: the file is corrupt, lacks a column, or expands to more data than any real file of questions.
     """
     size, number = path.stat().st_size if path.is_file() else 0, 0
     with _parquet_process(path, columns, size) as process:
@@ -118,35 +118,35 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             require_columns(str(path), message.get("columns", columns), columns)
             if "refused" in message:
                 what = f"{message['refused']}, and the file has {size}"
-                raise DataError(f"{path}: no file of questions has so much in it ({what}); set limit, or split it")
+                raise DataError(f"{path}: too large for a file of questions ({what}); set limit, or split it")
             if "unreadable" in message:
-                raise DataError(f"{path}: not a readable Parquet file ({message['unreadable']}); fetch it again")
+                raise DataError(f"{path}: not a readable Parquet file ({message['unreadable']}); download it again")
             rows = message.get("rows", ())
             number += len(rows)
             yield from rows
         if code := process.wait():
             raise DataError(
-                f"{path}: not a readable Parquet file (reading it ended with code {code} after {number} rows); fetch"
-                " it again"
+                f"{path}: not a readable Parquet file (the reader exited with code {code} after {number} rows);"
+                " download it again"
             )
 
 
 @contextlib.contextmanager
 def _parquet_process(path: Path, columns: tuple[str, ...], size: int) -> Iterator[Any]:
-    """Starts `parquet_worker.py` on a file of so many bytes, and ends it with the `with` block."""
+    """Runs `parquet_worker.py` on a file of the given size, and stops it at the end of the `with` block."""
     most = _FREE_BYTES + _EXPANSION * size
     bounds = {"columns": columns, "most_bytes": most, "most_rows": MAX_ROWS}
     bounds |= {"batch_rows": _BATCH_ROWS, "batch_bytes": _MAX_BATCH_BYTES}
-    # -P: the folder of the program, which has modules of its own, is no place to import from.
+    # -P: do not import from the program's folder, which contains other modules.
     command = [sys.executable, "-P", str(_PARQUET_PROGRAM), json.dumps(bounds), str(_DECODING * most)]
-    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others take addresses that they never use
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve unused memory
     try:
         with open_regular(path) as file:
             process = subprocess.Popen(
                 command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
             )
     except OSError as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
+        raise DataError(f"{path}: not a readable Parquet file ({error}); download it again") from error
     with process:
         try:
             yield process
@@ -155,14 +155,14 @@ def _parquet_process(path: Path, columns: tuple[str, ...], size: int) -> Iterato
 
 
 def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limit: int | None) -> Iterator[Row]:
-    """Reads a data set of the Hugging Face hub through `datasets`, which caches it.
+    """Reads a data set from the Hugging Face hub through `datasets`, which caches it.
 
     Args:
-      source: `owner/name` or `owner/name:config`.
-      split: the split.
-      columns: their names.
-      start: first row.
-      limit: at most this many rows.
+      source: hub id, `owner/name` or `owner/name:config`.
+      split: name of the split.
+      columns: names of the columns to read.
+      start: index of the first row.
+      limit: largest number of rows; None for all.
 
     Yields:
       One row at a time, from row `start`.
@@ -175,7 +175,7 @@ def read_hub(source: str, split: str, columns: tuple[str, ...], start: int, limi
     stop = len(dataset) if limit is None else min(len(dataset), start + limit)
     if stop - start > MAX_ROWS:
         raise DataError(f"{source} has {stop - start} rows; expected at most {MAX_ROWS}, set limit to read fewer")
-    if start < stop:  # `select` refuses an empty range at the end
+    if start < stop:  # `select` rejects an empty range at the end
         yield from dataset.select_columns(list(columns)).select(range(start, stop))
 
 
@@ -187,7 +187,7 @@ def _load_hub(source: str, split: str) -> Any:
     load = lambda: datasets.load_dataset(name, config or None, split=split)
     try:
         if not _hub_answers(name):
-            # The library would ask again for most of a minute before it looks into its cache.
+            # The library would retry for most of a minute before using its cache.
             with _offline(), contextlib.suppress(OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError):
                 return load()
         return load()
@@ -200,25 +200,23 @@ def _load_hub(source: str, split: str) -> Any:
 
 
 def _advice(error: BaseException) -> str:
-    """What to do about a failure of the hub that the name is not to blame for."""
+    """Advice for a hub failure whose cause is not the name."""
     from huggingface_hub.errors import GatedRepoError, HTTPError
 
     causes = [error]
     while (cause := causes[-1].__cause__) is not None and len(causes) < 8:
         causes.append(cause)
     if any(isinstance(each, GatedRepoError) or "gated" in str(each) for each in causes):
-        return (
-            "accept its licence on its page at huggingface.co, then log in here with `hf auth login`, or set HF_TOKEN"
-        )
+        return "accept its licence on its page at huggingface.co, then log in with `hf auth login` or set HF_TOKEN"
     if any(type(each).__name__ == "JSONDecodeError" for each in causes):
-        return "what answered is not the hub but, for instance, a proxy or the login page of a network"
+        return "the response did not come from the hub but, for example, from a proxy or a network's login page"
     if any(isinstance(each, HTTPError) for each in causes):
         return "the connection broke; run the same command again, or pass a .jsonl, .jsonl.gz or .parquet file"
     return ""
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether the hub says anything of a data set, yes or no, within seconds; not asked where it is switched off."""
+    """Whether the hub responds to a query for a data set within seconds; not queried in offline mode."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
 
@@ -233,7 +231,7 @@ def _hub_answers(name: str) -> bool:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Keeps the hub's libraries to their cache inside the `with` block."""
+    """Restricts the hub's libraries to their cache inside the `with` block."""
     import datasets
     from huggingface_hub import constants
 
@@ -251,21 +249,21 @@ def _offline() -> Iterator[None]:
 def generate_reasoning_gym(task: str, split: str, seed: int, start: int, count: int) -> Iterator[Row]:
     """Generates rows of a reasoning-gym task with its default settings.
 
-    Every (seed, split) is a stream of its own: the library draws row i from seed + i, so neighbouring seeds
-    taken as they are would share nearly all rows. Microbatch of a task with few questions still overlap.
+    Every (seed, split) gives a separate stream. The library generates row i from seed + i, so without this, adjacent
+    seeds would share nearly all rows. The streams of a task with few distinct questions still overlap.
 
     Args:
-      task: a registered name, such as `chain_sum`.
-      split: any name; keys the stream.
-      seed: keys the stream.
-      start: first row.
+      task: registered task name, such as `chain_sum`.
+      split: any name; part of the stream's key.
+      seed: seed; part of the stream's key.
+      start: index of the first row.
       count: number of rows.
 
     Returns:
       Rows with `question` and `answer`.
 
     Raises:
-      DataError: the package is not installed or has no such task.
+      DataError: the package is not installed, or has no such task.
     """
     try:
         from reasoning_gym import factory
@@ -282,27 +280,27 @@ def generate_reasoning_gym(task: str, split: str, seed: int, start: int, count: 
 def generate_arithmetic(split: str, seed: int, below: int, start: int = 0, limit: int | None = None) -> Iterator[Row]:
     """Generates "What is a + b?" for numbers below a bound.
 
-    All below² ordered pairs are ranked by a keyed hash (the same on every machine and version); the first
-    four fifths are `train`, the rest `test`. So no pair is in both, though a mirrored pair may be.
+    All below² ordered pairs are ranked by a keyed hash, which is the same on every machine and version. The first four
+    fifths are `train`, the rest `test`. So no pair is in both splits, although its mirror image may be in the other.
 
     Args:
-      split: `train` or `test`.
-      seed: keys the ranking, and with it the partition.
-      below: numbers are 0 … below-1.
-      start: first row.
-      limit: exactly this many rows; None is 1024 (or all there are) of `train`, and all of `test`.
+      split: name of the split, `train` or `test`.
+      seed: seed of the ranking, and so of the partition.
+      below: exclusive upper bound of the numbers, which start at 0.
+      start: index of the first row.
+      limit: exact number of rows; None for 1024 rows of `train` (or all, if fewer) and all rows of `test`.
 
     Returns:
       Rows with `question`, `answer` and `solution`.
 
     Raises:
-      DataError: unknown split, or more rows asked for than exist.
+      DataError: the split is unknown, or more rows are requested than exist.
 
     >>> next(generate_arithmetic("train", seed=0, below=50))
     {'question': 'What is 44 + 41?', 'answer': '85', 'solution': '44 + 41 = 85\\n#### 85'}
     """
     if split not in ("train", "test"):
-        raise DataError(f"arithmetic has the splits train and test, not {split!r}")
+        raise DataError(f"arithmetic has the splits train and test, got {split!r}")
     pairs = sorted(
         itertools.product(range(below), repeat=2),
         key=lambda pair: hashlib.sha256(f"{seed}/{pair[0]}/{pair[1]}".encode()).digest(),
@@ -312,7 +310,7 @@ def generate_arithmetic(split: str, seed: int, below: int, start: int = 0, limit
     if limit is None:
         limit = min(1024, len(pairs) - start) if split == "train" else len(pairs) - start
     if start + limit > len(pairs):
-        asked = f"rows {start} to {start + limit - 1} were asked for"
+        asked = f"but rows {start} to {start + limit - 1} were requested"
         raise DataError(
             f"arithmetic below {below} has {len(pairs)} {split} questions, {asked}; "
             "lower start or limit, or raise below"

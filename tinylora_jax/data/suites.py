@@ -16,14 +16,14 @@ from tinylora_jax.data.sources import DataError
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One set of a suite.
+    """One evaluation set of a suite.
 
     Attributes:
-      name: what results call it.
-      data: questions of the set.
-      reward: reward that grades the set.
-      samples: sampled answers a question; None leaves it to the config.
-      files: names, without suffix, under which a folder may have it.
+      name: name of the set in results.
+      data: description of the questions.
+      reward: name of the reward that grades the set.
+      samples: number of sampled answers per question; None uses the config's number.
+      files: possible file names of the set in a folder, without suffix.
     """
 
     name: str
@@ -41,7 +41,7 @@ EVAL_SETS: Mapping[str, EvalSet] = MappingProxyType(
             EvalSet("math500", DataSpec("HuggingFaceH4/MATH-500", "test", "problem")),
             EvalSet("aime24", DataSpec("HuggingFaceH4/aime_2024", "train", "problem")),
             EvalSet("amc23", DataSpec("math-ai/amc23", "test")),
-            # Measured quantities, to two or three digits, without a tolerance of the set's own.
+            # Measured quantities with two or three digits; the set itself states no tolerance.
             EvalSet("minerva", DataSpec("math-ai/minervamath", "test"), reward="minerva", files=("minerva_math",)),
             EvalSet(
                 "olympiadbench",
@@ -54,18 +54,18 @@ _ENTRY = re.compile(r"(?P<source>.+?)(?:@(?P<samples>[1-9][0-9]{0,3}))?")
 
 
 def parse_suite(text: str, folder: Path | None = None) -> tuple[EvalSet, ...]:
-    """Reads a list of sets.
+    """Parses a list of evaluation sets.
 
     Args:
-      text: names of `EVAL_SETS`, files and hub ids, separated by commas; `aime24@16` asks for 16 sampled answers.
-      folder: has the named sets as files, `<name>.jsonl`, `.jsonl.gz` or `.parquet` with columns `question` and
-        `answer`; absent, they come from the hub.
+      text: comma-separated names from `EVAL_SETS`, files and hub ids; `aime24@16` requests 16 sampled answers.
+      folder: folder with the named sets as files `<name>.jsonl`, `.jsonl.gz` or `.parquet` with columns `question` and
+        `answer`; None to load them from the hub.
 
     Returns:
       The sets, in order.
 
     Raises:
-      DataError: an unknown name, one that stands twice, or a set that the folder lacks; names them all.
+      DataError: a name is unknown or repeated, or the folder lacks a set; the message names them all.
 
     >>> [(each.name, each.samples) for each in parse_suite("gsm8k,aime24@16,my/questions.jsonl")]
     [('gsm8k', None), ('aime24', 16), ('my/questions.jsonl', None)]
@@ -80,9 +80,9 @@ def parse_suite(text: str, folder: Path | None = None) -> tuple[EvalSet, ...]:
         except DataError as error:
             problems.append(str(error))
     names = [each.name for each in sets]
-    problems += [f"{name} stands in it more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"{name} is listed more than once" for name in sorted({n for n in names if names.count(n) > 1})]
     if not sets and not problems:
-        problems = [f"it is empty; expected some of {', '.join(EVAL_SETS)}, files or hub ids"]
+        problems = [f"it is empty; expected names out of {', '.join(EVAL_SETS)}, files or hub ids"]
     if problems:
         raise DataError(f"the suite {text!r} has problems: {'; '.join(problems)}")
     return tuple(sets)

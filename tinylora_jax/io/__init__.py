@@ -1,6 +1,6 @@
-"""Bytes to trees and back: pretrained models, trained adapters, checkpoints and logs.
+"""Reading and writing of pretrained models, trained adapters, checkpoints and logs.
 
-The formats have subpackages of their own: `hf`, `gguf`, `peft` and `adapter`, this project's 26-byte files.
+Each format has a subpackage: `hf`, `gguf`, `peft`, and `adapter` for this project's 26-byte files.
 """
 
 from tinylora_jax.io._checkpoint import CheckpointError as CheckpointError

@@ -1,7 +1,7 @@
-"""Checkpoints of the trained state after every step: tiny, atomic, exact.
+"""Checkpoints of the training state after every step: small, atomic and exact.
 
-Orbax writes each step into a temporary folder and renames it when complete, so a process killed at any
-moment leaves the last complete step. Each step is on the disk before the next one begins, which a power cut leaves too.
+Orbax writes each step to a temporary folder and renames it when complete, so a process killed at any moment leaves the
+last complete step. Each step is on disk before the next one begins, so it also survives a power failure.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from tinylora_jax.adapters.targets import path_string
 from tinylora_jax.files import check_tree, sync_tree
 
-_RECORD, _SHA256 = "record", "sha256"  # fields of the JSON beside the state
-_OLDER = "data"  # older checkpoints hold the bare record instead, which has this field
+_RECORD, _SHA256 = "record", "sha256"  # fields of the JSON next to the state
+_OLDER = "data"  # older checkpoints contain only the record, which has this field
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read, or does not belong to this run."""
+    """A checkpoint cannot be written or read, or does not belong to this run."""
 
 
 def _named(state: Any) -> dict[str, np.ndarray]:
-    """The leaves of a state by path, on the host."""
+    """The leaves of a state by path, copied to the host."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {path_string(path).replace("/", "."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _digest(state: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
-    """SHA-256 over all that a checkpoint restores: names, types, shapes and bytes of the state, and the record."""
+    """SHA-256 of all restored data: names, dtypes, shapes and bytes of the state, and the record."""
     found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name, array in sorted(state.items()):
         found.update(f"\n{name} {_describe(array)} ".encode())
@@ -48,7 +48,7 @@ def _digest(state: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Orbax's threads and event loops print of an error, which is raised here too, from the terminal."""
+    """Suppresses terminal output of Orbax's threads and event loops about errors that are also raised here."""
     hook, threading.excepthook = threading.excepthook, lambda _: None
     loop = logging.getLogger("asyncio")
     before, loop.disabled = loop.disabled, True
@@ -59,13 +59,13 @@ def _quiet() -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the trained state, and a JSON record of everything else that must resume.
+    """The checkpoints of one run: the training state, and a JSON record of all other resumable data.
 
-    Of several processes one has them, and tells the others what it read.
+    In a multi-process run, the first process reads and writes them, and shares what it read.
 
     Args:
-      directory: where they are kept; created if absent.
-      keep: how many of the newest steps stay.
+      directory: folder of the checkpoints, created if absent.
+      keep: number of newest steps to keep.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
@@ -84,19 +84,19 @@ class Checkpoints:
             with _quiet():
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise CheckpointError(f"cannot keep checkpoints in {self.directory}: {error}") from error
-        except Exception as error:  # Orbax looks into each step, and raises whatever its parsers do
+            raise CheckpointError(f"cannot store checkpoints in {self.directory}: {error}") from error
+        except Exception as error:  # Orbax inspects each step, and passes on any error of its parsers
             raise CheckpointError(
                 f"a checkpoint in {self.directory} is damaged ({_said(error)}). Delete the newest folder there to"
                 " continue from the step before it."
             ) from error
 
     def latest_step(self) -> int | None:
-        """The newest complete step; None before the first."""
+        """The newest complete step; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes one step; returns when it is complete on disk.
+        """Writes one step, and returns when it is complete on disk.
 
         Raises:
           CheckpointError: the disk is full or the folder cannot be written; earlier steps are intact.
@@ -119,13 +119,13 @@ class Checkpoints:
         """Reads the newest step.
 
         Args:
-          like: a state of the expected structure, shapes and dtypes.
+          like: state with the expected structure, shapes and dtypes.
 
         Returns:
-          The state, and its record.
+          The state and its record.
 
         Raises:
-          CheckpointError: the checkpoint is damaged, or holds another structure (the leaves are named).
+          CheckpointError: the checkpoint is damaged, or has another structure (the message names the leaves).
         """
         step = self.latest_step()
         folder = self.directory / str(step)
@@ -134,7 +134,7 @@ class Checkpoints:
             with _quiet():
                 restored = self._manager.restore(step, args=items)
             found, record = _verified(restored["state"], restored["record"])
-        except Exception as error:  # Orbax and its parsers raise whatever they stumble over
+        except Exception as error:  # Orbax and its parsers may raise anything
             raise CheckpointError(
                 f"the checkpoint {folder} is damaged ({_said(error)})."
                 " Delete that folder to continue from the step before it."
@@ -160,10 +160,10 @@ def _said(error: Exception) -> str:
 
 
 def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The state and the record as they were saved.
+    """Checks and returns the state and the record.
 
     Raises:
-      KeyError, TypeError or ValueError: they are not, by their checksum. An older checkpoint has none.
+      KeyError, TypeError or ValueError: the checksum does not match. Older checkpoints have no checksum.
     """
     if not isinstance(state, dict) or not isinstance(stored, dict):
         raise TypeError(f"expected two objects, found {type(state).__name__} and {type(stored).__name__}")
@@ -172,7 +172,7 @@ def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str,
         return arrays, stored
     record = stored[_RECORD]
     if len(stored) != 2 or stored[_SHA256] != _digest(arrays, record):
-        raise ValueError("its checksum is another one")
+        raise ValueError("its checksum does not match")
     return arrays, record
 
 

@@ -16,12 +16,12 @@ class Pretrained:
     """A pretrained model, ready to use.
 
     Attributes:
-      config: the architecture.
-      params: the tree of weights (see `tinylora_jax.io.hf._weights.parameter_names`).
-      tokenizer: a transformers tokenizer, with its chat template if the source has one.
-      stop_tokens: ids that end a completion, sorted.
-      name: what to call the model: hub id, package source, or the file's or folder's name.
-      hf_config: the folder's `config.json` as it is; None for a GGUF file.
+      config: architecture of the model.
+      params: tree of weights (see `tinylora_jax.io.hf._weights.parameter_names`).
+      tokenizer: transformers tokenizer, with the chat template if the source has one.
+      stop_tokens: sorted ids of the tokens that end a completion.
+      name: name of the model: hub id, package source, or name of the file or folder.
+      hf_config: unchanged content of the folder's `config.json`; None for a GGUF file.
     """
 
     config: ModelConfig

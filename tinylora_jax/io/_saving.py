@@ -1,4 +1,4 @@
-"""What was trained, by whatever method, as a folder and back."""
+"""Saves trained parameters of any method to a folder, and loads them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tinylora_jax.multihost import to_host
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """What was trained, before its base model is loaded.
+    """Trained parameters whose base model is not loaded yet.
 
     Attributes:
-      v: what `policy` gives the weights at.
-      base: name of the base model; None if the folder does not say.
-      policy: from the base model's tree and a method for `truncated_svd`; refuses the tree of another model.
+      v: trained parameters, the argument of the policy.
+      base: name of the base model; None if the folder does not state it.
+      policy: function from the base model's tree and an SVD method to the policy; raises for the tree of another model.
     """
 
     v: Trained
@@ -48,21 +48,22 @@ def save_trained(
     dtype: str = "bfloat16",
     **about: Any,
 ) -> Trained:
-    """Writes what was trained in the form that others load too.
+    """Writes trained parameters in a format that other tools can load too.
 
-    TinyLoRA and LoRA-XS: `vector.bin` and `adapter.json`; LoRA: a PEFT folder; all weights: a model folder in float32.
+    TinyLoRA and LoRA-XS give `vector.bin` and `adapter.json`, LoRA a PEFT folder, and full fine-tuning a float32 model
+    folder.
 
     Args:
-      folder: made, or replaced if it holds the same kind.
-      model: the base model.
+      folder: output folder, created, or replaced if it holds the same kind.
+      model: base model.
       policy: policy whose v was trained.
-      v: what was trained.
+      v: trained parameters.
       fingerprint: fingerprint of the base weights, from `base_fingerprint`.
       dtype: dtype of `vector.bin`.
-      **about: JSON-serializable; a summary of the training.
+      **about: JSON-serializable summary of the training.
 
     Returns:
-      v as the folder holds it.
+      v as stored in the folder.
     """
     _write(policy, folder, model, v, fingerprint, dtype, about)
     return open_trained(folder).v
@@ -75,7 +76,7 @@ _About = Mapping[str, Any]
 def _write(
     policy: Adapted, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
 ) -> None:
-    """Writes v of a policy; a further kind of policy registers its own way."""
+    """Writes v of a policy; new kinds of policies register their own writer."""
     raise TypeError(f"there is no file format for a {type(policy).__name__}")
 
 
@@ -98,7 +99,7 @@ def _write_weights(
     policy: FullPolicy, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
 ) -> None:
     fresh = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed here
     fresh.mkdir(parents=True)
     write_model(fresh, model, lambda path, leaf: v[path])
     shutil.rmtree(folder, ignore_errors=True)
@@ -106,10 +107,10 @@ def _write_weights(
 
 
 def open_trained(folder: Path) -> SavedPolicy:
-    """Opens what `save_trained` wrote, a PEFT folder of LoRA or TinyLoRA, or a model folder.
+    """Opens a folder written by `save_trained`, a PEFT folder of LoRA or TinyLoRA, or a model folder.
 
     Raises:
-      AdapterError, PeftError, ValueError: a file is absent, damaged or altered, or holds something else.
+      AdapterError, PeftError, ValueError: a file is absent, damaged, altered or of another kind.
     """
     if is_lora(folder):
         lora = read_lora(folder)
@@ -127,5 +128,5 @@ def _full_policy(folder: Path, params: Any, v: Mapping[str, jax.Array]) -> FullP
     found = {path: np.shape(leaf) for path, leaf in v.items()}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))
-        raise AdapterError(f"{folder} holds another architecture's weights: {wrong[0][0]} and {len(wrong) - 1} more")
+        raise AdapterError(f"{folder} has weights of another architecture: {wrong[0][0]} and {len(wrong) - 1} more")
     return FullPolicy(params)

@@ -1,4 +1,4 @@
-"""Writes a run's metrics for TensorBoard; kept apart because its writer may import torch."""
+"""Writes a run's metrics for TensorBoard; a separate module because its writer may import torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tensorboardX.summary import scalar
 
 
 class Board:
-    """An event file that is written in place.
+    """An event file, written synchronously.
 
-    tensorboardX's own SummaryWriter hands events to a thread and waits for ever once that has died of a full disk.
+    tensorboardX's SummaryWriter passes events to a thread, and waits forever once a full disk has killed that thread.
 
     Args:
-      folder: created if absent.
-      step: hides events from this step on that an earlier file of the folder holds.
+      folder: output folder, created if absent.
+      step: first step to write; events from this step on in earlier files of the folder are hidden.
     """
 
     def __init__(self, folder: Path, step: int):

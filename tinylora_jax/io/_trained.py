@@ -1,4 +1,4 @@
-"""A trained adapter in any of the forms that are read: our own folder, or PEFT's TinyLoRA."""
+"""Reads a trained adapter in any supported format: this project's folder, or PEFT's TinyLoRA."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class SavedAdapter:
     """A trained adapter whose base model is not loaded yet.
 
     Attributes:
-      folder: where it lies.
-      v: the vector.
-      base: name of the base model; None if the folder does not say.
-      spec: rank, u, ties and adapted leaves.
-      factors: gives the factors that v was trained with, from the base model's tree and a method for
-        `truncated_svd`; refuses the tree of another model.
-      dtype: dtype of the weights that v was trained on.
-      about: the summary of its training; empty if there is none.
-      kind: adapters of one base model and equal kind have the same factors.
-      foreign: whether PEFT made the factors: their directions and P are then the file's, not ours.
+      folder: folder of the adapter.
+      v: trained vector, float32 `[groups, u]`.
+      base: name of the base model; None if the folder does not state it.
+      spec: rank, u, tying and adapted leaves.
+      factors: function from the base model's tree and an SVD method to the factors with which v was trained; raises for
+        the tree of another model.
+      dtype: dtype of the weights on which v was trained.
+      about: summary of the training; empty if there is none.
+      kind: key that is equal for adapters of one base model with the same factors.
+      foreign: whether PEFT created the factors, so that directions and P come from the file.
     """
 
     folder: Path
@@ -46,17 +46,17 @@ class SavedAdapter:
 
     @property
     def template(self) -> str | None:
-        """Name of the prompt template that it was trained with; None if the folder does not say."""
+        """Name of the prompt template used in training; None if the folder does not state it."""
         config = self.about.get("config")
         name = config.get("template") if isinstance(config, dict) else None
         return name if isinstance(name, str) else None
 
     def own(self, params: Any, method: str = "auto") -> tuple[Factors, Float[Array, "groups u"]]:
-        """Factors by our decomposition of the weights, and the vector: what our own files hold, see `own_triplets`.
+        """Factors from this library's decomposition of the weights, and the vector, see `own_triplets`.
 
         Raises:
-          AdapterError, PeftError: the adapter is damaged, belongs to another model, or does not follow its weights'
-            singular directions.
+          AdapterError, PeftError: the adapter is damaged, belongs to another model, or does not use the singular
+            directions of the weights.
         """
         factors = self.factors(params, method)
         if not self.foreign:
@@ -64,18 +64,18 @@ class SavedAdapter:
         try:
             return own_triplets(params, factors, self.v, method)
         except ValueError as error:
-            raise PeftError(f"{self.folder} is not put in terms of the model's own factors: {error}") from error
+            raise PeftError(f"{self.folder} cannot be expressed in the model's own factors: {error}") from error
 
     def policy(self, params: Any, method: str) -> Policy:
-        """The base model's weights with the factors of this adapter."""
+        """Builds the policy of the base model's weights and this adapter's factors."""
         return Policy(params, self.factors(params, method))
 
 
 def open_adapter(folder: Path) -> SavedAdapter:
-    """Reads an adapter without its base model; a folder with `adapter_config.json` is PEFT's.
+    """Reads an adapter without its base model; a folder with `adapter_config.json` is a PEFT folder.
 
     Raises:
-      AdapterError, PeftError: a file is absent, damaged or altered, or holds something else.
+      AdapterError, PeftError: a file is absent, damaged, altered or of another kind.
     """
     if is_peft(folder):
         adapter = read_tinylora(folder)
@@ -92,18 +92,18 @@ def open_adapter(folder: Path) -> SavedAdapter:
 
 
 def read_together(params: Any, adapters: Sequence[SavedAdapter]) -> tuple[Factors, list[np.ndarray]]:
-    """Adapters of one base model, ours and PEFT's, for one batch.
+    """Reads several adapters of one base model, in either format, for use in one batch.
 
     Args:
-      params: the base model's tree.
-      adapters: adapters of one rank that adapt the same leaves.
+      params: weights of the base model.
+      adapters: adapters with the same rank and adapted leaves.
 
     Returns:
-      Factors, and each adapter's vector of them, NumPy float32 `[groups, u]`, see `combine`.
+      Common factors, and each adapter's vector for them, NumPy float32 `[groups, u]`; see `combine`.
 
     Raises:
       AdapterError, PeftError: an adapter is damaged or belongs to another base model.
-      CombinationError: they cannot share a batch.
+      CombinationError: the adapters cannot share a batch.
     """
     kinds: dict[Hashable, list[SavedAdapter]] = {}
     for adapter in adapters:

@@ -1,4 +1,4 @@
-"""Scores of evaluations with their intervals, and tests of the difference of two; no JAX."""
+"""Scores of evaluations with intervals, and tests of the difference between two; without JAX."""
 
 from tinylora_jax.metrics.paired import Difference, compare_means, compare_right_or_wrong
 from tinylora_jax.metrics.scores import Estimate, estimate, majority, pass_at_k

@@ -1,4 +1,4 @@
-"""Tests of the difference of two evaluations on the same questions."""
+"""Tests of the difference between two evaluations on the same questions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the second of two evaluations is.
+    """The difference between two evaluations: the second minus the first.
 
     Attributes:
-      value: mean of the second less that of the first.
-      low: lower end of the interval of 95 %; None where all questions differ alike, which tells of no other.
-      high: upper end.
-      p: how often equally good ones would differ at least as much (two-sided).
-      test: by which test.
-      better: questions on which the second is better.
-      worse: on which it is worse.
+      value: mean of the second minus mean of the first.
+      low: lower bound of the 95 % interval; None if all questions have the same difference, which gives no interval.
+      high: upper bound of the 95 % interval.
+      p: two-sided p-value: the probability of a difference at least this large between equally good models.
+      test: name of the test.
+      better: number of questions on which the second is better.
+      worse: number of questions on which the second is worse.
     """
 
     value: float
@@ -36,18 +36,18 @@ class Difference:
 
 
 def compare_right_or_wrong(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """McNemar's exact test for one answer a question.
+    """McNemar's exact test, for one answer per question.
 
-    Of the b + c questions that one alone has right, each is as likely either's when both are equally good: p is the
-    binomial probability of a split at least as uneven as b : c. The interval is Bonett and Price's (2012): with one
-    question added to b and c each and two to n, (b - c)/n ± z √((b + c)/n - ((b - c)/n)²) / √n.
+    Of the b + c questions that exactly one of the two has right, each is equally likely to be either's if both are
+    equally good. So p is the binomial probability of a split at least as uneven as b : c. The interval is that of
+    Bonett and Price (2012): with 1 added to b and to c, and 2 to n, (b - c)/n ± z √((b + c)/n - ((b - c)/n)²) / √n.
 
     Args:
-      first: 0 or 1 for each question.
-      second: scores of the other evaluation, in the same order.
+      first: score of each question in the first evaluation, 0 or 1.
+      second: scores of the second evaluation, in the same order.
 
     Raises:
-      ValueError: other numbers, or unequal counts.
+      ValueError: a score is not 0 or 1, or the counts differ.
 
     >>> compare_right_or_wrong([0.0] * 6 + [1.0], [1.0] * 7).p
     0.03125
@@ -69,19 +69,19 @@ def compare_right_or_wrong(first: Sequence[float], second: Sequence[float]) -> D
 
 
 def compare_means(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Difference:
-    """A permutation test for scores of questions, such as means of their samples.
+    """A permutation test for scores per question, such as means over samples.
 
-    If both are equally good, the sign of each question's difference is a coin's: p is the share of signs with which
-    the mean is at least as far from 0 (all of them if there are at most 9,999, else so many drawn, and the observed
-    one). The interval is the percentile bootstrap's over questions.
+    If both are equally good, the sign of each question's difference is random. So p is the share of sign patterns
+    whose mean is at least as far from 0: of all patterns if there are at most 9,999, else of 9,999 random ones and
+    the observed one. The interval is the percentile bootstrap over questions.
 
     Args:
-      first: the score of each question.
-      second: scores of the other evaluation, in the same order.
+      first: score of each question in the first evaluation.
+      second: scores of the second evaluation, in the same order.
       seed: seed of the random permutations.
 
     Raises:
-      ValueError: unequal counts, or fewer than 2 questions.
+      ValueError: the counts differ, or there are fewer than 2 questions.
     """
     from scipy.stats import bootstrap, permutation_test
 
@@ -92,7 +92,7 @@ def compare_means(first: Sequence[float], second: Sequence[float], seed: int = 0
     value, changed = float(differences.mean()), differences[differences != 0]  # zeros have no sign
     low, high, p = None, None, 1.0
     drawn = {"n_resamples": RESAMPLES, "batch": 256, "vectorized": True}
-    if changed.size > 1:  # of one, either sign is as far from 0, and SciPy takes no sample of one
+    if changed.size > 1:  # for one question both signs are equally far from 0, and SciPy rejects it
         total = lambda x, axis: np.sum(x, axis=axis)
         p = float(permutation_test((changed,), total, permutation_type="samples", rng=seed, **drawn).pvalue)
     if np.ptp(differences):

@@ -11,12 +11,12 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over questions.
+    """A mean over questions and its interval.
 
     Attributes:
-      value: the mean.
-      low: lower end of its interval; None where grades are not within 0 … 1.
-      high: upper end.
+      value: mean score.
+      low: lower bound of the interval; None if a score lies outside 0 … 1.
+      high: upper bound of the interval.
     """
 
     value: float
@@ -25,28 +25,28 @@ class Estimate:
 
 
 def estimate(scores: Sequence[float], samples: int = 1, level: float = 0.95) -> Estimate:
-    r"""The mean of the questions' scores and the interval in which that of all such questions lies.
+    r"""Estimates the mean score over all such questions, with an interval.
 
-    Questions are independent, the samples of one are not: what varies is the score of a question. Wilson's interval
+    Questions are independent, but samples of one question are not, so the unit is a question's score. Wilson's interval
 
     ```
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)
     ```
 
-    is taken at the number n = p(1-p) / Var(p) of independent yes-or-no answers that would vary as much as the mean p
-    does, with Var(p) = Σ (sᵢ-p)² / N². So it stays within 0 … 1, has a width at p = 0 and 1 too, and for scores that
-    are all 0 or 1 it is Wilson's own (1927), with n = N.
+    is used with n = p(1-p) / Var(p), the number of independent yes-or-no answers whose mean would vary as much as p,
+    where Var(p) = Σ (sᵢ-p)² / N². So it stays within 0 … 1 and has a positive width even at p = 0 and 1. If all scores
+    are 0 or 1, n = N and it is Wilson's original interval (1927).
 
     Args:
-      scores: one score per question: the grade, or the mean of the samples' grades; at least one question.
+      scores: score of each question: its grade, or the mean grade of its samples; at least one question.
       samples: number of samples per question; n is at most N·samples.
-      level: how often the interval is to hold the true value.
+      level: coverage probability of the interval.
 
     Returns:
       The mean and its interval; no interval if a score lies outside 0 … 1.
 
     Raises:
-      ValueError: no scores, or a sample count or level that makes no sense.
+      ValueError: there are no scores, or the sample count or level is out of range.
 
     >>> found = estimate([1.0] * 8 + [0.0] * 2)
     >>> round(found.low, 3), found.value, round(found.high, 3)
@@ -63,7 +63,7 @@ def estimate(scores: Sequence[float], samples: int = 1, level: float = 0.95) -> 
     variance = math.fsum((score - mean) ** 2 for score in scores) / count**2
     spread = mean * (1 - mean)
     independent = min(spread / variance, count * samples) if variance > 0 else count * (samples if spread else 1)
-    independent = max(independent, count)  # rounding
+    independent = max(independent, count)  # rounding may put it slightly below
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     center = (mean + z2 / (2 * independent)) / (1 + z2 / independent)
     half = math.sqrt(z2 * (spread / independent + z2 / (4 * independent**2))) / (1 + z2 / independent)
@@ -71,21 +71,21 @@ def estimate(scores: Sequence[float], samples: int = 1, level: float = 0.95) -> 
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The share of all sets of k of a question's samples that hold a right one (Chen et al. 2021, arXiv 2107.03374).
+    """Estimates pass@k: the probability that one of k samples is right (Chen et al. 2021, arXiv 2107.03374).
 
     ```
     1 - C(n-c, k) / C(n, k)
     ```
 
-    is the unbiased estimate of the chance that one of k samples is right.
+    is the unbiased estimate: the share of all sets of k samples that contain a right one.
 
     Args:
-      samples: n, how many there are.
-      right: c, how many of them are right.
-      k: from 1 to n.
+      samples: n, the number of samples.
+      right: c, the number of right samples.
+      k: number of samples per attempt, from 1 to n.
 
     Raises:
-      ValueError: no such k or c.
+      ValueError: k or c is out of range.
 
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 1, 4)
     (0.25, 0.5, 1.0)
@@ -97,20 +97,20 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[Hashable | None], grades: Sequence[float]) -> float:
-    """The grade of the most frequent answer of a question's samples.
+    """Computes the grade of the most frequent answer among a question's samples (maj@k).
 
-    Samples without an answer (None) do not vote. A tie is resolved by chance and so are samples that give one answer
-    but have different grades (as in and outside of the required format): the result is the expected grade.
+    Samples without an answer (None) do not vote. Ties, and samples with the same answer but different grades (for
+    example inside and outside the required format), are resolved at random; the result is the expected grade.
 
     Args:
-      answers: one answer per sample, equal for equal answers.
-      grades: one grade per sample.
+      answers: answer of each sample, in a form in which equal answers compare equal.
+      grades: grade of each sample.
 
     Returns:
-      The grade; that of all samples on average when none has an answer.
+      The grade; the mean grade of all samples if none has an answer.
 
     Raises:
-      ValueError: no samples, or unequal counts.
+      ValueError: there are no samples, or the counts differ.
 
     >>> majority(["7", "8", "7", None], [1.0, 0.0, 1.0, 0.0])
     1.0
@@ -118,7 +118,7 @@ def majority(answers: Sequence[Hashable | None], grades: Sequence[float]) -> flo
     0.5
     """
     if not answers or len(answers) != len(grades):
-        raise ValueError(f"a majority needs one grade an answer, got {len(answers)} answers and {len(grades)} grades")
+        raise ValueError(f"maj@k needs one grade per answer, got {len(answers)} answers and {len(grades)} grades")
     votes: dict[Hashable, list[float]] = defaultdict(list)
     for answer, grade in zip(answers, grades, strict=True):
         if answer is not None:

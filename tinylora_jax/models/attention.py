@@ -1,8 +1,8 @@
-"""Attention, one function a situation; behind each the kernel that is fastest on the back end at hand.
+"""Attention functions for training and decoding; each uses the fastest kernel of the back end.
 
-The plain path is `jax.nn.dot_product_attention` through XLA, which runs everywhere and is what the others are
-tested against. In 16 bits on an NVIDIA GPU, whole rows go to cuDNN's flash attention and decoding to a Pallas
-kernel that reads each row's cache up to its own length and writes the new entry in place.
+The plain path is `jax.nn.dot_product_attention` through XLA. It runs everywhere, and the other kernels are tested
+against it. For 16-bit inputs on an NVIDIA GPU, whole rows use cuDNN's flash attention. Decoding uses a Pallas kernel
+that reads each row's cache only up to its length and writes the new entry in place.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Queries = Float[Array, "rows seq heads head_dim"]
 Keys = Float[Array, "rows seq kv_heads head_dim"]
 Cache = Float[Array, "rows capacity kv_heads head_dim"]
 
-_BLOCK = 64  # cached positions read at once
-_WARPS, _STAGES = 4, 3  # of the decoding kernel: threads of a row's head, and blocks under way
-_FLASH_FROM = 512  # positions in a row from which a TPU does not hold all scores
+_BLOCK = 64  # number of cached positions read at once
+_WARPS, _STAGES = 4, 3  # decoding kernel: warps per row and head, and pipeline stages
+_FLASH_FROM = 512  # row length from which a TPU uses flash attention, which does not store all scores
 
 
 def _on_gpu(x: jax.Array) -> bool:
@@ -33,21 +33,21 @@ def _on_gpu(x: jax.Array) -> bool:
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> jax.Array:
-    with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores to float32 implicitly
+    with jax.numpy_dtype_promotion("standard"):  # JAX promotes bfloat16 scores to float32 implicitly
         return jax.nn.dot_product_attention(q, k, v, **options)
 
 
 def causal_attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, " rows"] | None = None) -> Queries:
-    """Each position attends to itself and all before it, in rows padded on the right.
+    """Causal attention in right-padded rows: each position attends to itself and to all earlier ones.
 
     Args:
-      q: queries.
-      k: keys; their heads divide the queries'.
-      v: values.
-      lengths: lengths of the rows, if known: a kernel may then skip the padding, where the result is meaningless.
+      q: queries, `[rows, seq, heads, head_dim]`.
+      k: keys, `[rows, seq, kv_heads, head_dim]`; the number of their heads divides that of the queries.
+      v: values, in the shape of `k`.
+      lengths: row lengths, int32 `[rows]`, if known; a kernel may skip the padding, where the result is undefined.
 
     Returns:
-      Mixed values in the shape of `q`.
+      Weighted sums of the values, in the shape of `q`.
     """
     if on_tpu() and q.shape[1] >= _FLASH_FROM:
         return flash_causal(q, k, v)
@@ -70,18 +70,18 @@ def write(buffer: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
 def cached_attention(
     q: Queries, k: Keys, v: Keys, keys: Cache, values: Cache, start: Int[Array, " rows"]
 ) -> tuple[Queries, Cache, Cache]:
-    """Writes new keys and values at `start`, `start + 1`, …, and attends to everything up to each position.
+    """Writes new keys and values at `start`, `start + 1`, …, then attends to all positions so far.
 
     Args:
-      q: queries of the new positions.
-      k: their keys.
-      v: their values.
-      keys: cached keys, with room for `start + seq` positions.
-      values: cached values, in the layout of the keys.
-      start: each row's first new position.
+      q: queries of the new positions, `[rows, seq, heads, head_dim]`.
+      k: keys of the new positions, `[rows, seq, kv_heads, head_dim]`.
+      v: values of the new positions, in the shape of `k`.
+      keys: cached keys, `[rows, capacity, kv_heads, head_dim]`, with capacity for `start + seq` positions.
+      values: cached values, in the shape of `keys`.
+      start: first new position of each row, int32 `[rows]`.
 
     Returns:
-      Mixed values and the updated cache.
+      Weighted sums of the values, and the updated cache.
     """
     if q.shape[1] == 1 and _on_gpu(q) and keys.shape[1] % _BLOCK == 0:
         return over_heads(decode_kernel, q, k, v, keys, values, start)
@@ -97,7 +97,7 @@ def cached_attention(
 
 
 def _summed(q: Queries, keys: Cache, values: Cache, position: Int[Array, " rows"]) -> Queries:
-    """One query a row by sums instead of products, for which a CPU would transpose the whole cache at every step."""
+    """Attention of one query per row by sums; for products a CPU would transpose the cache at every step."""
     rows, capacity, kv_heads, head_dim = keys.shape
     grouped = q.astype(jnp.float32).reshape(rows, 1, kv_heads, -1, head_dim)
     scores = jnp.sum(grouped * keys[:, :, :, None].astype(jnp.float32), axis=-1) * head_dim**-0.5
@@ -107,7 +107,7 @@ def _summed(q: Queries, keys: Cache, values: Cache, position: Int[Array, " rows"
 
 
 def _decode_kernel(new_ref, start_ref, keys_in, values_in, o_ref, keys_out, values_out, *, groups, tile):
-    """One row and one kv head: its `groups` queries, padded to `tile`, against the cached positions and the new one."""
+    """Attention of one row and kv head: `groups` queries, padded to `tile`, with the cached and new positions."""
     from jax.experimental.pallas import triton as plt
 
     position = start_ref[...]
@@ -141,18 +141,18 @@ def _decode_kernel(new_ref, start_ref, keys_in, values_in, o_ref, keys_out, valu
 def decode_kernel(
     q: Queries, k: Keys, v: Keys, keys: Cache, values: Cache, start: Int[Array, " rows"], interpret: bool = False
 ) -> tuple[Queries, Cache, Cache]:
-    """`cached_attention` of one new position a row as one Pallas (Triton) kernel.
+    """`cached_attention` for one new position per row, as a single Pallas (Triton) kernel.
 
-    Work and traffic follow each row's own length, the cache is updated in place, and the queries that share a kv
-    head are one tile.
+    Work and memory traffic depend on each row's own length. The cache is updated in place, and the queries that share
+    a kv head form one tile.
     """
     from jax.experimental.pallas import triton as plt
 
     rows, _, num_heads, head_dim = q.shape
     capacity, kv_heads = keys.shape[1:3]
     groups = num_heads // kv_heads
-    tile = max(16, pl.next_power_of_2(groups + 2))  # the matrix units take 16 rows at least
-    # One array for the three: XLA then rotates them and adds biases and adapters in a single kernel.
+    tile = max(16, pl.next_power_of_2(groups + 2))  # the matrix units need at least 16 rows
+    # One array for q, k and v: XLA then rotates them and adds biases and adapters in a single kernel.
     by_head = (x.astype(keys.dtype).reshape(rows, kv_heads, -1, head_dim) for x in (q, k, v))
     new = jnp.concatenate(list(by_head), axis=2)
     block = pl.BlockSpec((None, None, tile, head_dim), lambda i, j: (i, j, 0, 0))

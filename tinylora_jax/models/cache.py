@@ -15,14 +15,14 @@ from tinylora_jax.models.sharding import split_heads
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, one pair of arrays a layer so that XLA updates each in place.
+    """Keys and values of every layer, one pair of arrays per layer so that XLA updates each in place.
 
-    A query at position p attends to slots 0…p and to nothing else. Slots beyond a row's length may hold
-    anything finite: they are written before a query can see them. So right padding needs no mask of its own.
+    A query at position p attends only to slots 0…p. Slots beyond a row's length may hold any finite values, because
+    they are written before a query can see them. So right padding needs no mask.
 
     Attributes:
-      keys: per layer `[rows, capacity, kv_heads, head_dim]`.
-      values: values, in the layout of the keys.
+      keys: cached keys of each layer, `[rows, capacity, kv_heads, head_dim]`.
+      values: cached values of each layer, in the shape of the keys.
     """
 
     keys: tuple[jax.Array, ...]

@@ -1,4 +1,4 @@
-"""The architecture of a decoder, as one frozen description shared by every family."""
+"""The architecture of a decoder: one frozen description for every model family."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base frequency and the scaling of long contexts.
+    """Rotary position embedding: base frequency and long-context scaling.
 
     Attributes:
-      theta: base of the geometric frequencies.
-      kind: `default`, `linear`, `llama3` or `yarn`.
-      factor: context extension factor (all kinds but `default`).
-      original_max_positions: context length the model was pretrained with (`llama3`, `yarn`).
-      low_freq_factor: `llama3` only.
-      high_freq_factor: `llama3` only.
-      beta_fast: `yarn` only.
-      beta_slow: `yarn` only.
-      attention_factor: `yarn` only; scales cosines and sines. None means 0.1·ln(factor) + 1.
+      theta: base of the geometric series of frequencies.
+      kind: type of scaling: `default`, `linear`, `llama3` or `yarn`.
+      factor: context extension factor (all kinds except `default`).
+      original_max_positions: context length in pretraining, in tokens (`llama3`, `yarn`).
+      low_freq_factor: rotations over the original context below which a frequency is fully scaled (`llama3`).
+      high_freq_factor: rotations over the original context above which a frequency is unscaled (`llama3`).
+      beta_fast: rotations over the original context above which a dimension is unscaled (`yarn`).
+      beta_slow: rotations over the original context below which a dimension is fully scaled (`yarn`).
+      attention_factor: factor on cosines and sines (`yarn`); None means 0.1·ln(factor) + 1.
     """
 
     theta: float = 10_000.0
@@ -41,23 +41,23 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that distinguishes Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2 from each other.
+    """All settings that distinguish Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2 from each other.
 
     Attributes:
-      vocab_size: rows of the embedding.
+      vocab_size: number of rows of the embedding.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
-      num_layers: number of blocks.
-      num_heads: query heads.
-      num_kv_heads: key and value heads; divides `num_heads`.
-      head_dim: width of one head.
+      num_layers: number of transformer blocks.
+      num_heads: number of query heads.
+      num_kv_heads: number of key and value heads; divides `num_heads`.
+      head_dim: width of one attention head.
       rms_norm_eps: epsilon of every RMSNorm.
-      rope: rotary embedding.
+      rope: settings of the rotary position embedding.
       tie_embeddings: whether the output head is the transposed embedding.
-      qkv_bias: bias on q, k and v projections (Qwen2).
-      o_bias: bias on the output projection.
-      qk_norm: RMSNorm over each head of q and k (Qwen3).
-      max_positions: longest sequence the model was made for.
+      qkv_bias: whether the q, k and v projections have biases (Qwen2).
+      o_bias: whether the output projection has a bias.
+      qk_norm: whether RMSNorm is applied to each head of q and k (Qwen3).
+      max_positions: longest supported sequence, in tokens.
     """
 
     vocab_size: int

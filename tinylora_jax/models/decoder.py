@@ -1,7 +1,7 @@
 """One decoder for Qwen2/2.5, Qwen3, Llama 3.x and SmolLM2; they differ by fields of `ModelConfig`.
 
-Kernels are stored `[in, out]`, and every product goes through `matmul`, so the same code runs base,
-adapted and merged weights.
+Kernels are stored as `[in, out]`, and every product goes through `matmul`, so the same code runs base, adapted and
+merged weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer | None], tuple[jax.Arr
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization in float32 with a learned scale."""
+    """Root-mean-square normalization, computed in float32, with a learned scale."""
 
     def __init__(self, width: int, eps: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
 
 
 def project(x: Float[Array, "rows seq in"], *linears: Linear) -> list[Float[Array, "rows seq out"]]:
-    """Maps that read the same input, as one product if the first one's kernel is that of all (`fused`)."""
+    """Applies several maps to one input, as a single product if they were joined by `fused`."""
     kernels = [replicated(linear.kernel.get_value()) for linear in linears]
     if isinstance(kernels[0], FusedKernel):
         outputs = fused_matmul(x, kernels[0])
@@ -135,7 +135,7 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table."""
+    """Embedding table, looked up by token id."""
 
     def __init__(self, rows: int, width: int, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.tied = tied
@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
             run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
         caches = [None] * len(layers) if cache is None else list(zip(cache.keys, cache.values, strict=True))
         if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
-            # One loop over stacked weights: XLA compiles a single block, which for a TPU takes a minute.
+            # One loop over stacked weights, so that XLA compiles a single block: for a TPU that already takes a minute.
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
             x, stacked = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
             caches = list(zip(*stacked, strict=True)) if cache is not None else caches
@@ -194,9 +194,9 @@ def _block(
     packing: Packing | None,
     layer: Layer | None,
 ) -> tuple[Hidden, Layer | None]:
-    """One block, jitted so that it is traced, differentiated and lowered once for all layers; XLA inlines it.
+    """Runs one block; jitted so that it is traced, differentiated and lowered once for all layers. XLA inlines it.
 
-    `graph` and `weights` are what `nnx.split` makes of it.
+    `graph` and `weights` are the results of `nnx.split`.
     """
     with nullcontext() if packing is None else streams():
         return nnx.merge(graph, weights)(x, angles, _attend(start, packing), layer)
@@ -204,30 +204,30 @@ def _block(
 
 @lru_cache
 def _graph(config: ModelConfig) -> nnx.GraphDef:
-    """Of a decoder with one block, since all are alike: NNX takes a tenth of a second to make one."""
+    """The graph of a decoder with a single block, because all are alike and NNX needs 0.1 s for each."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(replace(config, num_layers=1), jnp.float32, nnx.Rngs(0))))[0]
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Random weights as nested dicts, the form in which every function of this library takes them.
+    """Creates random weights as nested dicts, the format that every function of this library takes.
 
     Args:
-      config: architecture.
+      config: architecture of the model.
       seed: seed of the random weights.
       dtype: dtype of every leaf.
 
     Returns:
-      The tree of `tinylora_jax.io.hf._weights.parameter_names`, kernels `[in, out]`.
+      The tree described by `tinylora_jax.io.hf._weights.parameter_names`, with kernels `[in, out]`.
     """
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(seed)))[1]))
     return make()
 
 
 def fused(params: Any) -> Any:
-    """The same weights with the maps that share an input joined: q, k and v; gate and up.
+    """Joins the maps that share an input: q, k and v; gate and up.
 
-    For decoding, which is bound by launches and by bytes. It copies the blocks' weights, so it belongs inside the
-    program that decodes, before its loop.
+    This speeds up decoding, which is limited by kernel launches and memory traffic. It copies the blocks' weights, so
+    call it inside the program that decodes, before its loop.
     """
     elsewhere = FusedKernel(None, (), ())
 
@@ -245,7 +245,7 @@ def fused(params: Any) -> Any:
 
 
 def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
-    """How queries meet keys: in packed rows, in a cache from `start` on, or each row from its beginning."""
+    """Chooses the form of attention: in packed rows, in a cache from `start` on, or from the beginning of each row."""
 
     def in_packed_rows(q, k, v, layer):
         rows = (to_rows(x, packing) for x in (q, k, v))
@@ -275,20 +275,20 @@ def forward(
     packing: Packing | None = None,
     remat: bool = False,
 ) -> tuple[Hidden, KVCache | None]:
-    """Final hidden states of right-padded rows of tokens, or of packed streams.
+    """Computes final hidden states of right-padded rows of tokens, or of packed streams.
 
-    Without `start` the tokens stand at positions 0, 1, … and attend causally; a cache, if given, is filled from
-    its beginning. With `start` they stand at `start`, `start + 1`, …, are written to the cache, and attend to all
+    Without `start` the tokens have positions 0, 1, … and attend causally; a cache, if given, is filled from its
+    beginning. With `start` they have positions `start`, `start + 1`, …, are written to the cache, and attend to all
     earlier positions in it. With `packing` each row of `tokens` is a stream.
 
     Args:
-      config: architecture.
+      config: architecture of the model.
       params: nested dicts of weights, adapted or not, fused or not.
-      tokens: token ids.
-      start: each row's first position; needs a cache.
-      cache: with capacity for `start + seq` positions.
-      packing: how streams are cut into rows; excludes `start` and `cache`.
-      remat: recompute each block in the backward pass instead of storing its activations.
+      tokens: token ids, int32 `[rows, seq]`.
+      start: first position of each row, int32 `[rows]`; needs a cache.
+      cache: KV cache with capacity for `start + seq` positions.
+      packing: layout of streams in rows; cannot be combined with `start` and `cache`.
+      remat: whether to recompute each block in the backward pass instead of storing its activations.
 
     Returns:
       Hidden states in the weights' dtype (feed them to `logits`), and the updated cache.
@@ -305,10 +305,10 @@ def forward(
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"]:
-    """The output head; the transposed embedding where the two are tied.
+    """Returns the output head; the transposed embedding if the two are tied.
 
     Raises:
-      ValueError: the head or the embedding carries an adapter, which this decoder does not apply.
+      ValueError: the head or the embedding has an adapter, which this decoder does not support.
     """
     embedding = params["embed_tokens"]["embedding"]
     kernel = embedding if config.tie_embeddings else params["lm_head"]["kernel"]
@@ -318,14 +318,15 @@ def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"
 
 
 def logits(config: ModelConfig, params: Any, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
-    """Next-token scores.
+    """Computes next-token logits.
 
     Args:
-      config: architecture.
-      params: the weights that `forward` took.
-      hidden: what it gave, or some of its positions: all of them at once are `[rows, seq, vocab]` in float32.
+      config: architecture of the model.
+      params: weights, as passed to `forward`.
+      hidden: hidden states from `forward`, `[..., hidden]`. Pass only the positions needed, because the result for all
+        positions is float32 `[rows, seq, vocab]`.
 
     Returns:
-      Scores before softmax, float32.
+      Logits, float32 `[..., vocab]`.
     """
     return jnp.matmul(hidden, head_kernel(config, params), preferred_element_type=jnp.float32)

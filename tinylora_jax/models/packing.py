@@ -1,6 +1,6 @@
-"""How packed sequences look to attention: index maps between tokens and rows (`training.batch.pack`).
+"""Index maps between packed sequences and the rows that attention sees (`training.batch.pack`).
 
-A group of completions shares its prompt: the prompt stands in the sequence once, and in the row of every completion.
+The completions of a group share their prompt, which is stored once in the sequence and appears in every row.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of B sequences stand in their rows; T tokens, R rows of W places, places counted row by row.
+    """Maps T tokens of each of B sequences to R rows of W places; places are numbered row by row.
 
     Attributes:
-      positions: int32 `[B, T]`, each token's position in its rows.
-      tokens_at: int32 `[B, R, W]`, the token at each place of each row; T where there is none.
-      places_of: int32 `[B, T, G]`, the places of each token, R·W where it has fewer than G.
-      lengths: int32 `[B, R]`.
+      positions: position of each token in its rows, int32 `[B, T]`.
+      tokens_at: token index at each place of each row, int32 `[B, R, W]`; T if the place is empty.
+      places_of: places of each token, int32 `[B, T, G]`; filled with R·W if it has fewer than G.
+      lengths: length of each row, int32 `[B, R]`.
     """
 
     positions: Int[Array, "sequences tokens"]
@@ -41,13 +41,13 @@ def gather(
 ) -> Float[Array, "sequences m ..."]:
     """`x[b, index[b]]`, zero where the index is out of range.
 
-    The gradient is gathered too, through the inverse map, instead of scattered: a scatter-add is slow, and on a GPU
-    its result depends on the order of its additions.
+    The gradient is a gather through the inverse map instead of a scatter-add, which is slow and, on a GPU, depends on
+    the order of additions.
 
     Args:
-      x: what to take from.
-      index: what to take; n or more for nothing.
-      inverse: for each entry of `x` the places that it was taken to; m or more for none.
+      x: source array, `[sequences, n, ...]`.
+      index: entry of `x` for each result, int32 `[sequences, m]`; n or more gives zero.
+      inverse: results that take each entry of `x`, int32 `[sequences, n, times]`; m or more means none.
     """
     return _pick(x, index)
 
@@ -61,14 +61,14 @@ gather.defvjp(lambda x, index, inverse: (_pick(x, index), inverse), _gather_back
 
 
 def to_rows(x: Float[Array, "sequences tokens ..."], packing: Packing) -> Float[Array, "rows places ..."]:
-    """The rows of a sequence of tokens, zeros where a row has none; all sequences' rows one after the other."""
+    """Lays out tokens in rows, with zeros in empty places; the rows of all sequences follow each other."""
     sequences, rows, places = packing.tokens_at.shape
     flat = gather(x, packing.tokens_at.reshape(sequences, -1), packing.places_of)
     return flat.reshape(sequences * rows, places, *x.shape[2:])
 
 
 def _homes(packing: Packing) -> tuple[jax.Array, jax.Array]:
-    """Each token's first place, and for each place its token if it is that token's first."""
+    """The first place of each token, and the inverse: the token whose first place each place is."""
     sequences, rows, places = packing.tokens_at.shape
     first = packing.places_of[..., 0]
     tokens_at = packing.tokens_at.reshape(sequences, -1)
@@ -79,14 +79,14 @@ def _homes(packing: Packing) -> tuple[jax.Array, jax.Array]:
 
 
 def to_sequences(x: Float[Array, "rows places ..."], packing: Packing) -> Float[Array, "sequences tokens ..."]:
-    """The inverse of `to_rows`; a token that stands in several rows is taken from the first."""
+    """The inverse of `to_rows`; a token that appears in several rows is taken from the first one."""
     sequences, rows, places = packing.tokens_at.shape
     first, owner = _homes(packing)
     return gather(x.reshape(sequences, rows * places, *x.shape[2:]), first, owner[..., None])
 
 
 def before(x: Float[Array, "sequences tokens ..."], packing: Packing) -> Float[Array, "sequences tokens ..."]:
-    """For each token the entry of the token before it in its (first) row; zeros for the first token of a row."""
+    """The entry of the previous token in each token's first row; zeros for the first token of a row."""
     sequences, _, places = packing.tokens_at.shape
     first, owner = _homes(packing)
     tokens = first.shape[1]
@@ -97,7 +97,7 @@ def before(x: Float[Array, "sequences tokens ..."], packing: Packing) -> Float[A
     )
     starts = (first % places == 0) | (first >= at.shape[1])
     previous = jnp.where(starts, tokens, fill(shifted, first, tokens))
-    # A token comes before the tokens at the places after its own, as far as these are their tokens' first places.
+    # A token precedes the tokens at the places after its own, if those places are the first places of their tokens.
     last = packing.places_of % places == places - 1
     following = jax.vmap(lambda o, p: jnp.take(o, p, axis=0, mode="fill", fill_value=tokens))(
         owner, packing.places_of + 1

@@ -1,4 +1,4 @@
-"""Rotary position embeddings and the scalings that long-context checkpoints use."""
+"""Rotary position embeddings and the scalings of long-context checkpoints."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tinylora_jax.models.config import Rope
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies per position and the factor on cosines and sines.
+    """Computes angular frequencies per position, and the factor on cosines and sines.
 
     Args:
-      rope: base and scaling.
-      head_dim: d, even.
+      rope: base and scaling of the frequencies.
+      head_dim: width of a head, even.
 
     Returns:
-      float32 `[head_dim / 2]` radians per position, and the attention factor (1 except for `yarn`).
+      Frequencies in radians per position, float32 `[head_dim / 2]`, and the attention factor (1 except for `yarn`).
     """
     base = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
@@ -32,7 +32,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
 
 
 def _llama3(rope: Rope, base: np.ndarray) -> np.ndarray:
-    """Slows low frequencies by `factor`, keeps high ones, and blends linearly between (Llama 3.1)."""
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates in between (Llama 3.1)."""
     turns = rope.original_max_positions * base / (2 * math.pi)  # rotations over the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -40,7 +40,7 @@ def _llama3(rope: Rope, base: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, base: np.ndarray, head_dim: int) -> np.ndarray:
-    """Interpolates slow dimensions, keeps fast ones, ramps between (YaRN, arXiv 2309.00071 §3.2)."""
+    """Scales slow dimensions, keeps fast ones, with a ramp in between (YaRN, arXiv 2309.00071 §3.2)."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -62,7 +62,7 @@ def _attention_factor(rope: Rope) -> float:
 def cos_sin(
     rope: Rope, head_dim: int, positions: Int[Array, "rows seq"]
 ) -> tuple[Float[Array, "rows seq half"], Float[Array, "rows seq half"]]:
-    """Cosines and sines of every position's angles, float32."""
+    """Computes cosines and sines of every position's angles, in float32."""
     inverse, factor = frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[..., None] * inverse
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

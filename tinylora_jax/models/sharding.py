@@ -1,13 +1,13 @@
-"""One mesh for a chip or a pod, and the rules by which weights, caches and batches lie on it.
+"""One mesh for a chip or a pod, and the rules that place weights, caches and batches on it.
 
     data    rows of a batch
-    fsdp    rows of a batch too; weights are split along their other axis
+    fsdp    rows of a batch, and the axis of the weights that `tensor` does not split
     tensor  the outputs of q, k, v, gate and up, the inputs of o and down, the heads of the cache, and (with fsdp) the
             vocabulary
 
-Decoding leaves the weights where they are and moves activations. The update is the other way round: its streams are
-split over all three axes, and each layer's weights are gathered when they are needed. An axis of the mesh that does
-not divide an axis of an array leaves it whole. Without a mesh (`jax.set_mesh`) nothing here does anything.
+Decoding keeps the weights in place and moves activations. The update does the opposite: its streams are split over
+all three axes, and each layer's weights are gathered when needed. An array axis is not split by a mesh axis that does
+not divide it. Without a mesh (`jax.set_mesh`) these functions have no effect.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class MeshSpec:
     """The sizes of the mesh's axes.
 
     Attributes:
-      data: rows; 0 takes all devices that the others leave.
-      fsdp: rows, and the weights' other axis.
-      tensor: heads, MLP and vocabulary; 0 takes all devices that a given `data` leaves, else 1. (A run chooses by the
-        memory of its devices what 0 becomes.)
+      data: size of the axis that splits rows; 0 uses all devices left by the other axes.
+      fsdp: size of the axis that splits rows and the weights' other axis.
+      tensor: size of the axis that splits heads, MLP and vocabulary; 0 uses all devices left by a given `data`, else 1.
+        (A run resolves 0 according to the memory of its devices.)
 
     >>> MeshSpec(tensor=4).resolve(8)
     MeshSpec(data=2, fsdp=1, tensor=4)
@@ -61,10 +61,10 @@ class MeshSpec:
                 raise ValueError(f"MeshSpec: {name} must be an integer >= {least}, got {value!r}")
 
     def resolve(self, devices: int) -> MeshSpec:
-        """The same with `data` and `tensor` filled in.
+        """Replaces zeros in `data` and `tensor` with sizes for this number of devices.
 
         Raises:
-          ValueError: the sizes do not multiply to the number of devices.
+          ValueError: the product of the sizes is not the number of devices.
         """
         left_over = max(1, devices // (self.data * self.fsdp)) if self.data else 1
         tensor = self.tensor or left_over
@@ -74,12 +74,12 @@ class MeshSpec:
             left = f"data = {devices} / {inner}" if devices % inner == 0 else f"fsdp × tensor = a divisor of {devices}"
             raise ValueError(
                 f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit {devices} devices;"
-                f" choose {left}, or data=0 for all that the others leave"
+                f" choose {left}, or data=0 for all remaining devices"
             )
         return replace(self, data=data, tensor=tensor)
 
     def make(self, devices: Sequence[jax.Device]) -> Mesh:
-        """The mesh of these devices, in their order: neighbours share the `tensor` axis."""
+        """Builds the mesh of these devices in their order; neighbours share the `tensor` axis."""
         spec = self.resolve(len(devices))
         grid = np.asarray(devices, dtype=object).reshape(spec.data, spec.fsdp, spec.tensor)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -92,14 +92,14 @@ def active_mesh() -> Mesh | None:
 
 
 def device_bytes() -> float | None:
-    """The memory that a device gives to JAX; None where it does not say, as on a CPU."""
+    """Memory of a device available to JAX, in bytes; None if it is not reported, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of the surrounding `jax.set_mesh`, if it has our axes and more than one device.
+    """The mesh of the surrounding `jax.set_mesh`, if it has these axes and more than one device.
 
-    None inside `jax.shard_map`, where a program is that of one device.
+    None inside `jax.shard_map`, where the program runs on a single device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.axis_names != AXES or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
@@ -108,19 +108,19 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def rows_alone(prompts: int) -> bool:
-    """Whether the mesh splits nothing but rows, and so many prompts evenly: each device can generate by itself."""
+    """Whether the mesh splits only rows, and this many prompts evenly, so that each device can generate alone."""
     mesh = current_mesh()
     return mesh is not None and not weights_are_split() and prompts % mesh.size == 0
 
 
 def weights_are_split() -> bool:
-    """Whether a kernel may lie on several devices."""
+    """Whether a kernel may be split over several devices."""
     mesh = current_mesh()
     return mesh is not None and mesh.size > mesh.shape[DATA]
 
 
 def dividing(mesh: Mesh | AbstractMesh, axes: Sequence[str], size: int) -> tuple[str, ...]:
-    """As many of the axes, from the first on, as split `size` evenly."""
+    """The longest prefix of the axes that splits `size` evenly."""
     taken: tuple[str, ...] = ()
     for axis in axes:
         if size % math.prod(mesh.shape[a] for a in (*taken, axis)):
@@ -130,13 +130,13 @@ def dividing(mesh: Mesh | AbstractMesh, axes: Sequence[str], size: int) -> tuple
 
 
 def partition(mesh: Mesh | AbstractMesh, shape: Sequence[int], *axes: Sequence[str]) -> P:
-    """The partition of an array: per axis of it the axes of the mesh, less those that do not divide it."""
+    """The partition of an array: the mesh axes for each of its axes, without those that do not divide it."""
     return P(*(dividing(mesh, names, size) or None for names, size in zip(axes, shape, strict=True)))
 
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """Inside, rows are streams of an update: split over every axis that divides them."""
+    """Context in which rows are streams of an update, split over every axis that divides them."""
     token = _ROWS.set(AXES)
     try:
         yield
@@ -145,7 +145,7 @@ def streams() -> Iterator[None]:
 
 
 def split_rows(x: jax.Array, rows: Sequence[str] | None = None) -> jax.Array:
-    """Splits the first axis over `rows` (default: those of a batch), and leaves the others whole."""
+    """Splits the first axis over the mesh axes `rows` (default: those of a batch), and no other axis."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -159,7 +159,7 @@ def split_microbatch(microbatch: Any) -> Any:
 
 
 def split_features(x: jax.Array) -> jax.Array:
-    """Splits the last axis over `tensor`, as the inputs of o and down are, and the first as rows."""
+    """Splits the last axis over `tensor`, like the inputs of o and down, and the first axis as rows."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -169,10 +169,10 @@ def split_features(x: jax.Array) -> jax.Array:
 
 
 def heads_axes(mesh: Mesh | AbstractMesh, rows: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Over what attention splits its rows and its heads.
+    """The mesh axes over which attention splits rows and heads.
 
-    Heads go over `tensor`. Where the kv heads do not divide it, rows do instead, and every device has all heads of
-    its rows; where the rows do not either, the devices of a `tensor` group repeat each other's attention.
+    Heads are split over `tensor`. If it does not divide the kv heads, rows are split instead, and every device has all
+    heads of its rows. If it does not divide the rows either, the devices of a `tensor` group do the same work.
     """
     first = _ROWS.get() if TENSOR in _ROWS.get() else (DATA, FSDP)
     taken = dividing(mesh, first, rows)
@@ -184,13 +184,13 @@ def heads_axes(mesh: Mesh | AbstractMesh, rows: int, kv_heads: int) -> tuple[tup
 
 
 def cache_shards(rows: int, kv_heads: int) -> int:
-    """Into how many parts `split_heads` cuts the rows of a cache."""
+    """Number of parts into which `split_heads` splits the rows of a cache."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in heads_axes(mesh, rows, kv_heads)[0])
 
 
 def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
-    """Splits queries, keys or values for attention: the first axis is of rows, `axis` of heads (or their features)."""
+    """Splits queries, keys or values for attention: rows on the first axis, heads or their features on `axis`."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -201,10 +201,11 @@ def split_heads(x: jax.Array, kv_heads: int, axis: int = 2) -> jax.Array:
 
 
 def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
-    """Rows `[rows, seq, width]` of a table of embeddings.
+    """Looks up token embeddings, `[rows, seq, width]`.
 
-    Left to XLA, it may gather the table. One that is also the output head is split by vocabulary: each device looks
-    up the tokens that it has, and zeros for the others are added to them. Any other is split by features.
+    XLA by itself may gather the whole table. A table that is also the output head is split by vocabulary: each device
+    looks up its own tokens and uses zeros for the others, and the results are summed. Any other table is split by
+    features.
     """
     mesh = current_mesh()
     take = lambda table, tokens: jnp.take(table, tokens, axis=0)
@@ -230,11 +231,11 @@ def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
 
 
 def over_heads(call: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Calls a kernel on every device with its own rows and heads; XLA could not split the call, and would gather.
+    """Calls a kernel on every device with its own rows and heads; XLA cannot split such a call and would gather.
 
     Args:
-      call: kernel whose results all have the axes (rows, …, heads, …).
-      *arrays: arguments of the function, `[rows, seq, heads, head_dim]` or `[rows]`.
+      call: kernel whose results all have axes (rows, …, heads, …).
+      *arrays: arguments of the kernel, `[rows, seq, heads, head_dim]` or `[rows]`.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -247,19 +248,20 @@ def over_heads(call: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def vocabulary_axes(vocab: int) -> tuple[str, ...]:
-    """The axes of the mesh over which the output head, and so the scores of a decoding step, are split."""
+    """The mesh axes that split the output head, and therefore the scores of a decoding step."""
     mesh = current_mesh()
     axes = () if mesh is None else dividing(mesh, (TENSOR, FSDP), vocab)
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def over_vocabulary(call: Callable[..., Any], scores: jax.Array, *of_rows: jax.Array) -> Any:
-    """Calls `call(scores, *of_rows)` on every device with its part of the vocabulary; it exchanges what it must.
+    """Calls `call(scores, *of_rows)` on every device with its part of the vocabulary.
 
     Args:
-      call: a function of `[rows, part of the vocabulary]` and arrays `[rows]`, to arrays `[rows]`.
-      scores: `[rows, vocab]`.
-      *of_rows: arrays `[rows]`.
+      call: function from `[rows, part of the vocabulary]` and arrays `[rows]` to arrays `[rows]`, which communicates
+        between devices itself.
+      scores: scores before softmax, `[rows, vocab]`.
+      *of_rows: further arguments of the function, `[rows]`.
     """
     mesh = current_mesh()
     rows = dividing(mesh, (DATA,), scores.shape[0]) or None
@@ -268,7 +270,7 @@ def over_vocabulary(call: Callable[..., Any], scores: jax.Array, *of_rows: jax.A
 
 
 def split_vocabulary(scores: jax.Array) -> jax.Array:
-    """Scores `[rows, vocab]` with the vocabulary split as the output head is."""
+    """Splits the vocabulary of scores `[rows, vocab]` like that of the output head."""
     mesh = current_mesh()
     if mesh is None:
         return scores
@@ -277,7 +279,7 @@ def split_vocabulary(scores: jax.Array) -> jax.Array:
 
 
 def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
-    """A cache of which every device has all rows, of its own heads where `split_heads` splits those."""
+    """Gathers all rows of a cache on every device; heads stay split if `split_heads` splits them."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -286,7 +288,7 @@ def gather_rows(x: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def replicated(weight: Any) -> Any:
-    """A weight, adapted or not, whole on every device, where the rows at hand are split over all of them."""
+    """Gathers a weight, adapted or not, on every device, if rows are split over all devices."""
     mesh = current_mesh()
     if mesh is None or TENSOR not in _ROWS.get():
         return weight
@@ -294,7 +296,7 @@ def replicated(weight: Any) -> Any:
 
 
 def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Over what the input and the output axis of a kernel are split."""
+    """The mesh axes that split the input and output axes of a kernel."""
     name = path.split("/")[-2] if "/" in path else ""
     if name == "lm_head":
         return (), (TENSOR, FSDP)
@@ -304,7 +306,7 @@ def _kernel_axes(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def kernel_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
-    """The partition `(input, output)` of the kernel at a path of the decoder's tree."""
+    """The partition `(input, output)` of a kernel of the decoder's tree, by path."""
     return partition(mesh, shape, *_kernel_axes(path))
 
 
@@ -313,18 +315,18 @@ def _leaf_axes(path: str, ndim: int, tied: bool) -> tuple[tuple[str, ...], ...]:
     if kind == "kernel" and ndim == 2:
         return _kernel_axes(path)
     if kind == "embedding" and ndim == 2:
-        # As the output head it is split by vocabulary, so that no scores are summed over devices; else so that a
-        # look-up needs no other device.
+        # A tied table is split by vocabulary, so that scores need no sum over devices. Any other is split so that a
+        # lookup needs no other device.
         return ((TENSOR, FSDP), ()) if tied else ((), (TENSOR, FSDP))
     return ((),) * ndim
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """Where each weight of the decoder's tree lies: a tree of `NamedSharding`.
+    """Chooses the sharding of each weight of the decoder's tree.
 
     Args:
       mesh: mesh made by `MeshSpec.make`.
-      params: the weights, or their `jax.ShapeDtypeStruct`s.
+      params: tree of weights or of their `jax.ShapeDtypeStruct`s.
     """
 
     def place(path, leaf) -> NamedSharding:
@@ -336,7 +338,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:
-    """Where the factors lie: U as the kernel's outputs, V as its inputs, S and P everywhere."""
+    """Chooses the shardings of factors: U like a kernel's outputs, V like its inputs, S and P replicated."""
 
     def place(path: str, leaf) -> Any:
         into, out = _kernel_axes(path)
@@ -348,16 +350,16 @@ def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:
 
 
 def policy_shardings(mesh: Mesh, policy: Adapted) -> Adapted:
-    """Where a policy's weights, and factors if it has some, lie."""
+    """Chooses the shardings of a policy's weights and of its factors, if any."""
     return policy.map_frozen(partial(param_shardings, mesh), partial(factor_shardings, mesh))
 
 
 def abstract_everywhere(tree: Any, mesh: Mesh | None = None) -> Any:
-    """The shapes of a tree that all devices of a mesh have: by default of `jax.set_mesh`, where there is one."""
+    """The shapes of a tree that is replicated on a mesh (default: that of `jax.set_mesh`, if set)."""
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     return tree if mesh.empty else jax.tree.map(lambda x: abstract_at(x, NamedSharding(mesh, P())), tree)
 
 
 def abstract_at(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The shape of an array that lies there."""
+    """The shape and dtype of an array with the given sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,6 +1,6 @@
-"""Pallas kernels for TPUs, where a plain program would scatter or hold every score.
+"""Pallas kernels for TPUs, which avoid slow scatters and attention scores in memory.
 
-The platform is that of the surrounding mesh, so programs compile for a TPU on a machine that has none.
+The platform is taken from the surrounding mesh, so programs can be compiled for a TPU on a machine without one.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def on_tpu() -> bool:
 
 
 def can_write(keys: jax.Array, k: jax.Array) -> bool:
-    """Whether `write_entry` applies: one new position a row, in a cache of whole tiles."""
+    """Whether `write_entry` applies: one new position per row, in a cache of whole tiles."""
     return k.shape[1] == 1 and keys.shape[1] % _LANES == 0
 
 
 def _write_kernel(start, *refs, axis: int, tile: int):
-    """Puts each new entry into the tile of the cache that holds its position; the tile's other entries stay."""
+    """Puts each new entry into the cache tile of its position; the tile's other entries are unchanged."""
     here = start[pl.program_id(0)] % tile
     for new, old, out in zip(refs[:2], refs[2:4], refs[4:], strict=True):
         at = jax.lax.broadcasted_iota(jnp.int32, out.shape, axis) == here
@@ -44,7 +44,7 @@ def _write(
     keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     rows, capacity, kv_heads, head_dim = keys.shape
-    # The minor axis of the tiled memory is the one that fills its 128 lanes; XLA gives the cache that layout.
+    # The minor axis of tiled memory must fill the 128 lanes; XLA chooses that layout for the cache.
     wide = head_dim % _LANES == 0
     order = (0, 2, 1, 3) if wide else (0, 2, 3, 1)
     axis, tile = (1, 16) if wide else (2, _LANES)
@@ -77,21 +77,21 @@ def write_entry(
 ) -> tuple[jax.Array, jax.Array]:
     """Writes one new position of every row into the cache, in place.
 
-    XLA's scatter walks over the rows one by one on a TPU, at some ten microseconds each and for every layer.
+    On a TPU, XLA's scatter processes rows one by one, at about ten microseconds per row and layer.
 
     Args:
-      keys: `[rows, capacity, kv_heads, head_dim]`, capacity a multiple of 128.
-      values: cached values, in the layout of the keys.
-      k: `[rows, 1, kv_heads, head_dim]`.
-      v: new values, in the layout of `k`.
-      start: int32 `[rows]`, the positions.
-      interpret: run the kernel in Python, for tests.
+      keys: cached keys, `[rows, capacity, kv_heads, head_dim]`, with capacity a multiple of 128.
+      values: cached values, in the shape of `keys`.
+      k: new keys, `[rows, 1, kv_heads, head_dim]`.
+      v: new values, in the shape of `k`.
+      start: position of each row's new entry, int32 `[rows]`.
+      interpret: whether to run the kernel in Python, for tests.
     """
     return over_heads(partial(_write, interpret=interpret), keys, values, k, v, start)
 
 
-_BLOCK = 512  # queries and keys that meet at once, at most
-ATTENTION = "attention"  # by this name the backward pass may keep what it needs of attention, not to compute it twice
+_BLOCK = 512  # largest number of queries and of keys in a block
+ATTENTION = "attention"  # checkpoint name: lets the backward pass keep attention's residuals instead of recomputing
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
@@ -115,5 +115,5 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Ar
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
-    """Causal attention that never holds a row's scores (JAX's splash attention); see `attention.causal_attention`."""
+    """Causal attention that never stores a row's scores (JAX's splash attention); see `causal_attention`."""
     return over_heads(partial(_splash, interpret=interpret), q, k, v)

@@ -1,4 +1,4 @@
-"""Extraction of answers from completions and their grading, exact or by algebra; plain Python, no JAX."""
+"""Extracts answers from completions and grades them, exactly or by algebra; plain Python without JAX."""
 
 from tinylora_jax.rewards.answers import (
     extract_boxed,

@@ -1,8 +1,7 @@
-r"""Final answers: found in a completion, brought to a canonical form, compared exactly.
+r"""Extracts final answers from completions, normalizes them, and compares them exactly.
 
-A completion is hostile data: nothing is evaluated, no number is converted whose size was not checked, and
-every function is linear in its input. The regular expressions use possessive quantifiers, which do not
-backtrack.
+A completion is untrusted data: nothing is evaluated, no number is converted before its size is checked, and every
+function takes linear time. The regular expressions use possessive quantifiers, which do not backtrack.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import re
 from fractions import Fraction
 
 MAX_SCANNED_CHARS = 100_000
-"""Only this many last characters of a completion are searched; an answer stands at its end."""
+"""Number of last characters of a completion that are searched, because the answer is at the end."""
 
 _HASH = re.compile(
     r"(?<!\#)\#\#\#\#[ ](-?(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+)(?=\.?(?:\s|\Z))(?!\.?[ \t]++[0-9])",
     re.VERBOSE,
 )
 _BRACE = re.compile(r"\\boxed\s*+\{|\\[{}]|[{}]")
-# The group of thousands checks its own end: a check after the whole run would be quadratic on long runs.
+# Each group of thousands checks its own end: a check after the whole run would take quadratic time on long runs.
 _LAST_NUMBER = re.compile(
     r"(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++|[0-9]++)(?:\.[0-9]++)?+(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]++"
 )
@@ -27,9 +26,9 @@ _SIGN = re.compile(r"(?<![\w)\]}])[-−]\Z")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*+\{([^{}]*+)\}")
 _SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\!\s*+")
 _SPACE = re.compile(r"(?:\\[,;: ]|[~\s])++")
-# A number starts it that no other stands before: a check from every group on would be quadratic on long runs.
+# It starts at a number without a preceding one: a check from every group would take quadratic time on long runs.
 _SPACED_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]))++(?! ?[0-9/]|,[0-9])")
-# All spaces but those between numbers, and those of a list in which commas without a space may group thousands.
+# All spaces except those between numbers, and those of a list in which commas without a space may group thousands.
 _IDLE_SPACE = re.compile(
     r"(?<=[0-9]) (?=[0-9])|(?<=[0-9],) (?=[0-9]{3}(?![0-9]))"
     r"|(?<=,) (?=[0-9]{1,3},[0-9]{3}(?![0-9]))|(?<=[0-9],[0-9]{3},) |( )"
@@ -64,10 +63,10 @@ _RATIO = re.compile(
 def extract_hash(text: str) -> str | None:
     """Finds the last strictly formatted `#### n`: four hashes, one space, a plain number, a word boundary.
 
-    The field's usual GSM8K format. A dollar sign, a bare `####72` or `#### 72/5` is not the format.
+    This is the usual GSM8K format. A dollar sign, a missing space (`####72`) or a ratio (`#### 72/5`) does not match.
 
     Args:
-      text: a completion.
+      text: completion to search.
 
     Returns:
       The number as written (`1,000` keeps its comma), or None.
@@ -86,14 +85,14 @@ def extract_hash(text: str) -> str | None:
 def extract_boxed(text: str) -> str | None:
     r"""Finds the content of the last balanced `\boxed{...}`.
 
-    Of nested boxes the innermost last one counts. A box that never closes (a truncated completion) is
-    passed over for an earlier one.
+    Among nested boxes the last innermost one counts. A box that never closes (in a truncated completion) is skipped
+    in favour of an earlier one.
 
     Args:
-      text: a completion.
+      text: completion to search.
 
     Returns:
-      The content without surrounding space, possibly empty, or None.
+      The content without surrounding whitespace, possibly empty, or None.
 
     >>> extract_boxed(r"so \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -114,13 +113,13 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    """Finds the last number, in whatever format: the lenient reading of a completion.
+    """Finds the last number in any format, for lenient grading.
 
-    Thousands separators, decimals, `$`, `%`, a closing period and a leading minus are understood. A minus
-    between two operands (`5-3`) is not a sign.
+    It handles thousands separators, decimals, `$`, `%`, a closing period and a leading minus. A minus between two
+    operands (`5-3`) is not a sign.
 
     Args:
-      text: a completion.
+      text: completion to search.
 
     Returns:
       The number as written, without currency or percent signs, or None.
@@ -139,20 +138,20 @@ def extract_last_number(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    r"""Brings an answer to a canonical text; equal texts are equal answers.
+    r"""Converts an answer to canonical text; equal texts mean equal answers.
 
-    Numbers lose currency and percent signs, thousands separators, leading and trailing zeros; ratios of
-    integers are reduced, and written as decimals where those end (1/2 is 0.5). Spaces group thousands where
-    every group has three digits; other numbers stay apart (`1 2` is not 12), and a comma with a space after it
-    separates a list. A unit in parentheses is dropped: `9 (apples)` is 9. Anything else only loses spacing and
-    spelling variants of LaTeX; symbolic equivalence is not decided here. Numbers are shifted as text, so
-    `1e999999999` costs nothing (exponents of more than three digits are left as text).
+    Numbers lose currency and percent signs, thousands separators, and leading and trailing zeros. Ratios of integers
+    are reduced, and written as decimals if these are finite (1/2 is 0.5). Spaces group thousands if every group has
+    three digits; other numbers stay separate (`1 2` is not 12), and a comma followed by a space separates list items.
+    A unit in parentheses is dropped: `9 (apples)` is 9. Other text only loses spacing and spelling variants of LaTeX;
+    symbolic equivalence is not decided here. Numbers are shifted as text, so `1e999999999` costs nothing (exponents of
+    more than three digits stay text).
 
     Args:
-      answer: a gold or an extracted answer.
+      answer: gold or extracted answer.
 
     Returns:
-      The canonical text; empty when nothing is left.
+      The canonical text; empty if nothing is left.
 
     >>> [normalize(a) for a in ("$1,072.00", "007", r"\dfrac{3}{6}", "-0", r"10,\!000", "10 000", "32, 349")]
     ['1072', '7', '0.5', '0', '10000', '10000', '32, 349']
@@ -168,7 +167,7 @@ def normalize(answer: str) -> str:
 
 
 def group_thousands(text: str) -> str:
-    """Joins the groups of a number in whose groups, set apart by single spaces, three digits stand.
+    """Joins groups of three digits that are separated by single spaces.
 
     >>> group_thousands("10 000"), group_thousands("1 2"), group_thousands("1 2000")
     ('10000', '1 2', '1 2000')
@@ -177,7 +176,7 @@ def group_thousands(text: str) -> str:
 
 
 def drop_parenthesized_unit(answer: str) -> str:
-    """Drops a unit in parentheses behind a number.
+    """Drops a unit in parentheses after a number.
 
     >>> drop_parenthesized_unit("9 (apples)"), drop_parenthesized_unit("3(x)")
     ('9', '3(x)')
@@ -186,7 +185,7 @@ def drop_parenthesized_unit(answer: str) -> str:
 
 
 def is_equal(predicted: str | None, gold: str) -> bool:
-    """Whether two answers are the same after `normalize`; no answer, or an empty one, equals nothing.
+    """Whether two answers are equal after `normalize`; a missing or empty answer equals nothing.
 
     >>> is_equal("72.0", "72"), is_equal("7/2", "3.5"), is_equal(None, "72"), is_equal("72.1", "72")
     (True, True, False, False)
@@ -198,7 +197,7 @@ def is_equal(predicted: str | None, gold: str) -> bool:
 
 
 def _number(text: str) -> str | None:
-    """Writes a number or a ratio of numbers canonically; None if a text is anything else."""
+    """Writes a number or a ratio of numbers in canonical form; None for any other text."""
     if number := _NUMBER.fullmatch(text):
         whole = number["whole"].replace(",", "")
         return _decimal(number["sign"] == "-", whole, number["fraction"] or "", int(number["exponent"] or 0))
@@ -207,7 +206,7 @@ def _number(text: str) -> str | None:
 
 
 def _list(text: str) -> str | None:
-    """Writes a list of numbers so that no comma of it seems to group thousands; None if a text is no such list."""
+    """Writes a list of numbers so that no comma can be read as grouping thousands; None for any other text."""
     pieces = [
         part
         for piece in text.split(", ")
@@ -223,7 +222,7 @@ def _list(text: str) -> str | None:
 
 
 def _decimal(negative: bool, whole: str, fraction: str, exponent: int = 0) -> str:
-    """Writes ±whole.fraction·10^exponent without exponent, needless zeros or a negative zero."""
+    """Writes ±whole.fraction·10^exponent without exponent, redundant zeros or negative zero."""
     digits, point = whole + fraction, len(whole) + exponent
     if point < 0:
         digits, point = "0" * -point + digits, 0
@@ -245,7 +244,7 @@ def _ratio(match: re.Match) -> Fraction | None:
 
 
 def _rational(value: Fraction) -> str:
-    """Writes a fraction as a decimal where that ends, else reduced as p/q: equal values, equal texts."""
+    """Writes a fraction as a decimal if that is finite, else reduced as p/q, so that equal values give equal texts."""
     rest, exponents = value.denominator, {2: 0, 5: 0}
     for prime in exponents:
         while rest % prime == 0:

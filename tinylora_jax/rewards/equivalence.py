@@ -1,8 +1,8 @@
-r"""Compares mathematical answers (lists, tuples, intervals, matrices) without evaluating any.
+r"""Compares mathematical answers (lists, tuples, intervals, matrices) without evaluating them.
 
-Two answers are equal when their structures are and their atoms are, pair by pair. Most atoms are decided here:
-numbers, words, numerals of a base. What only algebra can decide is left open (`open_pairs`) for whoever can
-(`tinylora_jax.rewards.workers`).
+Two answers are equal if their structures are equal and their atoms are equal pair by pair. Most atoms are decided
+here: numbers, words, numerals with a base. Pairs that only algebra can decide are left open (`open_pairs`) for the
+workers (`tinylora_jax.rewards.workers`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinylora_jax.rewards.structure import RELATION, Group, Node, assignment, re
 from tinylora_jax.rewards.words import is_word, words_equal
 
 _APPROXIMATION = Fraction(2, 10**6)
-"""What a decimal may miss a number by that no decimal writes, cut or rounded behind its last digit.
+"""Relative error allowed for a decimal that truncates or rounds a number without a finite decimal form.
 
 0.333333 is 1/3, 0.3333 is not, and neither is 159449 or 159449.0 the number 159449 1/7.
 """
@@ -31,7 +31,7 @@ _BASED = re.compile(
 )
 _E_NOTATION = re.compile(r"([-+]?[0-9]++(?:\.[0-9]*+)?)[eE]([-+]?[0-9]{1,3})\Z")
 _TOLERANCE = re.compile(r"\s*+\(tolerance ([0-9.eE+-]++)\)\Z")
-# A time of the day is no ratio: 10:20 is not 11:22.
+# A time of day is not a ratio: 10:20 is not 11:22.
 _CLOCK = re.compile(r"0?((?:[0-9]|1[0-9]|2[0-4]):[0-5][0-9](?::[0-5][0-9])?)")
 _WRITTEN_OUT = re.compile(r"-?[0-9]++(?: [0-9]++/[0-9]++| ?\\frac[^%]++)|-?[0-9]*+\.[0-9]*+\\(?:overline|bar)[^%]++")
 _BASES = {name: str(n) for n, name in enumerate("two three four five six seven eight nine ten".split(), start=2)}
@@ -41,13 +41,13 @@ Known: TypeAlias = Mapping[tuple[str, str], bool]
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer.
+    """A parsed gold answer.
 
     Attributes:
       node: structure of the answer.
-      text: cleaned of spelling and units.
-      relative: numbers may miss it by this share of its size.
-      absolute: or by so much.
+      text: answer text with normalized spelling and without units.
+      relative: relative tolerance of numbers.
+      absolute: absolute tolerance of numbers.
     """
 
     node: Node
@@ -57,11 +57,11 @@ class Gold:
 
 
 def read_gold(answer: str, relative: float = 0.0) -> Gold:
-    """Reads a gold answer.
+    """Parses a gold answer.
 
     Args:
-      answer: as the data set has it, with ` (tolerance 0.1)` behind it where the set states an absolute one.
-      relative: tolerance of all numbers.
+      answer: answer from the data set, followed by ` (tolerance 0.1)` if the set states an absolute tolerance.
+      relative: relative tolerance of all numbers.
     """
     stated = _TOLERANCE.search(answer)
     answer = _TOLERANCE.sub("", answer)
@@ -69,15 +69,15 @@ def read_gold(answer: str, relative: float = 0.0) -> Gold:
 
 
 def compare(gold: Gold, found: Node, known: Known | None = None) -> bool | None:
-    """Whether a found answer is the gold one.
+    """Whether an extracted answer equals the gold answer.
 
     Args:
-      gold: from `read_gold`.
-      found: from `read`.
-      known: what algebra said of pairs (gold atom, found atom); those it says nothing of then are unequal.
+      gold: gold answer from `read_gold`.
+      found: structure of the extracted answer, from `read`.
+      known: results of algebra for pairs (gold atom, found atom); pairs without a result count as unequal.
 
     Returns:
-      True or False; None if it depends on pairs that `open_pairs` gives.
+      True or False; None if the result depends on the pairs from `open_pairs`.
     """
 
     def atoms(left: str, right: str) -> bool | None:
@@ -89,7 +89,7 @@ def compare(gold: Gold, found: Node, known: Known | None = None) -> bool | None:
 
 
 def open_pairs(gold: Gold, found: Node) -> tuple[tuple[str, str], ...]:
-    """The pairs (gold atom, found atom) that only algebra can decide, where the answer depends on them."""
+    """The pairs (gold atom, found atom) that only algebra can decide and that the result depends on."""
     pairs: dict[tuple[str, str], None] = {}
 
     def atoms(left: str, right: str) -> bool | None:
@@ -137,7 +137,7 @@ def _groups_equal(gold: Group, found: Group, atoms) -> bool | None:
 
 
 def _matches(table: Sequence[Sequence[bool | None]], allowed) -> bool:
-    """Whether every row can have a column of its own (augmenting paths)."""
+    """Whether every row can be matched to its own column (augmenting paths)."""
     owner: dict[int, int] = {}
 
     def place(row: int, seen: set[int]) -> bool:
@@ -153,7 +153,7 @@ def _matches(table: Sequence[Sequence[bool | None]], allowed) -> bool:
 
 
 def _values(left: str, right: str) -> tuple[str, str]:
-    """What is assigned, of `x = 5` and 5 or `x = 5`; of `x = 5` and `y = 5`, or of other equations, the whole."""
+    """The right-hand sides to compare, as for `x = 5` and 5; other equations (`x = 5` and `y = 5`) stay whole."""
     sides = (left, right)
     assigned = [assignment(side) for side in sides]
     names = {each[0] for each in assigned if each}
@@ -161,13 +161,13 @@ def _values(left: str, right: str) -> tuple[str, str]:
     if len(names) == 1 and not any(relations):
         sides = tuple(each[1] if each else side for each, side in zip(assigned, sides, strict=True))
     sides = tuple(_written_out(side) for side in sides)
-    # An e alone is Euler's number to algebra.
+    # SymPy reads a lone e as Euler's number.
     left, right = (_E_NOTATION.sub(r"\1 \\cdot 10^{\2}", side) for side in sides)
     return left, right
 
 
 def _written_out(atom: str) -> str:
-    r"""A mixed number or a repeating decimal, which algebra cannot read, as a fraction.
+    r"""Writes a mixed number or a repeating decimal, which SymPy cannot read, as a fraction.
 
     >>> _written_out("1 1/2"), _written_out("x")
     ('\\frac{3}{2}', 'x')
@@ -193,7 +193,7 @@ def _atoms_equal(gold: Gold, left: str, right: str) -> bool | None:
         return words_equal(left, right)
     values = value_of(left), value_of(right)
     if values[0] is not None and values[1] is not None:
-        # 5% is 0.05 and, as units may be left out, 5: the side that carries the sign is divided, never the other.
+        # 5% equals 0.05 and, because units may be omitted, 5: only the side with the percent sign is divided.
         wanted, found = (
             [value, value / 100] if text.endswith("%") else [value]
             for value, text in zip(values, (left, right), strict=True)
@@ -211,12 +211,12 @@ def _close(gold: Gold, wanted: Fraction, found: Fraction) -> bool:
         return False
     places = next(n for n in itertools.count(1) if 10**n % decimals[0].denominator == 0)
     exact, gap = wanted + found - decimals[0], abs(wanted - found)
-    whole = 1 if abs(decimals[0]) < abs(exact) else 2  # it may be cut behind its last digit, or rounded
+    whole = 1 if abs(decimals[0]) < abs(exact) else 2  # the last digit may be truncated or rounded
     return gap <= min(abs(wanted) * _APPROXIMATION, Fraction(1, whole * 10**places))
 
 
 def _terminates(denominator: int) -> bool:
-    """Whether a decimal writes the fraction exactly: 2 and 5 alone divide its denominator."""
+    """Whether the fraction has a finite decimal form: its denominator has no prime factors but 2 and 5."""
     for prime in (2, 5):
         while denominator % prime == 0:
             denominator //= prime

@@ -1,4 +1,4 @@
-r"""Gold answers that a reward can never pay: each is graded against itself, in the reward's own format."""
+r"""Finds gold answers that a reward can never accept, by grading each against itself in its format."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tinylora_jax.rewards.reward import BUILT_IN, load_reward
 
 
 def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
-    """Finds the gold answers that a completion cannot match, even by giving them as they are.
+    """Finds the gold answers that no completion can match, even by repeating them verbatim.
 
-    A gold of `5/2` under `hash` is such: the format has plain numbers alone. A run with many of them is flat at 0 %.
+    One example is `5/2` under `hash`, whose format allows only plain numbers. With many of these, a run stays at 0 %.
 
     Args:
-      reward: a name, see `load_reward`. A user's function has a format of its own, so nothing is said of it.
-      answers: gold answers.
+      reward: name of the reward, see `load_reward`. A user's function has an unknown format and is not checked.
+      answers: gold answers to check.
 
     Returns:
-      Places in `answers`, in order.
+      Indices into `answers`, in order.
 
     Raises:
       RewardError: the reward cannot be loaded.
@@ -31,14 +31,14 @@ def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
         return ()
     distinct = [*dict.fromkeys(answers)]
     unpaid = [*_unpaid(reward, distinct, distinct)]
-    # `$1,000` stands for 1000; but a ratio, which `normalize` may write as a decimal, is graded as it stands.
+    # `$1,000` is written as 1000; but a ratio, which `normalize` may write as a decimal, is graded verbatim.
     plain = [gold for gold in unpaid if "/" not in gold and "frac" not in gold]
     failed = {*unpaid} - {*plain} | _unpaid(reward, [normalize(gold) for gold in plain], plain)
     return tuple(place for place, answer in enumerate(answers) if answer in failed)
 
 
 def _unpaid(name: str, written: Sequence[str], golds: Sequence[str]) -> set[str]:
-    """The golds that are not paid for what is written."""
+    """The gold answers that get no reward for the written answers."""
     reward, completions = load_reward(name), [BUILT_IN[name].ending.format(each) for each in written]
     if isinstance(reward, BatchReward):
         grades = reward.grade_all(completions, golds)

@@ -1,4 +1,4 @@
-"""What a reward gives, and what it raises."""
+"""The result type and the error type of rewards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 
 class RewardError(ValueError):
-    """A reward that cannot be loaded, or that failed or returned no finite number on a completion."""
+    """A reward cannot be loaded, failed, or did not return a finite number for a completion."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Grade:
     """The grade of one completion.
 
     Attributes:
-      strict: the reward trained on: right answer in the required format.
-      lenient: right answer in any format; at least as generous as `strict` for the built-in graders.
-      answer: the answer found, as written: the formatted one if there is one, else the last number.
+      strict: reward used in training: for a right answer in the required format.
+      lenient: reward for a right answer in any format; at least `strict` for the built-in graders.
+      answer: extracted answer as written: the formatted one if there is one, else the last number.
     """
 
     strict: float
@@ -39,20 +39,20 @@ Reward: TypeAlias = Callable[[str, str, str], Grade]
 
 @runtime_checkable
 class BatchReward(Protocol):
-    """A reward that grades many completions at once, because it works in parallel."""
+    """A reward that grades many completions in parallel."""
 
     def __call__(self, completion: str, answer: str, question: str = "", /) -> Grade:
         """Grades one completion."""
 
     def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> tuple[Grade, ...]:
-        """Grades each completion against the answer of its place."""
+        """Grades each completion against the answer at the same index."""
 
 
 _LARGEST = 1e6  # squares of rewards must stay finite in float32
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value is a number that training can take."""
+    """Whether a value is a number that training can use."""
     try:
         return isinstance(value, Real) and math.isfinite(value) and abs(value) <= _LARGEST
     except OverflowError:  # an integer or a fraction beyond the largest float
@@ -60,6 +60,6 @@ def is_finite(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value for a message."""
-    # The repr of any other object may be long, or fail (that of an integer of over 4300 digits does).
+    """Formats a value for a message."""
+    # The repr of other objects may be long, or fail (as for integers with over 4300 digits).
     return f"{value!r:.80}" if isinstance(value, float | str | None) else f"an object of type {type(value).__name__}"

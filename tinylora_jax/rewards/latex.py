@@ -1,4 +1,4 @@
-r"""LaTeX of answers: spellings and units brought together, and the numbers that are written in digits."""
+r"""Normalizes spellings and units in LaTeX answers, and parses numbers written in digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 from tinylora_jax.rewards.answers import drop_parenthesized_unit, group_thousands, normalize
 
 MAX_ATOM_CHARS = 1000
-"""Longer atoms are equal only to the same text."""
+"""Longest atom that is parsed; a longer one equals only the same text."""
 
 _SPELLINGS = (
     *(("−", "-"), ("–", "-"), ("×", r"\times "), ("·", r"\cdot "), ("÷", "/"), ("π", r"\pi "), ("∞", r"\infty ")),
@@ -109,7 +109,7 @@ _PLAIN = re.compile(r"-?[0-9]++(?:\.[0-9]++|/[0-9]++)?")
 
 
 def clean(answer: str) -> str:
-    """Brings spellings of LaTeX and Unicode together, and drops units, `$`, degrees and a final period."""
+    """Normalizes spellings of LaTeX and Unicode, and drops units, `$`, degrees and a final period."""
     text = _GLUE.sub("", drop_parenthesized_unit(answer))  # 10,\!080
     for spelling, canonical in _SPELLINGS:
         text = text.replace(spelling, canonical)
@@ -127,7 +127,7 @@ def clean(answer: str) -> str:
 
 
 def unit_of(answer: str) -> str | None:
-    """The unit behind a number, in one spelling; None if it has none, or none that is known here.
+    """Finds the unit after a number, in canonical spelling; None if there is no known unit.
 
     >>> unit_of("15 square feet"), unit_of(r"15\\text{ ft}^2"), unit_of("15"), unit_of("15 apples")
     ('ft2', 'ft2', None, None)
@@ -147,13 +147,13 @@ def unit_of(answer: str) -> str | None:
 
 
 def units_differ(answer: str, other: str) -> bool:
-    """Whether both carry units, and other ones: 5 cm is not 5 m."""
+    """Whether both answers have units and these differ: 5 cm is not 5 m."""
     units = unit_of(answer), unit_of(other)
     return None not in units and units[0] != units[1]
 
 
 def _ungrouped(text: str) -> str:
-    """Drops braces that only group: those around all of a text."""
+    """Drops braces that enclose a whole text."""
     for _ in range(_MAX_GROUPING):
         if not text.startswith("{") or not text.endswith("}") or text.endswith("\\}"):
             break
@@ -167,7 +167,7 @@ def _ungrouped(text: str) -> str:
 
 
 def value_of(atom: str) -> Fraction | None:
-    r"""The number that an atom writes in digits; None if it is anything else.
+    r"""Parses the number that an atom writes in digits; None for any other atom.
 
     >>> value_of("4.5e3"), value_of(r"1\frac{4}{5}"), value_of(r"0.3\overline{6}"), value_of("x")
     (Fraction(4500, 1), Fraction(9, 5), Fraction(11, 30), None)

@@ -1,4 +1,4 @@
-r"""The reward `math`: the right value in the last `\boxed{}`, compared by algebra if needed."""
+r"""The reward `math`: the last `\boxed{}` must hold the right value, compared by algebra if needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinylora_jax.rewards.words import choices_equal
 from tinylora_jax.rewards.workers import WorkerError, Workers
 
 READ_CHARS = 2000
-"""Of a completion without the right box, so many last characters are searched for an answer by math-verify."""
+"""Number of last characters that math-verify searches if a completion has no right box."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,16 +27,16 @@ _log = logging.getLogger(__name__)
 class MathReward:
     r"""Grades mathematical answers.
 
-    Strict: the last `\boxed{}` holds the gold answer, written in any way: lists and sets in any order, tuples,
-    intervals and matrices part by part, expressions by algebra (SymPy). Lenient: that value is the last number,
-    or what math-verify takes for the answer of the text. Algebra is done in worker processes; what takes longer than
-    the limit, or more memory, counts as wrong, and a warning is logged.
+    Strict: the last `\boxed{}` holds the gold answer in any notation. Lists and sets are compared in any order, tuples,
+    intervals and matrices part by part, expressions by algebra (SymPy). Lenient: the gold answer is the last number of
+    the text, or the answer that math-verify finds in it. Algebra runs in worker processes. A comparison that exceeds
+    its time or memory limit counts as wrong, and a warning is logged.
 
     Attributes:
-      relative: tolerance of numbers, as a share of the gold answer.
-      limit_s: processor time of one comparison, so that a busy machine gives the same grades.
-      memory_bytes: memory limit of one comparison, in bytes.
-      workers: processes; 0 is one for each core, at most 8.
+      relative: tolerance of numbers relative to the gold answer.
+      limit_s: limit per comparison, in seconds of processor time, so that a busy machine gives the same grades.
+      memory_bytes: memory limit per comparison, in bytes.
+      workers: number of worker processes; 0 for one per core, at most 8.
     """
 
     relative: float = 0.0
@@ -45,11 +45,11 @@ class MathReward:
     workers: int = 0
 
     def __call__(self, completion: str, answer: str, question: str = "") -> Grade:
-        """Grades one completion; many at once are quicker."""
+        """Grades one completion; `grade_all` is faster for many."""
         return self.grade_all([completion], [answer])[0]
 
     def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> tuple[Grade, ...]:
-        """Grades each completion against the gold answer of its place.
+        """Grades each completion against the gold answer at the same index.
 
         Raises:
           RewardError: no worker can be started.
@@ -69,7 +69,7 @@ class MathReward:
         return tuple(Grade(float(bool(case.strict)), float(bool(case.lenient)), case.answer) for case in cases)
 
     def _known(self, cases: Sequence[_Case]) -> Iterator[tuple[_Case, Known]]:
-        """What algebra says of the pairs that each case depends on."""
+        """The results of algebra for the pairs on which each case depends."""
         replies = self._ask(
             [{"pairs": c.pairs, "relative": float(c.gold.relative), "absolute": float(c.gold.absolute)} for c in cases]
         )
@@ -87,7 +87,7 @@ class MathReward:
         if failed:
             reasons = ", ".join(f"{count} for {reason}" for reason, count in failed.items())
             _log.warning(
-                "%d of %d comparisons were given up and count as wrong: %s", failed.total(), len(replies), reasons
+                "%d of %d comparisons were aborted and count as wrong: %s", failed.total(), len(replies), reasons
             )
         return replies
 
@@ -98,7 +98,7 @@ def _workers(limit_s: float, memory_bytes: int, count: int) -> Workers:
 
 
 class _Case:
-    """A completion on its way to a grade; `strict` and `lenient` are None until they are known."""
+    """A completion that is being graded; `strict` and `lenient` are None until they are known."""
 
     def __init__(self, completion: str, gold: Gold, answer: str):
         self.completion, self.gold = completion, gold
@@ -118,12 +118,12 @@ class _Case:
             self.lenient = False  # math-verify would read the same box
 
     def settle(self, known: Known) -> None:
-        """Decides what was open by what the workers said."""
+        """Decides open comparisons with the workers' results."""
         self.strict = self.compare(known)
         self.lenient = self.lenient or self.strict or None
 
     def look_at(self, text: str) -> None:
-        """Takes a text for the answer where there is no box, or no right one."""
+        """Considers another text as the answer if there is no box, or no right one."""
         boxed, found = self.found, read(text, self.several)
         if self.several and isinstance(found, Group) and found.kind == "()":
             found = Group("list", found.parts)
@@ -132,7 +132,7 @@ class _Case:
         self.pairs = open_pairs(self.gold, found) if self.lenient is None else ()
 
     def compare(self, known: Known) -> bool:
-        """Whether what was found is right, given what the workers said."""
+        """Whether the extracted answer is right, given the workers' results."""
         assert self.found is not None
         return compare(self.gold, self.found, known) is True
 

@@ -1,12 +1,12 @@
-r"""A program that compares mathematical answers by algebra (SymPy), one JSON object a line.
+r"""A program that compares mathematical answers by algebra (SymPy), with one JSON object per line.
 
     {"id": 3, "pairs": [["\\sqrt{8}", "2\\sqrt{2}"]], "relative": 0, "absolute": 0}   ->  {"id": 3, "equal": [true]}
     {"id": 4, "text": "so the answer is 2."}   ->  {"id": 4, "found": "2"}
 
-It is started by its path, so that it imports neither JAX nor this package, and is never imported. What it is asked may
-take forever (9^{9^{9^9}}) or all memory, within code that no Python signal handler interrupts. So every request is
-answered by a forked child, which the kernel ends at a limit of processor time and whose memory is bounded; what is left
-is this process, in which nothing happened: {"id": 3, "failed": "time"}. A fork costs milliseconds, a new start seconds.
+It is started by its path and never imported, so that it loads neither JAX nor this package. A request may take forever
+(9^{9^{9^9}}) or use all memory, inside code that no Python signal handler can interrupt. So a forked child answers
+every request. The kernel kills it at a limit of processor time, and its memory is bounded. This process is unaffected
+and replies {"id": 3, "failed": "time"}. A fork costs milliseconds; a new process would cost seconds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import resource
 import signal
 import sys
 
-_APPROXIMATION = 2e-6  # what a decimal may miss an exact number by: 0.333333 is 1/3
-_ROUNDING = 1e-11  # of a double, through a few operations: where decimals stand in an expression
-_DIGITS, _EXACT = 50, 1e-35  # of what has none; x + 10^{12} is not x + 10^{12} + 1
-_AGREEING = 3  # points that tell a function
-# Points: the signs of the coordinates, and what primes are divided by; floors need large ones, powers small ones.
+_APPROXIMATION = 2e-6  # error allowed for a decimal in place of an exact number: 0.333333 is 1/3
+_ROUNDING = 1e-11  # rounding error of doubles over a few operations, for expressions with decimals
+_DIGITS, _EXACT = 50, 1e-35  # for expressions without decimals; x + 10^{12} is not x + 10^{12} + 1
+_AGREEING = 3  # number of points at which two equal functions must agree
+# Points: signs of the coordinates, and divisors of the primes; floors need large values, powers small ones.
 _SIGNS = (0b000, 0b111, 0b001, 0b000, 0b110, 0b101)
 _SCALES = (29, 7, 31, 3, 37, 11)
 _PRIMES = (17, 41, 23, 61, 31, 53, 19, 47, 37, 67, 43, 59)
@@ -37,9 +37,9 @@ _DECIMAL = re.compile(r"[-+]?[0-9]*+\.([0-9]*+)")
 _RESPELLED = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<![\\A-Za-z])E\s?_", r"\\Xi_"),  # with an index, it would take E for Euler's number
+        (r"(?<![\\A-Za-z])E\s?_", r"\\Xi_"),  # with an index, E would be read as Euler's number
         (r"\\hbar(?![A-Za-z])", r"\\eta "),
-        (r"\\gamma(?![A-Za-z])", r"\\text{lower gamma} "),  # it would be Euler's constant
+        (r"\\gamma(?![A-Za-z])", r"\\text{lower gamma} "),  # would be read as Euler's constant
         (r"\\Gamma(?![A-Za-z])", r"\\text{upper gamma} "),
         (r"(?<![\\A-Za-z])([A-Za-z])''", r"\\text{\1 second}"),  # primes would be dropped
         (r"(?<![\\A-Za-z])([A-Za-z])'", r"\\text{\1 prime}"),
@@ -56,7 +56,7 @@ _RESPELLED = tuple(
 )
 _COMMAND_OR_I = re.compile(r"(\\(?:text|begin|end)\s?\{[^{}]*+\}|\\[A-Za-z]++)|I")
 MAX_FOUND_CHARS = 2000
-WALL_FACTOR = 4  # a child that waits, for memory or a busy machine, has so many times its limit
+WALL_FACTOR = 4  # wall-clock limit as a multiple of the time limit, for a child that waits for memory or a busy machine
 _WARM_UP = (
     r"\frac{1}{2}+\sqrt{3} \pi",
     r"(x+1)^2-\cos 2x",
@@ -75,7 +75,7 @@ def serve(limit_s: float, memory_bytes: int) -> None:
     mpmath.mp.dps = _DIGITS + 10
     for gold, found in zip(
         _WARM_UP, reversed(_WARM_UP), strict=True
-    ):  # what SymPy loads late, it loads before the fork
+    ):  # makes SymPy load its lazy modules before the fork
         _equal(gold, found, 0.0, 0.0)
         _equal(gold, gold + "+0", 0.0, 0.0)
         _found_in(f"The final answer is ${found}$.")
@@ -92,15 +92,15 @@ def serve(limit_s: float, memory_bytes: int) -> None:
 
 
 def _answer(request: dict, limit_s: float, memory_bytes: int) -> None:
-    """Answers one request in a child, which ends here."""
+    """Answers one request in a child process, which exits here."""
     code = 1
     try:
         for number in (signal.SIGPROF, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)  # the kernel ends the process, in C code as well
+            signal.signal(number, signal.SIG_DFL)  # the kernel kills the process, even inside C code
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * limit_s)
         for kind, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-            with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
+            with contextlib.suppress(ValueError, OSError):  # macOS has no address-space limit
                 resource.setrlimit(kind, (most, most))
         if "pairs" in request:
             tolerances = request["relative"], request["absolute"]
@@ -120,13 +120,13 @@ def _reply(message: dict) -> None:
 
 
 def _parse(latex: str):
-    """An expression in which upper and lower case are two symbols; None if it cannot be read as a whole."""
+    """Parses an expression, with upper and lower case as different symbols; None if any part cannot be read."""
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from sympy import I, Symbol
 
-    # The converter would take 1 2 for 1 + 2, 12_5 for 12, and the double factorial for a factorial of one.
+    # The converter would read 1 2 as 1 + 2, 12_5 as 12, and the double factorial as the factorial of a factorial.
     if _APART.search(latex) or _BASED.search(latex) or _TWICE.search(latex):
         return None
     is_complex = _IMAGINARY.search(latex) is not None and not _INDEX_I.search(latex)
@@ -135,7 +135,7 @@ def _parse(latex: str):
     for pattern, replacement in _RESPELLED:
         latex = pattern.sub(replacement, latex)
     latex = _COMMAND_OR_I.sub(lambda match: match[1] or r"\text{upper i} ", latex)  # I would be the imaginary unit
-    # Its removal of units takes the last letter of `5t` for one.
+    # The converter's removal of units treats the last letter of `5t` as a unit.
     latex = normalize_latex(latex, NormalizationConfig(boxed="none", units=False, malformed_operators=False))
     try:
         expression = latex2sympy(
@@ -162,12 +162,12 @@ def _equal(gold: str, found: str, relative: float, absolute: float) -> bool:
         return _same(wanted, value, relative, absolute)
     except (MemoryError, RecursionError):
         raise
-    except Exception:  # SymPy may raise anything on what no mathematician writes
+    except Exception:  # SymPy may raise anything for malformed input
         return False
 
 
 def _stands_for(written: str, value) -> bool:
-    """Whether a decimal is a value cut or rounded behind its last digit, zeros apart; what is no decimal may be."""
+    """Whether a decimal is a value truncated or rounded at its last digit; True for text that is not a decimal."""
     from sympy import Float, Rational
 
     decimal = _DECIMAL.fullmatch(written.strip())
@@ -180,7 +180,7 @@ def _stands_for(written: str, value) -> bool:
 
 
 def _found_in(text: str) -> str:
-    """What math-verify takes for the answer of a text, as written; empty if it finds none."""
+    """The answer that math-verify finds in a text, as written; empty if it finds none."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
@@ -190,7 +190,7 @@ def _found_in(text: str) -> str:
 
 
 def _same(gold, found, relative: float = 0.0, absolute: float = 0.0) -> bool:
-    """Whether two SymPy objects are equal; of different kinds they are not: `x + 1 = 3` is not 3."""
+    """Whether two SymPy objects are equal; objects of different kinds never are: `x + 1 = 3` is not 3."""
     from sympy import Expr, FiniteSet, MatrixBase, Tuple
     from sympy.core.relational import Relational
 
@@ -213,7 +213,7 @@ def _same(gold, found, relative: float = 0.0, absolute: float = 0.0) -> bool:
 
 
 def _is_chain(expression) -> bool:
-    """Whether it is several relations, such as a < b < c."""
+    """Whether an expression is a chain of relations, such as a < b < c."""
     from sympy.core.relational import Relational
 
     parts = getattr(expression, "_unsorted_args", ())
@@ -221,7 +221,7 @@ def _is_chain(expression) -> bool:
 
 
 def _same_relations(gold, found) -> bool:
-    """Whether one relation is the other times a constant, or has the same solutions in every variable."""
+    """Whether one relation is a constant multiple of the other, or both have the same solutions in every variable."""
     from sympy import Eq, Ne, solve
 
     left, right = _exact(gold.lhs - gold.rhs), _exact(found.lhs - found.rhs)
@@ -249,7 +249,7 @@ def _same_relations(gold, found) -> bool:
 
 
 def _ratio(left, right) -> float | None:
-    """The constant that one function is of another; None if there is none."""
+    """The constant ratio of two functions; None if it is not constant."""
     ratios, rounding = [a / b for a, b in _at_points(left, right) if a != 0 and b != 0], _rounding(left, right)
     if len(ratios) < _AGREEING or any(abs(each - ratios[0]) > rounding * abs(each) for each in ratios):
         return None
@@ -257,14 +257,14 @@ def _ratio(left, right) -> float | None:
 
 
 def _exact(expression):
-    """An expression with its decimals as fractions: x - 1583556.5 is no multiple of x - 1583555.5, nearly as it is."""
+    """Replaces decimals with fractions: x - 1583556.5 is almost, but not exactly, a multiple of x - 1583555.5."""
     from sympy import Float, Rational
 
     return expression.xreplace({each: Rational(str(each)) for each in expression.atoms(Float)})
 
 
 def _rounding(left, right) -> float:
-    """What values of two expressions may differ by, as a share, though they are equal."""
+    """The relative difference allowed between values of two equal expressions."""
     from sympy import Float
 
     return _ROUNDING if left.has(Float) or right.has(Float) else _EXACT
@@ -289,7 +289,7 @@ def _same_expressions(gold, found, relative: float = 0.0, absolute: float = 0.0)
 
 
 def _agree_closely(left, right) -> bool:
-    """Whether two expressions agree in 200 digits at a point: x + 10^40 is not x + 10^40 + 1."""
+    """Whether two expressions agree to 200 digits at a point: x + 10^40 is not x + 10^40 + 1."""
     from sympy import Rational
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
@@ -321,14 +321,14 @@ def _same_numbers(gold, found, relative: float, absolute: float) -> bool:
 
 
 def _no_gap(gold, found, size) -> bool:
-    """Whether constants agree in 200 digits: 10^100 + √2 and 10^100 + √3 differ behind the hundredth."""
+    """Whether constants agree to 200 digits: 10^100 + √2 and 10^100 + √3 differ after the hundredth digit."""
     return bool(abs((gold - found).evalf(5, maxn=300)) <= abs(size) * 1e-200)
 
 
 def _at_points(left, right):
-    """Yields pairs of finite values of two expressions at fixed points, of which some coordinates are negative.
+    """Yields pairs of finite values of two expressions at fixed points, some with negative coordinates.
 
-    A point where neither is real is outside of the domain of both, unless they speak of complex numbers.
+    A point where neither value is real is outside the domain of both, unless they contain complex numbers.
     """
     import mpmath
     from sympy import I, Rational
@@ -354,7 +354,7 @@ def _undefined():
 
 
 def _number(expression, digits: int = 20):
-    """The value of a constant expression, to so many digits; None if it has variables or none."""
+    """The value of a constant expression, to the given number of digits; None if there is no such value."""
     if expression.free_symbols:
         return None
     try:
@@ -365,7 +365,7 @@ def _number(expression, digits: int = 20):
 
 
 def main() -> None:
-    """Serves with the limits of the command line: seconds of processor time, bytes of memory."""
+    """Serves with the limits from the command line: processor time in seconds, memory in bytes."""
     logging.disable(logging.CRITICAL)
     try:
         import math_verify  # noqa: F401

@@ -1,8 +1,8 @@
-"""Rewards: a completion and the gold answer to a strict and a lenient grade.
+"""Rewards, which map a completion and the gold answer to a strict and a lenient grade.
 
-Training uses `Grade.strict`: the required format and the right value. `Grade.lenient`, which also accepts the
-right value as the last number of the text, is logged beside it: a lenient score that stays up while the
-strict one falls means that the format collapsed, which a lenient grader alone would hide.
+Training uses `Grade.strict`: the right value in the required format. `Grade.lenient`, which also accepts the right
+value as the last number of the text, is logged too. If the lenient score stays high while the strict one falls, the
+format has collapsed, which a lenient grader alone would hide.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tinylora_jax.rewards.math_reward import MathReward
 
 @runtime_checkable
 class Gradable(Protocol):
-    """What grading needs to know of a prompt (`tinylora_jax.data.Prompt` and `Question` are such)."""
+    """The attributes of a prompt that grading needs, as in `tinylora_jax.data.Prompt` and `Question`."""
 
     @property
     def id(self) -> int:
-        """The stable number of the question."""
+        """The stable id of the question."""
 
     @property
     def question(self) -> str:
-        """The question as the data set holds it."""
+        """The text of the question."""
 
     @property
     def answer(self) -> str:
@@ -61,26 +61,26 @@ def grade_boxed(completion: str, answer: str, question: str = "") -> Grade:
 
 @dataclass(frozen=True)
 class UserReward:
-    """A user's function as a `Reward`: its failures and its odd results become one clear error.
+    """Wraps a user's function as a `Reward`; failures and invalid results become one clear error.
 
     Attributes:
-      name: `module:function`, for messages.
-      function: takes (completion, answer, question); returns a number, which then is both the strict and
-        the lenient grade, or a `Grade`.
+      name: name `module:function`, for messages.
+      function: function of (completion, answer, question) that returns a `Grade`, or a number for both the strict and
+        the lenient grade.
     """
 
     name: str
     function: Callable[..., object]
 
     def __call__(self, completion: str, answer: str, question: str) -> Grade:
-        """Grades one completion; raises `RewardError` naming the function and the question."""
+        """Grades one completion; a failure raises `RewardError`, which names the function and the question."""
         asked = question if len(question) <= 80 else f"{question[:77]}..."
         try:
             value = self.function(completion, answer, question)
-        except KeyboardInterrupt as error:  # by the user, or by the code
+        except KeyboardInterrupt as error:  # raised by the user or by the code
             error.add_note(f"in reward {self.name}")
             raise
-        except BaseException as error:  # SystemExit would end the run as if all were well
+        except BaseException as error:  # SystemExit would end the run as if it had succeeded
             problem = f"raised {type(error).__name__}: {error!s:.200}"
             advice = "return 0.0 for completions that it cannot grade"
             raise RewardError(f"reward {self.name} {problem} on question {asked!r}; {advice}") from error
@@ -94,13 +94,13 @@ class UserReward:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A reward that has a name of its own.
+    """A reward that is part of the library.
 
     Attributes:
-      reward: grades completions.
-      ending: last line of a completion that it pays; `{}` stands for the answer.
-      marker: text that comes before the answer; a prompt that asks for this format contains it.
-      package: module that the reward imports when it grades, or an empty text.
+      reward: reward function.
+      ending: last line of a completion in its format; `{}` stands for the answer.
+      marker: text before the answer; a prompt that asks for this format contains it.
+      package: name of the optional module that the reward needs; empty if it needs none.
     """
 
     reward: Reward
@@ -118,7 +118,7 @@ BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
         "minerva": BuiltIn(MathReward(relative=0.01), *_BOX, "math_verify"),
     }
 )
-"""All that there is to say of a built-in reward: a new one is a line here."""
+"""The built-in rewards by name. A new one needs only a line here."""
 _MODULE_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -126,16 +126,16 @@ def load_reward(name: str) -> Reward:
     """Finds a reward by name.
 
     Args:
-      name: `hash` (`#### n`); `boxed`, compared as text and number; `math`, boxed and compared by algebra, and
-        `minerva`, the same with numbers within 1 % (see `MathReward`); or `module:function`, imported from the
-        Python path. The function gets (completion, answer, question) as positional texts and returns a number or
-        a `Grade`; it is called one completion at a time and must be quick and deterministic.
+      name: name of the reward: `hash` (`#### n`); `boxed`, compared as text and number; `math`, boxed and compared by
+        algebra; `minerva`, the same with a tolerance of 1 % for numbers (see `MathReward`); or `module:function`,
+        imported from the Python path. The function gets (completion, answer, question) as positional strings and
+        returns a number or a `Grade`. It is called for one completion at a time and must be fast and deterministic.
 
     Returns:
-      The reward.
+      The reward function.
 
     Raises:
-      RewardError: the name is unknown, its module cannot be imported, or it holds no such function.
+      RewardError: the name is unknown, its module cannot be imported, or the module has no such function.
     """
     if name in BUILT_IN:
         package = BUILT_IN[name].package
@@ -154,9 +154,9 @@ def load_reward(name: str) -> Reward:
     module_name, function_name = name.split(":")
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:  # importing runs the user's code, which may raise anything, and end the program
+    except BaseException as error:  # importing runs the user's code, which may raise anything, including SystemExit
         problem = f"{type(error).__name__}: {error}"
-        advice = "is its folder the current one, or on PYTHONPATH?"
+        advice = "its folder must be the current folder or on PYTHONPATH"
         if module_name.endswith(".py"):
             advice = f"write {module_name.removesuffix('.py')}:{function_name}, without `.py`"
         raise RewardError(f"reward {name}: cannot import {module_name} ({problem}); {advice}") from error
@@ -171,10 +171,10 @@ def load_reward(name: str) -> Reward:
 
 
 def _check_signature(name: str, function: Callable[..., object]) -> None:
-    """Refuses, before a model is loaded, a function that cannot take (completion, answer, question)."""
+    """Refuses a function that cannot be called with (completion, answer, question), before a model is loaded."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # one that is written in C may tell nothing of itself
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return
     try:
         signature.bind("completion", "answer", "question")
@@ -185,19 +185,19 @@ def _check_signature(name: str, function: Callable[..., object]) -> None:
 
 
 def grade_batch(reward: Reward, completions: Sequence[str], prompts: Sequence[Gradable]) -> tuple[Grade, ...]:
-    """Grades completions, each against its own prompt.
+    """Grades each completion against its prompt.
 
     Args:
-      reward: from `load_reward`.
-      completions: texts, decoded without special tokens.
-      prompts: the prompt of each completion, in the same order; a prompt of a group stands once per sample.
+      reward: reward function from `load_reward`.
+      completions: completions, decoded without special tokens.
+      prompts: prompt of each completion, in the same order; a group's prompt is repeated for each sample.
 
     Returns:
       One grade per completion, in order.
 
     Raises:
-      RewardError: the reward failed; names the completion's index and the question's id.
-      ValueError: unequal counts.
+      RewardError: the reward failed; the message gives the completion's index and the question's id.
+      ValueError: the counts differ.
     """
     if len(completions) != len(prompts):
         counts = f"{len(completions)} completions for {len(prompts)} prompts"

@@ -1,6 +1,6 @@
-r"""The structure of answers: lists, tuples, intervals, unions and matrices of atoms, which are texts.
+r"""Parses the structure of answers: lists, tuples, intervals, unions and matrices of textual atoms.
 
-Nothing is evaluated. Answers and lists that are too long for a gold answer are not looked into.
+Nothing is evaluated. Answers and lists that are too long for a gold answer are not parsed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TypeAlias
 from tinylora_jax.rewards.latex import clean
 
 MAX_ANSWER_CHARS = 4000
-"""Longer answers are atoms, of which the structure is not looked for."""
+"""Longest answer whose structure is parsed; a longer one is an atom."""
 
 MAX_PARTS = 40
-"""Longer lists are atoms; the longest gold answer of the known sets has 14 parts."""
+"""Longest list that is parsed; a longer one is an atom. The longest gold answer of the known sets has 14 parts."""
 
 _CONJUNCTION = re.compile(
     r",?\s*(?:\\(?:text|mbox|mathrm)\{\s*(?:and|or)\s*\}|(?<=[^A-Za-z])(?:and|or)(?=[^A-Za-z]))\s*"
@@ -60,7 +60,7 @@ _MIRRORED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
 _LOW, _HIGH = r"-\infty", r"\infty"
 _THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})++(?:\.[0-9]++)?%?")
 _ONE_OR_MORE = re.compile(rf"(?:[^=<>,]++=\s?)?{_THOUSANDS.pattern}")
-# A comma without a space before or behind it makes a list without spaces; a bracket opens a list of its own.
+# A comma without adjacent spaces makes a list without spaces; a bracket opens a nested list.
 _RUN_OR_BRACKET = re.compile(
     r"(?P<run>(?<![0-9A-Za-z.,_])(?<!_\{)[1-9][0-9]{0,2}(?:,[0-9]{3})++(?![0-9]|,\S))|(?P<opens>\\\{|[(\[])|\\\}|[)\]]"
 )
@@ -68,14 +68,14 @@ _RUN_OR_BRACKET = re.compile(
 
 @dataclass(frozen=True)
 class Group:
-    """Parts of an answer.
+    """A structured answer with its parts.
 
     Attributes:
-      kind: `list`, `union`, or `or` where it may be either, for parts in any order; else the brackets (`()`, `(]`, …)
-        or `matrix` and `row` of parts in their order.
-      parts: at least one.
-      names: what the parts of a tuple are the values of, or the variable that an interval is of; () if it is not said.
-      relation: the relation that an interval is written as; "" for one in brackets.
+      kind: `list`, `union`, or `or` if it may be either, for unordered parts; for ordered parts the brackets (`()`,
+        `(]`, …), `matrix` or `row`.
+      parts: parts of the answer, at least one.
+      names: variables of the parts of a tuple, or the variable of an interval; () if not stated.
+      relation: relation by which an interval is written; "" for an interval in brackets.
     """
 
     kind: str
@@ -88,11 +88,11 @@ Node: TypeAlias = str | Group
 
 
 def read(answer: str, lists: bool = False) -> Node:
-    r"""Reads the structure of an answer; what has none is an atom, a text.
+    r"""Parses the structure of an answer; an answer without structure is an atom, which is a string.
 
     Args:
-      answer: as written.
-      lists: 8,221, which may be one number or two, is two, as several are asked for.
+      answer: answer text.
+      lists: whether an ambiguous text such as 8,221 is read as two numbers, because several are expected.
 
     >>> read(r"x \in (-\infty, 2] \cup \{5\}")
     Group(kind='union', parts=(Group(kind='(]', parts=('-\\infty', '2')), '5'))
@@ -106,7 +106,7 @@ def read(answer: str, lists: bool = False) -> Node:
 
 
 def join_thousands(text: str) -> str:
-    r"""Drops the commas that group thousands, wherever they stand outside of a list's brackets.
+    r"""Drops commas that group thousands, except inside the brackets of a list.
 
     >>> [join_thousands(text) for text in ("x > 1,000", r"\frac{1,000}{3}", "(1,000)", "x,1,000")]
     ['x > 1000', '\\frac{1000}{3}', '(1,000)', 'x,1,000']
@@ -124,7 +124,7 @@ def join_thousands(text: str) -> str:
 
 
 def assignment(text: str) -> tuple[str, str] | None:
-    """The name and the value of `x = 5` or `x = 2 + 3 = 5`; None if a text is no such."""
+    """The name and the value of `x = 5` or `x = 2 + 3 = 5`; None for any other text."""
     name, equals, _ = text.partition("=")
     value = text.rpartition("=")[2].strip()
     if not equals or not value or "<" in text or ">" in text or not _NAME.fullmatch(name.strip()):
@@ -160,7 +160,7 @@ def _read(text: str, depth: int) -> Node:
 
 
 def _grouped(pieces: Sequence[str]) -> Sequence[str]:
-    """Joins thousands: where commas with a space separate, as in `1,000, 2`, those without one group."""
+    """Joins thousands: if some commas have a space, as in `1,000, 2`, those without one group digits."""
     if not any(piece.startswith(" ") for piece in pieces[1:]):
         return pieces
     runs: list[list[str]] = []
@@ -176,7 +176,7 @@ def _grouped(pieces: Sequence[str]) -> Sequence[str]:
 
 
 def _read_alternatives(text: str, depth: int) -> Node | None:
-    """Intervals and relations joined by "or" or ∪ are a union; tuples joined by "or" may be a list as well."""
+    """Parses intervals and relations joined by "or" or ∪ as a union; tuples joined by "or" may also be a list."""
     pieces = list(_split(_OR.sub(r"\\lor ", text), "\\cup", "\\lor "))
     if not 1 < len(pieces) <= MAX_PARTS:
         return None
@@ -191,13 +191,13 @@ def _read_alternatives(text: str, depth: int) -> Node | None:
 
 
 def _is_interval(group: Group) -> bool:
-    """Whether brackets cannot be those of a point."""
+    """Whether the brackets rule out a point."""
     ends = (_LOW, _HIGH)
     return bool(group.relation) or group.kind in ("[)", "(]") or any(part in ends for part in group.parts)
 
 
 def _read_named(text: str, depth: int) -> Node | None:
-    r"""The values of `x \in …`, `(x, y) = …` and `\{x : x > 3\}`, with their names."""
+    r"""Parses `x \in …`, `(x, y) = …` and `\{x : x > 3\}` into values with names."""
     if match := _BUILDER.fullmatch(text):
         return _read_relation(clean(match["condition"]), depth)
     if match := _TUPLE.fullmatch(text):
@@ -218,7 +218,7 @@ def _read_named(text: str, depth: int) -> Node | None:
 
 
 def _named(group: Group, names: tuple[str, ...]) -> Group:
-    """A tuple of named values; in the order of the alphabet where the names are letters that follow each other."""
+    """Names the values of a tuple, and sorts them if the names are consecutive letters of the alphabet."""
     letters = "".join(sorted(names))
     if len(letters) == len(names) == len(set(names)) and letters in "abcdefghijklmnopqrstuvwxyz":
         ordered = sorted(zip(names, group.parts, strict=True), key=lambda pair: pair[0])
@@ -227,7 +227,7 @@ def _named(group: Group, names: tuple[str, ...]) -> Group:
 
 
 def _read_relation(text: str, depth: int) -> Node | None:
-    r"""The interval of `x \ge 3`, `1 < x \le 2` or `x > 1 and x < 3`."""
+    r"""Parses `x \ge 3`, `1 < x \le 2` or `x > 1 and x < 3` into an interval."""
     if RELATION.search(text) is None:
         return None
     sides = _AND.split(text)
@@ -313,7 +313,7 @@ def _split(text: str, *separators: str) -> Iterator[str]:
 
 
 def _enclosed(text: str) -> tuple[str, str | None]:
-    """The inside of one pair of brackets around all of a text, and the pair."""
+    """The content of a pair of brackets that encloses a whole text, and the pair."""
     start = 2 if text.startswith("\\{") else 1
     end = -2 if text.endswith("\\}") else -1
     if len(text) < 2 or text[start - 1] not in "([{" or text[-1] not in ")]}" or (start == 1 and text[0] == "{"):

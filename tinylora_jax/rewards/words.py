@@ -1,4 +1,4 @@
-r"""Answers that are words, and the letters of choices: compared as such and never by algebra."""
+r"""Compares answers that are words or letters of choices, which must never go through algebra."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _WORDS_IN_ANY_CASE = frozenset("yes no true false none never always odd even".sp
 
 
 def is_word(text: str) -> bool:
-    """Whether a text is a word, a name or an order of letters, of which algebra would make a product."""
+    """Whether a text is a word, a name or a sequence of letters, which algebra would read as a product."""
     return bool(_WRAPPED.fullmatch(text) or _PLAIN_WORD.fullmatch(text))
 
 
 def words_equal(left: str, right: str) -> bool:
-    """Whether words are the same, in whatever case if they are words and no products of letters."""
+    """Whether two words are equal, ignoring case unless they may be products of letters."""
     if left.startswith("\\") and not _WRAPPED.fullmatch(left):  # an angle, a segment
         return re.sub(r"[{} ]", "", left) == re.sub(r"[{} ]", "", right)
     words = _word(left), _word(right)
@@ -35,7 +35,7 @@ def words_equal(left: str, right: str) -> bool:
 
 
 def choices_equal(gold: str, found: str) -> bool:
-    r"""Whether both name one choice, at most one of them with what the choice is: `B` and `\textbf{(B)}\ 12`.
+    r"""Whether both name the same choice; one may include its content: `B` and `\textbf{(B)}\ 12`.
 
     >>> choices_equal("B", r"\textbf{(B)}\ 12"), choices_equal("B", "(b)"), choices_equal("B", "b")
     (True, True, False)
@@ -45,7 +45,7 @@ def choices_equal(gold: str, found: str) -> bool:
 
 
 def _label(answer: str) -> tuple[str, str] | None:
-    """The letter of a choice and what stands behind it."""
+    """The letter of a choice and the text after it."""
     match = _LABEL.fullmatch(answer.strip()) if len(answer) <= _MAX_CHARS else None
     if not match:
         return None
@@ -59,6 +59,6 @@ def _unwrapped(text: str) -> str:
 
 
 def _word(text: str) -> str:
-    """A word without wrapping; the letter of a choice without parentheses, in its case; other words in lower case."""
+    """Unwraps a word: letters of choices keep their case and lose parentheses; other words become lower case."""
     inside = _unwrapped(text)
     return inside if len(inside) == 1 else " ".join(inside.casefold().split())

@@ -1,7 +1,7 @@
-"""Worker processes that compare by algebra, each request within limits of time and memory.
+"""Worker processes that compare answers by algebra, with time and memory limits per request.
 
-A worker is the program `math_worker.py`. It survives what kills the answer of a request; should it die or fall silent
-itself, it is replaced.
+A worker is the program `math_worker.py`. It survives when a request is killed; a worker that dies or stops responding
+is replaced.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 _PROGRAM = Path(__file__).with_name("math_worker.py")
 _START_S = 120.0  # SymPy loads in one or two seconds; a busy machine may need many
-_GRACE_S = 10.0  # beyond the wall clock's limit that a worker sets itself
-_WALL_FACTOR = 4  # that of the program
-_ATTEMPTS = 3  # to start a worker
+_GRACE_S = 10.0  # time beyond the worker's own wall-clock limit
+_WALL_FACTOR = 4  # equal to WALL_FACTOR of the program
+_ATTEMPTS = 3  # number of attempts to start a worker
 
 
 class WorkerError(RuntimeError):
@@ -31,16 +31,16 @@ class WorkerError(RuntimeError):
 
 
 class _Worker:
-    """One process and what it is asked at the moment."""
+    """One process and its current request."""
 
     def __init__(self, arguments: Sequence[str]):
-        # -P: the folder of the program, which has modules of its own, is no place to import from.
+        # -P: do not import from the program's folder, which contains other modules.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run, which closes its workers
+            start_new_session=True,  # Ctrl-C reaches only the run, which closes its workers
         )
         self.ready = False
         self.asked: int | None = None
@@ -53,11 +53,11 @@ class _Worker:
         try:
             self.process.stdin.write(json.dumps({"id": index, **request}).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:  # it died idle: the end of its output, which is read next, says so
+        except BrokenPipeError:  # it died while idle: the next read finds the end of its output
             pass
 
     def read(self) -> list[dict[str, Any]] | None:
-        """The complete lines that have come; None when it has ended."""
+        """The complete lines received so far; None once the process has ended."""
         assert self.process.stdout is not None
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         *lines, self.received = (self.received + data).split(b"\n")
@@ -65,23 +65,23 @@ class _Worker:
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # with the child that may be at work
+            os.killpg(self.process.pid, signal.SIGKILL)  # with any child still at work
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             try:
                 stream.close()
-            except BrokenPipeError:  # what was never read of a request
+            except BrokenPipeError:  # part of a request was never read
                 pass
         self.process.wait()
 
 
 class Workers:
-    """A pool of workers, started when there is something to ask.
+    """A pool of workers, started with the first request.
 
     Args:
-      limit_s: seconds of processor time for a request.
-      memory_bytes: for a request.
-      count: number of workers; 0 is one for each core this process may use, at most 8.
+      limit_s: limit of processor time per request, in seconds.
+      memory_bytes: memory limit per request, in bytes.
+      count: number of workers; 0 for one per core that this process may use, at most 8.
     """
 
     def __init__(self, limit_s: float = 3.0, memory_bytes: int = 1 << 30, count: int = 0):
@@ -100,10 +100,10 @@ class Workers:
         """Answers requests, see `math_worker.py`.
 
         Returns:
-          In order: what a worker replied, with `equal`, or `failed` with the reason: `time`, `memory` or `worker`.
+          The replies in order: each has `equal`, or `failed` with the reason `time`, `memory` or `worker`.
 
         Raises:
-          WorkerError: no worker starts.
+          WorkerError: no worker can be started.
         """
         replies: list[dict[str, Any] | None] = [None] * len(requests)
         waiting = list(range(len(requests)))[::-1]
@@ -116,18 +116,18 @@ class Workers:
                         index = waiting.pop()
                         worker.ask(index, requests[index], _WALL_FACTOR * self.limit_s + _GRACE_S)
                 self._listen(replies)
-        except BaseException:  # Ctrl-C between a question and its answer: the answer is not to be taken for another's
+        except BaseException:  # after Ctrl-C, a late answer must not be taken for that of another request
             self.close()
             raise
         return [reply for reply in replies if reply is not None]
 
     def close(self) -> None:
-        """Ends the workers; `run` starts new ones."""
+        """Stops the workers; `run` starts new ones."""
         while self._workers:
             self._workers.pop().close()
 
     def _listen(self, replies: list[dict[str, Any] | None]) -> None:
-        """Waits until a worker says something or is late."""
+        """Waits until a worker replies or times out."""
         busy = [worker for worker in self._workers if not worker.ready or worker.asked is not None]
         with selectors.DefaultSelector() as selector:
             for worker in busy:
@@ -154,7 +154,7 @@ class Workers:
             replies[worker.asked], worker.asked = message, None
 
     def _lose(self, worker: _Worker, replies: list[dict[str, Any] | None]) -> None:
-        """Gives up a worker that ended or fell silent, and with it what it was asked."""
+        """Discards a worker that ended or stopped responding, and fails its request."""
         self._workers.remove(worker)
         worker.close()
         if worker.asked is not None:
@@ -163,5 +163,5 @@ class Workers:
             self._failed_starts += 1
             if self._failed_starts >= _ATTEMPTS:
                 raise WorkerError(
-                    f"{sys.executable} {_PROGRAM} ended or said nothing in {_START_S:.0f} s; run it to see why"
+                    f"{sys.executable} {_PROGRAM} exited or gave no output within {_START_S:.0f} s; run it to see why"
                 )

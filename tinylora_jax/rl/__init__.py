@@ -1,4 +1,4 @@
-"""One iteration of GRPO as library calls: rollout, grading, advantages and update."""
+"""One GRPO iteration as library calls: rollout, grading, advantages and update."""
 
 from tinylora_jax.rl._learner import Learner as Learner
 from tinylora_jax.rl._learner import Underway as Underway

@@ -1,4 +1,4 @@
-"""The half of a step that learns: from graded rollouts to an update of what is trained."""
+"""The learning half of a step: from graded rollouts to updated parameters."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def plan(
     samples: int,
     dtype: DTypeLike = np.float32,
 ) -> Plan:
-    """The plan of updates on rollouts of such prompts, on the mesh in use; `plan_update` says more of it.
+    """Plans updates on rollouts of such prompts, for the current mesh; see `plan_update`.
 
     Args:
       config: architecture of the model.
-      grpo: settings of the algorithm.
-      sampling: how rollouts are drawn.
-      prompts: prompts of one rollout, the longest among them.
-      samples: completions per prompt.
+      grpo: GRPO settings.
+      sampling: sampling settings of the rollouts.
+      prompts: prompts of one rollout, including the longest one.
+      samples: number of completions per prompt.
       dtype: dtype of the weights.
 
     Returns:
@@ -61,13 +61,13 @@ def plan(
 
 @dataclass(frozen=True)
 class Underway:
-    """An update that the devices may still be computing.
+    """An update that may still be running on the devices.
 
     Attributes:
-      state: trained state after the update.
-      metrics: metrics of the update, on the device.
-      graded: rollout that the update learns from.
-      seconds: time that the host spent on it so far.
+      state: training state after the update.
+      metrics: metrics of the update, as device arrays.
+      graded: rollout used for the update.
+      seconds: host time spent on the update so far, in seconds.
     """
 
     state: TrainState
@@ -77,12 +77,12 @@ class Underway:
 
 
 class Learner:
-    """Updates what is trained on graded rollouts. It holds no weights, so it can be made, and compiled, without them.
+    """Updates parameters on graded rollouts. It holds no weights, so it can be created and compiled without them.
 
     Args:
-      plan: static sizes and settings of an update, see `plan`.
+      plan: static sizes and settings of an update, from `plan`.
       optimizer: optax transformation, such as `Optimizer(1e-2).transform()`.
-      point: see `Update`.
+      point: function from the trained parameters to the policy's v, see `Update`.
     """
 
     def __init__(
@@ -96,33 +96,33 @@ class Learner:
     def with_optimizer(
         self, optimizer: optax.GradientTransformation, point: Callable[[Trained], Trained] | None = None
     ) -> Learner:
-        """A learner with another optimizer at another point, which shares this one's compiled gradient."""
+        """Creates a learner with another optimizer and point, which shares this learner's compiled gradient."""
         other = copy.copy(self)
         other._update = self._update.with_optimizer(optimizer, point)
         return other
 
     def init(self, policy: Adapted) -> TrainState:
-        """The state before the first step."""
+        """The training state before the first step."""
         return init_state(policy.init(), self._update.optimizer)
 
     def point(self, v: Trained) -> Trained:
-        """The policy's v for what is trained."""
+        """The policy's v for the given trained parameters."""
         return self._update.point(v)
 
     def lower(self, state: TrainState, policy: Adapted) -> Iterator[jax.stages.Lowered]:
-        """All programs of an update, lowered; shapes may stand for the state and the policy."""
+        """Lowers all programs of an update; the state and the policy may hold shapes only."""
         yield from self._update.lower(state, policy)
 
     def update(self, state: TrainState, policy: Adapted, graded: GradedRollout) -> tuple[TrainState, dict[str, float]]:
-        """The updates on one graded rollout: `begin`, then `finish`.
+        """Runs the updates on one graded rollout: `begin`, then `finish`.
 
         Args:
-          state: trained state.
-          policy: frozen weights and what adapts them.
-          graded: graded rollout of this state's policy.
+          state: training state.
+          policy: frozen weights and the adapter's structure.
+          graded: graded rollout, drawn from the policy at this state.
 
         Returns:
-          The next state, and metrics of the rollout and the update.
+          The next state, and metrics of the rollout and of the update.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
@@ -130,7 +130,7 @@ class Learner:
         return self.finish(self.begin(state, policy, graded))
 
     def begin(self, state: TrainState, policy: Adapted, graded: GradedRollout) -> Underway:
-        """Gives the devices the updates on one graded rollout, and does not wait; takes what `update` takes."""
+        """Starts the updates on one graded rollout without waiting; takes the arguments of `update`."""
         started = time.perf_counter()
         batch = self.batch(state, policy, graded)
         metrics: Metrics = {}
@@ -139,7 +139,7 @@ class Learner:
         return Underway(state, metrics, graded, time.perf_counter() - started)
 
     def finish(self, underway: Underway) -> tuple[TrainState, dict[str, float]]:
-        """Waits for updates that `begin` gave; returns and raises what `update` does."""
+        """Waits for the updates that `begin` started; returns and raises the same as `update`."""
         started, state, graded = time.perf_counter(), underway.state, underway.graded
         metrics = finite_metrics(underway.metrics, ("loss", "grad_norm", "v_norm")) | rollout_metrics(graded)
         metrics |= {"rollout_s": graded.seconds, "grading_s": graded.grading_seconds}
@@ -148,7 +148,7 @@ class Learner:
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     def batch(self, state: TrainState, policy: Adapted, graded: GradedRollout) -> Batch:
-        """What the loss sees of a rollout: its tokens, advantages, and such log-probabilities as the plan needs."""
+        """Converts a rollout to the loss's input: tokens, advantages, and the log-probabilities that the plan needs."""
         grpo, completions = self.plan.grpo, graded.completions
         shape = (len(graded.prompts), graded.samples, completions.tokens.shape[1])
         mask = np.arange(shape[2]) < completions.lengths[:, None]
@@ -169,12 +169,12 @@ class Learner:
 
 
 def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
-    """What a graded rollout tells: rewards, lengths, and how well the slots were used."""
+    """Computes metrics of a graded rollout: rewards, lengths and the utilization of the slots."""
     groups, lenient = graded.rewards(), graded.rewards("lenient")
     return {
         "reward": float(groups.ravel().mean()),
         "reward_lenient": float(lenient.ravel().mean()),
-        # The completions of one question are alike, so the means of the questions are what is independent.
+        # The completions of one question are correlated, so only the means of questions are independent.
         "reward_se": float(groups.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else 0.0,
         "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
         "length": float(graded.completions.lengths.mean()),

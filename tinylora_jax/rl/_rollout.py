@@ -1,4 +1,4 @@
-"""Rollouts: completions of a batch of prompts, and their grades."""
+"""Rollouts: completions for a batch of prompts, and their grades."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tinylora_jax.rollout import Completions, Sampling, generate
 
 @runtime_checkable
 class Decoder(Protocol):
-    """The one method of a tokenizer that grading needs."""
+    """A tokenizer with the one method that grading needs."""
 
     def decode(self, token_ids: np.ndarray, /, *, skip_special_tokens: bool) -> Any: ...
 
@@ -44,18 +44,18 @@ def _generate(
 
 
 lower_rollout = _generate.lower
-"""The program of `rollout`, lowered: of (config, policy, v, prompt arrays, key, sampling, samples, slots)."""
+"""Lowers the program of `rollout`; takes (config, policy, v, prompt arrays, key, sampling, samples, slots)."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions of a batch of prompts, prompt-major: rows `p * samples … (p + 1) * samples - 1` belong to prompt p.
+    """Completions for a batch of prompts; rows `p * samples … (p + 1) * samples - 1` belong to prompt p.
 
     Attributes:
       prompts: prompts with their questions and gold answers.
-      arrays: padded prompts.
-      completions: generated tokens, as NumPy arrays.
-      seconds: wall time of generation.
+      arrays: padded prompts as NumPy arrays.
+      completions: generated tokens as NumPy arrays.
+      seconds: wall-clock time of generation, in seconds.
     """
 
     prompts: tuple[Prompt, ...]
@@ -65,7 +65,7 @@ class Rollout:
 
     @property
     def samples(self) -> int:
-        """Completions of each prompt."""
+        """Number of completions per prompt."""
         return len(self.completions.lengths) // len(self.prompts)
 
     @property
@@ -74,9 +74,9 @@ class Rollout:
         return int(self.completions.lengths.sum())
 
     def part(self, first: int, count: int) -> Rollout:
-        """The rollout of `count` of the prompts from the first one given on.
+        """The part of the rollout for `count` prompts, starting at index `first`.
 
-        Seconds and decoding steps are divided in proportion to tokens, because the prompts shared the slots.
+        Seconds and decoding steps are divided in proportion to tokens, because all prompts shared the slots.
         """
         prompts = slice(first, first + count)
         rows = slice(first * self.samples, (first + count) * self.samples)
@@ -89,12 +89,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GradedRollout(Rollout):
-    """A rollout with texts and grades.
+    """A rollout with decoded texts and grades.
 
     Attributes:
-      texts: completions decoded without special tokens.
-      grades: one grade per completion.
-      grading_seconds: wall time of decoding and grading.
+      texts: completions, decoded without special tokens.
+      grades: grade of each completion.
+      grading_seconds: wall-clock time of decoding and grading, in seconds.
     """
 
     texts: tuple[str, ...]
@@ -102,7 +102,7 @@ class GradedRollout(Rollout):
     grading_seconds: float
 
     def rewards(self, which: str = "strict") -> Float[np.ndarray, "prompts samples"]:
-        """Grades of all completions as float32, `strict` or `lenient`."""
+        """The `strict` or `lenient` grades of all completions, float32 `[prompts, samples]`."""
         return np.array([getattr(grade, which) for grade in self.grades], np.float32).reshape(-1, self.samples)
 
 
@@ -117,18 +117,18 @@ def rollout(
     width: int | None = None,
     slots: int = 0,
 ) -> Rollout:
-    """Generates `samples` completions of every prompt.
+    """Generates `samples` completions for every prompt.
 
     Args:
       config: architecture of the model.
-      policy: frozen weights and what adapts them.
-      v: trained vector, or a leading axis with one for every prompt.
+      policy: frozen weights and the adapter's structure.
+      v: trained parameters, optionally with a leading axis of one entry per prompt.
       prompts: encoded prompts.
-      key: key of the sampling noise, or one key for every prompt.
-      sampling: how tokens are picked.
-      samples: completions per prompt.
-      width: padded length of the prompts, so that every batch runs the same program; None for the longest of them.
-      slots: completions decoded at once; 0 for all.
+      key: PRNG key of the sampling noise, or one key per prompt.
+      sampling: sampling settings.
+      samples: number of completions per prompt.
+      width: padded prompt length in tokens, so that every batch runs the same program; None uses the longest prompt.
+      slots: number of completions decoded at once; 0 for all.
 
     Returns:
       The completions, on the host.
@@ -140,15 +140,15 @@ def rollout(
 
 
 def grade(drawn: Rollout, reward: Reward, tokenizer: Decoder) -> GradedRollout:
-    """Decodes and grades the completions; no device has a part in it.
+    """Decodes and grades the completions on the host.
 
     Args:
-      drawn: completions to grade.
-      reward: reward, see `load_reward`.
+      drawn: rollout to grade.
+      reward: reward function, see `load_reward`.
       tokenizer: tokenizer of the model.
 
     Returns:
-      The rollout with texts and grades.
+      The rollout with decoded texts and grades.
     """
     started = time.perf_counter()
     completions = drawn.completions
@@ -156,7 +156,7 @@ def grade(drawn: Rollout, reward: Reward, tokenizer: Decoder) -> GradedRollout:
         tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(completions.tokens, completions.lengths, strict=True)
     )
-    own = share(len(texts))  # grading may be slow, so every process grades its part
+    own = share(len(texts))  # grading may be slow, so each process grades its share
     grades = grade_batch(reward, [texts[i] for i in own], [drawn.prompts[i // drawn.samples] for i in own])
     everyone = tuple(Grade(*fields) for fields in collect([dataclasses.astuple(grade) for grade in grades]))
     fields = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(Rollout)}
@@ -164,11 +164,11 @@ def grade(drawn: Rollout, reward: Reward, tokenizer: Decoder) -> GradedRollout:
 
 
 def step_key(seed: int, purpose: str, step: int) -> jax.Array:
-    """The key of one step's sampling noise: no two steps, and no two purposes, share it.
+    """Derives the key of one step's sampling noise; it differs between steps and purposes.
 
     Args:
       seed: seed of the run.
-      purpose: `train` or `eval`.
+      purpose: use of the noise, `train` or `eval`.
       step: index of the step.
 
     Returns:

@@ -1,7 +1,7 @@
 """Generation with continuous batching: one program prefills every prompt once, then decodes.
 
-A pool of slots decodes together. A finished completion leaves its slot to one that waits; when nobody waits any
-more, the pool shrinks, so that the last long completions do not pay for the empty slots of the others.
+A pool of slots decodes together. A finished completion gives its slot to a waiting one. Once none is waiting, the pool
+shrinks, so that the last long completions do not compute empty slots.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from tinylora_jax.models.tpu import on_tpu
 from tinylora_jax.rollout.sampling import Sampling, completion_keys, sample, uniforms
 
 _PREFILL_TOKENS = 32768  # prompts are prefilled in parts of about this size
-_CAPACITY_STEP = 128  # the cache's length is a multiple of this: whole tiles of a TPU, whole blocks of a GPU
+_CAPACITY_STEP = 128  # the cache length is a multiple of this, for whole TPU tiles and GPU blocks
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Completions:
-    """What a model answered, prompt-major: rows `p * samples … (p + 1) * samples - 1` belong to prompt p.
+    """Generated completions; rows `p * samples … (p + 1) * samples - 1` belong to prompt p.
 
     Attributes:
-      tokens: int32 `[rows, max_new_tokens]`; 0 after the end.
-      logprobs: float32, the same shape: log-probability of each token when it was drawn; 0 after the end.
-      lengths: int32 `[rows]`, the stop token included.
-      stopped: bool `[rows]`; False for a completion cut off at `max_new_tokens`.
-      slot_steps: int32, slots × decoding steps, full and empty ones: `lengths.sum() / slot_steps` is the share of
-        the work that was of use.
+      tokens: generated token ids, int32 `[rows, max_new_tokens]`; 0 after the end.
+      logprobs: log-probability of each token when it was sampled, float32 in the shape of `tokens`; 0 after the end.
+      lengths: number of tokens, int32 `[rows]`, including the stop token.
+      stopped: whether the completion ended with a stop token, bool `[rows]`; False if cut off at `max_new_tokens`.
+      slot_steps: slots × decoding steps, int32 scalar, including empty slots: `lengths.sum() / slot_steps` is the share
+        of useful work.
     """
 
     tokens: jax.Array
@@ -63,7 +63,7 @@ class Completions:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Prefilled:
-    """What every prompt leaves behind for its completions."""
+    """Results of the prefill that a prompt's completions need."""
 
     cache: KVCache
     hidden: jax.Array  # [prompts, hidden] of the last token
@@ -73,23 +73,23 @@ class _Prefilled:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Slots:
-    """The pool: S completions under way."""
+    """The pool: S completions in progress."""
 
-    completion: jax.Array  # [S] which one; the number of completions for an empty slot
-    index: jax.Array  # [S] of the token to draw next
+    completion: jax.Array  # [S] index of the completion; the total number for an empty slot
+    index: jax.Array  # [S] of the token to sample next
     position: jax.Array  # [S] of that token in its row; 0 for an empty slot
-    hidden: jax.Array  # [S, hidden] from which it is drawn
+    hidden: jax.Array  # [S, hidden] from which it is sampled
     cache: KVCache
-    params: Any  # the weights; adapters of their own per slot where there are several
+    params: Any  # the weights, with one adapter per slot if there are several
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """The loop's state."""
+    """The state of the decoding loop."""
 
     slots: _Slots
-    waiting: jax.Array  # [groups] how many completions of each group of prompts have or had a slot
+    waiting: jax.Array  # [groups] number of completions of each group of prompts that have or had a slot
     tokens: jax.Array
     logprobs: jax.Array
     lengths: jax.Array
@@ -130,8 +130,8 @@ def prepare(
     sampling: Sampling,
     samples: int,
 ) -> tuple[Any, _Prefilled, jax.Array]:
-    """What decoding needs: the weights as it reads them, the prompts' caches, a random number for every token."""
-    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing
+    """Prepares decoding: weights in its layout, the prompts' caches, and a random number per token."""
+    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing from it
         params = fused(params)
     keys = completion_keys(key, ids, samples)
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
@@ -141,10 +141,10 @@ def prepare(
 def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
     """Gives empty slots to waiting completions, in order.
 
-    Where devices split the rows, those of each take completions of its own prompts, so that no cache moves.
+    If devices split the rows, each device's slots take completions of its own prompts, so that no cache moves.
     """
     slots, total, groups = state.slots, state.lengths.shape[0], state.waiting.shape[0]
-    share = total // groups  # completions of a group
+    share = total // groups  # number of completions in a group
     group = jnp.arange(groups, dtype=jnp.int32)[:, None]
     empty = (slots.completion == total).reshape(groups, -1)
     candidate = state.waiting[:, None] + jnp.cumsum(empty, axis=1) - 1
@@ -179,7 +179,7 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
 
 
 def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
-    """Gives every completion a slot at once: no prompt then leaves the device that it lies on."""
+    """Gives every completion a slot at once, so that no prompt leaves its device."""
     total = state.lengths.shape[0]
 
     def each(x: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -
 
 
 def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
-    """The pool with the first `size` slots that are in use, or empty ones after them; as many of every shard."""
+    """Shrinks the pool to `size` slots, those in use first, with equally many from every shard."""
     empty = (slots.completion == total).reshape(shards, -1)
     order = jnp.argsort(empty, axis=1, stable=True)[:, : size // shards]
 
@@ -214,15 +214,15 @@ def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
 
 
 def _draw(scores: jax.Array, uniform: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """`sample`, where the scores lie: they are larger than anything else in a step."""
+    """Calls `sample` on the devices that hold the scores, which are the largest array of a step."""
     axes = vocabulary_axes(scores.shape[1])
-    if not axes or sampling.truncates:  # which sorts the whole vocabulary: each device does it for some rows
+    if not axes or sampling.truncates:  # truncation sorts the whole vocabulary, so each device handles some rows
         return sample(split_rows(scores, AXES), uniform, sampling)
     return over_vocabulary(lambda scores, uniform: sample(scores, uniform, sampling, axes), scores, uniform)
 
 
 def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state: _State) -> _State:
-    """Draws the next token of every slot and runs it through the model."""
+    """Samples the next token of every slot and runs it through the model."""
     slots, total = state.slots, state.lengths.shape[0]
     active = slots.completion < total
     uniform = noise.at[slots.completion, slots.index].get(mode="clip")
@@ -230,7 +230,7 @@ def decode_step(config: ModelConfig, sampling: Sampling, noise: jax.Array, state
     stopped = jnp.any(token[:, None] == jnp.asarray(sampling.stop_tokens, jnp.int32), axis=-1)
     ended = stopped | (slots.index + 1 == sampling.max_new_tokens)
     at = {"mode": "drop", "unique_indices": True}  # an empty slot writes nowhere
-    # Every empty slot names its own place outside, since scattered indices have to differ.
+    # Each empty slot gets a different out-of-range index, because scattered indices must be unique.
     row = jnp.where(active, slots.completion, total + jnp.arange(active.shape[0], dtype=jnp.int32))
     done = jnp.where(active & ended, row, total + jnp.arange(active.shape[0], dtype=jnp.int32))
 
@@ -265,7 +265,7 @@ def empty_state(
     dtype: jnp.dtype,
     groups: int = 1,
 ) -> _State:
-    """The state before the first admission: nothing drawn, all slots empty; prompts are admitted in `groups`."""
+    """The state before the first admission: all slots empty, with prompts to be admitted in `groups`."""
     capacity = -(-(width + sampling.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
     zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
     pool = _Slots(
@@ -288,10 +288,10 @@ def empty_state(
 
 
 def _sizes(slots: int, shards: int) -> list[int]:
-    """The pool's sizes, from the first to the last; few of them, for each is a loop to compile.
+    """The successive sizes of the pool; only a few, because each needs a compiled loop.
 
-    From 64 slots on half of the pool, then a quarter of that; large pools, whose steps take time in proportion to
-    their size, are halved twice.
+    Pools of at least 64 slots shrink to a half, then to a quarter of that. Large pools, whose steps take time in
+    proportion to their size, are halved twice.
     """
     sizes = [slots]
     for divisor in () if slots < 64 else (2, 4) if slots < 1024 else (2, 2, 4):
@@ -302,14 +302,14 @@ def _sizes(slots: int, shards: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Pool:
-    """The pool while it has one size: when it is filled, and when it is small enough to shrink.
+    """The pool at one size, with the rules for when to fill and when to shrink it.
 
     Attributes:
-      total: completions of the rollout.
-      groups: groups of prompts, whose completions wait apart.
-      shards: parts into which devices split the slots.
+      total: number of completions of the rollout.
+      groups: number of groups of prompts, each with its own queue of completions.
+      shards: number of parts into which devices split the slots.
       size: number of slots.
-      next_size: number of slots after it shrinks; 0 for the last pool.
+      next_size: number of slots after shrinking; 0 for the last pool.
     """
 
     total: int
@@ -336,20 +336,20 @@ class _Pool:
         return state.waiting < self.total // self.groups
 
     def _room(self, state: _State) -> jax.Array:
-        """Empty slots that somebody waits for."""
+        """Number of empty slots for which a completion is waiting."""
         empty = jnp.sum((state.slots.completion == self.total).reshape(self.groups, -1), axis=1)
         return jnp.sum(jnp.where(self._waiting(state), empty, 0))
 
     def _crowded(self, state: _State) -> jax.Array:
-        """Slots in use if every shard were as full as the fullest."""
+        """Number of slots in use if every shard were as full as the fullest."""
         used = jnp.sum((state.slots.completion < self.total).reshape(self.shards, -1), axis=1)
         return self.shards * jnp.max(used)
 
 
 def _worth_an_admission(size: int, groups: int) -> int:
-    """How many empty slots of a pool are filled at once: an admission costs less than a step.
+    """Number of empty slots from which an admission pays off: it costs less than a step.
 
-    One group alone can have so many, since it may be the last that waits.
+    A single group must be able to reach this number, because it may be the last one waiting.
     """
     return max(1, size // max(16, groups))
 
@@ -366,22 +366,22 @@ def generate(
     samples: int = 1,
     slots: int = 0,
 ) -> Completions:
-    """Draws `samples` completions of every prompt.
+    """Generates `samples` completions for every prompt.
 
-    A completion depends on (key, prompt id, sample index) and its prompt alone: not on the other rows,
-    their number or its place among them, nor on the number of slots.
+    A completion depends only on its prompt and on (key, prompt id, sample index). It does not depend on the other
+    rows, their number, its place among them or the number of slots.
 
     Args:
-      config: architecture.
-      params: weights, adapted or not. `policy(v)` with v `[prompts, groups, u]` gives every prompt its own adapter:
-        the completions are those that each adapter gives alone.
-      ids: prompt ids, which key the sampling noise.
-      tokens: right-padded prompts.
-      lengths: their lengths, at least 1.
-      key: key of this step, or one for every prompt.
-      sampling: how tokens are picked.
-      samples: completions per prompt; they share one prefill.
-      slots: completions decoded at once, on all devices together; 0, or more than there are, takes all.
+      config: architecture of the model.
+      params: weights, adapted or not. `policy(v)` with v `[prompts, groups, u]` gives every prompt its own adapter;
+        completions are the same as when that adapter runs alone.
+      ids: prompt ids, uint32 `[prompts]`, from which the sampling noise is derived.
+      tokens: right-padded prompts, int32 `[prompts, seq]`.
+      lengths: prompt lengths, int32 `[prompts]`, at least 1.
+      key: PRNG key of this step, or one per prompt.
+      sampling: sampling settings.
+      samples: number of completions per prompt; they share one prefill.
+      slots: number of completions decoded at once, on all devices together; 0, or more than there are, for all.
 
     Returns:
       The completions.
@@ -419,9 +419,9 @@ def _on_each_device(
     samples: int,
     slots: int,
 ) -> Completions:
-    """`generate` on a mesh of rows alone: the program of one device for a share of the prompts on each.
+    """`generate` on a mesh that splits only rows: each device runs its own program for its share of prompts.
 
-    The devices exchange nothing, and none waits for another's longest completion before the end.
+    The devices exchange no data, and none waits for another's longest completion before the end.
     """
     devices = current_mesh().size
     own_slots = -(-slots // devices)

@@ -1,4 +1,4 @@
-"""Choosing the next token: temperature, top-k, top-p, one random number a token."""
+"""Sampling of the next token: temperature, top-k and top-p, with one random number per token."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-_BLOCK = 128  # lanes of the two-level search; a vocabulary of 151,936 becomes 1,187 partial sums
+_BLOCK = 128  # block size of the two-level search; a vocabulary of 151,936 becomes 1,187 partial sums
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Sampling settings of completions.
 
     Attributes:
-      max_new_tokens: hard limit on a completion's length, the stop token included.
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: keep the k most likely tokens; 0 keeps all.
-      top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-      stop_tokens: a completion ends with the first of these.
+      max_new_tokens: largest number of tokens in a completion, including the stop token.
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_k: number of most likely tokens to sample from; 0 for all.
+      top_p: probability mass of the most likely tokens to sample from; 1 for all.
+      stop_tokens: ids of the tokens that end a completion.
 
     >>> Sampling(max_new_tokens=8, temperature=-1.0)
     Traceback (most recent call last):
@@ -47,25 +47,25 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k or top-p leave tokens out, which takes all scores of a row in one place."""
+        """Whether top-k or top-p excludes tokens, which needs all scores of a row on one device."""
         return self.top_k > 0 or self.top_p < 1
 
     @property
     def logprob_temperature(self) -> float:
-        """Temperature of the distribution whose log-probabilities are reported; greedy reports that of 1."""
+        """Temperature of the reported log-probabilities; 1 for greedy decoding."""
         return self.temperature or 1.0
 
 
 def completion_keys(key: Key[Array, "*prompts"], ids: UInt32[Array, " prompts"], samples: int) -> Key[Array, " rows"]:
-    """One key per completion from (key, prompt id, sample index): never from its place in the batch.
+    """Derives one key per completion from (key, prompt id, sample index), never from its place in the batch.
 
     Args:
-      key: key of the step, itself from (seed, step); or one for every prompt, where several runs draw together.
-      ids: prompt ids.
-      samples: completions per prompt.
+      key: PRNG key of the step, derived from (seed, step); or one per prompt if several runs sample together.
+      ids: prompt ids, uint32 `[prompts]`.
+      samples: number of completions per prompt.
 
     Returns:
-      Keys in the order prompt-major: `[prompts × samples]`.
+      Keys in prompt-major order, `[prompts × samples]`.
     """
     of_prompt = jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, ids)
     per_sample = jax.vmap(jax.random.fold_in, (None, 0))
@@ -73,26 +73,26 @@ def completion_keys(key: Key[Array, "*prompts"], ids: UInt32[Array, " prompts"],
 
 
 def uniforms(keys: Key[Array, " rows"], token_index: Int[Array, ""]) -> Float[Array, " rows"]:
-    """One number in [0, 1) per completion, from its key and the token's index alone."""
+    """One number in [0, 1) per completion, which depends only on its key and the token's index."""
     return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, token_index)))(keys)
 
 
 def _truncate(scaled: Float[Array, "rows vocab"], sampling: Sampling) -> Float[Array, "rows vocab"]:
-    """Sets to −∞ what top-k and then top-p (of what top-k left) exclude; ties with the last kept token stay."""
+    """Sets scores excluded by top-k, then by top-p of the rest, to −∞; ties with the last kept token stay."""
     if 0 < sampling.top_k < scaled.shape[-1]:
         worst = jax.lax.top_k(scaled, sampling.top_k)[0][:, -1:]
         scaled = jnp.where(scaled < worst, -jnp.inf, scaled)
     if sampling.top_p < 1:
         ordered = jnp.sort(scaled, axis=-1, descending=True)
         p = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # a token stays while those before it fall short
+        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # a token is kept while the sum before it is too small
         worst = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         scaled = jnp.where(scaled < worst, -jnp.inf, scaled)
     return scaled
 
 
 def _running_sums(weights: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
-    """Σ of each entry and those before it, as two small products: a scan would be dozens of kernels."""
+    """Cumulative sums, as two small products: a scan would take dozens of kernels."""
     rows, n = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -n % _BLOCK))).reshape(rows, -1, _BLOCK)
     inside = jnp.matmul(blocks, jnp.triu(jnp.ones((_BLOCK, _BLOCK), weights.dtype)), precision="highest")
@@ -105,8 +105,8 @@ def _running_sums(weights: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
 def _search(
     weights: Float[Array, "rows n"], cumulative: Float[Array, "rows n"], target: Float[Array, " rows"]
 ) -> Int[Array, " rows"]:
-    """Index of the first weight whose running sum exceeds `target`, never one of zero weight."""
-    # Rounding must not run past the last nonzero weight.
+    """Index of the first weight whose cumulative sum exceeds `target`, never one with zero weight."""
+    # Rounding must not select an index past the last nonzero weight.
     target = jnp.minimum(target, jnp.max(cumulative, axis=-1) * (1 - 2.0**-22))
     return jnp.argmax((cumulative > target[:, None]) & (weights > 0), axis=-1)
 
@@ -114,17 +114,17 @@ def _search(
 def inverse_cdf(
     scores: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], axes: tuple[str, ...] = ()
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """Draws an index with probability softmax(scores), from one uniform number a row; and log Σ exp(scores).
+    """Samples an index with probability softmax(scores) from one uniform number per row; also log Σ exp(scores).
 
-    Searches sums over blocks of 128 first, then inside the chosen block: no random numbers per token of
-    the vocabulary, and no running sum over it either. The scores are read twice, and nothing of their size is
-    written.
+    The search covers sums over blocks of 128 first, then the chosen block. So it needs neither a random number per
+    vocabulary entry nor a cumulative sum over the vocabulary. It reads the scores twice and writes no array of their
+    size.
 
     Args:
-      scores: unnormalized log-probabilities, float32.
-      uniform: one number in [0, 1) a row.
-      axes: mesh axes that split the vocabulary, inside `jax.shard_map`. Devices then exchange a few numbers a row:
-        the token lies on the device whose share of the running sum the number falls into.
+      scores: unnormalized log-probabilities, float32 `[rows, vocab]`.
+      uniform: random numbers in [0, 1), float32 `[rows]`.
+      axes: mesh axes that split the vocabulary, inside `jax.shard_map`. Devices then exchange a few numbers per row to
+        find the device whose share of the cumulative sum contains the number.
     """
     rows, vocab = scores.shape
     padded = jnp.pad(scores, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf) if vocab % _BLOCK else scores
@@ -134,7 +134,7 @@ def inverse_cdf(
     cumulative = _running_sums(sums)
     start, end, total = _shares(cumulative[:, -1], axes)
     target = uniform * total
-    if axes:  # rounding must not run past the last device
+    if axes:  # rounding must not select an index past the last device
         target = jnp.minimum(target, total * (1 - 2.0**-22))
     here = (start <= target) & (target < end)
     target = target - start
@@ -151,19 +151,19 @@ def _largest(x: Float[Array, " rows"], axes: tuple[str, ...]) -> Float[Array, " 
 
 
 def _from_one(x: Array, here: Bool[Array, " rows"], axes: tuple[str, ...]) -> Array:
-    """A row's value on the device where `here` is true, on all of them."""
+    """Broadcasts each row's value from the device where `here` is true."""
     return jax.lax.psum(jnp.where(here, x, 0), axes) if axes else x
 
 
 def _first(vocab: int, axes: tuple[str, ...]) -> Int[Array, ""] | int:
-    """The token with which this device's part of the vocabulary begins."""
+    """The first token of this device's part of the vocabulary."""
     return jax.lax.axis_index(axes) * vocab if axes else 0
 
 
 def _shares(
     own: Float[Array, " rows"], axes: tuple[str, ...]
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"], Float[Array, " rows"]]:
-    """Where this device's share of the running sum starts and ends, and the whole sum: the same on every device."""
+    """Start and end of this device's share of the cumulative sum, and the total, which is equal on every device."""
     if not axes:
         return jnp.zeros_like(own), jnp.full_like(own, jnp.inf), own
     ends = jnp.cumsum(jax.lax.all_gather(own, axes), axis=0)
@@ -174,17 +174,17 @@ def _shares(
 def sample(
     logits: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], sampling: Sampling, axes: tuple[str, ...] = ()
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """Picks one token per row.
+    """Samples one token per row.
 
     Args:
-      logits: float32 scores.
-      uniform: one number in [0, 1) a row; unused when greedy.
-      sampling: how to pick.
-      axes: mesh axes that split the vocabulary, inside `jax.shard_map`; neither top-k nor top-p can be asked for.
+      logits: scores before softmax, float32 `[rows, vocab]`.
+      uniform: random numbers in [0, 1), float32 `[rows]`; unused in greedy decoding.
+      sampling: sampling settings.
+      axes: mesh axes that split the vocabulary, inside `jax.shard_map`; top-k and top-p are then unavailable.
 
     Returns:
-      Token ids (int32) and their log-probabilities under softmax(logits / temperature), before top-k and
-      top-p: the policy whose gradient the trainer takes.
+      Token ids, int32 `[rows]`, and their log-probabilities under softmax(logits / temperature), before top-k and
+      top-p; this is the policy that the trainer differentiates.
     """
     scaled = logits / sampling.logprob_temperature
     if sampling.temperature == 0:
@@ -203,7 +203,7 @@ def sample(
 def _greedy(
     logits: Float[Array, "rows vocab"], axes: tuple[str, ...]
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """The first of the most likely tokens, and log Σ exp(logits)."""
+    """The first most likely token, and log Σ exp(logits)."""
     token, log_normalizer = jnp.argmax(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
     if not axes:
         return token, log_normalizer

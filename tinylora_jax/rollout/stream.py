@@ -1,4 +1,4 @@
-"""Generation to watch: the completions of `generate`, a few tokens at a time."""
+"""Streaming generation: the completions of `generate`, a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinylora_jax.rollout.sampling import Sampling
 
 @partial(jax.jit, static_argnames=("config", "sampling", "samples"))
 def _begin(config, params, ids, tokens, lengths, key, sampling, samples):
-    """The weights, the noise and the state with every completion in a slot and nothing drawn yet."""
+    """Prepares weights, noise and a state in which every completion has a slot and no tokens yet."""
     params, prefilled, noise = prepare(config, params, ids, tokens, lengths, key, sampling, samples)
     total, width = len(tokens) * samples, tokens.shape[1]
     state = empty_state(config, params, total, total, width, sampling, prefilled.hidden.dtype)
@@ -29,7 +29,7 @@ def _begin(config, params, ids, tokens, lengths, key, sampling, samples):
 
 
 def _without_params(state):
-    # The state is donated from part to part; the weights belong to the caller.
+    # The state is donated from one part to the next; the weights belong to the caller.
     return replace(state, slots=replace(state.slots, params=None))
 
 
@@ -64,26 +64,26 @@ def stream(
     samples: int = 1,
     every: int = 4,
 ) -> Iterator[Completions]:
-    """Draws the completions of `generate` and gives them out part by part, while they are drawn.
+    """Generates the completions of `generate` and yields them in parts while they are generated.
 
-    Two programs are compiled for a shape of prompts: the prefill, and `every` decoding steps. No state is copied
-    between parts, and a caller may leave the iterator at any time.
+    Two programs are compiled per prompt shape: the prefill, and `every` decoding steps. No state is copied between
+    parts, and a caller may stop iterating at any time.
 
     Args:
-      config: architecture.
+      config: architecture of the model.
       params: weights, adapted or not. `policy(v)` with v `[prompts, groups, u]` gives every prompt its own adapter.
-      ids: prompt ids, which key the sampling noise.
-      tokens: right-padded prompts.
-      lengths: their lengths, at least 1.
-      key: key of this step.
-      sampling: how tokens are picked.
-      samples: completions per prompt.
-      every: tokens per completion in a part.
+      ids: prompt ids, uint32 `[prompts]`, from which the sampling noise is derived.
+      tokens: right-padded prompts, int32 `[prompts, seq]`.
+      lengths: prompt lengths, int32 `[prompts]`, at least 1.
+      key: PRNG key of this step.
+      sampling: sampling settings.
+      samples: number of completions per prompt.
+      every: number of tokens per completion in a part.
 
     Yields:
-      What is new, as NumPy arrays: `tokens` and `logprobs` are `[rows, every]`, `lengths` says how many of them are a
-      row's, and `stopped` which rows met a stop token among them. One after the other, the parts of a row are the
-      row of `generate`.
+      The new part, as NumPy arrays: `tokens` and `logprobs` `[rows, every]`, the number of valid entries in `lengths`,
+      and `stopped`, which is True for rows that reached a stop token in this part. The parts of a row, concatenated,
+      equal the row of `generate`.
     """
     params, noise, state = _begin(config, params, ids, tokens, lengths, key, sampling, samples)
     going, start = True, 0

@@ -1,4 +1,4 @@
-"""Losses, the trained state and the jitted GRPO step."""
+"""Losses, the training state and the jitted GRPO step."""
 
 from tinylora_jax.training.batch import Batch as Batch
 from tinylora_jax.training.batch import Microbatch as Microbatch

@@ -1,4 +1,4 @@
-"""A graded rollout as arrays, and its packing into sequences of one static size."""
+"""A graded rollout as arrays, and its packing into sequences of static size."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tinylora_jax.multihost import to_host
 AnyArray: TypeAlias = jax.Array | np.ndarray
 
 _ALIGN = 32  # sequence lengths are multiples of this
-_ROOM = 3  # places in a sequence's rows for each of its tokens: rows may be a third full
-_NARROWEST = 512  # places; rows that fit into fewer are not sorted any further
+_ROOM = 3  # places in a sequence's rows per token, so rows may be only a third full
+_NARROWEST = 512  # smallest row width, in places
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One graded rollout of N prompts with G samples of at most T tokens, as arrays of the host.
+    """A graded rollout of N prompts with G samples of at most T tokens, as host arrays.
 
     Attributes:
-      prompts: int32 `[N, P]`, right-padded.
-      lengths: int32 `[N]`.
-      completions: int32 `[N, G, T]`, right-padded.
-      mask: bool `[N, G, T]`, True for the tokens that are trained on.
-      rollout_logprobs: float32 `[N, G, T]`, as generated.
-      advantages: float32 `[N, G]`.
-      old_logprobs: float32 `[N, G, T]` under the policy before the first update; None means that this
-        update is the first, and the current policy takes its place.
-      ref_logprobs: float32 `[N, G, T]` under v = 0; None without KL.
+      prompts: right-padded prompt tokens, int32 `[N, P]`.
+      lengths: prompt lengths, int32 `[N]`.
+      completions: right-padded completion tokens, int32 `[N, G, T]`.
+      mask: True for the tokens to train on, bool `[N, G, T]`.
+      rollout_logprobs: log-probabilities from generation, float32 `[N, G, T]`.
+      advantages: advantage of each completion, float32 `[N, G]`.
+      old_logprobs: log-probabilities under the policy before the first update, float32 `[N, G, T]`; None in the first
+        update, which uses the current policy instead.
+      ref_logprobs: log-probabilities under v = 0, float32 `[N, G, T]`; None without KL.
     """
 
     prompts: Int[np.ndarray, "prompts prompt_tokens"]
@@ -51,18 +51,18 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Microbatch:
-    """A microbatch of a rollout, packed: B sequences of T tokens; every field but `packing` is `[B, T]`.
+    """A packed microbatch of a rollout: B sequences of T tokens. All fields but `packing` are `[B, T]`.
 
     Attributes:
-      tokens: int32; completions, then prompts, then 0 in the unused rest.
-      packing: how the tokens form rows.
-      source: int32, the place of each token in the rollout's flat `[N·G·T]` completions; −1 for others.
-      mask: bool, as in `Batch`.
-      weights: float32, of each token's loss.
-      advantages: float32.
-      rollout_logprobs: float32.
-      old_logprobs: float32 or None.
-      ref_logprobs: float32 or None.
+      tokens: token ids, int32: completions, then prompts, then zeros as padding.
+      packing: maps between tokens and rows.
+      source: index of each token in the rollout's flattened completions `[N·G·T]`, int32; −1 for other tokens.
+      mask: True for the tokens to train on, bool.
+      weights: weight of each token's loss, float32.
+      advantages: advantage of each token's completion, float32.
+      rollout_logprobs: log-probabilities from generation, float32.
+      old_logprobs: log-probabilities before the first update, float32; or None.
+      ref_logprobs: log-probabilities under the reference policy, float32; or None.
     """
 
     tokens: Int[AnyArray, "sequences tokens"]
@@ -77,7 +77,7 @@ class Microbatch:
 
 
 class _Unit(NamedTuple):
-    """A prompt with some of its completions, which share it."""
+    """A prompt and some of its completions."""
 
     prompt: int
     samples: tuple[int, ...]
@@ -85,7 +85,7 @@ class _Unit(NamedTuple):
 
 
 class SequenceShape(NamedTuple):
-    """The static size of a sequence: the same for every rollout of a run, so that nothing compiles twice."""
+    """The static size of a sequence, equal for every rollout of a run, so that nothing compiles twice."""
 
     tokens: int
     rows: int
@@ -96,22 +96,22 @@ class SequenceShape(NamedTuple):
 def sequence_shapes(
     prompts: int, prompt_tokens: int, samples: int, completion_tokens: int, max_tokens: int, room: int = _ROOM
 ) -> tuple[SequenceShape, ...]:
-    """The sizes of sequences for rollouts of these bounds, by width of their rows, the narrowest first.
+    """Chooses sequence shapes for rollouts within these bounds, ordered from the narrowest rows to the widest.
 
-    Most completions are far shorter than the longest allowed, and a row costs attention for all its places: so
-    short rows and long ones go to different sequences.
+    Most completions are far shorter than the longest allowed, and attention in a row costs time for all its places.
+    So short and long rows go to different sequences.
 
     Args:
-      prompts: N.
-      prompt_tokens: P, the padded width of the prompts.
-      samples: G.
-      completion_tokens: T, the longest completion.
-      max_tokens: tokens in a sequence; raised to one prompt and completion, lowered to the whole rollout.
-      room: places in a sequence's rows for each of its tokens.
+      prompts: N, the number of prompts.
+      prompt_tokens: P, the padded prompt length in tokens.
+      samples: G, the number of completions per prompt.
+      completion_tokens: T, the longest completion in tokens.
+      max_tokens: number of tokens in a sequence; raised to fit one prompt and completion, lowered to the whole rollout.
+      room: number of places in a sequence's rows per token.
     """
     row = prompt_tokens + completion_tokens
-    own = prompt_tokens / samples + completion_tokens  # a row's tokens, its share of the prompt among them
-    filled = min(1 / room, 0.8 * own / row)  # many short completions of one prompt are many rows of few tokens
+    own = prompt_tokens / samples + completion_tokens  # tokens of a row, including its share of the prompt
+    filled = min(1 / room, 0.8 * own / row)  # many short completions of one prompt give many rows with few tokens
     whole = prompts * (prompt_tokens + samples * completion_tokens)
     up = lambda x, unit: -(-x // unit) * unit
     tokens = up(min(max(max_tokens, row), whole), _ALIGN)
@@ -124,14 +124,14 @@ def sequence_shapes(
 
 @dataclass
 class _OpenSequence:
-    """A sequence being filled."""
+    """A sequence that is being filled."""
 
     tokens: int  # free
     rows: int  # free
     units: list[_Unit] = field(default_factory=list)
 
     def fitting(self, prompt: int, ends: np.ndarray) -> int:
-        """How many of these completions fit, beside their prompt."""
+        """Number of these completions that fit together with their prompt."""
         return min(self.rows, int(np.searchsorted(prompt + np.cumsum(ends), self.tokens, side="right")))
 
     def add(self, unit: _Unit) -> None:
@@ -141,9 +141,9 @@ class _OpenSequence:
 
 
 def _fill(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: SequenceShape) -> list[list[_Unit]]:
-    """First-fit decreasing; a group that fits nowhere whole is divided, and its prompt repeated.
+    """First-fit decreasing; a group that fits in no sequence is divided, and its prompt repeated.
 
-    Completions without tokens are left out.
+    Completions without tokens are skipped.
     """
     sequences: list[_OpenSequence] = []
     wanted = wanted & (ends > 0)
@@ -162,7 +162,7 @@ def _fill(batch: Batch, ends: np.ndarray, wanted: np.ndarray, shape: SequenceSha
 
 
 def _put(sequence: _OpenSequence, prompt: int, length: int, rest: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Puts what fits of a prompt's completions into a sequence and gives the rest."""
+    """Puts as many of a prompt's completions into a sequence as fit, and returns the rest."""
     count = sequence.fitting(length, ends[prompt, rest])
     if count:
         taken = rest[:count]
@@ -171,7 +171,7 @@ def _put(sequence: _OpenSequence, prompt: int, length: int, rest: np.ndarray, en
 
 
 class _Laid(NamedTuple):
-    """Tokens and their places, of one sequence or, stacked, of several: fields as in `Microbatch` and `Packing`."""
+    """Tokens and places of one sequence or of several stacked ones; fields as in `Microbatch` and `Packing`."""
 
     tokens: Int[np.ndarray, "*sequences tokens"]
     source: Int[np.ndarray, "*sequences tokens"]
@@ -182,20 +182,20 @@ class _Laid(NamedTuple):
 
     @classmethod
     def stack(cls, laid: Sequence[_Laid]) -> _Laid:
-        """Several sequences as one."""
+        """Stacks several sequences."""
         return cls(*(np.stack(arrays) for arrays in zip(*laid, strict=True)))
 
 
 def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: SequenceShape) -> _Laid:
-    """Puts the tokens of units into one sequence, and says where each stands."""
+    """Lays out the tokens of units in one sequence, and records the place of each."""
     none = shape.rows * shape.places
     tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
     source = np.full(shape.tokens, -1, np.int32)
     tokens_at = np.full((shape.rows, shape.places), shape.tokens, np.int32)
     places_of = np.full((shape.tokens, shape.samples), none, np.int32)
-    lengths = np.ones(shape.rows, np.int32)  # an unused row is one token of nothing: some kernels need a length
+    lengths = np.ones(shape.rows, np.int32)  # an unused row has length 1, because some kernels need a positive length
     width = batch.completions.shape[2]
-    # Completions first, prompts after them: what is scored stands together, and the head skips the rest.
+    # Completions come before prompts: the tokens to score are contiguous, and the output head skips the rest.
     at, start = 0, sum(unit.tokens - int(batch.lengths[unit.prompt]) for unit in units)
     row = 0
     for prompt, samples, _ in units:
@@ -225,19 +225,19 @@ def pack(
     sequences: int = 1,
     wanted: np.ndarray | None = None,
 ) -> Iterator[Microbatch]:
-    """Cuts a rollout into microbatches of `sequences` sequences each, first-fit by length.
+    """Packs a rollout into microbatches of `sequences` sequences each, first-fit by length.
 
-    A microbatch is laid out when it is asked for, so that the devices work on one while the host makes the next.
+    A microbatch is laid out only when requested, so that the devices compute one while the host prepares the next.
 
     Args:
-      batch: the rollout.
-      weights: float32 `[N, G, T]`, `losses.token_weights` of it.
-      shapes: `sequence_shapes` of the run.
-      sequences: B, sequences a microbatch.
-      wanted: bool `[N, G]`, completions to take; None takes all.
+      batch: rollout to pack.
+      weights: weight of each token's loss, float32 `[N, G, T]`, from `losses.token_weights`.
+      shapes: shapes of the run's sequences, from `sequence_shapes`.
+      sequences: B, the number of sequences per microbatch.
+      wanted: completions to include, bool `[N, G]`; None includes all.
 
     Yields:
-      The microbatches; none if no completion is wanted. Those of one shape run one compiled program.
+      The microbatches; none if no completion is wanted. Microbatches of one shape run the same compiled program.
     """
     ends = np.where(batch.mask, np.arange(1, batch.mask.shape[2] + 1), 0).max(axis=-1)
     left = np.ones(ends.shape, bool) if wanted is None else wanted
@@ -252,13 +252,13 @@ def pack(
 
 
 def empty_microbatch(shape: SequenceShape, sequences: int = 1, *, old: bool = False, ref: bool = False) -> Microbatch:
-    """A microbatch without a token, for compiling a program before it is needed.
+    """Creates a microbatch without tokens, to compile a program in advance.
 
     Args:
       shape: shape of the sequences.
-      sequences: B.
-      old: with log-probabilities before the update.
-      ref: with those of the reference policy.
+      sequences: B, the number of sequences.
+      old: whether to include log-probabilities before the update.
+      ref: whether to include log-probabilities of the reference policy.
     """
     zeros = np.zeros((1, shape.samples, 1), np.float32)
     batch = Batch(
@@ -293,7 +293,7 @@ def _microbatch(batch: Batch, weights: np.ndarray, laid: _Laid) -> Microbatch:
 
 
 def unpack(microbatches: Sequence[Microbatch], values: Sequence[jax.Array | np.ndarray], batch: Batch) -> np.ndarray:
-    """Per-token values of packed microbatches, back in the rollout's `[N, G, T]`; zero where none has the token."""
+    """Restores per-token values of packed microbatches to `[N, G, T]`, with zero for tokens that none holds."""
     out = np.zeros(batch.completions.size, np.float32)
     for microbatch, value in zip(microbatches, values, strict=True):
         there = microbatch.source >= 0

@@ -1,4 +1,4 @@
-"""GRPO: its settings, and the loss of a microbatch of a rollout at v."""
+"""GRPO: its settings, and the loss of a microbatch at v."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "impor
 
 @dataclass(frozen=True)
 class GRPO:
-    """The algorithm's settings.
+    """Settings of the GRPO algorithm.
 
     Attributes:
-      loss_type: `grpo`, `dapo` or `dr_grpo`; see `losses.token_weights`.
-      normalize_std: divide a group's advantages by their standard deviation.
-      clip_low: the ratio's lower bound is 1 − this.
-      clip_high: the ratio's upper bound is 1 + this.
-      kl_coef: weight of the KL to the untrained model.
+      loss_type: averaging of the loss: `grpo`, `dapo` or `dr_grpo`; see `losses.token_weights`.
+      normalize_std: whether to divide a group's advantages by their standard deviation.
+      clip_low: distance of the ratio's lower bound from 1.
+      clip_high: distance of the ratio's upper bound from 1.
+      kl_coef: coefficient of the KL divergence from the untrained model.
       tis_cap: cap of truncated importance sampling; 0 turns it off.
-      updates_per_rollout: optimizer updates on each rollout.
-      stream_tokens: tokens differentiated at once; rollouts are packed into sequences of this many.
-      remat: recompute activations in the backward pass: `on`, `off`, or `auto`: if they would not fit (`plan_update`).
-      skip_without_signal: leave out groups whose rewards are all equal: their gradient is zero unless there is a KL
-        term. Metrics over tokens (entropy, delta_prob, …) then cover the other groups alone, unless there are none.
+      updates_per_rollout: number of optimizer updates per rollout.
+      stream_tokens: number of tokens in a packed sequence, which are differentiated at once.
+      remat: recomputation of activations in the backward pass: `on`, `off`, or `auto` to recompute only if they would
+        not fit in memory (`plan_update`).
+      skip_without_signal: whether to skip groups with equal rewards, whose gradient is zero unless there is a KL term.
+        Metrics over tokens (entropy, delta_prob, …) then cover only the other groups, unless there are none.
     """
 
     loss_type: str = "grpo"
@@ -69,15 +70,15 @@ class GRPO:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run's programs are compiled for.
+    """Static sizes and settings for which a run's programs are compiled.
 
     Attributes:
-      config: architecture.
-      grpo: settings.
+      config: architecture of the model.
+      grpo: GRPO settings.
       temperature: sampling temperature of the policy.
-      max_tokens: longest completion allowed (`dr_grpo`).
+      max_tokens: longest allowed completion, in tokens (`dr_grpo`).
       shapes: shapes of the packed sequences; see `sequence_shapes`.
-      sequences: sequences differentiated at once.
+      sequences: number of sequences differentiated at once.
       remat: whether the activations of a block are recomputed in the backward pass.
     """
 
@@ -97,16 +98,16 @@ def _score(config: ModelConfig, policy: Adapted, v: Trained, batch: Microbatch, 
 
 
 def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
-    """Log-probabilities of a batch's completions at v (the reference policy is `policy.init()`).
+    """Computes log-probabilities of a batch's completions at v (for the reference policy, `policy.init()`).
 
     Args:
       plan: static sizes and settings of the run.
-      policy: everything frozen.
-      v: the vector.
-      batch: the rollout; its rewards and advantages do not matter.
+      policy: frozen weights and the adapter's structure.
+      v: trained parameters.
+      batch: rollout to score; its rewards and advantages are not used.
 
     Returns:
-      float32 `[N, G, T]`, 0 outside the mask's completions.
+      Log-probabilities, float32 `[N, G, T]`; 0 outside the mask.
     """
     microbatches = list(pack(batch, np.zeros(batch.mask.shape, np.float32), plan.shapes, plan.sequences))
     return unpack(
@@ -117,16 +118,16 @@ def score(plan: Plan, policy: Adapted, v: Trained, batch: Batch) -> np.ndarray:
 
 
 def policy_logprobs(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[jax.Array, jax.Array]:
-    """`packed_logprobs` of a microbatch at v, as losses see it: of the tokens in the mask, with or without remat.
+    """Computes `packed_logprobs` of a microbatch at v for the tokens in the mask, with or without remat.
 
     Args:
-      v: trained vector, or a leading axis with one for each sequence.
+      v: trained parameters, optionally with a leading axis of one entry per sequence.
       plan: static sizes and settings.
-      policy: everything frozen.
+      policy: frozen weights and the adapter's structure.
       batch: packed microbatch.
 
     Returns:
-      Log-probabilities and entropies, float32 in the shape of the mask; outside it they mean nothing.
+      Log-probabilities and entropies, float32 in the shape of the mask; undefined outside it.
     """
     return packed_logprobs(
         plan.config,
@@ -141,20 +142,20 @@ def policy_logprobs(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) 
 
 
 def grpo_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[Float[Array, ""], Metrics]:
-    """Σ over tokens of weight · (importance · surrogate + β · k3), and sums of metrics over tokens.
+    """Computes Σ weight · (importance · surrogate + β · k3) over tokens, and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument; one for all sequences, or a leading axis with one for each.
-      plan: settings.
-      policy: everything frozen.
+      v: trained parameters, the only differentiated argument; optionally with a leading axis of one entry per sequence.
+      plan: static sizes and settings.
+      policy: frozen weights and the adapter's structure.
       batch: packed microbatch of a rollout.
 
     Returns:
-      The loss and, per metric, its sum over the tokens of the mask.
+      The loss, and the sum of each metric over the tokens in the mask.
     """
     grpo = plan.grpo
     logprobs, entropy = policy_logprobs(v, plan, policy, batch)
-    # Entries outside the mask are padding scored against garbage: silence them before they meet exp().
+    # Entries outside the mask are undefined: zero them before exp(), so that they cannot overflow.
     quiet = lambda x: jnp.where(batch.mask, x, 0.0)
     logprobs = quiet(logprobs)
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else quiet(batch.old_logprobs)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions, without ever holding [rows, tokens, vocabulary]."""
+"""Log-probabilities of completions, without storing an array [rows, tokens, vocabulary]."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tinylora_jax.models import ModelConfig, Packing, forward, head_kernel
 from tinylora_jax.models.packing import before
 from tinylora_jax.models.sharding import current_mesh, replicated, streams
 
-_CHUNKS = 128, 1024  # least and most tokens whose logits exist at once: 0.6 GB for a vocabulary of 151,936
+_CHUNKS = 128, 1024  # bounds on tokens whose logits exist at once: 0.6 GB at most for a vocabulary of 151,936
 
 
 def _chunked(function, chunk: int | None, wanted: jax.Array, *arrays: jax.Array):
-    """Maps a function of `[chunk, …]` arrays over longer ones; zeros for chunks in which nothing is wanted."""
+    """Maps a function of `[chunk, …]` arrays over longer arrays; chunks without wanted tokens give zeros."""
     count = wanted.shape[0]
     least, most = _CHUNKS
     size = min(chunk or min(max(count // 8, least), most), count)
@@ -34,10 +34,10 @@ def _chunked(function, chunk: int | None, wanted: jax.Array, *arrays: jax.Array)
 
 
 def _scores(hidden, head, tokens, temperature, with_gradient):
-    """Logprob and entropy of each row, and ∂logprob/∂hidden if asked for."""
+    """Logprob and entropy of each row, and ∂logprob/∂hidden if requested."""
     scaled = jnp.matmul(hidden, head, preferred_element_type=jnp.float32) / temperature
     top = jnp.max(scaled, axis=-1, keepdims=True)
-    e = jnp.exp(scaled - top)  # read once: both sums and the 16-bit copy for the product come from one pass
+    e = jnp.exp(scaled - top)  # one pass gives both sums and the 16-bit copy for the product
     total, weighted = jnp.sum(e, axis=-1), jnp.sum(e * scaled, axis=-1)
     log_normalizer = top[:, 0] + jnp.log(total)
     logprob = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0] - log_normalizer
@@ -58,22 +58,22 @@ def token_logprobs(
     temperature: float,
     chunk: int | None = None,
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """log softmax(hidden · head / temperature)[token] and the entropy of that distribution.
+    """Computes log softmax(hidden · head / temperature)[token] and the entropy of that distribution.
 
-    The forward pass keeps ∂logprob/∂hidden = (headᵧ − Σ p·head) / temperature, one vector a token, so that
-    the backward pass is a product with a scalar and logits are computed once. Gradients flow to `hidden`
-    through the log-probability alone: the head is frozen and the entropy is a metric.
+    The forward pass stores ∂logprob/∂hidden = (headᵧ − Σ p·head) / temperature, one vector per token. So the backward
+    pass is a product with a scalar, and logits are computed only once. Gradients flow to `hidden` only, through the
+    log-probability: the head is frozen, and the entropy is a metric.
 
     Args:
-      hidden: final hidden states.
-      head: output head.
-      tokens: the tokens to score.
-      wanted: which of them matter; a chunk without any is skipped.
+      hidden: final hidden states, `[tokens, hidden]`.
+      head: output head, `[hidden, vocab]`.
+      tokens: token ids to score, int32 `[tokens]`.
+      wanted: tokens whose results are needed, bool `[tokens]`; chunks without any are skipped.
       temperature: sampling temperature of the policy, > 0.
-      chunk: tokens scored at once; None takes an eighth of them, from 128 to 1024.
+      chunk: number of tokens scored at once; None takes an eighth of them, from 128 to 1024.
 
     Returns:
-      float32 log-probabilities and entropies in nats; meaningless where not wanted.
+      Log-probabilities and entropies in nats, float32 `[tokens]`; undefined for tokens that are not wanted.
     """
     return _chunked(lambda h, t: _scores(h, head, t, temperature, False), chunk, wanted, hidden, tokens)
 
@@ -98,7 +98,7 @@ def _with_head(
     wanted: Bool[Array, " n"],
     temperature: float,
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """`token_logprobs` whose gradient flows to the head too: each chunk's logits are computed again for it."""
+    """`token_logprobs` with a gradient for the head too, for which each chunk's logits are recomputed."""
     scores = jax.checkpoint(lambda h, t: _scores(h, head, t, temperature, False))
     return _chunked(scores, None, wanted, hidden, tokens)
 
@@ -113,26 +113,26 @@ def packed_logprobs(
     remat: bool = False,
     trains_head: bool = False,
 ) -> tuple[Float[Array, "sequences tokens"], Float[Array, "sequences tokens"]]:
-    """Scores every token of packed rows given those before it; a shared prompt runs once for its whole group.
+    """Scores every token of packed rows given the tokens before it; a shared prompt runs once per group.
 
     Args:
-      config: architecture.
+      config: architecture of the model.
       params: weights, adapted or not.
-      tokens: the sequences.
-      packing: how they form rows.
-      wanted: the tokens to score.
+      tokens: packed token ids, int32 `[sequences, tokens]`.
+      packing: maps between tokens and rows.
+      wanted: tokens to score, bool `[sequences, tokens]`.
       temperature: sampling temperature of the policy.
-      remat: recompute each block in the backward pass.
-      trains_head: the gradient is to reach the output head, which is frozen otherwise.
+      remat: whether to recompute each block in the backward pass.
+      trains_head: whether the output head gets a gradient; otherwise it is frozen.
 
     Returns:
-      float32 log-probabilities and entropies; meaningless where not wanted.
+      Log-probabilities and entropies in nats, float32 `[sequences, tokens]`; undefined for tokens that are not wanted.
     """
     hidden, _ = forward(config, params, tokens, packing=packing, remat=remat)
     hidden = before(hidden, packing)
     head = head_kernel(config, params)
     scored = _with_head if trains_head else token_logprobs
-    if current_mesh() is not None:  # chunks of each sequence, where it lies, and the head beside it
+    if current_mesh() is not None:  # score each sequence in chunks on its own device, with a copy of the head
         with streams():
             head = replicated(head)
         own = lambda *arrays: scored(arrays[0], head, *arrays[1:], temperature)

@@ -1,7 +1,7 @@
-"""GRPO as functions of arrays: advantages, the clipped surrogate, KL, and their averages.
+"""GRPO as functions of arrays: advantages, the clipped surrogate, KL, and loss averaging.
 
-Notation: N prompts, G samples of each, T tokens; π the current policy, π_old the policy at the start of
-the update, π_rollout the one that generated, π_ref the untrained model.
+Notation: N prompts, G samples per prompt, T tokens; π is the current policy, π_old the policy at the start of the
+update, π_rollout the policy that generated the completions, and π_ref the untrained model.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Groups = Float[Array, "prompts samples"] | Float[np.ndarray, "prompts samples"]
 
 
 def group_advantages(rewards: Groups, normalize_std: bool = True, epsilon: float = 1e-4) -> Groups:
-    """Âᵢ = rᵢ − mean(r), divided by std(r) + ε if asked for (GRPO, arXiv 2402.03300 eq. 3; Dr. GRPO drops it).
+    """Computes Âᵢ = rᵢ − mean(r), optionally divided by std(r) + ε (arXiv 2402.03300 eq. 3; not in Dr. GRPO).
 
     The standard deviation has Bessel's correction, as in TRL and verl.
 
     Args:
-      rewards: float32, a row per prompt; at least 2 samples.
-      normalize_std: divide by the standard deviation.
-      epsilon: ε.
+      rewards: rewards, float32 `[prompts, samples]`, with at least 2 samples.
+      normalize_std: whether to divide by the standard deviation.
+      epsilon: ε, added to the standard deviation.
 
     Returns:
-      Advantages, one a completion; zero where all of a prompt's rewards are equal. Of an array of the host they are
-      computed there, so that no device is waited for.
+      Advantages, float32 `[prompts, samples]`; zero if all rewards of a prompt are equal. For a host array they are
+      computed on the host, without waiting for a device.
 
     >>> import jax.numpy as jnp
     >>> group_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]]), normalize_std=False).tolist()
@@ -42,7 +42,7 @@ def group_advantages(rewards: Groups, normalize_std: bool = True, epsilon: float
 
 
 def importance_weights(old_logprobs: Tokens, rollout_logprobs: Tokens, cap: float) -> Tokens:
-    """Truncated importance sampling: min(π_old / π_rollout, cap) per token; 1 everywhere if `cap` is 0."""
+    """Truncated importance weights: min(π_old / π_rollout, cap) per token; 1 everywhere if `cap` is 0."""
     if cap == 0:
         return jnp.ones_like(old_logprobs)
     return jnp.minimum(jnp.exp(old_logprobs - rollout_logprobs), cap)
@@ -55,17 +55,17 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tokens, Mask, Mask]:
-    """−min(ρ Â, clip(ρ, 1 − low, 1 + high) Â) with ρ = π / π_old (arXiv 2402.03300 eq. 3).
+    """Computes −min(ρ Â, clip(ρ, 1 − low, 1 + high) Â) with ρ = π / π_old (arXiv 2402.03300 eq. 3).
 
     Args:
-      logprobs: ln π of each token.
-      old_logprobs: ln π_old.
-      advantages: Â of each token's completion.
-      clip_low: lower bound's distance from 1.
-      clip_high: upper bound's distance from 1.
+      logprobs: ln π of each token, float32.
+      old_logprobs: ln π_old of each token, float32.
+      advantages: Â of each token's completion, float32.
+      clip_low: distance of the lower bound from 1.
+      clip_high: distance of the upper bound from 1.
 
     Returns:
-      The loss of each token, and where the lower and the upper bound were active.
+      The loss of each token, and masks of the tokens where the lower and the upper bound were active.
     """
     ratio = jnp.exp(logprobs - old_logprobs)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -80,19 +80,19 @@ def k3(logprobs: Tokens, ref_logprobs: Tokens) -> Tokens:
 
 
 def token_weights(mask: RolloutMask, loss_type: str, max_tokens: int) -> RolloutFloats:
-    """The weight of each token's loss in the batch's loss.
+    """Computes the weight of each token in the loss of the batch.
 
-    `grpo` averages within each completion, then over completions; `dapo` averages over all tokens
-    (arXiv 2503.14476); `dr_grpo` divides the sum by completions × `max_tokens`, a constant, so that
-    length earns nothing (arXiv 2503.20783).
+    `grpo` averages within each completion, then over completions. `dapo` averages over all tokens (arXiv 2503.14476).
+    `dr_grpo` divides the sum by completions × `max_tokens`, a constant, which removes the length bias (arXiv
+    2503.20783).
 
     Args:
-      mask: True for tokens of completions.
-      loss_type: one of the three.
-      max_tokens: longest completion allowed (`dr_grpo`).
+      mask: True for tokens of completions, bool `[prompts, samples, seq]`.
+      loss_type: `grpo`, `dapo` or `dr_grpo`.
+      max_tokens: longest allowed completion, in tokens (`dr_grpo`).
 
     Returns:
-      float32 weights, zero where the mask is False; computed on the host if the mask is there.
+      Weights, float32 in the shape of the mask, zero where it is False; computed on the host for a host array.
     """
     weight = mask.astype(jnp.float32)
     completions = mask.shape[0] * mask.shape[1]

@@ -1,4 +1,4 @@
-"""What an update is compiled for: sequences that give every device some, as long as the memory allows."""
+"""Plans an update: sequences for every device, as long as memory allows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tinylora_jax.models.sharding import AXES, DATA, FSDP, dividing
 from tinylora_jax.training.batch import SequenceShape, sequence_shapes
 from tinylora_jax.training.grpo import GRPO, Plan
 
-_ROOM = 2  # places in a row for each token: a TPU computes all of them, where a GPU skips those of no token
-_SHARE = 0.6  # of the device's memory for activations; the 7B without recomputation has 45 GB of v5p's 95 in use
-_UNKNOWN_BYTES = 8e9  # where the device does not say
-# Shorter sequences are a little slower, but recomputing the blocks costs a third of the update.
+_ROOM = 2  # places in a row per token: a TPU computes all of them, while a GPU skips empty ones
+_SHARE = 0.6  # of device memory for activations; without recomputation a 7B model uses 45 of a v5p's 95 GB
+_UNKNOWN_BYTES = 8e9  # if the device does not report its memory
+# Shorter sequences are slightly slower, but recomputing the blocks costs a third of the update.
 _SHORTER = (1.0, 0.75, 0.5)
 
 
@@ -27,9 +27,9 @@ class Bounds(NamedTuple):
 
     Attributes:
       prompts: number of prompts.
-      prompt_tokens: padded width of the prompts.
-      samples: completions per prompt.
-      completion_tokens: longest completion.
+      prompt_tokens: padded prompt length, in tokens.
+      samples: number of completions per prompt.
+      completion_tokens: longest completion, in tokens.
     """
 
     prompts: int
@@ -39,21 +39,20 @@ class Bounds(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompts and completions when all are of the greatest length."""
+        """Number of tokens of prompts and completions if all have the greatest length."""
         return self.prompts * (self.prompt_tokens + self.samples * self.completion_tokens)
 
 
 def plan_sequences(mesh: Mesh | None, bounds: Bounds, stream_tokens: int) -> tuple[tuple[SequenceShape, ...], int]:
-    """The shapes of an update's sequences, and how many of them run at once.
+    """Chooses the shapes of an update's sequences, and how many of them run at once.
 
-    There is one sequence for every device, and sequences are shorter if it takes that to give each of them something.
-    Where even the shortest are too many for the longest rollout, there is one for every group of devices that share a
-    layer's weights.
+    Each device gets one sequence, and sequences are shortened if some devices would otherwise get none. If even the
+    shortest are too many for the longest rollout, each group of devices that share a layer's weights gets one.
 
     Args:
-      mesh: devices; None for a single one.
-      bounds: largest rollout.
-      stream_tokens: most tokens of a sequence.
+      mesh: device mesh; None for a single device.
+      bounds: bounds of the largest rollout.
+      stream_tokens: largest number of tokens in a sequence.
     """
     if mesh is None:
         return sequence_shapes(*bounds, stream_tokens), 1
@@ -65,17 +64,17 @@ def plan_sequences(mesh: Mesh | None, bounds: Bounds, stream_tokens: int) -> tup
 
 
 def activation_bytes(plan: Plan, dtype: DTypeLike, mesh: Mesh | None) -> float:
-    """Bytes on one device of what the blocks keep for the backward pass when nothing is recomputed.
+    """Estimates the activation bytes per device that the backward pass needs without recomputation.
 
     Args:
       plan: plan of the update.
       dtype: dtype of the weights.
-      mesh: devices; None for a single one.
+      mesh: device mesh; None for a single device.
     """
     c = plan.config
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    # A block keeps its two norms' inputs and outputs, q, k, v twice (sequences and rows), the mixed heads, and four
-    # arrays of the MLP's width.
+    # A block stores the inputs and outputs of its two norms, q, k, v twice (sequences and rows), the attention output,
+    # and four arrays of the MLP's width.
     kept = 6 * c.hidden_size + 4 * heads + 4 * c.intermediate_size
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dividing(mesh, AXES, plan.sequences))
     return float(plan.sequences // shards * plan.shapes[0].tokens * c.num_layers * np.dtype(dtype).itemsize * kept)
@@ -90,16 +89,16 @@ def plan_update(
     mesh: Mesh | None = None,
     device_bytes: float | None = None,
 ) -> Plan:
-    """The plan of an update whose activations fit: by shorter sequences if that is enough, else by recomputing them.
+    """Plans an update whose activations fit: with shorter sequences if that suffices, else with recomputation.
 
     Args:
-      config: architecture.
-      grpo: settings; `remat="auto"` leaves the choice to this function.
-      temperature: temperature of the policy.
-      bounds: largest rollout.
+      config: architecture of the model.
+      grpo: GRPO settings; `remat="auto"` leaves the choice to this function.
+      temperature: sampling temperature of the policy.
+      bounds: bounds of the largest rollout.
       dtype: dtype of the weights.
-      mesh: devices; None for a single one.
-      device_bytes: memory of one device; None where it is not known.
+      mesh: device mesh; None for a single device.
+      device_bytes: memory of one device in bytes; None if unknown.
     """
 
     def planned(share: float) -> Plan:

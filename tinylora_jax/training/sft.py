@@ -16,13 +16,13 @@ from tinylora_jax.training.update import Objective
 
 
 def sft_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tuple[Float[Array, ""], Metrics]:
-    """−Σ weight · ln π(token), and sums of metrics over tokens.
+    """Computes −Σ weight · ln π(token), and sums of metrics over tokens.
 
     Args:
-      v: the only differentiated argument; one for all sequences, or a leading axis with one for each.
-      plan: settings; a temperature of 1 gives the usual loss.
-      policy: everything frozen.
-      batch: packed microbatch of a batch of `solutions_batch`.
+      v: trained parameters, the only differentiated argument; optionally with a leading axis of one entry per sequence.
+      plan: static sizes and settings; a temperature of 1 gives the usual loss.
+      policy: frozen weights and the adapter's structure.
+      batch: packed microbatch of a batch from `solutions_batch`.
     """
     logprobs, entropy = policy_logprobs(v, plan, policy, batch)
     quiet = lambda x: jnp.where(batch.mask, x, 0.0)
@@ -34,13 +34,13 @@ SFT_OBJECTIVE = Objective(sft_loss, ("tokens", "entropy"))
 
 
 def solutions_batch(prompts: np.ndarray, lengths: np.ndarray, solutions: Sequence[Sequence[int]], width: int) -> Batch:
-    """Prompts with one given completion each, all of it to be learned.
+    """Builds a batch of prompts with one solution each, all of whose tokens are trained on.
 
     Args:
-      prompts: int32 `[N, P]`, right-padded.
-      lengths: int32 `[N]`.
-      solutions: tokens of the completions, N of them.
-      width: to which these are padded.
+      prompts: right-padded prompt tokens, int32 `[N, P]`.
+      lengths: prompt lengths, int32 `[N]`.
+      solutions: token ids of the N solutions.
+      width: padded length of the solutions, in tokens.
     """
     completions = np.zeros((len(solutions), 1, width), np.int32)
     for row, tokens in zip(completions[:, 0], solutions, strict=True):

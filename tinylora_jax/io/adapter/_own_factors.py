@@ -1,4 +1,4 @@
-"""Reads and writes factors.safetensors: factors that neither base model nor seed determines."""
+"""Reads and writes factors.safetensors: factors that neither the base model nor the seed determines."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from tinylora_jax.io.adapter._description import AdapterError, read_at_most
 from tinylora_jax.multihost import to_host
 
 FACTORS = "factors.safetensors"
-_MAX_HEADER = 1000  # of a safetensors file, for each of its tensors
-_SAME_P = 1e-5  # a seed's P are not stored because they came back from another form and were rounded there
+_MAX_HEADER = 1000  # largest header size of a safetensors file, in bytes per tensor
+_SAME_P = 1e-5  # P that differs from the seed's only by the rounding of another file format is not stored
 
 
 def pack_factors(factors: Factors) -> tuple[dict[str, Any] | None, bytes]:
-    """U, S and V of the modules whose weight does not determine them, and P of those where no seed gives it.
+    """Packs U, S and V that the weights do not determine, and P that no seed reproduces.
 
     Returns:
-      The description's field `factors`, and the bytes of the file; None and nothing if all can be computed again.
+      The field `factors` of the description, and the bytes of the file; None and no bytes if all factors can be
+      recomputed.
     """
     places, drawn_otherwise, tensors = places_of(factors), [], {}
     host = {path: to_host(leaf) for path, leaf in factors.leaves.items()}
@@ -47,20 +48,20 @@ def pack_factors(factors: Factors) -> tuple[dict[str, Any] | None, bytes]:
 
 
 def unpack_factors(folder: Path, kept: Mapping[str, Any], factors: Factors, params: Any) -> Factors:
-    """The factors with those of the file.
+    """Replaces factors with those stored in the file.
 
     Args:
-      folder: the adapter's.
-      kept: the description's field `factors`.
+      folder: folder of the adapter.
+      kept: field `factors` of the description.
       factors: factors of the base model for the adapter's spec.
-      params: the base model; None is refused.
+      params: weights of the base model; None raises an error.
 
     Raises:
-      AdapterError: the file is absent, damaged or altered, holds other tensors than described, or brings triplets
-        that are not the weight's.
+      AdapterError: the file is absent, damaged or altered, does not contain the described tensors, or contains triplets
+        that do not belong to the weights.
     """
     if params is None:
-        raise AdapterError(f"{folder} holds factors of its own, which only its base model can check; pass params")
+        raise AdapterError(f"{folder} has its own factors, whose check needs the base model; pass params")
     tensors = _read(folder / FACTORS, kept, factors)
     triplets = {name: SVD(*(tensors[f"{name}.{k}"] for k in SVD._fields)) for name in kept["modules"]}
     try:
@@ -71,7 +72,7 @@ def unpack_factors(folder: Path, kept: Mapping[str, Any], factors: Factors, para
 
 
 def _shapes(path: Path, kept: Mapping[str, Any], factors: Factors) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that a file must hold."""
+    """The shapes of the tensors that a file must contain."""
     places, shapes = places_of(factors), {}
     for names, fields in ((kept["modules"], SVD._fields), (kept.get("projections", ()), ("P",))):
         for name in names:
@@ -87,7 +88,7 @@ def _read(path: Path, kept: Mapping[str, Any], factors: Factors) -> dict[str, np
     data = read_at_most(
         path,
         sum(4 * math.prod(shape) + len(name.encode()) + _MAX_HEADER for name, shape in shapes.items()),
-        absent=", but adapter.json says that it belongs to the adapter; copy it too",
+        absent=", but adapter.json says that it is part of the adapter; copy it too",
         larger=f"the {len(shapes)} tensors that adapter.json names; copy it again",
     )
     if hashlib.sha256(data).hexdigest() != kept["sha256"]:

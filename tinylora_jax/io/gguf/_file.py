@@ -1,8 +1,8 @@
-"""The GGUF container: metadata and lazily dequantized tensors, from a file that may lie about itself.
+"""Reads the GGUF container: metadata and lazily dequantized tensors, from an untrusted file.
 
-`gguf.GGUFReader` trusts the counts in the header: an array that claims 2^60 elements keeps it
-looping, and every element of an honest array costs it a NumPy object. So the header is walked here,
-each length checked against the bytes that are left; block formats stay with `gguf.dequantize`.
+`gguf.GGUFReader` trusts the counts in the header: an array that claims 2^60 elements makes it loop forever, and each
+element of a valid array costs a NumPy object. So the header is parsed here, and each length is checked against the
+remaining bytes. `gguf.dequantize` handles the block formats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinylora_jax.io.hf._weights import LazyTensor
 
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
-_JOINED = 65536  # bytes of rows that are dequantized as one
+_JOINED = 65536  # bytes of joined rows that are dequantized at once
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
 _SCALARS = {
     0: "<B",
@@ -39,17 +39,17 @@ _SCALARS = {
     11: "<q",
     12: "<d",
 }
-# Far above any real file (Qwen: 40 keys, 300 tensors, 152 thousand strings), far below what hurts.
+# Far above any real file (Qwen: 40 keys, 300 tensors, 152 thousand strings), and still harmless.
 _MAX_KEYS, _MAX_TENSORS, _MAX_STRINGS, _MAX_DIMS = 2**16, 2**17, 2**22, 4
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a GGUF file holds.
+    """The contents of a GGUF file.
 
     Attributes:
-      metadata: scalars as Python values, arrays of strings as lists, arrays of numbers as NumPy arrays.
-      tensors: by GGUF name, shapes in torch's convention; `read` dequantizes to float32.
+      metadata: metadata by key: scalars as Python values, string arrays as lists, number arrays as NumPy arrays.
+      tensors: tensors by GGUF name, with shapes in torch's convention; `read` dequantizes to float32.
     """
 
     metadata: Mapping[str, Any]
@@ -57,7 +57,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """Reads little-endian values off a byte array and never past its end."""
+    """Reads little-endian values from a byte array, never past its end."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.offset, self.strings = data, 0, 0
@@ -66,7 +66,7 @@ class _Cursor:
         """The next `count` bytes."""
         left = len(self.data) - self.offset
         if count > left:
-            raise ValueError(f"truncated at byte {self.offset}: {what} takes {count} bytes, {left} are left")
+            raise ValueError(f"truncated at byte {self.offset}: {what} needs {count} bytes, {left} are left")
         self.offset += count
         return self.data[self.offset - count : self.offset]
 
@@ -75,12 +75,12 @@ class _Cursor:
         return struct.unpack(form, self.take(struct.calcsize(form), what).tobytes())[0]
 
     def string(self, what: str) -> str:
-        """A length and that many bytes of UTF-8."""
+        """A length, followed by that many bytes of UTF-8."""
         raw = self.take(self.scalar("<Q", what), what).tobytes()
         return raw.decode("utf-8")
 
     def count(self, what: str, limit: int) -> int:
-        """A 64-bit count of at most `limit`."""
+        """A 64-bit count, at most `limit`."""
         value = self.scalar("<Q", what)
         if value > limit:
             raise ValueError(f"{what} is {value}, expected at most {limit}")
@@ -90,7 +90,7 @@ class _Cursor:
         """A metadata value of GGUF type `kind`."""
         if kind in _SCALARS:
             number = self.scalar(_SCALARS[kind], what)
-            # The writer rounded a decimal (1e-6) to float32: its shortest decimal gives that number back.
+            # The writer rounded a decimal such as 1e-6 to float32; its shortest decimal restores the number.
             return float(str(np.float32(number))) if kind == _FLOAT32 else number
         if kind == _STRING:
             return self.string(what)
@@ -113,7 +113,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not GGUF, is truncated, or contradicts itself; says where.
+      ValueError: the file is not GGUF, is truncated, or is inconsistent; the message says where.
     """
     try:
         mode = Path(path).stat().st_mode
@@ -127,7 +127,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     try:
         return _parse(cursor)
     except (ValueError, struct.error) as error:
-        raise ValueError(f"{os.fspath(path)} is not a readable GGUF file: {error}; fetch it again") from error
+        raise ValueError(f"{os.fspath(path)} is not a readable GGUF file: {error}; download it again") from error
 
 
 def _parse(cursor: _Cursor) -> GGUFFile:
@@ -166,25 +166,25 @@ def _aligned(offset: int, alignment: int) -> int:
 
 def _check_padding(data: np.ndarray, begin: int, end: int, what: str) -> None:
     if data[begin:end].any():
-        raise ValueError(f"the padding behind {what}, bytes {begin} to {end}, is not zero: bytes were added or lost")
+        raise ValueError(f"the padding after {what}, bytes {begin} to {end}, is not zero: bytes were added or lost")
 
 
 def _check_tiling(
     data: np.ndarray, start: int, alignment: int, infos: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType, int]]
 ) -> None:
-    """Refuses tensors that do not lie one behind the other up to the end of the file.
+    """Raises an error unless the tensors follow each other up to the end of the file.
 
-    The format has nothing between them but zeros up to the alignment, so bytes that were inserted, lost or added show.
+    The format allows only zeros as alignment padding between them, so inserted, lost or added bytes are detected.
     """
     end = start
     for name, (shape, kind, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
         expected = _aligned(end - start, alignment)
         if offset != expected:
             raise ValueError(f"{name} begins at byte {offset} of the tensors, expected {expected}")
-        _check_padding(data, end, start + offset, f"what precedes {name}")
+        _check_padding(data, end, start + offset, f"the tensor before {name}")
         end = start + offset + _num_bytes(shape, kind)
     if infos and len(data) not in (end, start + _aligned(end - start, alignment)):
-        raise ValueError(f"the tensors end at byte {end}, the file has {len(data)}: bytes were added")
+        raise ValueError(f"the tensors end at byte {end}, but the file has {len(data)} bytes: some were added")
     _check_padding(data, end, len(data), "the tensors")
 
 
@@ -211,7 +211,7 @@ def _lazy(
     data: np.ndarray, name: str, start: int, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
 ) -> LazyTensor:
     if kind not in GGML_QUANT_SIZES:
-        raise ValueError(f"{name} has the tensor type {kind.name}, which the gguf library does not describe")
+        raise ValueError(f"{name} has the tensor type {kind.name}, which the gguf library does not support")
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if min(shape) < 1 or shape[-1] % block:
         raise ValueError(
@@ -221,10 +221,10 @@ def _lazy(
     begin = start + offset
     end = begin + _num_bytes(shape, kind)
     if end > len(data):
-        raise ValueError(f"truncated: {name} ends at byte {end}, the file has {len(data)}")
+        raise ValueError(f"truncated: {name} ends at byte {end}, but the file has {len(data)} bytes")
 
     def read() -> np.ndarray:
-        # `dequantize` takes sixteen rows at a time, and rows of 500 bytes would keep it busy with Python.
+        # `dequantize` processes sixteen rows at a time; with rows of 500 bytes, Python overhead would dominate.
         count = (end - begin) // row_bytes
         joined = next(k for k in range(max(1, min(count, _JOINED // row_bytes)), 0, -1) if count % k == 0)
         try:

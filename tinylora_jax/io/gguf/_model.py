@@ -1,4 +1,4 @@
-"""GGUF models of the llama, qwen2 and qwen3 architectures: config, tensors, tokenizer."""
+"""GGUF models of the llama, qwen2 and qwen3 architectures: config, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ _SCALING = {
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 _CHECKED = ("vocab_size", "attention.value_length", "rope.dimension_count")
-# The layout key records where the converter found the weights, finetuned that the scaling was trained.
+# The layout key records where the converter found the weights; finetuned means that the scaling was trained.
 _HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "expert_count", "expert_used_count")
 
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file as a model.
+    """A model in a GGUF file.
 
     Attributes:
       config: architecture of the model.
-      tensors: unread tensors under Hugging Face names, in Hugging Face layout.
-      tokenizer: built from the same file.
-      stop_tokens: end-of-sequence and end-of-turn ids that the metadata and the vocabulary name.
+      tensors: lazy tensors with Hugging Face names and layout.
+      tokenizer: tokenizer built from the same file.
+      stop_tokens: end-of-sequence and end-of-turn ids named in the metadata and the vocabulary.
     """
 
     config: ModelConfig
@@ -84,11 +84,11 @@ class GGUFModel:
 
 
 def load_gguf(path: str | os.PathLike[str]) -> GGUFModel:
-    """Reads config, tensor table and tokenizer of a GGUF file; tensors stay on disk until read.
+    """Reads the config, tensor table and tokenizer of a GGUF file; tensors stay on disk until they are read.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a damaged file, or metadata that cannot be honoured; says which.
+      ValueError: the file is damaged, or its metadata are not supported; the message says which.
     """
     file = read_gguf(path)
     try:
@@ -101,10 +101,10 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFModel:
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
-    """The architecture that a GGUF file's metadata and tensor table describe.
+    """Derives the architecture from a GGUF file's metadata and tensor table.
 
     Raises:
-      ValueError: lists the metadata keys that are missing, contradictory or not handled.
+      ValueError: metadata keys are missing, inconsistent or not supported; lists all of them.
     """
     metadata = file.metadata
     family = metadata.get("general.architecture")
@@ -118,7 +118,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     if vocabulary is None:
         problems.append("the tensor token_embd.weight is missing")
     if problems:
-        raise ValueError("the GGUF metadata cannot be honoured:\n  " + "\n  ".join(problems))
+        raise ValueError("the GGUF metadata are not supported:\n  " + "\n  ".join(problems))
     fields = {name: own[key] for key, name in _FIELDS.items() if key in own}
     scaling = {name: own[key] for key, name in _SCALING.items() if key in own}
     if scaling.get("rope_type", "none") == "none":
@@ -128,7 +128,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         | {
             "model_type": family,
             "vocab_size": vocabulary.shape[0],
-            # GGUF leaves these out where they follow from others: transformers' constants must not step in.
+            # GGUF omits these if they follow from other keys; transformers' defaults must not be used instead.
             "num_key_value_heads": own.get("attention.head_count_kv"),
             "head_dim": own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"]),
             "rope_scaling": scaling,
@@ -146,7 +146,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 def _problems(file: GGUFFile, own: Mapping[str, Any]) -> list[str]:
     known = {*_FIELDS, *_SCALING, *_CHECKED, *_HARMLESS}
-    problems = [f"{key}={value!r:.60} is not a key this loader knows" for key, value in own.items() if key not in known]
+    problems = [f"{key}={value!r:.60} is not a known key" for key, value in own.items() if key not in known]
     problems += [f"{key} is missing" for key in _REQUIRED if key not in own]
     sizes = ("embedding_length", "attention.head_count")
     problems += [
@@ -177,15 +177,14 @@ def _check_sizes(own: Mapping[str, Any], config: ModelConfig) -> None:
         if key in own and own[key] != size
     ]
     if wrong:
-        raise ValueError("the GGUF metadata contradicts itself: " + "; ".join(wrong))
+        raise ValueError("the GGUF metadata are inconsistent: " + "; ".join(wrong))
 
 
 def _llama3_rope(config: ModelConfig, factors: LazyTensor) -> Rope:
-    """Recognizes the Llama 3 scaling in the frequency divisors a converter stored for it.
+    """Recognizes the Llama 3 scaling from the stored frequency divisors.
 
-    Metadata say nothing of this scaling: `rope_freqs.weight` holds, per frequency, what to divide it
-    by. The largest divisor is the factor; with the constants of every Llama 3 release (1, 4, 8192)
-    that must reproduce all the others.
+    The metadata do not mention this scaling; `rope_freqs.weight` holds a divisor for each frequency. The largest
+    divisor is the factor. With the constants of every Llama 3 release (1, 4, 8192), it must reproduce all divisors.
     """
     divisors = factors.read().astype(np.float64).ravel()
     if config.rope.kind != "default":
@@ -207,7 +206,7 @@ def _llama3_rope(config: ModelConfig, factors: LazyTensor) -> Rope:
 
 
 def _hf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, LazyTensor]:
-    """Renames tensors and undoes llama.cpp's permutation; unknown names stay, to be reported."""
+    """Renames tensors and undoes llama.cpp's permutation; unknown names are kept and reported later."""
     llama = file.metadata["general.architecture"] == "llama"
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     tensors = {}
@@ -229,8 +228,8 @@ def _hf_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, LazyTensor]:
 def _unpermute(tensor: LazyTensor, heads: int, name: str) -> LazyTensor:
     """Undoes the reordering of q and k rows for llama.cpp's rotary embedding.
 
-    llama.cpp rotates neighbours (2i, 2i+1) in this architecture, Hugging Face the pair (i, i + d/2),
-    so its converter moves row (half, i) of each head to (i, half).
+    In this architecture llama.cpp rotates adjacent pairs (2i, 2i+1), and Hugging Face pairs (i, i + d/2). So the
+    converter moves row (half, i) of each head to (i, half).
     """
     rows = tensor.shape[0]
     if rows % (2 * heads):

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer from GGUF metadata, without torch (transformers' own reader needs it)."""
+"""Builds a byte-level BPE tokenizer from GGUF metadata without torch, unlike transformers' reader."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-# Word patterns as the tokenizer.json files of the models give them. Llama 3 and Qwen 2 share
-# everything but the length of a run of digits.
+# Word patterns from the models' tokenizer.json files. Those of Llama 3 and Qwen 2 differ only in the length of digit
+# runs.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,22 +26,22 @@ _ROLES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# Metadata names one end of sequence; a vocabulary may hold more, as the lists of generation_config.json show.
+# Metadata names one end-of-sequence token; a vocabulary may have more, as lists in generation_config.json show.
 _ENDS = (
     *("<|im_end|>", "<|endoftext|>"),  # Qwen, SmolLM2
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
-    *("<|end|>", "<end_of_turn>", "</s>", "<|eot|>", "<|return|>"),  # others that a model may have been merged with
+    *("<|end|>", "<end_of_turn>", "</s>", "<|eot|>", "<|return|>"),  # of other models, which may have been merged in
 )
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids of all tokens that end a turn or a text.
+    """Finds the ids of all tokens that end a turn or a text.
 
     Args:
       metadata: metadata of a GGUF file whose tokenizer `build_tokenizer` accepts.
 
     Returns:
-      The sorted ids that the metadata names, and those of control tokens with a known name.
+      The sorted ids: those named in the metadata, and those of control tokens with a known name.
     """
     tokens, kinds = metadata[_PREFIX + "tokens"], metadata[_PREFIX + "token_type"]
     named = (metadata.get(f"{_PREFIX}{name}_token_id") for name in ("eos", "eot", "eom"))
@@ -51,7 +51,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer that GGUF metadata describes.
+    """Builds the tokenizer described by GGUF metadata.
 
     Args:
       metadata: metadata of a file whose `tokenizer.ggml.model` is `gpt2` (byte-level BPE) and whose
@@ -61,7 +61,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
       A transformers tokenizer with the file's special tokens and chat template.
 
     Raises:
-      ValueError: another kind of tokenizer, or lists that contradict each other; all problems at once.
+      ValueError: the tokenizer is of another kind, or its lists are inconsistent; lists all problems.
     """
     problems = _kind_problems(metadata)
     tokens = _strings(metadata, "tokens", problems)
@@ -75,7 +75,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     if problems:
         raise ValueError("the GGUF tokenizer cannot be built:\n  " + "\n  ".join(problems))
     pre = metadata[_PREFIX + "pre"]
-    # Llama 3 looks a whole word up before it merges; the others only merge.
+    # Llama 3 looks up a whole word before it merges; the others only merge.
     model = BPE(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -143,9 +143,9 @@ def _roles(metadata: Mapping[str, Any], tokens: list[str], problems: list[str]) 
 
 
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    """Splits text into words and maps their bytes to the alphabet of the vocabulary."""
+    """Splits text into words, and maps their bytes to the vocabulary's alphabet."""
     if pre == _SMOLLM:
-        # Digits stand alone whatever surrounds them; GPT-2's own pattern does the rest.
+        # Each digit is a separate word; GPT-2's pattern splits the rest.
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -159,14 +159,14 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
-    """Registers the tokens that text is split at before any merging; control tokens are the special ones."""
+    """Registers tokens at which text is split before merging; control tokens are special tokens."""
     for index in np.flatnonzero(np.isin(kinds, (TokenType.CONTROL, TokenType.USER_DEFINED))):
         special = bool(kinds[index] == TokenType.CONTROL)
         tokenizer.add_tokens([AddedToken(tokens[index], normalized=False, special=special)])
 
 
 def _set_bos(tokenizer: Tokenizer, metadata: Mapping[str, Any], bos: str | None) -> None:
-    # llama.cpp starts Llama 3 texts with BOS even when the file does not say so; others only on request.
+    # llama.cpp starts Llama 3 texts with BOS even if the file does not say so; other texts only on request.
     default = metadata[_PREFIX + "pre"] == _LLAMA3
     steps: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=False)]
     if metadata.get(_PREFIX + "add_bos_token", default) and bos is not None:

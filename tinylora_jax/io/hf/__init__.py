@@ -1,4 +1,4 @@
-"""Hugging Face folders: configs, weights, the cache of the hub, and models to be written."""
+"""Hugging Face folders: configs, weights, the hub's cache, and export of models."""
 
 from tinylora_jax.io.hf._config import parse_config as parse_config
 from tinylora_jax.io.hf._export import export_merged as export_merged

@@ -1,4 +1,4 @@
-"""From a Hugging Face `config.json` to a ModelConfig; whatever is not understood is refused by name."""
+"""Converts a Hugging Face `config.json` to a ModelConfig; unsupported fields are rejected by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tinylora_jax.files import is_number
 from tinylora_jax.models.config import ModelConfig, Rope
 
-# What transformers assumes for an absent field (transformers 5.23, configuration_*.py).
+# The defaults of transformers for absent fields (transformers 5.23, configuration_*.py).
 _QWEN: Mapping[str, Any] = {
     "vocab_size": 151_936,
     "hidden_size": 4096,
@@ -33,9 +33,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 _SIZES = tuple(_QWEN)
 _MAX_SIZE = 2**31 - 1
-_MAX_LAYERS = 4096  # a name table is built per layer, so a lying config must not make it endless
+_MAX_LAYERS = 4096  # a name table is built per layer, so a bad config must not make it huge
 
-# Fields that may hold only the value under which they change nothing.
+# Fields that must have the value that leaves the model unchanged.
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
     "mlp_bias": False,
@@ -62,7 +62,7 @@ _READ = (
     "layer_types",
 )
 
-# Fields of real checkpoints that do not change logits: provenance, training, generation and API defaults.
+# Fields of real checkpoints that do not affect logits: provenance, training, generation and API defaults.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures dtype
@@ -90,22 +90,22 @@ _ROPE_FIXED: Mapping[str, Any] = {"truncate": True, "partial_rotary_factor": 1.0
 
 
 class _Reader:
-    """Reads typed values from a mapping and collects what is wrong with them."""
+    """Reads typed values from a mapping and collects all problems."""
 
     def __init__(self, values: Mapping[str, Any], problems: list[str], where: str = ""):
         self.values, self.problems, self.where = values, problems, where
 
     def number(self, name: str, default: float | None, low: float, high: float = math.inf) -> float:
-        """A finite number in [low, high]; absent, it is `default` (None: required)."""
+        """Reads a finite number in [low, high]; `default` if absent (None means required)."""
         value = self.values.get(name, default)
         if is_number(value) and low <= value <= high:
             return float(value)
         limit = "" if high == math.inf else f" and at most {high:g}"
         self.problems.append(f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r:.80}")
-        return math.nan  # compares false with everything, so one mistake is reported once
+        return math.nan  # all comparisons with it are false, so a problem is reported only once
 
     def size(self, name: str, default: int | None, high: int = _MAX_SIZE) -> int:
-        """A positive integer of at most `high`."""
+        """Reads a positive integer of at most `high`."""
         value = self.values.get(name, default)
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= high:
             return value
@@ -113,41 +113,40 @@ class _Reader:
         return 1
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or False."""
+        """Reads True or False."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             self.problems.append(f"{self.where}{name}: expected true or false, got {value!r:.80}")
         return value is True
 
     def fixed(self, expected: Mapping[str, Any]) -> None:
-        """Fields that must be absent, null or exactly as expected."""
+        """Checks fields that must be absent, null or exactly as expected."""
         for name, only in expected.items():
             value = self.values.get(name)
             if value is not None and value != only:
                 self.problems.append(f"{self.where}{name}={value!r:.80} is not supported; expected {only!r}")
 
     def unknown(self, known: frozenset[str]) -> None:
-        """Names outside `known` that are set; null sets nothing."""
+        """Reports fields outside `known` that are set; null counts as not set."""
         for name, value in self.values.items():
             if name not in known and value is not None:
-                self.problems.append(f"{self.where}{name}={value!r:.80} is not a field this loader knows")
+                self.problems.append(f"{self.where}{name}={value!r:.80} is not a known field")
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     """Translates the contents of a Hugging Face `config.json` (qwen2, qwen3 or llama; SmolLM2 is llama).
 
-    Absent fields take the value that transformers gives them for that model type. A field that
-    changes the result and is not handled here would silently make another model, so it is refused.
+    Absent fields take transformers' defaults for that model type. A field that affects the result and is not supported
+    would silently give a different model, so it is rejected.
 
     Args:
-      config: the parsed JSON object, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
-        (`rope_parameters`).
+      config: parsed JSON object, from transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
     Returns:
       The description of the architecture.
 
     Raises:
-      ValueError: lists every unsupported, unknown or malformed field by name.
+      ValueError: fields are unsupported, unknown or malformed; lists all of them by name.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _DEFAULTS:
@@ -164,7 +163,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     tied = reader.flag("tie_word_embeddings", False)
     _check_heads(sizes, problems)
     if problems:
-        raise ValueError(f"config of model_type {family!r} cannot be loaded faithfully:\n  " + "\n  ".join(problems))
+        raise ValueError(f"config of model_type {family!r} is not supported:\n  " + "\n  ".join(problems))
     return ModelConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
@@ -184,7 +183,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _sizes(reader: _Reader, defaults: Mapping[str, Any]) -> dict[str, int]:
-    """Every size; null head counts and head_dim follow from the others, as in transformers."""
+    """Reads all sizes; null head counts and head_dim follow from other fields, as in transformers."""
     derived = ("num_key_value_heads", "head_dim")
     sizes = {}
     for name in _SIZES:
@@ -202,7 +201,7 @@ def _sizes(reader: _Reader, defaults: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _attention_bias(reader: _Reader, family: str) -> bool:
-    """Whether q, k, v and o all have biases; Qwen2 always has them on q, k, v and never on o."""
+    """Whether q, k, v and o all have biases; Qwen2 always has them on q, k and v, and never on o."""
     if family != "qwen2":
         return reader.flag("attention_bias", False)
     if reader.values.get("attention_bias") not in (None, True):
@@ -229,7 +228,7 @@ def _check_heads(sizes: Mapping[str, int], problems: list[str]) -> None:
 
 
 def _rope(reader: _Reader, max_positions: int) -> Rope:
-    """The rotary embedding, in transformers' order of precedence: rope_scaling, then rope_parameters."""
+    """Reads the rotary embedding with transformers' precedence: rope_scaling, then rope_parameters."""
     values = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
         reader.problems.append(f"rope_scaling/rope_parameters: expected an object, got {values!r:.80}")
@@ -238,7 +237,7 @@ def _rope(reader: _Reader, max_positions: int) -> Rope:
     inner.unknown(_ROPE_READ | frozenset(_ROPE_FIXED))
     inner.fixed(_ROPE_FIXED)
     source = inner if "rope_theta" in values else reader
-    # A base of 1 or less makes yarn divide by zero and every other kind meaningless.
+    # With a base of 1 or less, yarn divides by zero and every other kind is meaningless.
     theta = source.number("rope_theta", 10_000.0, low=1.0 + 1e-6)
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
@@ -293,5 +292,5 @@ def _yarn(inner: _Reader, theta: float, max_positions: int) -> Rope:
 
 
 def _yarn_mscale(factor: float, scale: float) -> float:
-    """YaRN's temperature: 0.1 · scale · ln(factor) + 1, and 1 where nothing is extended."""
+    """YaRN's temperature: 0.1 · scale · ln(factor) + 1, or 1 without context extension."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

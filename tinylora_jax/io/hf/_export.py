@@ -1,4 +1,4 @@
-"""A model as a folder that transformers, vLLM and SGLang load: the inverse of `load_pretrained`."""
+"""Writes a model folder that transformers, vLLM and SGLang load; the inverse of `load_pretrained`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tinylora_jax.io.hf._safetensors import write_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor, name_tensors
 from tinylora_jax.models.config import ModelConfig, Rope
 
-_MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
+_MAX_SHARD_BYTES = 5 * 10**9  # the limit of transformers
 _CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def describe_config(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `parse_config`: an architecture as the contents of a `config.json`.
+    """Converts an architecture to the contents of a `config.json`; the inverse of `parse_config`.
 
     Raises:
-      ValueError: no model type of transformers has these biases and norms.
+      ValueError: no supported model type of transformers has these biases and norms.
     """
     if config.qk_norm:
         family = "qwen3"
@@ -40,7 +40,7 @@ def describe_config(config: ModelConfig) -> dict[str, Any]:
     if config.qkv_bias != config.o_bias and family != "qwen2":
         raise ValueError(
             f"a model with qkv_bias={config.qkv_bias}, o_bias={config.o_bias} and qk_norm={config.qk_norm} is none of"
-            f" {', '.join(_CLASSES)} and cannot be described for transformers"
+            f" {', '.join(_CLASSES)}, so transformers cannot load it"
         )
     bias = {} if family == "qwen2" else {"attention_bias": config.qkv_bias}
     return {
@@ -79,13 +79,13 @@ def _describe_rope(rope: Rope) -> dict[str, Any] | None:
 def export_merged(
     folder: Path, model: Pretrained, factors: Factors, v: Float[Array, "groups u"], dtype: DTypeLike = jnp.float32
 ) -> None:
-    """Writes W + ΔW, see `write_model`; one weight at a time is made and leaves the device.
+    """Writes a model with weights W + ΔW, merging one weight at a time; see `write_model`.
 
     Args:
-      folder: exists and is empty.
-      model: the base model.
-      factors: that v was trained with.
-      v: the vector.
+      folder: existing, empty folder.
+      model: base model.
+      factors: factors with which v was trained.
+      v: trained vector, float32 `[groups, u]`.
       dtype: dtype of the file: `float32`, or `bfloat16`, see `rounding_loss`.
     """
     wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))
@@ -101,13 +101,13 @@ def write_model(
 ) -> None:
     """Writes weights, config, tokenizer and stop tokens: a folder that transformers and `load_pretrained` load.
 
-    `generation_config.json` names the tokens that end an answer and nothing else, so transformers' `generate` with
-    `do_sample=False` is the greedy decoding that the adapter was evaluated by.
+    `generation_config.json` contains only the stop tokens. So `generate` of transformers with `do_sample=False` is the
+    same greedy decoding as in the adapter's evaluation.
 
     Args:
-      folder: exists and is empty.
-      model: the base model.
-      change: applied to every weight, with its path such as `layers/3/mlp/up_proj/kernel`, when it is written.
+      folder: existing, empty folder.
+      model: base model.
+      change: function of a path such as `layers/3/mlp/up_proj/kernel` and a weight, applied when the weight is written.
       dtype: dtype of the file.
     """
     _write_shards(folder, name_tensors(model.config, model.params, change), dtype)
@@ -119,23 +119,24 @@ def write_model(
 
 
 def rounding_loss(params: Any, factors: Factors, v: Float[Array, "groups u"], dtype: DTypeLike) -> float:
-    """What rounding does to the update: ‖(W + ΔW)ᵣ − Wᵣ − ΔW‖ / ‖ΔW‖ over all adapted weights, r for rounded.
+    """Computes the rounding error of the update, ‖(W + ΔW)ᵣ − Wᵣ − ΔW‖ / ‖ΔW‖, where r means rounded.
 
     Args:
-      params: the base model's tree.
-      factors: that v was trained with.
-      v: the vector.
-      dtype: to round to.
+      params: weights of the base model.
+      factors: factors with which v was trained.
+      v: trained vector, float32 `[groups, u]`.
+      dtype: dtype to which weights are rounded.
 
     Returns:
-      0 where the update is kept; 1 where the error is as large as the update itself; 0 for no update.
+      The relative error over all adapted weights: 0 if the update is kept or zero, 1 if the error is as large as the
+      update.
     """
     lost, whole = 0.0, 0.0
     weights = leaves_by_path(params)
     for path, part in factors.leaves.items():
         W = weights[path].astype(np.promote_types(weights[path].dtype, np.float32))
         merged = merge_leaf(W, part, v)
-        # Not jitted: there XLA may leave out a rounding that is taken back at once.
+        # Not jitted, because XLA may remove a rounding that is immediately undone.
         kept = merged.astype(dtype).astype(W.dtype) - W.astype(dtype).astype(W.dtype)
         lost += float(jnp.sum((kept - (merged - W)) ** 2))
         whole += float(jnp.sum((merged - W) ** 2))
@@ -148,7 +149,7 @@ def _special_tokens(model: Pretrained) -> dict[str, Any]:
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor], dtype: DTypeLike) -> None:
-    """One file, or several and an index."""
+    """Writes one file, or several files and an index."""
     size = lambda name: jnp.dtype(dtype).itemsize * math.prod(tensors[name].shape)
     shards: list[list[str]] = [[]]
     for name in tensors:

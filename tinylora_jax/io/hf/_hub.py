@@ -1,4 +1,4 @@
-"""Folders in the Hugging Face layout, local or from the hub: JSON, safetensors, nothing that executes."""
+"""Folders in the Hugging Face layout, local or from the hub: JSON and safetensors, no code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-# The hub's HTTP library changes with its major version; its errors module names the one in use.
+# The HTTP library of huggingface_hub depends on its major version; its errors module shows which one is in use.
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,27 +27,27 @@ from tinylora_jax.io.hf._safetensors import open_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]  # all but the weights
+_SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]  # all files except the weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-MAX_JSON_BYTES = 2**24  # 100 times a large model's index; parsed, JSON takes up to 30 times its size
-MAX_TOKENIZER_BYTES = 2**26  # the largest in use have 33 MB
+MAX_JSON_BYTES = 2**24  # 100 times a large model's index; parsed JSON takes up to 30 times its size
+MAX_TOKENIZER_BYTES = 2**26  # the largest known ones have 33 MB
 
 
 class NotInCacheError(FileNotFoundError):
-    """A model would have to be downloaded, and that is not allowed."""
+    """A model is not in the cache, and downloading is not allowed."""
 
 
 def fetch_folder(source: str, download: bool = True) -> Path:
-    """The folder of a model: `source` itself where it is one, else a snapshot of that hub id.
+    """Finds the folder of a model: `source` itself if it is a folder, else a snapshot of that hub id.
 
     Args:
-      source: a folder or a hub id.
-      download: whether what is not in the hub's cache may be downloaded.
+      source: folder or hub id.
+      download: whether files that are not in the hub's cache may be downloaded.
 
     Raises:
-      NotInCacheError: it is a hub id that is not in the cache, and nothing may be downloaded.
-      FileNotFoundError: neither a folder nor a hub id that can be fetched now.
-      ValueError: a file of the cache is not the one that the hub states.
+      NotInCacheError: the hub id is not in the cache, and downloading is not allowed.
+      FileNotFoundError: the source is neither a folder nor a hub id that can be downloaded now.
+      ValueError: the hash of a cached file is not the hub's.
     """
     folder = expand(source)
     if source and folder.is_dir():
@@ -71,9 +71,10 @@ def fetch_folder(source: str, download: bool = True) -> Path:
 
 
 def _download(source: str, download: bool) -> Path:
-    """A snapshot of a hub id: first the small files, then the weights that `load_pretrained` reads and no others.
+    """Fetches a snapshot of a hub id: first the small files, then only the weights that `load_pretrained` reads.
 
-    Repositories keep other formats of the same weights in subfolders and beside them (`consolidated.safetensors`).
+    Repositories may hold other formats of the same weights, in subfolders or next to them
+    (`consolidated.safetensors`).
     """
     get = lambda patterns, **options: Path(
         snapshot_download(
@@ -83,35 +84,35 @@ def _download(source: str, download: bool) -> Path:
     folder = get([*_SMALL, _SINGLE])
     if (folder / _SINGLE).is_file() or not (folder / _INDEX).is_file():
         return folder
-    # The folder of a snapshot is called by its commit.
+    # The folder of a snapshot is named after its commit.
     return get(
         sorted({re.sub(r"([*?[])", r"[\1]", file) for file in _weight_map(folder).values()}), revision=folder.name
     )
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a failure of the hub."""
+    """Advice for a failure of the hub."""
     if isinstance(error, GatedRepoError):
         return (
-            "accept the model's licence on its page at huggingface.co, then log in here with `hf auth login`, or set"
+            "accept the model's licence on its page at huggingface.co, then log in with `hf auth login` or set"
             " HF_TOKEN to a token of that account"
         )
     if isinstance(error, RepositoryNotFoundError):
         return "check the id; for a private model log in with `hf auth login`, or set HF_TOKEN"
     if type(error).__name__ == "JSONDecodeError":
         return (
-            "what answered is not the hub but, for instance, a proxy or the login page of a network; open"
-            " https://huggingface.co in a browser, or give a local folder"
+            "the response did not come from the hub but, for example, from a proxy or a network's login page; open"
+            " https://huggingface.co in a browser, or use a local folder"
         )
-    return "check the id and the network, or give a local folder with config.json and model.safetensors"
+    return "check the id and the network, or use a local folder with config.json and model.safetensors"
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file of at most so many bytes.
+    """Reads the object in a JSON file of at most `most` bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not one JSON object.
+      ValueError: the file is too large or not a single JSON object.
     """
     try:
         with open_regular(path) as file:
@@ -126,7 +127,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
         value = parse_json(data)
     except ValueError as error:
         raise ValueError(
-            f"{path}: expected a JSON object, got a file that does not parse ({error}); fetch it again"
+            f"{path}: expected a JSON object, got a file that does not parse ({error}); download it again"
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -138,11 +139,11 @@ def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
     """Opens a folder's safetensors, single or sharded; tensors are readable inside the `with` block.
 
     Yields:
-      Every tensor by name, unread.
+      Lazy tensors by name.
 
     Raises:
-      FileNotFoundError: no safetensors, or the index names a file that is absent.
-      ValueError: a file is truncated or corrupt, or the index contradicts the files.
+      FileNotFoundError: there are no safetensors, or the index names an absent file.
+      ValueError: a file is truncated or corrupt, or the index does not match the files.
     """
     shards = _shards(folder)
     with ExitStack() as stack:
@@ -152,7 +153,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
             if absent := sorted(set(names or ()) - set(found)):
                 raise ValueError(
                     f"{folder / _INDEX} places {', '.join(absent[:8])} in {file}, "
-                    f"which lacks {len(absent)} of them; fetch the model again"
+                    f"which lacks {len(absent)} of them; download the model again"
                 )
             if twice := sorted(set(tensors) & set(found)):
                 raise ValueError(f"{folder / file} repeats tensors of another shard: {', '.join(twice[:8])}")
@@ -161,38 +162,38 @@ def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
 
 
 def check_links(folder: Path) -> None:
-    """Refuses a model folder with a link to nothing, or with a pipe, a device or a folder in place of a file.
+    """Raises an error for a model folder with broken links, or with pipes, devices or folders in place of files.
 
-    What is optional would be taken for absent, and change prompts; a pipe would be waited for.
+    A broken optional file would count as absent, which may change prompts; reading a pipe would block.
 
     Raises:
-      FileNotFoundError: names the links.
-      ValueError: names what is no file.
+      FileNotFoundError: a link is broken; the message names the links.
+      ValueError: a path is not a file; the message names it.
     """
     patterns = [*_SMALL, "*.safetensors"]
     paths = [path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, each) for each in patterns)]
     for path in sorted(paths):
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, expected a file; fetch the model again")
+            raise ValueError(f"{path} is {kind_of(path.stat().st_mode)}, expected a file; download the model again")
     broken = sorted(path.name for path in paths if not path.exists())
     if broken:
         raise FileNotFoundError(
-            f"{folder}: {', '.join(broken[:8])} links to a file that is absent; fetch the model again, or remove"
+            f"{folder}: {', '.join(broken[:8])} links to a file that is absent; download the model again, or remove"
             " the link"
         )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index of a sharded model: tensor name to file name.
+    """Reads the index of a sharded model, which maps tensor names to file names.
 
     Raises:
-      ValueError: the index is no such table.
+      ValueError: the index is not such a table.
     """
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / _INDEX}: expected an object 'weight_map' of tensor name to file name")
     for name, file in weight_map.items():
-        # Only the name is judged: in the hub's cache every file is a link that leaves the snapshot folder.
+        # Only the name is checked: in the hub's cache every file is a link that leaves the snapshot folder.
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise ValueError(
                 f"{folder / _INDEX}: expected the name of a .safetensors file "
@@ -202,12 +203,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _shards(folder: Path) -> dict[str, tuple[str, ...] | None]:
-    """File name -> tensors that the index places there (None where there is no index)."""
+    """Maps file names to the tensors listed for them in the index; None without an index."""
     if (folder / _SINGLE).is_file():
         return {_SINGLE: None}
     if not (folder / _INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle and is never loaded, convert it to safetensors" if pickles else ""
+        hint = f"; {pickles[0]} is a pickle, which is never loaded; convert it to safetensors" if pickles else ""
         raise FileNotFoundError(f"{folder} holds no weights: expected {_SINGLE} or {_INDEX}{hint}")
     shards: dict[str, list[str]] = {}
     for name, file in _weight_map(folder).items():
@@ -215,13 +216,13 @@ def _shards(folder: Path) -> dict[str, tuple[str, ...] | None]:
     absent = sorted(file for file in shards if not (folder / file).is_file())
     if absent:
         raise FileNotFoundError(
-            f"{folder / _INDEX} names files that are absent: {', '.join(absent)}; fetch the model again"
+            f"{folder / _INDEX} names files that are absent: {', '.join(absent)}; download the model again"
         )
     return {file: tuple(names) for file, names in shards.items()}
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """The ids in a config field that holds an id, a list of ids or null.
+    """Reads the ids in a config field that holds an id, a list of ids or null.
 
     >>> token_ids([2, 7]), token_ids(2), token_ids(None)
     ((2, 7), (2,), ())
@@ -234,7 +235,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids that `generation_config.json` and `config.json` name."""
+    """Reads the end-of-sequence ids from `generation_config.json` and `config.json`."""
     found: list[int] = []
     for file in ("generation_config.json", "config.json"):
         path = folder / file

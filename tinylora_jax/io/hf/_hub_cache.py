@@ -1,7 +1,8 @@
-"""The hub's cache, checked: every file there is named by the hash that the hub states of it.
+"""Checks files in the hub's cache against the hashes that the hub states, which are their names.
 
-A cache keeps a file once, as `blobs/<hash>`, and snapshots link to it. The hash is SHA-256 of a large file, and git's
-SHA-1 of a small one. What was found right is remembered by size and time of change, since weights take seconds to hash.
+The cache stores each file once, as `blobs/<hash>`, and snapshots link to it. The hash is SHA-256 for a large file, and
+git's SHA-1 for a small one. Verified files are remembered by size and modification time, because hashing weights takes
+seconds.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ _CHUNK = 2**22
 
 
 def check_blobs(snapshot: Path) -> None:
-    """Refuses a snapshot with a file whose bytes are not those that the hub states.
+    """Raises an error if a file of a snapshot does not have the hash that the hub states.
 
     Args:
-      snapshot: folder of the cache; a folder without links into `blobs` says nothing of hashes and passes.
+      snapshot: folder in the cache; a folder without links into `blobs` has no hashes and passes.
 
     Raises:
-      ValueError: names the file, and the one to delete.
+      ValueError: a hash differs; the message names the file and the blob to delete.
     """
     for path in sorted(snapshot.iterdir()):
         blob = path.resolve()
         if not path.is_symlink() or blob.parent.name != "blobs" or not _BLOB.fullmatch(blob.name):
             continue
         if not blob.is_file():
-            continue  # a link to nothing is for `check_links`
+            continue  # `check_links` reports broken links
         about = blob.stat()
         stamp = f"{about.st_size} {about.st_mtime_ns}"
         known = _known_folder() / blob.name
@@ -40,10 +41,10 @@ def check_blobs(snapshot: Path) -> None:
             continue
         if _hash(blob) != blob.name:
             raise ValueError(
-                f"{path} is not the file that the Hugging Face hub states: its {about.st_size} bytes have another hash,"
-                f" as a proxy or a bad disk leaves them. Delete {blob} and run the same command again to fetch it anew"
+                f"{path} is damaged: the hash of its {about.st_size} bytes is not the one stated by the Hugging Face"
+                f" hub. Delete {blob} and run the same command again to download it again"
             )
-        with suppress(OSError):  # without the note it is hashed again the next time
+        with suppress(OSError):  # without this record, it is hashed again next time
             known.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(known, stamp, durable=False)
 
@@ -62,7 +63,7 @@ def _read_stamp(path: Path) -> str:
 
 
 def _hash(blob: Path) -> str:
-    """The hash that the name of a blob must be: SHA-256 where that has 64 digits, else git's."""
+    """Computes the hash for comparison with a blob's name: SHA-256 if that has 64 digits, else git's."""
     found = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
     with open_regular(blob) as file:
         while chunk := file.read(_CHUNK):

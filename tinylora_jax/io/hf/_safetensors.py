@@ -1,4 +1,4 @@
-"""Safetensors files, read and written one tensor at a time."""
+"""Reads and writes safetensors files one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from tinylora_jax.files import open_regular, parse_json, replacing
 from tinylora_jax.io.hf._weights import LazyTensor
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MAX_HEADER_BYTES = 2**24  # a hundred times that of a large model; parsed, JSON takes up to 30 times its size
+_MAX_HEADER_BYTES = 2**24  # a hundred times a large model's header; parsed JSON takes up to 30 times its size
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[dict[str, LazyTensor]]:
-    """Opens a file whose tensors are readable inside the `with` block.
+    """Opens a file; its tensors are readable inside the `with` block.
 
     Yields:
-      Every tensor by name, unread.
+      Lazy tensors by name.
 
     Raises:
-      ValueError: the file is truncated or corrupt, or holds tensors of other types than floating-point.
+      ValueError: the file is truncated or corrupt, or contains tensors that are not floating-point.
     """
     _check_size(path)
     try:
         file = safe_open(os.fspath(path), framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a valid safetensors file ({error}); fetch it again") from error
+        raise ValueError(f"{path} is not a valid safetensors file ({error}); download it again") from error
     with file as opened:
         yield {name: _tensor(opened, name, path) for name in opened.keys()}
 
@@ -46,7 +46,7 @@ def _tensor(file: Any, name: str, path: Path) -> LazyTensor:
     if view.get_dtype() not in _FLOATS:
         raise ValueError(
             f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
-            "quantized checkpoints are not read"
+            "quantized checkpoints are not supported"
         )
     return LazyTensor(
         tuple(view.get_shape()),
@@ -59,43 +59,43 @@ def _read(read: Callable[[], np.ndarray], name: str, path: Path) -> np.ndarray:
     try:
         return read()
     except SafetensorError as error:
-        raise ValueError(f"{path}: cannot read {name} ({error}); fetch the file again") from error
+        raise ValueError(f"{path}: cannot read {name} ({error}); download the file again") from error
 
 
 def _check_size(path: Path) -> None:
-    """Compares the file's length with what its header promises: the usual damage is a cut download."""
+    """Compares the file's length with its header, because the most common damage is an incomplete download."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(
                 f"{path} is truncated or not safetensors: expected a header of {length} bytes, "
-                f"got a file of {size}; fetch it again"
+                f"got a file of {size} bytes; download it again"
             )
         if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: a header of {length} bytes, expected at most {_MAX_HEADER_BYTES}")
+            raise ValueError(f"{path}: the header has {length} bytes, expected at most {_MAX_HEADER_BYTES}")
         raw = file.read(length)
     try:
         header = parse_json(raw)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
+        raise ValueError(f"{path}: the safetensors header does not parse ({error}); download it again") from error
     if size != expected:
-        raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; fetch it again")
+        raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; download it again")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTypeLike) -> None:
-    """Writes tensors to a file, each read when its turn comes, all rounded to one type.
+    """Writes tensors to a file, one at a time, all rounded to one dtype.
 
     Args:
-      path: the file.
-      tensors: by name, in torch's layout.
-      dtype: `float32`, `bfloat16`, `float16` or `float64`.
+      path: path of the file.
+      tensors: lazy tensors by name, in torch's layout.
+      dtype: dtype of the file: `float32`, `bfloat16`, `float16` or `float64`.
 
     Raises:
-      OSError: the file cannot be written; names it.
-      ValueError: a tensor has not the shape that it announced.
+      OSError: the file cannot be written; the message names it.
+      ValueError: a tensor does not have the announced shape.
     """
     dtype = jnp.dtype(dtype)
     code = next(code for code, name in _FLOATS.items() if name == dtype.name)
@@ -105,7 +105,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTyp
         start, end = end, end + dtype.itemsize * math.prod(tensor.shape)
         header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # the format aligns what follows
+    raw += b" " * (-len(raw) % 8)  # the format aligns the data after the header
     try:
         with replacing(path) as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
@@ -115,4 +115,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTyp
                     raise ValueError(f"{name}: expected {tensor.shape}, got {values.shape}")
                 file.write(values.reshape(-1).view(np.uint8).data)
     except OSError as error:
-        raise OSError(f"{error.strerror or error}; make room or choose another folder") from error
+        raise OSError(f"{error.strerror or error}; free space or choose another folder") from error

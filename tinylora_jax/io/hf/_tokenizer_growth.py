@@ -1,4 +1,4 @@
-"""How much longer a `tokenizer.json` may make a text: thirty doublings in a row would fill any memory."""
+"""Bounds how much longer a `tokenizer.json` may make a text: thirty doublings would fill any memory."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 from typing import Any
 
 MAX_GROWTH = 1000
-"""Times that a text may grow; those of the known models grow it at most by a character or a token or two."""
+"""Largest accepted growth factor of a text; known models add at most a character or a token or two."""
 
 _STEPS = ("normalizers", "processors", "decoders")
-_BY_KIND = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "Lowercase": 3.0}  # of the worst character of Unicode
+_BY_KIND = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "Lowercase": 3.0}  # for the worst Unicode character
 _MAX_DEPTH = 20
 
 
 def check_growth(tokenizer: Any) -> None:
-    """Refuses the contents of a `tokenizer.json` that could make a long text of a short one.
+    """Raises an error if a `tokenizer.json` could turn a short text into a very long one.
 
     Raises:
-      ValueError: names the part.
+      ValueError: a part may expand texts too much; the message names it.
     """
     for name in ("normalizer", "post_processor", "decoder"):
         part = tokenizer.get(name) if isinstance(tokenizer, dict) else None
         if (growth := _growth(part)) > MAX_GROWTH:
             raise ValueError(
-                f"its {name} could make a text {growth:.3g} times as long, expected at most {MAX_GROWTH}; fetch the"
-                " model from elsewhere"
+                f"its {name} could make a text {growth:.3g} times as long, expected at most {MAX_GROWTH}; download the"
+                " model from another source"
             )
 
 
 def _growth(part: Any, depth: int = 0) -> float:
-    """How many times as long a text may become; what is not understood is the tokenizers library's to refuse."""
+    """The largest growth factor of a text; the tokenizers library rejects what is not recognized here."""
     if not isinstance(part, dict):
         return 1.0
     if depth > _MAX_DEPTH:
@@ -42,7 +42,7 @@ def _growth(part: Any, depth: int = 0) -> float:
         case "Replace":
             pattern = part.get("pattern")
             given = pattern.get("String") if isinstance(pattern, dict) else None
-            # A regular expression may match nothing at all, and so between any two characters.
+            # A regular expression may match the empty string, and so match between any two characters.
             return max(1.0, length(part.get("content")) / length(given)) if given else 1.0 + length(part.get("content"))
         case "Prepend":
             return 1.0 + length(part.get("prepend"))

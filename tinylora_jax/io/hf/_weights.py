@@ -1,4 +1,4 @@
-"""The parameter tree: its names and shapes, and how foreign tensors become its leaves."""
+"""The parameter tree: names and shapes, and conversion of external tensors to its leaves."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Path = tuple[str | int, ...]
 Placement = Callable[[Any], Any]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MOST_LISTED = 200
-_READERS = max(4, min(8, os.cpu_count() or 1))  # threads, each with one tensor in hand
+_READERS = max(4, min(8, os.cpu_count() or 1))  # number of threads, each reading one tensor
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file: its shape is known, its numbers are read on demand.
+    """A tensor in a file with a known shape, whose values are read on demand.
 
     Attributes:
-      shape: as stored, in torch's convention (a linear layer is [out, in]).
-      read: returns the numbers as a floating-point NumPy array of that shape.
+      shape: stored shape, in torch's convention (a linear layer is [out, in]).
+      read: function that returns the values as a floating-point NumPy array of that shape.
       read_part: function that reads a part, given one slice per dimension; None if only the whole can be read.
     """
 
@@ -43,10 +43,10 @@ class LazyTensor:
 
 
 def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every parameter of the model: Hugging Face name -> (path in the tree, shape in the tree).
+    """Maps the Hugging Face name of every parameter to its path and shape in the tree.
 
-    This is the one place that knows names and shapes. Two-dimensional `kernel`s are transposed
-    against torch ([in, out] here); everything else keeps its stored layout.
+    Only this function defines names and shapes. Two-dimensional `kernel`s are transposed relative to torch ([in, out]
+    here); all other parameters keep their stored layout.
     """
     width, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -79,59 +79,59 @@ def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...
 
 
 def param_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
-    """The parameter tree with a `jax.ShapeDtypeStruct` for every leaf."""
+    """Builds the parameter tree with a `jax.ShapeDtypeStruct` for every leaf."""
     return _nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_names(config).values()})
 
 
 def build_tree(
     config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike, place: Placement | None = None
 ) -> dict[str, Any]:
-    """Reads a parameter tree, a few tensors at a time, after all names and shapes have been checked.
+    """Checks all names and shapes, then reads a parameter tree, a few tensors at a time.
 
-    Host memory holds the tensors being read (of those that can be read in parts, the shards being read), and of the
-    result what lies there: never a second copy of the model.
+    Host memory holds only the tensors or shards being read, and those parts of the result that are placed on the host:
+    never a second copy of the model.
 
     Args:
-      config: the architecture that the tensors must match.
-      tensors: what a file offers, by Hugging Face name.
+      config: architecture that the tensors must match.
+      tensors: tensors of a file, by Hugging Face name.
       dtype: floating-point dtype of every leaf.
-      place: gives the leaves' shardings (a tree of them) from a tree of their `jax.ShapeDtypeStruct`s; each process
-        then sends its devices their shards of each tensor as it is read. None takes the default device.
+      place: function from a tree of `jax.ShapeDtypeStruct`s to a tree of shardings; each process sends its devices
+        their shards of each tensor as it is read. None uses the default device.
 
     Returns:
-      The nested tree; `layers` is keyed by int.
+      The nested tree; the keys of `layers` are integers.
 
     Raises:
-      ValueError: lists missing, wrong-shaped and unexpected tensors together.
+      ValueError: tensors are missing, unexpected or of the wrong shape; lists all of them.
     """
     with reading_tree(config, tensors, dtype, place) as reading:
         return reading.result()
 
 
 class Reading:
-    """A parameter tree that threads are reading; made by `reading_tree`.
+    """A parameter tree that threads are reading; created by `reading_tree`.
 
     Args:
-      leaves: by path, each as it will be read.
-      checked: done when what else must hold of the tensors was checked.
-      source: begins messages.
+      leaves: future of each leaf, by path.
+      checked: future that completes when all further checks of the tensors have passed.
+      source: name of the file, with which messages begin.
     """
 
     def __init__(self, leaves: Mapping[Path, Future[jax.Array]], checked: Future[None], source: str):
         self._leaves, self._checked, self._source = leaves, checked, source
 
     def check(self) -> None:
-        """Raises what has failed until now, without waiting for the rest."""
+        """Raises any failure so far, without waiting for the rest."""
         with _naming(self._source):
             for future in (self._checked, *self._leaves.values()):
                 if future.done():
                     future.result()
 
     def result(self) -> dict[str, Any]:
-        """The tree, once all of it is read.
+        """Waits for all leaves and returns the tree.
 
         Raises:
-          ValueError: a tensor is not of a floating-point type, or contradicts the config.
+          ValueError: a tensor is not floating-point, or does not match the config.
         """
         with _naming(self._source):
             self._checked.result()
@@ -146,9 +146,9 @@ def reading_tree(
     place: Placement | None = None,
     source: str = "",
 ) -> Iterator[Reading]:
-    """`build_tree` in the background: reads inside the `with` block, and stops reading where that is left.
+    """Runs `build_tree` in the background inside the `with` block, and stops when the block is left.
 
-    Takes the arguments of `build_tree`, and a file's name for messages. Checks all names and shapes before it reads.
+    It takes the arguments of `build_tree` and a file name for messages. It checks all names and shapes before reading.
     """
     names = parameter_names(config)
     with _naming(source):
@@ -157,7 +157,7 @@ def reading_tree(
     shardings = place(abstract) if place else jax.tree.map(lambda _: None, abstract)
     readers = ThreadPoolExecutor(_READERS)
     try:
-        # The largest first: an embedding takes as long as many layers, and should not be the last that is waited for.
+        # Largest first: an embedding takes as long as many layers, so it should not start last.
         jobs = {path: (name, tensors[name], path, shape, dtype) for name, (path, shape) in names.items()}
         order = sorted(jobs, key=lambda path: -math.prod(jobs[path][3]))
         tied = readers.submit(_check_tied_head, config, tensors)
@@ -169,7 +169,7 @@ def reading_tree(
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Begins the message of a `ValueError` with the file that is at fault."""
+    """Prefixes the message of a `ValueError` with the name of the file."""
     try:
         yield
     except ValueError as error:
@@ -179,15 +179,15 @@ def _naming(source: str) -> Iterator[None]:
 def name_tensors(
     config: ModelConfig, params: Any, change: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf
 ) -> dict[str, LazyTensor]:
-    """The inverse of `build_tree`: a parameter tree as tensors under Hugging Face names.
+    """Converts a parameter tree to tensors with Hugging Face names; the inverse of `build_tree`.
 
     Args:
-      config: the architecture.
+      config: architecture of the model.
       params: parameter tree of the model.
-      change: applied to each leaf, with its path such as `layers/3/mlp/up_proj/kernel`, when it is read.
+      change: function of a path such as `layers/3/mlp/up_proj/kernel` and a leaf, applied when the leaf is read.
 
     Returns:
-      Tensors in torch's layout, unread: a tensor is on the host only while it is used.
+      Lazy tensors in torch's layout; a tensor is on the host only while it is used.
     """
 
     def read(path: Path) -> np.ndarray:
@@ -201,7 +201,7 @@ def name_tensors(
 
 
 def _nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Nested dictionaries from leaves by path."""
+    """Builds nested dictionaries from leaves by path."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = tree
@@ -220,7 +220,7 @@ def _name(layer: int, parts: tuple[str, ...], suffix: str) -> str:
 
 
 def _stored(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape torch gives a leaf."""
+    """The shape of a leaf in torch."""
     return shape[::-1] if path[-1] == "kernel" else shape
 
 
@@ -237,7 +237,7 @@ def _check(
     unexpected = [
         f"{name}: unexpected, got {tuple(tensors[name].shape)}"
         for name in tensors
-        # inv_freq is a buffer that old checkpoints saved; the config determines it.
+        # inv_freq is a buffer in old checkpoints; the config determines it.
         if name not in names
         and not name.endswith("rotary_emb.inv_freq")
         and not (config.tie_embeddings and name == _HEAD)
@@ -256,14 +256,14 @@ def _shorten(lines: list[str]) -> list[str]:
 
 
 def _check_tied_head(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> None:
-    # Transformers does not tie if a tied checkpoint holds another head: ignoring it changes the model.
+    # Transformers does not tie if a tied checkpoint contains a different head: ignoring that would change the model.
     if not config.tie_embeddings or _HEAD not in tensors:
         return
     head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
     if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
         raise ValueError(
             f"{_HEAD} differs from {_EMBEDDING}, but the config ties them (tie_word_embeddings=true); "
-            "set tie_word_embeddings=false in config.json if the separate head is meant"
+            "set tie_word_embeddings=false in config.json if the separate head is intended"
         )
 
 
@@ -275,11 +275,11 @@ def _leaf(
     def leaf(values: np.ndarray) -> np.ndarray:
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise ValueError(
-                f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not read"
+                f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not supported"
             )
         if transposed:
-            values = values.astype(jnp.dtype(dtype), copy=False).T  # rounded and transposed at once, it is slow
-        # A fresh contiguous buffer: JAX on CPU may alias what it is given, and a mapped file can change under it.
+            values = values.astype(jnp.dtype(dtype), copy=False).T  # rounding and transposing in one step would be slow
+        # Copied to a new contiguous buffer: JAX on CPU may alias its input, and a memory-mapped file can change.
         return np.array(values, dtype=jnp.dtype(dtype), order="C")
 
     if sharding is None or tensor.read_part is None:
@@ -288,7 +288,7 @@ def _leaf(
             raise ValueError(f"{name}: expected {shape} after reading, got {values.shape}")
         place = jax.make_array_from_callback
         return jnp.asarray(values) if sharding is None else place(shape, sharding, values.__getitem__)
-    shards: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}  # what several devices hold is read once
+    shards: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}  # shards on several devices are read once
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's layout: LoRA and TinyLoRA."""
+"""Adapters in PEFT's format: LoRA and TinyLoRA."""
 
 from tinylora_jax.io.peft._export import export_lora as export_lora
 from tinylora_jax.io.peft._export import export_tinylora as export_tinylora

@@ -1,7 +1,7 @@
-"""PEFT folders, written: TinyLoRA, and plain LoRA of rank r, which vLLM and SGLang load.
+"""Writes PEFT folders: TinyLoRA, and plain LoRA of rank r, which vLLM and SGLang load.
 
-PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A, so the paper's form fits as it is, with A = Vᵀ, B = U Σ and our own P. Its tie groups
-are runs of equally many modules, which ours need not be: exported, every module has its own copy of its group's v.
+PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A, so the paper's form fits directly, with A = Vᵀ, B = U Σ and this library's P. PEFT's
+tie groups are runs of equal length, which may not match. So in an export every module has its own copy of v.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tinylora_jax.io.hf._weights import LazyTensor
 from tinylora_jax.io.peft._tinylora import CONFIG, MODULES, PREFIX, WEIGHTS, PeftError, in_order
 from tinylora_jax.multihost import to_host
 
-_OUR_SEED = 42  # PEFT's own default; never used, since P is in the file
+_OUR_SEED = 42  # PEFT's default; never used, because P is in the file
 
 
 def torch_name(path: str) -> str:
-    """`layers/3/mlp/up_proj/kernel` as transformers calls the module: `model.layers.3.mlp.up_proj`."""
+    """The transformers name of a module: `layers/3/mlp/up_proj/kernel` becomes `model.layers.3.mlp.up_proj`."""
     parts = path.split("/")
     if parts[0] != "layers" or len(parts) != 5 or parts[-1] != "kernel" or parts[3] not in MODULES:
-        raise PeftError(f"{path} is not one of the linear maps of a block; PEFT files of others are not written")
+        raise PeftError(f"{path} is not one of the linear maps of a block; PEFT export supports only those")
     return ".".join(["model", *parts[:-1]])
 
 
 def _by_module(factors: Factors) -> dict[str, LeafFactors]:
-    """The factors of each module, as arrays of the host, in PEFT's order."""
+    """The factors of each module as host arrays, in PEFT's order."""
     leaves = {torch_name(path): to_host(leaf) for path, leaf in factors.leaves.items()}
     return {name: leaves[name] for name in in_order(list(leaves))}
 
@@ -42,7 +42,7 @@ def _by_module(factors: Factors) -> dict[str, LeafFactors]:
 def write_folder(
     folder: Path, base: str, modules: Sequence[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes what is common to PEFT's folders, and the given config and tensors."""
+    """Writes a PEFT folder with the common fields and the given config and tensors."""
     common = {
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM",
@@ -60,9 +60,9 @@ def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"],
     """Writes a folder that `PeftModel.from_pretrained` loads as TinyLoRA (PEFT 0.19 or newer).
 
     Args:
-      folder: created if absent.
-      factors: that v was trained with.
-      v: the vector.
+      folder: output folder, created if absent.
+      factors: factors with which v was trained.
+      v: trained vector, float32 `[groups, u]`.
       base: name of the base model for PEFT's config.
 
     Raises:
@@ -86,12 +86,12 @@ def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"],
 
 
 def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:
-    """Writes a plain LoRA folder of the factors' rank: the same ΔW, without what made it small.
+    """Writes a plain LoRA folder of the factors' rank: the same ΔW, but in a larger file.
 
     Args:
-      folder: created if absent.
-      factors: that v was trained with.
-      v: the vector.
+      folder: output folder, created if absent.
+      factors: factors with which v was trained.
+      v: trained vector, float32 `[groups, u]`.
       base: name of the base model for PEFT's config.
 
     Raises:

@@ -1,8 +1,8 @@
-"""LoRA as a folder of PEFT's, written and read: what PEFT, vLLM and SGLang load too.
+"""Reads and writes LoRA in PEFT's format, which vLLM and SGLang load too.
 
-PEFT keeps A `[r, in]` and B `[out, r]` of every module and scales by `lora_alpha / r`, as `adapters.lora` does.
-`training.json` beside them holds what PEFT has no place for: the fingerprint of the base model, by which another one is
-refused, and a summary of the training. A folder without it, PEFT's own, is read too.
+PEFT stores A `[r, in]` and B `[out, r]` of every module and scales by `lora_alpha / r`, as `adapters.lora` does. The
+additional file `training.json` contains the fingerprint of the base model, so that loading onto another one fails, and
+a summary of the training. Folders from PEFT without this file can be read too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TRAINING = "training.json"
 _MAX_JSON_BYTES = 2**20
 _MOST_RANK = 2**16
 _SIDES = {"right": "A", "left": "B"}
-# What would change ΔW and is not done here.
+# Settings that would change ΔW and are not supported.
 _UNSUPPORTED = (
     *("use_rslora", "use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias"),
     *("layer_replication", "trainable_token_indices", "use_qalora"),
@@ -44,10 +44,10 @@ class LoRAFolder:
     """A LoRA adapter whose base model is not loaded yet.
 
     Attributes:
-      folder: where it lies.
-      spec: rank, alpha and the adapted leaves.
-      v: the matrices.
-      base: name of the base model; None if the folder does not say.
+      folder: folder of the adapter.
+      spec: rank, alpha and adapted leaves.
+      v: LoRA matrices, float32, by leaf path.
+      base: name of the base model; None if the folder does not state it.
       training: content of `training.json`; empty if there is none.
     """
 
@@ -58,17 +58,17 @@ class LoRAFolder:
     training: Mapping[str, Any]
 
     def policy(self, params: Any, method: str = "auto") -> LoRAPolicy:
-        """The base model with this adapter's shape; `method` means nothing to LoRA.
+        """Builds the policy of the base model and this adapter's spec; `method` is not used by LoRA.
 
         Raises:
-          AdapterError, PeftError: it is another model's adapter.
+          AdapterError, PeftError: the adapter belongs to another model.
         """
         shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
         for path, pair in self.v.items():
             expected = (pair["right"].shape[0], pair["left"].shape[0])
             if shapes.get(path) != expected:
                 found = shapes.get(path, "no such weight")
-                raise PeftError(f"{self.folder} adapts {path} of shape {expected}, the base model has {found}")
+                raise PeftError(f"{self.folder} adapts {path} of shape {expected}, but the base model has {found}")
         if self.training.get("base_fingerprint") is not None:
             check_base({"base": self.base, "base_fingerprint": self.training["base_fingerprint"]}, params)
         return LoRAPolicy(params, self.spec)
@@ -80,12 +80,12 @@ def save_lora(
     """Writes a folder that `PeftModel.from_pretrained` loads.
 
     Args:
-      folder: created if absent.
-      spec: that v follows.
-      v: the matrices, of linear maps of blocks.
+      folder: output folder, created if absent.
+      spec: spec of v.
+      v: LoRA matrices of linear maps of blocks, float32, by leaf path.
       base: name of the base model.
       fingerprint: fingerprint of the base weights, from `base_fingerprint`.
-      **about: JSON-serializable; a summary of the training.
+      **about: JSON-serializable summary of the training.
 
     Raises:
       PeftError: an adapted weight is not a linear map of a block.
@@ -104,7 +104,7 @@ def save_lora(
 
 
 def is_lora(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter of PEFT's layout."""
+    """Whether a folder contains a LoRA adapter in PEFT's layout."""
     path = folder / CONFIG
     return path.is_file() and read_json(path, _MAX_JSON_BYTES).get("peft_type") == "LORA"
 
@@ -113,8 +113,8 @@ def read_lora(folder: Path) -> LoRAFolder:
     """Reads a LoRA folder without its base model.
 
     Raises:
-      PeftError: a file is absent or damaged, or the folder holds something that is no plain LoRA of linear maps.
-      ValueError: the weights' file is truncated or corrupt.
+      PeftError: a file is absent or damaged, or the folder is not a plain LoRA adapter of linear maps.
+      ValueError: the file of weights is truncated or corrupt.
     """
     config = read_json(folder / CONFIG, _MAX_JSON_BYTES)
     rank, alpha, base = config.get("r"), config.get("lora_alpha", 8), config.get("base_model_name_or_path")
@@ -126,7 +126,7 @@ def read_lora(folder: Path) -> LoRAFolder:
         raise PeftError(f"{folder / CONFIG}: base_model_name_or_path={base!r:.60}, expected a name or null")
     extra = [name for name in _UNSUPPORTED if config.get(name)]
     if extra or config.get("bias", "none") != "none":
-        raise PeftError(f"{folder / CONFIG}: {', '.join(extra) or 'bias'} set; only plain LoRA is read")
+        raise PeftError(f"{folder / CONFIG}: {', '.join(extra) or 'bias'} set; only plain LoRA is supported")
     if not (folder / WEIGHTS).is_file():
         raise PeftError(f"{folder / WEIGHTS} is missing; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
     v = _read_matrices(folder, rank)
@@ -142,7 +142,7 @@ def _read_matrices(folder: Path, rank: int) -> Matrices:
         for name, tensor in tensors.items():
             match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
             if match is None or not is_module(match[1]):
-                raise PeftError(f"{folder} holds {name[:100]}, which LoRA of a block's linear maps does not have")
+                raise PeftError(f"{folder} contains {name[:100]}, expected only LoRA matrices of linear maps of blocks")
             rank_axis = 0 if match[2] == "A" else 1
             if len(tensor.shape) != 2 or tensor.shape[rank_axis] != rank:
                 raise PeftError(f"{folder}: {name} has shape {tensor.shape}, expected rank {rank} on axis {rank_axis}")

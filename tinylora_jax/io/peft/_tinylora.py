@@ -1,7 +1,7 @@
-"""TinyLoRA folders of PEFT's, read; `_export.py` writes them.
+"""Reads PEFT's TinyLoRA folders; `_export.py` writes them.
 
-PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A with A `[r, in]` and B `[out, r]` in the file, the singular vectors of the weight times
-√Σ each. Its tie groups are runs of equally many modules, the last with the remainder.
+PEFT's ΔW is B · (Σᵢ vᵢ Pᵢ) · A, where the file contains A `[r, in]` and B `[out, r]`: the singular vectors of the
+weight, each times √Σ. Its tie groups are runs of equal length, except that the last one includes the remainder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinylora_jax.io.hf._weights import LazyTensor
 from tinylora_jax.io.peft._torch_random import normals
 from tinylora_jax.multihost import to_host
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, in torch's order
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in a block, in torch's order
 _KNOWN = re.compile(rf"model\.layers\.(0|[1-9]\d{{0,5}})\.(self_attn|mlp)\.({'|'.join(MODULES)})")
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,41 +38,41 @@ _DEFAULTS = {
     "bias": "none",
     "base_model_name_or_path": None,
 }
-_MAX_CONFIG_BYTES = 2**20  # a list of all modules has some 10 thousand
+_MAX_CONFIG_BYTES = 2**20  # a list of all modules takes about 10 KB
 _MAX_PROJECTION = 2**20  # numbers of one module's P
-_LEAST_ALIGNMENT = 0.5  # another precision of the same weights keeps nearly 1, other weights have nearly 0
+_LEAST_ALIGNMENT = 0.5  # about 1 for the same weights in another precision, and about 0 for other weights
 
 
 class PeftError(ValueError):
-    """A PEFT folder cannot be written for these factors, or cannot be read faithfully."""
+    """A PEFT folder cannot be written for these factors, or cannot be read exactly."""
 
 
 def tree_path(name: str) -> str:
-    """The leaf's path of a module: `model.layers.3.mlp.up_proj` is `layers/3/mlp/up_proj/kernel`."""
+    """The leaf path of a module: `model.layers.3.mlp.up_proj` becomes `layers/3/mlp/up_proj/kernel`."""
     return name.removeprefix("model.").replace(".", "/") + "/kernel"
 
 
 def is_module(name: str) -> bool:
-    """Whether a name is that of one of the linear maps of a block."""
+    """Whether a name belongs to one of the linear maps of a block."""
     return _KNOWN.fullmatch(name) is not None
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Module names as `named_modules()` of transformers gives them."""
+    """Sorts module names into the order of transformers' `named_modules()`."""
     return sorted(names, key=lambda name: (int(name.split(".")[2]), MODULES.index(name.split(".")[-1])))
 
 
 @dataclass(frozen=True)
 class PeftTinyLoRA:
-    """A PEFT TinyLoRA folder whose names and shapes agree with each other; of its numbers, v alone is in memory.
+    """A PEFT TinyLoRA folder with consistent names and shapes; only v is in memory.
 
     Attributes:
-      folder: where it lies.
+      folder: folder of the adapter.
       config: checked content of `adapter_config.json`.
-      modules: torch's names of the adapted modules, in PEFT's order.
-      groups: tie group of each.
-      stored_projections: whether P is in the file; else it is drawn as PEFT draws it.
-      v: the vectors.
+      modules: torch names of the adapted modules, in PEFT's order.
+      groups: tie group of each module.
+      stored_projections: whether P is in the file; otherwise it is generated as in PEFT.
+      v: trained vector, float32 `[groups, u]`.
     """
 
     folder: Path
@@ -84,18 +84,18 @@ class PeftTinyLoRA:
 
     @property
     def spec(self) -> TinyLoRA:
-        """What was read. To factorize by it gives other factors; its last tie groups are one of PEFT's together."""
+        """The equivalent spec. `factorize` gives other factors for it, and splits PEFT's last tie group."""
         targets = tuple(Target(re.escape(tree_path(name))) for name in self.modules)
         return TinyLoRA(self.config["r"], self.config["u"], self.groups.count(0), targets=targets)
 
     @property
     def base(self) -> str | None:
-        """The name of the base model, if the folder gives one."""
+        """The name of the base model, if the folder states it."""
         return self.config["base_model_name_or_path"]
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder is laid out as PEFT's are."""
+    """Whether a folder has PEFT's layout."""
     return (folder / CONFIG).is_file()
 
 
@@ -103,14 +103,14 @@ def import_tinylora(folder: Path, params: Any) -> tuple[Factors, Float[Array, "g
     """Reads a PEFT TinyLoRA folder.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-      params: the base model's tree.
+      folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
+      params: weights of the base model.
 
     Returns:
-      Factors and v with the file's ΔW, see `peft_factors`.
+      Factors and v that give the file's ΔW, see `peft_factors`.
 
     Raises:
-      PeftError: the folder is damaged, holds something else or another model's adapter, or its P cannot be known.
+      PeftError: the folder is damaged, of another kind or for another model, or its P cannot be reproduced.
     """
     adapter = read_tinylora(folder)
     return peft_factors(adapter, params), adapter.v
@@ -120,10 +120,10 @@ def read_tinylora(folder: Path) -> PeftTinyLoRA:
     """Reads a PEFT TinyLoRA folder without its base model.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-      PeftError: a file is absent or damaged, the folder holds something else, or its P cannot be known.
+      PeftError: a file is absent or damaged, the folder is of another kind, or its P cannot be reproduced.
     """
     config = _read_config(folder)
     with _open(folder) as tensors:
@@ -133,13 +133,13 @@ def read_tinylora(folder: Path) -> PeftTinyLoRA:
         stored = {name for name in tensors if ".tinylora_v." in name}
         if set(vectors) != stored:
             raise PeftError(
-                f"{folder}: {len(names)} modules at weight_tying={config['weight_tying']} have vectors"
-                f" 0 to {max(groups)}, the file has {len(stored)}; some modules may be missing from it"
+                f"{folder}: {len(names)} modules with weight_tying={config['weight_tying']} need vectors"
+                f" 0 to {max(groups)}, but the file has {len(stored)} vectors; some modules may be missing from it"
             )
         has_P = _check_projections(folder, config, tensors, names)
         known = {*vectors, *(f"{PREFIX}{name}.tinylora_{which}" for name in names for which in "ABP")}
         if strange := sorted(set(tensors) - known):
-            raise PeftError(f"{folder} holds {', '.join(strange[:3])}, which a ΔW of linear maps does not have")
+            raise PeftError(f"{folder} contains {', '.join(strange[:3])}, expected only updates of linear maps")
         if wrong := [name for name in vectors if tensors[name].shape != (config["u"],)]:
             raise PeftError(f"{folder}: {wrong[0]} has shape {tensors[wrong[0]].shape}, expected ({config['u']},)")
         v = jnp.stack([_finite(folder, name, tensors[name]) for name in vectors])
@@ -147,17 +147,17 @@ def read_tinylora(folder: Path) -> PeftTinyLoRA:
 
 
 def peft_factors(adapter: PeftTinyLoRA, params: Any) -> Factors:
-    """The factors of a folder that `read_tinylora` read.
+    """Builds the factors of a folder that `read_tinylora` read.
 
     Args:
-      adapter: the folder.
-      params: the base model's tree.
+      adapter: adapter from `read_tinylora`.
+      params: weights of the base model.
 
     Returns:
-      U = B, S = 1, V = Aᵀ, and P. The spec says what was read; to factorize anew by it gives other factors.
+      Factors with U = B, S = 1, V = Aᵀ, and P. Their spec only describes them; `factorize` gives other factors for it.
 
     Raises:
-      PeftError: the adapter is another model's, or holds numbers that are not finite.
+      PeftError: the adapter belongs to another model, or contains numbers that are not finite.
     """
     folder, rank, u = adapter.folder, adapter.config["r"], adapter.config["u"]
     weights, leaves, foreign = leaves_by_path(params), {}, []
@@ -174,7 +174,7 @@ def peft_factors(adapter: PeftTinyLoRA, params: Any) -> Factors:
             leaves[path] = LeafFactors(*parts, (group,), Target(re.escape(path)))
     if foreign:
         raise PeftError(
-            f"{folder} was trained on {adapter.base!r}, whose singular directions are not this model's in"
+            f"{folder} was trained on {adapter.base!r}, whose singular directions differ from this model's in"
             f" {len(foreign)} of {len(leaves)} weights ({', '.join(foreign[:3])}, …); load it with its own base model"
         )
     return Factors(leaves, adapter.spec)
@@ -199,24 +199,24 @@ def _finite(folder: Path, name: str, tensor: LazyTensor) -> np.ndarray:
 def _check_shapes(
     adapter: PeftTinyLoRA, tensors: Mapping[str, LazyTensor], weights: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuses A and B that do not fit the base model, before any of them is read."""
+    """Raises an error if A and B do not fit the base model, before any of them is read."""
     rank = adapter.config["r"]
     for name in adapter.modules:
         fan_in, fan_out = weights.get(tree_path(name), (None, None))
         if fan_in is None:
-            raise PeftError(f"{adapter.folder} adapts {name}, which the base model has not; load it with its own")
+            raise PeftError(f"{adapter.folder} adapts {name}, which the base model lacks; load it with its own model")
         for which, expected in (("A", (rank, fan_in)), ("B", (fan_out, rank))):
             tensor = tensors.get(f"{PREFIX}{name}.tinylora_{which}")
             found = "none" if tensor is None else tensor.shape
             if found != expected:
                 raise PeftError(
-                    f"{adapter.folder}: tinylora_{which} of {name} is of shape {found}, the base model needs"
-                    f" {expected} at rank {rank}; load it with its own"
+                    f"{adapter.folder}: tinylora_{which} of {name} has shape {found}, but the base model needs"
+                    f" {expected} at rank {rank}; load it with its own model"
                 )
 
 
 def _alignment(W: Float[Array, "in out"], A: Float[np.ndarray, "r in"], B: Float[np.ndarray, "out r"]) -> float:
-    """The share of ‖W Aᵀ‖ that lies in the span of B, A's rows made orthonormal: 1 for singular directions of W."""
+    """The share of ‖W Aᵀ‖ in the span of B, with A orthonormalized: 1 for singular directions of W."""
     rows, columns = np.linalg.qr(A.T)[0], np.linalg.qr(B)[0]
     image = np.asarray(to_host(_image(W, rows.astype(W.dtype))), np.float32)
     size = np.linalg.norm(image)
@@ -234,7 +234,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise PeftError(f"{path} is missing; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}")
     config = _DEFAULTS | read_json(path, _MAX_CONFIG_BYTES)
     if config.get("peft_type") != "TINYLORA":
-        hint = "; a LoRA adapter can be evaluated, and PEFT merges it" if config.get("peft_type") == "LORA" else ""
+        hint = "; LoRA adapters can be evaluated, and merged with PEFT" if config.get("peft_type") == "LORA" else ""
         raise PeftError(f"{path}: peft_type {config.get('peft_type')!r:.60}, expected 'TINYLORA'{hint}")
     integer = lambda name: type(config.get(name)) is int
     wrong = [name for name in ("r", "u") if not (integer(name) and 1 <= config[name] <= _MAX_PROJECTION)]
@@ -251,7 +251,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     extra = [name for name in ("modules_to_save", "fan_in_fan_out") if config.get(name)]
     if extra or config["bias"] != "none":
-        raise PeftError(f"{path}: {', '.join(extra) or 'bias'} set; only an adapter that is a ΔW alone is read")
+        raise PeftError(f"{path}: {', '.join(extra) or 'bias'} set; only adapters that consist of ΔW are supported")
     return config | {"weight_tying": float(tying)}
 
 
@@ -264,7 +264,7 @@ def _module_names(tensors: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _groups(count: int, tying: float) -> list[int]:
-    """PEFT's tie group of each of `count` modules: runs of equally many, the last with the remainder."""
+    """PEFT's tie group of each of `count` modules: runs of equal length, the last including the remainder."""
     groups = max(1, round(count * (1 - tying)))
     size = max(1, count // groups)
     return [min(index // size, groups - 1) for index in range(count)]
@@ -273,7 +273,7 @@ def _groups(count: int, tying: float) -> list[int]:
 def _check_projections(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], names: Sequence[str]
 ) -> bool:
-    """Whether P is in the file. It is whole there, or can be drawn again, or is refused."""
+    """Whether P is in the file; raises an error if it is incomplete there, or can be neither read nor generated."""
     shape = (config["u"], config["r"], config["r"])
     stored = [tensors.get(f"{PREFIX}{name}.tinylora_P") for name in names]
     if any(P is not None for P in stored):
@@ -282,5 +282,5 @@ def _check_projections(
         return True
     version = str(config.get("peft_version") or "0.19")
     if [int(part) for part in re.findall(r"\d{1,9}", version)[:2]] < [0, 20]:
-        raise PeftError(f"{folder} has no tinylora_P, and PEFT {version:.20} drew it from a seed that it did not keep")
+        raise PeftError(f"{folder} has no tinylora_P, and PEFT {version:.20} did not store the seed that generated it")
     return False

@@ -1,8 +1,8 @@
-"""Normal numbers as torch's CPU generator draws them, so that the seeds in PEFT's files work.
+"""Reproduces the normal numbers of torch's CPU generator, so that seeds in PEFT's files work.
 
-Torch's engine is the Mersenne Twister, which NumPy has, and `RandomState` promises its stream for ever. From its words
-torch makes floats of 24 bits or doubles of 53, and from those normal numbers by the Box–Muller transform: one by one
-below 16 numbers, in blocks of 16 from there on, whose last one overlaps if it must.
+Torch uses the Mersenne Twister, as does NumPy, whose `RandomState` guarantees an unchanging stream. From its words
+torch makes 24-bit floats or 53-bit doubles, and from those normal numbers by the Box–Muller transform. Fewer than 16
+numbers are generated one by one, more in blocks of 16, where the last block may overlap the previous one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _BLOCK = 16
 
 
 def normals(seed: int, shape: Sequence[int], std: float = 1.0) -> np.ndarray:
-    """What `torch.normal(0, std, shape, generator=torch.Generator().manual_seed(seed))` returns, to about 1e-7.
+    """Reproduces `torch.normal(0, std, shape, generator=torch.Generator().manual_seed(seed))` to about 1e-7.
 
     Args:
-      seed: any integer; torch seeds its engine by the lowest 32 bits.
+      seed: integer seed; torch uses its lowest 32 bits.
       shape: shape of the result.
       std: standard deviation.
 
     Returns:
-      float32 numbers of that shape.
+      Normal numbers, float32 of the given shape.
 
     >>> normals(42, (3,)).round(4).tolist()
     [0.3366999924182892, 0.12880000472068787, 0.2345000058412552]
@@ -37,7 +37,7 @@ def normals(seed: int, shape: Sequence[int], std: float = 1.0) -> np.ndarray:
 
 
 def _few(words, count: int) -> np.ndarray:
-    """Pairs of doubles of 53 bits; the angle comes first, and −ln(1 − u₂) is the half of the radius squared."""
+    """Uses pairs of 53-bit doubles: the first gives the angle, and −ln(1 − u₂) is half the squared radius."""
     pairs = -(-count // 2)
     high, low = words(4 * pairs).astype(np.uint64).reshape(-1, 2).T
     uniform = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) * 2.0**-53
@@ -46,7 +46,7 @@ def _few(words, count: int) -> np.ndarray:
 
 
 def _blocks(words, count: int) -> np.ndarray:
-    """Blocks of 16 floats of 24 bits: eight radii, eight angles; a rest draws the last 16 anew."""
+    """Uses blocks of 16 24-bit floats, eight radii and eight angles; a remainder regenerates the last 16 numbers."""
     uniform = (words(count) & np.uint32(2**24 - 1)) * 2.0**-24
     found = np.empty(count)
     whole = count - count % _BLOCK
