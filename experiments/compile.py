@@ -34,7 +34,7 @@ from experiments.common.architectures import architecture  # noqa: E402
 from experiments.common.cli import define_path, parse_flags, reporting_errors  # noqa: E402
 from experiments.common.fitting import fit  # noqa: E402
 from experiments.common.meshes import parse_mesh  # noqa: E402
-from experiments.common.setup import parse  # noqa: E402
+from experiments.common.specs import parse  # noqa: E402
 from tinylora_jax.files import write_atomically
 from tinylora_jax.models import MeshSpec  # noqa: E402
 

@@ -36,15 +36,8 @@ from experiments.common.cli import define_path, fail, parse_flags, reporting_err
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
-from experiments.common.setup import (
-    ConfigError,
-    Task,
-    check_template,
-    load_graded_questions,
-    load_task,
-    make_prompts,
-    parse,
-)
+from experiments.common.specs import ConfigError, check_template, parse
+from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite

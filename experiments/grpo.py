@@ -24,7 +24,8 @@ from experiments.common.answering import answer, lower_answer, readable_page
 from experiments.common.cli import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
-from experiments.common.setup import Specs, Task
+from experiments.common.specs import Specs
+from experiments.common.task import Task
 from experiments.plot import try_plot
 from tinylora_jax import rl
 from tinylora_jax.data import Prompt

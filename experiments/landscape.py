@@ -27,7 +27,8 @@ from tqdm import tqdm
 from experiments.common.answering import answer, lower_answer
 from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.common.compilation import compile_together
-from experiments.common.setup import ConfigError, Task, load_graded_questions, load_task, make_prompts, parse
+from experiments.common.specs import ConfigError, parse
+from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
 from experiments.plotting.charts import draw_landscape
 from tinylora_jax import rl
 from tinylora_jax.data import Prompt, padded_width

@@ -25,7 +25,8 @@ from experiments.common import runs
 from experiments.common.cli import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
-from experiments.common.setup import Specs, Task
+from experiments.common.specs import Specs
+from experiments.common.task import Task
 from experiments.plot import try_plot
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
 from tinylora_jax.multihost import is_first

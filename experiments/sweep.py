@@ -51,7 +51,8 @@ from experiments.common.population import (
 )
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import num_steps, questions_of, stoppable, summary_of_config
-from experiments.common.setup import Task, as_json, make_prompts, parse
+from experiments.common.specs import as_json, parse
+from experiments.common.task import Task, make_prompts
 from experiments.common.workdir import logged_vector
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot

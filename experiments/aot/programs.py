@@ -22,7 +22,7 @@ from experiments.aot import hlo
 from experiments.common.abstract import abstract_policy
 from experiments.common.architectures import matrix_params
 from experiments.common.cli import tell
-from experiments.common.setup import Specs, sampling_of
+from experiments.common.specs import Specs, sampling_of
 from tinylora_jax.adapters import (
     BATCH_BYTES,
     Policy,

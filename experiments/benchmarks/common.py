@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from experiments.common.architectures import SHAPES, architecture
 from experiments.common.cli import define_path, reporting_errors, tell
 from experiments.common.meshes import parse_mesh, replicate, use_mesh
-from experiments.common.setup import make_policy
+from experiments.common.task import make_policy
 from tinylora_jax.adapters import Policy, TinyLoRA, init
 from tinylora_jax.io import load_pretrained
 from tinylora_jax.io.hf import param_shapes

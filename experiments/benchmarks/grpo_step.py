@@ -22,7 +22,8 @@ from experiments.common.architectures import matrix_params
 from experiments.common.cli import parse_flags, use_compilation_cache
 from experiments.common.launch import launch
 from experiments.common.preemption import StopRequests
-from experiments.common.setup import Task, make_prompts, parse
+from experiments.common.specs import parse
+from experiments.common.task import Task, make_prompts
 from experiments.grpo import Trainer
 from tinylora_jax.data import load_questions, make_pipeline
 

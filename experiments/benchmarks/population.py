@@ -16,7 +16,8 @@ from experiments.benchmarks import common
 from experiments.common.cli import parse_flags, use_compilation_cache
 from experiments.common.compilation import compile_together
 from experiments.common.population import Population, free_spec, member_configs
-from experiments.common.setup import load_task, make_prompts, parse
+from experiments.common.specs import parse
+from experiments.common.task import load_task, make_prompts
 from tinylora_jax.adapters import adapt
 from tinylora_jax.data import load_questions, make_pipeline, padded_width
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from experiments.common.setup import Task
+from experiments.common.task import Task
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import Prompt, PromptArrays

@@ -26,7 +26,8 @@ from experiments.common.cli import tell
 from experiments.common.compilation import compile_together
 from experiments.common.fitting import open_model
 from experiments.common.meshes import slots_of
-from experiments.common.setup import Specs, Task, make_policy, make_task
+from experiments.common.specs import Specs
+from experiments.common.task import Task, make_policy, make_task
 from tinylora_jax.adapters import Spec, lower_adapt
 from tinylora_jax.io.hf import Reading
 from tinylora_jax.models import active_mesh, param_shardings

@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from experiments.common.answering import lower_answer
 from experiments.common.cli import TrainingError
 from experiments.common.runs import optimizer_of, plan_of
-from experiments.common.setup import ConfigError, Specs, Task, parse
+from experiments.common.specs import ConfigError, Specs, parse
+from experiments.common.task import Task
 from tinylora_jax import rl
 from tinylora_jax.adapters import Factors, TinyLoRA, Trained, coordinates, init, lora_xs, retie
 from tinylora_jax.data import Prompt

@@ -26,16 +26,8 @@ from experiments.common.cli import TrainingError, define_path, fail, reporting_e
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
-from experiments.common.setup import (
-    ConfigError,
-    Specs,
-    Task,
-    as_json,
-    check_template,
-    load_graded_questions,
-    make_prompts,
-    parse,
-)
+from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
+from experiments.common.task import Task, load_graded_questions, make_prompts
 from experiments.common.workdir import Workdir
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained

@@ -14,7 +14,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.common.setup import parse  # noqa: E402
+from experiments.common.specs import parse  # noqa: E402
 
 
 def problem(module, *arguments):

@@ -17,7 +17,8 @@ from ml_collections import config_flags
 from experiments import grpo, sft
 from experiments.common import runs
 from experiments.common.cli import fail, parse_flags
-from experiments.common.setup import ConfigError, load_graded_questions, load_task, make_prompts, parse
+from experiments.common.specs import ConfigError, parse
+from experiments.common.task import load_graded_questions, load_task, make_prompts
 from experiments.configs import base
 from tinylora_jax.data import DataError, DataSpec, load_questions
 from tinylora_jax.io import _pretrained as pretrained

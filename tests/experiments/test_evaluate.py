@@ -12,7 +12,8 @@ from tiny_rewards import even
 
 from experiments import evaluate as cli
 from experiments.common.answering import answer
-from experiments.common.setup import load_task, make_prompts, parse
+from experiments.common.specs import parse
+from experiments.common.task import load_task, make_prompts
 from experiments.evaluate import evaluate
 from tinylora_jax import rl
 from tinylora_jax.adapters import TinyLoRA, factorize, init

@@ -11,7 +11,8 @@ import pytest
 from experiments import grpo
 from experiments.common import runs
 from experiments.common.answering import answer
-from experiments.common.setup import load_task, make_prompts, parse
+from experiments.common.specs import parse
+from experiments.common.task import load_task, make_prompts
 from tinylora_jax import rl
 from tinylora_jax.data import load_questions, padded_width
 from tinylora_jax.io._checkpoint import Checkpoints

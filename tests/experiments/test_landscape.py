@@ -8,7 +8,8 @@ import pytest
 
 from experiments import landscape
 from experiments.common.answering import answer
-from experiments.common.setup import ConfigError, load_task, make_prompts, parse
+from experiments.common.specs import ConfigError, parse
+from experiments.common.task import load_task, make_prompts
 from experiments.landscape import grid, orthogonal
 from experiments.plotting.charts import draw_accuracy, draw_landscape
 from tinylora_jax import rl

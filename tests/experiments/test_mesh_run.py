@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.common.setup import ConfigError, parse
+from experiments.common.specs import ConfigError, parse
 from tinylora_jax.io.adapter._file import read_adapter
 
 

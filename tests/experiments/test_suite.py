@@ -8,7 +8,7 @@ import pytest
 from experiments import compare as comparison
 from experiments import evaluate as cli
 from experiments.common.eval_metrics import accuracy_table, sampled_summary, summary
-from experiments.common.setup import ConfigError
+from experiments.common.specs import ConfigError
 from experiments.compare import CompareError, compare, read
 from tinylora_jax.data import DataError, parse_suite
 from tinylora_jax.metrics import estimate

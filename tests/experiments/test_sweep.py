@@ -10,7 +10,7 @@ import pytest
 
 from experiments import grpo, sweep
 from experiments.common.population import combinations, member_configs, parse_member, parse_variation
-from experiments.common.setup import ConfigError
+from experiments.common.specs import ConfigError
 from experiments.plot import plot, plot_curves, read_run
 from tinylora_jax import rl
 from tinylora_jax.training import DivergenceError

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from experiments.common.setup import load_task, make_prompts, parse
+from experiments.common.specs import parse
+from experiments.common.task import load_task, make_prompts
 from experiments.configs import demo
 from experiments.grpo import Trainer
 from tinylora_jax import rl

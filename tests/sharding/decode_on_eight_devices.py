@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.aot.programs import Case, compile_program, rollout, step  # noqa: E402
-from experiments.common.setup import parse  # noqa: E402
+from experiments.common.specs import parse  # noqa: E402
 from experiments.configs import base  # noqa: E402
 from tinylora_jax.models import ModelConfig, attention  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402

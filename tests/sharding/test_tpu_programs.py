@@ -9,7 +9,7 @@ import jax  # noqa: E402
 from experiments.aot import estimate  # noqa: E402
 from experiments.aot.chips import TopologyError, topology  # noqa: E402
 from experiments.aot.programs import Case, compile_program, step, updates  # noqa: E402
-from experiments.common.setup import parse  # noqa: E402
+from experiments.common.specs import parse  # noqa: E402
 from experiments.configs import base  # noqa: E402
 from tinylora_jax.models import ModelConfig, Rope  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec  # noqa: E402

@@ -13,7 +13,8 @@ from experiments import grpo, sft, sweep
 from experiments.common import launch as launching
 from experiments.common.compilation import compile_together
 from experiments.common.launch import launch
-from experiments.common.setup import load_task, parse
+from experiments.common.specs import parse
+from experiments.common.task import load_task
 
 STEPS = {"jit(_generate)", "jit(_accumulate)", "jit(_apply)"}  # the programs of a step and of evaluation
 FACTORS = {"jit(subspace_svd)", "jit(oriented_stack)"}  # the exact method is not compiled on a CPU

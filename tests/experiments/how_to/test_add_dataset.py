@@ -2,7 +2,7 @@
 
 import json
 
-from experiments.common.setup import parse
+from experiments.common.specs import parse
 from tinylora_jax.data import Question, encode_prompts, get_template, load_questions, make_pipeline
 
 SQUARES = [{"problem": f"What is {n} · {n}?", "solution": f"{n} · {n} = {n * n}\n#### {n * n}"} for n in range(8)]

@@ -1,6 +1,6 @@
 """How to add a reward: any importable function of (completion, answer, question)."""
 
-from experiments.common.setup import parse
+from experiments.common.specs import parse
 from tinylora_jax.data import Question
 from tinylora_jax.rewards import grade_batch
 
