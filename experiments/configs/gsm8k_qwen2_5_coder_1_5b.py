@@ -1,6 +1,10 @@
 """GSM8K on Qwen2.5-Coder-1.5B-Instruct, 13 parameters, answers of at most 512 tokens, on one GPU.
 
 python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_coder_1_5b.py --workdir=…
+
+Measured on one NVIDIA H100 (experiments/results/gsm8k_1_5b_h100.json): 2.7 s per step of 64 × 4 completions and 5.5
+minutes per epoch. After one epoch the accuracy of sampled answers is 51.1 % (untrained: 46.9 %), and that of greedy
+answers 61.5 % (untrained: 61.6 %). Three epochs were not measured yet.
 """
 
 from ml_collections import ConfigDict
@@ -14,4 +18,6 @@ def get_config() -> ConfigDict:
     config.adapter.n_tie = 16  # 196 maps: 13 numbers
     config.epochs, config.max_steps = 3, 0
     config.optimizer.learning_rate = 1e-2
+    config.eval_data.limit = 0  # all 1,319 test questions
+    config.eval_batch_size, config.eval_samples = 256, 4
     return config
