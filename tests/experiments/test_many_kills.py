@@ -58,9 +58,9 @@ def outlive(launch, tmp_path, traces, kills, victims):
         processes = launch(workdir)
         if rng.random() < 0.5:  # half of all lives end in training and saving, however long this machine loads now
             wait(processes, 300, until=newer_than(workdir / FIRST, time.time()))
-            wait(processes, rng.uniform(0, whole_life / 2))
+            wait(processes, rng.uniform(0, whole_life / 4))
         else:
-            wait(processes, rng.uniform(0, whole_life))
+            wait(processes, rng.uniform(0, 0.7 * whole_life))
         chosen = [process for process in rng.sample(processes, rng.randint(1, victims)) if process.poll() is None]
         for process in chosen:
             process.kill()
