@@ -152,7 +152,7 @@ def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...
             f"config.template={config.template!r} does not request an answer in \\boxed{{}}, by which a suite is"
             " graded; add --config.template=boxed"
         )
-    limit = config.eval_data.limit or None
+    limit = config.eval_data.limit
     return tuple(dataclasses.replace(each, data=dataclasses.replace(each.data, limit=limit)) for each in suite)
 
 

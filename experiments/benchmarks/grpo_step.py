@@ -28,6 +28,12 @@ from experiments.grpo import Trainer
 from tinylora_jax.data import load_questions, make_pipeline
 
 FLAGS = flags.FLAGS
+_EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "traced, all threads together",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowered, all threads together",
+    "/jax/core/compile/backend_compile_duration": "compiled or read from the cache, all threads together",
+    "/jax/compilation_cache/cache_retrieval_time_sec": "read from the cache, all threads together",
+}
 
 
 def seconds_since_launch() -> float:
@@ -36,14 +42,6 @@ def seconds_since_launch() -> float:
         return time.time() - os.stat(f"/proc/{os.getpid()}").st_ctime
     except OSError:
         return time.process_time()
-
-
-_EVENTS = {
-    "/jax/core/compile/jaxpr_trace_duration": "traced, all threads together",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowered, all threads together",
-    "/jax/core/compile/backend_compile_duration": "compiled or read from the cache, all threads together",
-    "/jax/compilation_cache/cache_retrieval_time_sec": "read from the cache, all threads together",
-}
 
 
 @contextmanager

@@ -124,12 +124,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"--config={error}")
     except OSError as error:
         fail(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}")
-    except (SyntaxError, ImportError) as error:
+    except (SyntaxError, ImportError, TypeError, ValueError) as error:
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
     except (AttributeError, KeyError) as error:  # ml_collections does not handle these
         fail(_config_problem(error, argv))
-    except (TypeError, ValueError) as error:
-        fail(f"the config file cannot be loaded: {' '.join(str(error).split())}")
 
 
 def _flag_problem(said: str) -> str:

