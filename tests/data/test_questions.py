@@ -54,6 +54,12 @@ def test_arithmetic_splits_partition_all_pairs(below):
     assert sorted(train + test) == list(itertools.product(range(below), repeat=2))
 
 
+def test_a_limit_of_zero_takes_all():
+    """A flag can set it, where None cannot be written."""
+    assert DataSpec("arithmetic", limit=0) == DataSpec("arithmetic", limit=None)
+    assert len(load_questions(DataSpec("arithmetic", split="test", limit=0))) == 500
+
+
 @pytest.mark.parametrize("start", [0, 3])
 def test_start_and_limit_keep_ids(start, tmp_path):
     whole = {q.id: q for q in load_questions(DataSpec("arithmetic"))}

@@ -156,6 +156,14 @@ def test_a_blank_panel_is_told_from_a_drawn_one(tmp_path, blank_panels):
     assert blank_panels((tmp_path / "blank.png").read_bytes()) == [3, 4]
 
 
+def test_metrics_of_ones_own_are_read_where_all_steps_have_them(tmp_path):
+    workdir = write_run(tmp_path / "run", my_share=0.25, my_mean=0.5)
+    rewrite(workdir, lambda row: row | {"my_mean": None} if row["step"] == 3 else row)
+    steps = read_run(workdir).steps
+    np.testing.assert_array_equal(steps["my_share"], np.full(10, 0.25))
+    assert "my_mean" not in steps and "step" not in steps
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
     workdir = write_run(tmp_path / "run", finished=False)
     with (workdir / "metrics.jsonl").open("a") as file:

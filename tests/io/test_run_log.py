@@ -26,6 +26,16 @@ def steps(log):
     return [json.loads(line)["step"] for line in (log.workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_metric_that_is_not_defined_is_null(log):
+    """JSON has no NaN, and readers refuse a line that holds one."""
+    log.start(0)
+    log.metrics(0, {"loss": 1.0, "length_if_right": float("nan"), "ratio": float("inf"), "v": [0.5, 1.0]})
+    (line,) = (log.workdir / "metrics.jsonl").read_text().splitlines()
+    refused = lambda constant: pytest.fail(f"{constant} is no JSON")
+    expected = {"step": 0, "loss": 1.0, "length_if_right": None, "ratio": None, "v": [0.5, 1.0]}
+    assert json.loads(line, parse_constant=refused) == expected
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     code = (
         "import sys; from pathlib import Path; from tinylora_jax.io._run_log import RunLog\n"
