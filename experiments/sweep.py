@@ -141,6 +141,7 @@ def train(
             record["data"] = {name: iterator.get_state() for name, iterator in data.items()}
             folder.checkpoints.save(index + 1, states, record)
             bar.update()
+    folder.checkpoints.wait()
     return states, dropped
 
 

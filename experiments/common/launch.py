@@ -66,6 +66,7 @@ class Launch:
             model = replace(self.abstract.pretrained, params=self.reading.result())
         with self._timed("factorizing"):
             policy = make_policy(model.params, self.adapter, self.config.svd)
+        tell("ready: " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items()))
         return make_task(self.config, self.specs, model, policy, self.abstract.slots)
 
     @contextmanager

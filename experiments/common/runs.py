@@ -220,6 +220,7 @@ def train(
             shown = {name: f"{metrics[name]:.3g}" for name in _SHOWN if name in metrics}
             bar.set_postfix(shown, refresh=False)
             bar.update()
+        folder.flush()
     return state, totals
 
 

