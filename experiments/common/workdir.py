@@ -114,7 +114,8 @@ class Workdir:
     ) -> None:
         """Saves a finished step, and last of all its checkpoint: `state` and everything else the next step needs.
 
-        The checkpoint is written while the next step runs; an error of writing it is raised by the next call. Without a `record` no checkpoint is written, so an interrupted run repeats the step.
+        The checkpoint is written while the next step runs; an error of writing it is raised by the next call.
+        Without a `record` no checkpoint is written, so an interrupted run repeats the step.
         """
 
         def write() -> None:

@@ -64,8 +64,8 @@ def _quiet() -> Iterator[None]:
 class Checkpoints:
     """The checkpoints of one run: the training state, and a JSON record of all other resumable data.
 
-    Every method first waits for the checkpoint that is still being written, and raises its error. In a multi-process run,
-    the first process reads and writes them, and shares what it read.
+    Every method first waits for the checkpoint that is still being written, and raises its error. In a multi-process
+    run, the first process reads and writes them, and shares what it read.
 
     Args:
       directory: folder of the checkpoints, created if absent.
