@@ -2,9 +2,15 @@
 
 python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_coder_1_5b.py --workdir=…
 
-Measured on one NVIDIA H100 (experiments/results/gsm8k_1_5b_h100.json): 2.7 s per step of 64 × 4 completions and 5.5
-minutes per epoch. After one epoch the accuracy of sampled answers is 51.1 % (untrained: 46.9 %), and that of greedy
-answers 61.5 % (untrained: 61.6 %). Three epochs were not measured yet.
+Measured on one NVIDIA H100 (experiments/results/gsm8k_1_5b_h100.json): 2.6 s per step of 64 × 4 completions, and 18
+minutes from launch to the summary. The untrained model: 46.9 % sampled, 61.6 % greedy. After three epochs:
+
+| numbers | flags | sampled | greedy |
+|---|---|---|---|
+| 13 | | 51.2 % | 61.3 % |
+| 196 | --config.adapter.n_tie=1 | 60.2 % | 64.1 % |
+| 784, one epoch | --config.method=lora_xs --config.optimizer.learning_rate=3e-3 --config.epochs=1 | 61.0 % | 66.1 % |
+| 1,154,048 | --config.method=lora --config.lora.rank=1 --config.optimizer.learning_rate=1e-4 | 72.0 % | 72.3 % |
 """
 
 from ml_collections import ConfigDict
