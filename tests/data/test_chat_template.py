@@ -37,10 +37,10 @@ def tokenizer(template):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_one_error_in_time(name):
-    started, before = time.monotonic(), sys.gettrace()
+    started, before = time.process_time(), sys.gettrace()  # wall time depends on what else runs
     with pytest.raises(DataError, match="the model's chat template .*fix or remove it"):
         render(get_template("plain"), "hello", tokenizer(HOSTILE[name]))
-    assert time.monotonic() - started < 8 and sys.gettrace() is before
+    assert time.process_time() - started < 8 and sys.gettrace() is before
 
 
 def test_several_templates_by_name():

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tinylora_jax.io import _checkpoint
 from tinylora_jax.io._checkpoint import CheckpointError, Checkpoints
 from tinylora_jax.training import Optimizer, init_state
 
@@ -240,6 +241,28 @@ def test_a_checkpoint_of_before_there_was_a_checksum_is_read(checkpoints):
     checkpoints._manager.save(1, args=ocp.args.Composite(**items))
     found, record = checkpoints.restore({"v": jnp.zeros(3)})
     assert record == RECORD and np.array_equal(found["v"], named["v"])
+
+
+def test_a_checkpoint_of_before_arrays_were_joined_is_read(checkpoints):
+    named = {"v": np.arange(3.0, dtype=np.float32), "step": np.int32(4)}
+    signed = {"record": RECORD, "sha256": _checkpoint._digest({k: np.asarray(a) for k, a in named.items()}, RECORD)}
+    items = {"state": ocp.args.StandardSave(named), "record": ocp.args.JsonSave(signed)}
+    checkpoints._manager.save(1, args=ocp.args.Composite(**items))
+    found, record = checkpoints.restore({"v": jnp.zeros(3), "step": jnp.int32(0)})
+    assert record == RECORD and np.array_equal(found["v"], named["v"]) and found["step"] == 4
+
+
+def test_many_small_arrays_become_one(checkpoints, monkeypatch):
+    rng, shapes = np.random.default_rng(0), [(), (3,), (2, 5), (0,), (400,)]
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.int32)
+    many = {f"a{i}": jnp.asarray(rng.integers(-99, 99, shapes[i % 5]), dtypes[i % 3]) for i in range(60)}
+    monkeypatch.setattr(_checkpoint, "_SMALL", 1000)  # of 400 numbers, those of four bytes are large
+    save(checkpoints, 1, many, RECORD)
+    large = [name for name, array in many.items() if array.nbytes >= 1000]
+    arrays, layout = _checkpoint._join({name: np.asarray(array) for name, array in many.items()})
+    assert large and sorted(arrays) == sorted([*large, *(f"layout.{jnp.dtype(dtype)}" for dtype in dtypes)])
+    found, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, many))
+    assert_same(found, many)
 
 
 def test_a_full_disk_says_nothing_else(tmp_path):

@@ -2,8 +2,8 @@
 
 Orbax writes each step to a temporary folder and renames it when complete, so a process killed at any moment leaves the
 last complete step. A step is written while the next one runs, and is on disk before the one after that begins: a killed
-run repeats at most two steps, also after a power failure. Writing LoRA's 1,176 arrays takes 0.8 s, which is a third of
-a step on a GPU.
+run repeats at most two steps, also after a power failure. Small arrays are joined first: Orbax takes 0.8 s to write the
+1,176 arrays of LoRA on a 1.5B model one by one, and 0.15 s for one array of the same size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,8 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from tinylora_jax.adapters.targets import path_string
 from tinylora_jax.files import check_tree, sync_tree
 
-_RECORD, _SHA256 = "record", "sha256"  # fields of the JSON next to the state
+_RECORD, _SHA256, _LAYOUT = "record", "sha256", "layout"  # fields of the JSON next to the state
+_SMALL = 2**20  # arrays of fewer bytes are joined; joining large ones would double the host memory
 _OLDER = "data"  # older checkpoints contain only the record, which has this field
 
 
@@ -38,6 +40,40 @@ def _named(state: Any) -> dict[str, np.ndarray]:
     """The leaves of a state by path, copied to the host."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {path_string(path).replace("/", "."): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _join(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Joins the small arrays of a state into one array per dtype; `_split` inverts it.
+
+    Returns:
+      The large arrays by name and the joined ones by dtype, and for each dtype the names and shapes of its arrays.
+    """
+    arrays, layout = {}, {}
+    for name, array in state.items():
+        if array.nbytes >= _SMALL:
+            arrays[name] = array
+        else:
+            layout.setdefault(str(array.dtype), []).append([name, list(array.shape)])
+    for dtype, parts in layout.items():
+        arrays[f"{_LAYOUT}.{dtype}"] = np.concatenate([state[name].ravel() for name, _ in parts])
+    return arrays, layout
+
+
+def _split(arrays: Mapping[str, np.ndarray], layout: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Splits the joined arrays again.
+
+    Raises:
+      KeyError, TypeError or ValueError: the layout is not that of the arrays.
+    """
+    state = dict(arrays)
+    for dtype, parts in layout.items():
+        joined = state.pop(f"{_LAYOUT}.{dtype}")
+        ends = np.cumsum([math.prod(shape) for _, shape in parts])
+        if joined.shape != (ends[-1],):
+            raise ValueError(f"expected {ends[-1]} joined numbers, found {list(joined.shape)}")
+        for (name, shape), part in zip(parts, np.split(joined, ends[:-1]), strict=True):
+            state[name] = part.reshape(shape)
+    return state
 
 
 def _digest(state: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
@@ -127,8 +163,9 @@ class Checkpoints:
             pending.result()
 
     def _write(self, step: int, named: Mapping[str, np.ndarray], record: dict[str, Any]) -> None:
-        signed = {_RECORD: record, _SHA256: _digest(named, record)}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(named), record=ocp.args.JsonSave(signed))
+        arrays, layout = _join(named)
+        signed = {_RECORD: record, _SHA256: _digest(named, record), _LAYOUT: layout}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(signed))
         try:
             with _quiet():
                 self._manager.save(step, args=items)
@@ -193,8 +230,10 @@ def _said(error: Exception) -> str:
 def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Checks and returns the state and the record.
 
+    Older checkpoints have no layout, and the oldest no checksum.
+
     Raises:
-      KeyError, TypeError or ValueError: the checksum does not match. Older checkpoints have no checksum.
+      KeyError, TypeError or ValueError: the checksum does not match.
     """
     if not isinstance(state, dict) or not isinstance(stored, dict):
         raise TypeError(f"expected two objects, found {type(state).__name__} and {type(stored).__name__}")
@@ -202,7 +241,8 @@ def _verified(state: Any, stored: Any) -> tuple[dict[str, np.ndarray], dict[str,
     if _RECORD not in stored and _SHA256 not in stored and _OLDER in stored:
         return arrays, stored
     record = stored[_RECORD]
-    if len(stored) != 2 or stored[_SHA256] != _digest(arrays, record):
+    arrays = _split(arrays, stored.get(_LAYOUT, {}))
+    if stored.keys() - {_LAYOUT} != {_RECORD, _SHA256} or stored[_SHA256] != _digest(arrays, record):
         raise ValueError("its checksum does not match")
     return arrays, record
 
