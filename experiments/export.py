@@ -13,6 +13,20 @@ TinyLoRA adapter. The base model is loaded by its name in the adapter, unless --
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_path("adapter", "Folder of a trained adapter, from a run or in PEFT's TinyLoRA format.")
+    flags.DEFINE_enum("to", None, ["merged", "tinylora", "peft-tinylora", "peft-lora"], "Format to write.")
+    opening.define_path("output", "Folder to create.")
+    flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
+    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
+    flags.mark_flags_as_required(["adapter", "to", "output"])
+    opening.begin(__doc__)
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
 from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
@@ -99,11 +115,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_path("adapter", "Folder of a trained adapter, from a run or in PEFT's TinyLoRA format.")
-    flags.DEFINE_enum("to", None, ["merged", "tinylora", *_PEFT], "Format to write.")
-    define_path("output", "Folder to create.")
-    flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
-    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
-    flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

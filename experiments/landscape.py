@@ -12,6 +12,22 @@ adapters. Writes a JSON file and a PNG next to it.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_config("Config with model, questions and samples: a name such as demo, or a file.")
+    opening.define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
+    opening.define_path("output", "Write the result to this .json file, and a .png file next to it.")
+    flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
+    flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")
+    flags.DEFINE_float("high", 3.0, "Last coordinate, as a multiple of the vector.")
+    flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
+    opening.define_json()
+    flags.mark_flags_as_required(["adapter", "output"])
+    opening.begin(__doc__)
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +37,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.common.answering import answer, lower_answer
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import fail, reporting_errors, use_compilation_cache
 from experiments.common.compilation import compile_together
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from experiments.common.specs import ConfigError, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
 from experiments.plotting.charts import draw_landscape
@@ -169,14 +187,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file with model, questions and samples, as for experiments.grpo.", lock_config=True
-    )
-    define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
-    define_path("output", "Write the result to this .json file, and a .png file next to it.")
-    flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
-    flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")
-    flags.DEFINE_float("high", 3.0, "Last coordinate, as a multiple of the vector.")
-    flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
-    flags.mark_flags_as_required(["config", "adapter", "output"])
     app.run(main, flags_parser=parse_flags)

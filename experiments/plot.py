@@ -16,6 +16,14 @@ which --redraw draws it again.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from experiments.common import opening
+
+    opening.define_path("workdir", "Folder of a run or a sweep; may be repeated, for one plot of all.", several=True)
+    opening.define_path("redraw", "Draw the curves of this JSON file again.")
+    opening.define_path("output", "Write the plot to this .png file. Default: run.png or curves.png in the workdir.")
+    opening.begin(__doc__)
+
 import io
 import json
 import os
@@ -26,11 +34,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell
+from experiments.common.cli import fail, reporting_errors
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
 from experiments.plotting.picture import Run, draw
 from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
+
+FLAGS = flags.FLAGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,12 +202,13 @@ def _members(workdir: Path) -> list[Path]:
     return [log.parent for log in logs if log.stat().st_size]
 
 
-def try_plot(workdir: Path) -> None:
-    """Plots a run at its end, and reports the path or the failure: a failed plot must not fail the run."""
+def try_plot(workdir: Path) -> Path | None:
+    """Plots a run at its end; returns its path, or reports the failure: a failed plot must not fail the run."""
     try:
-        tell(f"drawn: {plot(workdir)}")
+        return plot(workdir)
     except Exception as error:  # from matplotlib, its fonts or the disk
         tell(f"no plot ({type(error).__name__}: {error}); retry: python -m experiments.plot --workdir={workdir}")
+        return None
 
 
 def _drawn(workdirs: Sequence[Path], output: Path | None) -> Path:
@@ -256,8 +269,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_path("workdir", "Folder of a run or a sweep; may be repeated, for one plot of all.", several=True)
-    define_path("redraw", "Draw the curves of this JSON file again.")
-    define_path("output", "Write the plot to this .png file. Default: run.png or curves.png in the workdir.")
     app.run(main, flags_parser=parse_flags)

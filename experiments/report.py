@@ -12,6 +12,16 @@ the JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
+    opening.define_path("redraw", "Draw the plot of this JSON file again.")
+    opening.define_path("output", "Write the report to this .json file, and the plot to a .png file next to it.")
+    opening.begin(__doc__)
+
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +31,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors
+from experiments.common.cli import fail, reporting_errors
+from experiments.common.opening import parse_flags
 from experiments.plotting.charts import draw_accuracy
 from tinylora_jax.files import expand, is_number, open_regular, parse_json, read_json, write_atomically
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
@@ -301,8 +312,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
-    define_path("redraw", "Draw the plot of this JSON file again.")
-    define_path("output", "Write the report to this .json file, and the plot to a .png file next to it.")
-    flags.mark_flag_as_required("output")
     app.run(main, flags_parser=parse_flags)

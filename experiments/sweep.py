@@ -14,6 +14,19 @@ rewards.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_config("Config shared by all members: a name such as demo, or a file.")
+    opening.define_path("workdir", "Folder of the sweep, which is created or continued.")
+    flags.DEFINE_multi_string("vary", [], "Train all combinations of field=value,value,…; may be repeated.")
+    flags.DEFINE_multi_string("member", [], "Add one member field=value,field=value,…; may be repeated.")
+    opening.define_json()
+    flags.mark_flag_as_required("workdir")
+    opening.begin(__doc__)
+
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,20 +39,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.common.answering import readable_page
-from experiments.common.cli import (
-    TrainingError,
-    define_path,
-    fail,
-    parse_flags,
-    tell,
-    use_compilation_cache,
-)
+from experiments.common.cli import TrainingError, fail, use_compilation_cache
 from experiments.common.eval_metrics import Row
 from experiments.common.launch import launch
+from experiments.common.opening import parse_flags
 from experiments.common.population import (
     Member,
     Population,
@@ -50,6 +57,7 @@ from experiments.common.population import (
     parse_variation,
 )
 from experiments.common.preemption import StopRequests
+from experiments.common.progress import tell
 from experiments.common.runs import num_steps, questions_of, stoppable, summary_of_config
 from experiments.common.specs import as_json, parse
 from experiments.common.task import Task, make_prompts
@@ -256,9 +264,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file shared by all members.", lock_config=True)
-    define_path("workdir", "Folder of the sweep, which is created or continued.")
-    flags.DEFINE_multi_string("vary", [], "Train all combinations of field=value,value,…; may be repeated.")
-    flags.DEFINE_multi_string("member", [], "Add one member field=value,field=value,…; may be repeated.")
-    flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -24,7 +24,9 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.benchmarks import common
-from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, leaves_by_path, select
 from tinylora_jax.io.adapter import base_fingerprint, check_fit, read_adapter, save_adapter
 from tinylora_jax.multihost import to_host

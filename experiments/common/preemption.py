@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-from experiments.common.cli import tell
+from experiments.common.progress import tell
 from tinylora_jax.multihost import collect, several
 
 

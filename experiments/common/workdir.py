@@ -134,6 +134,16 @@ class Workdir:
         """
         on_first(lambda: self._checkpoints.wait())
 
+    def discard(self, is_new: bool) -> None:
+        """Removes the folder again if this object created it, because nothing was computed."""
+
+        def remove() -> None:
+            if is_new:
+                (self.path / "lock").unlink()
+                self.path.rmdir()
+
+        on_first(remove)
+
     def close(self) -> None:
         """Closes the files; repeated calls have no effect."""
         if hasattr(self, "_log"):

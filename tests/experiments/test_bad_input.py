@@ -16,7 +16,8 @@ from ml_collections import config_flags
 
 from experiments import grpo, sft
 from experiments.common import runs
-from experiments.common.cli import fail, parse_flags
+from experiments.common.cli import fail
+from experiments.common.opening import parse_flags
 from experiments.common.specs import ConfigError, parse
 from experiments.common.task import load_graded_questions, load_task, make_prompts
 from experiments.configs import base
