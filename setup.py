@@ -28,7 +28,6 @@ setup(
         "gguf>=0.17",
         "jinja2>=3.1",
         "tensorboardX>=2.6",
-        "tqdm>=4.66",
         "scipy>=1.13",
         "threadpoolctl>=3.1",
         "matplotlib>=3.8",  # what a run is drawn with at its end

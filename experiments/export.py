@@ -35,7 +35,9 @@ import numpy as np
 from absl import app, flags
 
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
-from experiments.common.opening import parse_flags
+from experiments.common.closing import block, next_lines
+from experiments.common.meshes import find_devices
+from experiments.common.opening import parse_flags, require_folder
 from experiments.common.progress import tell
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
@@ -109,9 +111,22 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
+    require_folder("adapter", Path(FLAGS.adapter))
     with reporting_errors():
+        find_devices()
         export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype, FLAGS.allow_download)
-    print(f"written to {FLAGS.output}")
+    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output)))))
+
+
+def next_commands(to: str, output: Path) -> list[tuple[str, list[str]]]:
+    """What can be done with an export."""
+    generate = ["python", "-m", "experiments.generate"]
+    return {
+        "merged": [("ask it", [*generate, f"--model={output}"]), ("serve it", ["vllm", "serve", str(output)])],
+        "tinylora": [("ask it", [*generate, f"--adapter={output}"])],
+        "peft-tinylora": [("ask it", [*generate, f"--adapter={output}"])],
+        "peft-lora": [("serve it", ["vllm", "serve", "BASE", "--enable-lora", "--lora-modules", f"mine={output}"])],
+    }[to]
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from absl import app, flags
 
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
 from experiments.common.meshes import find_devices
-from experiments.common.opening import parse_flags
+from experiments.common.opening import parse_flags, require_folder
 from experiments.common.progress import clear, show, tell
 from experiments.common.terminal import Blocks, TextStream
 from tinylora_jax.adapters import CombinationError, Policy
@@ -365,6 +365,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
+    for folder in FLAGS.adapter or []:
+        if folder != BASE:
+            require_folder("adapter", Path(folder))
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(encoding="utf-8", errors="surrogateescape" if file is sys.stdin else "replace")
     with reporting_errors():

@@ -35,7 +35,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.opening import parse_flags
+from experiments.common.opening import parse_flags, require_folder
 from experiments.common.progress import tell
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
@@ -261,6 +261,8 @@ def main(argv: Sequence[str]) -> None:
         fail(f"--output={FLAGS.output}: expected a file name that ends in .png")
     if output is None and (FLAGS.redraw or len(FLAGS.workdir) > 1):
         fail("--output is missing; it is required for several runs and for --redraw")
+    for name in FLAGS.workdir or []:
+        require_folder("workdir", Path(name))
     with reporting_errors():
         try:
             print(_drawn([Path(name) for name in FLAGS.workdir or []], output))

@@ -136,7 +136,7 @@ def _examples(document: str) -> list[str]:
 def _usage(document: str) -> str:
     examples = _examples(document)
     name = examples[0].split()[2]
-    lines = [document.splitlines()[0], "", "for example", _example(examples[0]), ""]
+    lines = [paragraph(document.splitlines()[0]), "", "for example", _example(examples[0]), ""]
     return "\n".join([*lines, f"python -m {name} --help lists the flags."])
 
 
@@ -155,7 +155,7 @@ def help_page(document: str) -> str:
     """The text of --help: what the command does, examples, its flags and the fields that people change."""
     title, _, rest = document.replace("\\\n", " ").partition("\n")
     prose = [re.sub(r"^    .*$", "", text, flags=re.MULTILINE) for text in rest.split("\n\n")]
-    parts = [title, "", "examples", *map(_example, _examples(document)), ""]
+    parts = [paragraph(title), "", "examples", *map(_example, _examples(document)), ""]
     parts += [paragraph(text) + "\n" for text in prose if text.strip()]
     defined = flags.FLAGS.flags_by_module_id_dict()
     own = {flag.name: flag for name in _own_modules() for flag in defined.get(name, ())}
@@ -177,7 +177,7 @@ def _own_modules() -> list[int]:
 
 
 def _described(flag: flags.Flag) -> str:
-    text = " ".join((flag.help or "").replace("(a path)", "").split())
+    text = " ".join(re.sub(r"; repeat this option to specify a list of values|^<[^>]*>: ", "", flag.help or "").split())
     shown = flag.default not in (None, False, [], "") and "Default" not in text
     choices = getattr(flag.parser, "enum_values", None)
     text += f" One of {', '.join(choices)}." if choices else ""

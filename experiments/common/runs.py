@@ -29,7 +29,7 @@ from experiments.common.progress import Steps, tell
 from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
-from experiments.common.workdir import Workdir
+from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
@@ -277,7 +277,8 @@ def run(
         count = {"training": len(prompts), "evaluation": len(questions)}
         tell(start_block(config, start.abstract, workdir, count, steps, experiment))
         if dry_run:
-            folder.discard(is_new)
+            if is_new:
+                discard(workdir)
             return {}
         abstract = trainer.abstract_state(start.abstract.policy)
         to_train = trainer.lower(start.abstract, abstract) if folder.saved_steps() < steps else ()

@@ -55,7 +55,13 @@ def memory_words(config: ConfigDict, task: Task) -> str:
 
 
 def start_block(
-    config: ConfigDict, task: Task, workdir: Path, questions: Mapping[str, int], steps: int, experiment: str
+    config: ConfigDict,
+    task: Task,
+    workdir: Path,
+    questions: Mapping[str, int],
+    steps: int,
+    experiment: str,
+    trains: str | None = None,
 ) -> str:
     """Formats what is about to run.
 
@@ -65,18 +71,19 @@ def start_block(
       workdir: folder of the run.
       questions: numbers of questions for `training` and `evaluation`.
       steps: number of steps.
-      experiment: `grpo` or `sft`.
+      experiment: `grpo`, `sft` or `sweep`.
+      trains: description of what is trained; None describes the task's policy.
     """
     weights = jax.tree.leaves(task.policy.params)
     batch = f"{config.batch_size} questions × {config.samples} answers"
-    batch = batch if experiment == "grpo" else f"{config.batch_size} worked solutions"
+    batch = f"{config.batch_size} worked solutions" if experiment == "sft" else batch
     sources = {"training": config.train_data.source, "evaluation": config.eval_data.source}
     data = ", ".join(f"{questions[name]:,} of {source} for {name}" for name, source in sources.items())
     changed = {name: value for name, value in changed_fields(config).items() if name != "seed"}
     rows = [
         ("model", f"{task.name}: {sum(leaf.size for leaf in weights) / 1e6:,.1f} M weights, {config.dtype}"),
         ("device", device_words()),
-        ("trains", trained_words(config, task)),
+        ("trains", trains or trained_words(config, task)),
         ("steps", f"{steps} steps of {batch}, at most {config.max_new_tokens} tokens each"),
         ("questions", data),
         ("changed", named(changed) if changed else "nothing: every field has its default"),

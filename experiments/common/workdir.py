@@ -23,6 +23,16 @@ def logged_vector(v: Any) -> dict[str, Any]:
     return {"v": np.asarray(v).ravel().tolist()} if short else {}
 
 
+def discard(workdir: Path) -> None:
+    """Removes a folder that was created for a run of which nothing was computed."""
+
+    def remove() -> None:
+        (workdir / "lock").unlink()
+        workdir.rmdir()
+
+    on_first(remove)
+
+
 class Workdir:
     """A run's log, results and checkpoints; all processes must call every method together.
 
@@ -133,16 +143,6 @@ class Workdir:
           CheckpointError: it cannot be written.
         """
         on_first(lambda: self._checkpoints.wait())
-
-    def discard(self, is_new: bool) -> None:
-        """Removes the folder again if this object created it, because nothing was computed."""
-
-        def remove() -> None:
-            if is_new:
-                (self.path / "lock").unlink()
-                self.path.rmdir()
-
-        on_first(remove)
 
     def close(self) -> None:
         """Closes the files; repeated calls have no effect."""

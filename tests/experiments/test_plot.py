@@ -254,7 +254,7 @@ def test_flags_that_cannot_be(tmp_path, monkeypatch, capsys, workdir, output, me
 
 def test_a_run_is_drawn_at_its_end(finished, config, command_line, blank_panels):
     result = command_line(config, finished.workdir)
-    assert result.code == 0 and f"drawn: {finished.workdir / 'run.png'}" in result.err
+    assert result.code == 0 and f"picture  {finished.workdir / 'run.png'}" in result.err
     assert not blank_panels((finished.workdir / "run.png").read_bytes())
     assert json.loads(result.out) == finished.summary
 
