@@ -52,6 +52,7 @@ _MAX_JSON_BYTES = 2**28  # a line of metrics takes about a kilobyte
 CURVES = "curves.png"  # file name of a sweep's curves, in its workdir
 _GRPO = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
 _SFT = ("loss", "grad_norm", "entropy", "length", "v_norm", "update_s")
+_EVALUATED = ("eval_strict", "eval_lenient")  # in the steps after which `config.evaluate_every` evaluates
 _OPTIONAL = ("reward_se", "grading_s")  # absent in runs of older versions
 
 
@@ -74,6 +75,7 @@ def read_run(workdir: Path) -> Run:
     if not rows:
         raise PlotError(f"{workdir} contains a run without a finished step; plot it after the first step")
     config, before, summary = (_json(workdir / name) for name in ("config.json", "eval_before.json", "summary.json"))
+    is_evaluated = lambda row: all(name in row for name in _EVALUATED)
     shared = set.intersection(*(set(row) for row in rows))
     vectors = np.array([row["v"] for row in rows]) if "v" in shared else None
     what = [str(summary.get("model") or config.get("model") or workdir.name)]
@@ -88,6 +90,8 @@ def read_run(workdir: Path) -> Run:
         vectors,
         _accuracies(workdir / "eval_before.json", before or summary.get("eval_before")),  # a sweep's members share it
         _accuracies(workdir / "summary.json", summary.get("eval_after")),
+        None if numbers is None else int(_number(workdir / "summary.json", numbers)),
+        tuple((index, *(row[name] for name in _EVALUATED)) for index, row in enumerate(rows, 1) if is_evaluated(row)),
     )
 
 

@@ -44,7 +44,16 @@ from ml_collections import ConfigDict
 
 from experiments.common.answering import readable_page
 from experiments.common.cli import TrainingError, fail, use_compilation_cache
-from experiments.common.closing import ask, block, emit, example_lines, next_lines, place_lines, read_change
+from experiments.common.closing import (
+    ask,
+    block,
+    emit,
+    example_lines,
+    member_rows,
+    next_lines,
+    place_lines,
+    read_change,
+)
 from experiments.common.eval_metrics import Row, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import find_devices
@@ -64,7 +73,7 @@ from experiments.common.runs import num_steps, questions_of, stoppable, summary_
 from experiments.common.specs import ConfigError, as_json, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, make_prompts
-from experiments.common.wording import counted, cut, p_digits, paragraph, percent, points, table
+from experiments.common.wording import counted, paragraph, table
 from experiments.common.workdir import discard, logged_vector
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
@@ -264,22 +273,10 @@ def _finish(
 
 def members_table(summary: Mapping[str, Any], workdir: Path) -> str:
     """Formats the untrained model and the members, best first, each with its gain over the untrained model."""
-    score = lambda result: [percent(result["strict"]), percent(result["lenient"])]
-    rows = [["", "numbers", "strict", "lenient", "gain", "p"]]
-    rows.append(["untrained", "0", *score(summary["eval_before"]), "", ""])
-    notes = []
-    for row in summary["members"]:
-        name = cut(row["member"], _NAME)
-        if row["dropped"]:
-            notes.append(paragraph(f"dropped {row['member']}: {row['dropped']}"))
-            continue
-        answers = workdir / "members" / row["member"] / "answers_after.jsonl"
-        found = read_change(workdir / "answers_before.jsonl", answers)
-        gain = found.differences["strict"] if found else None
-        moved = [points(gain.value), p_digits(gain.p)] if gain else ["", ""]
-        rows.append([name, f"{row['params']:,}", *score(row["eval_after"]), *moved])
+    dropped = [row for row in summary["members"] if row["dropped"]]
+    notes = [paragraph(f"dropped {row['member']}: {row['dropped']}") for row in dropped]
     notes.append("gain: strict, in points over the untrained model, by a paired test of greedy answers")
-    return "\n".join([*table(rows, gap="  "), *notes])
+    return "\n".join([*table(member_rows(summary, workdir, _NAME)), *notes])
 
 
 def ending(summary: Mapping[str, Any], workdir: Path, picture: Path | None) -> str:

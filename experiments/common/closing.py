@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import progress
-from experiments.common.wording import WIDTH, command_line, counted, cut, p_value, paragraph, percent, points, table
+from experiments.common.wording import (
+    WIDTH,
+    command_line,
+    counted,
+    cut,
+    p_digits,
+    p_value,
+    paragraph,
+    percent,
+    points,
+    table,
+)
 from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
 
@@ -270,3 +281,27 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     commands += [("use it elsewhere", export)]
     where = place_lines({**places, "result": workdir / "summary.json"})
     return block(paragraph(head + minutes), changed, example, where, next_lines(commands))
+
+
+def member_rows(summary: Mapping[str, Any], workdir: Path, widest: int = 10**6) -> list[list[str]]:
+    """The table of a sweep's members, with a head: accuracies, and the gain over the untrained model.
+
+    Args:
+      summary: summary of the sweep.
+      workdir: folder of the sweep.
+      widest: longest name of a member; longer ones are cut.
+    """
+    score = lambda result: [percent(result["strict"]), percent(result["lenient"])]
+    rows = [["", "numbers", "strict", "lenient", "gain", "p"]]
+    rows.append(["untrained", "0", *score(summary["eval_before"]), "", ""])
+    for row in summary["members"]:
+        name = cut(row["member"], widest)
+        if row["dropped"]:
+            rows.append([name, "", "dropped", "", "", ""])
+            continue
+        answers = workdir / "members" / row["member"] / "answers_after.jsonl"
+        found = read_change(workdir / "answers_before.jsonl", answers)
+        gain = found.differences["strict"] if found else None
+        moved = [points(gain.value), p_digits(gain.p)] if gain else ["", ""]
+        rows.append([name, f"{row['params']:,}", *score(row["eval_after"]), *moved])
+    return rows

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.common.wording import suggestion
 from experiments.configs import base
 from tinylora_jax.adapters import SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
 from tinylora_jax.data import DataSpec, get_template
@@ -76,10 +77,14 @@ def parse(config: ConfigDict) -> Specs:
         if not ok:
             problems.append(f"config.{field}={config[field]!r}: expected {expected}")
 
+    def require_one(field: str, known: Sequence[str]) -> None:
+        near = suggestion(str(config[field]), known)
+        require(field, config[field] in known, " or ".join(map(repr, known)) + near)
+
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
-    require("save_dtype", config.save_dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
-    require("svd", config.svd in SVD_METHODS, " or ".join(SVD_METHODS))
-    require("on_too_long", config.on_too_long in ("error", "drop"), "'error' or 'drop'")
+    require_one("save_dtype", ("bfloat16", "float32"))
+    require_one("svd", SVD_METHODS)
+    require_one("on_too_long", ("error", "drop"))
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
@@ -92,7 +97,7 @@ def parse(config: ConfigDict) -> Specs:
             problems.append(f"config.{field}={value!r:.40}: expected at most {most}")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all equal")
-    require("method", config.method in METHODS, " or ".join(METHODS))
+    require_one("method", METHODS)
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
