@@ -4,8 +4,7 @@
 
 The arguments are files written by `experiments.evaluate --output` (name either of the two files; both are needed).
 Greedy answers are compared with McNemar's exact test, sampled ones with a permutation test of the means per question.
-Prints a table of the second result minus the first and, on the last line, one JSON object. Results for different
-questions, prompts or graders are rejected.
+Shows both accuracies, and the second minus the first. Results for different questions, prompts or graders are rejected.
 """
 
 from __future__ import annotations

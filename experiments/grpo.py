@@ -1,11 +1,12 @@
 """Trains an adapter with GRPO.
 
-    python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
-    python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_7b.py --workdir=… --config.adapter.u=4
+    python -m experiments.grpo --config=demo --workdir=/tmp/tinylora-demo
+    python -m experiments.grpo --config=demo --workdir=/tmp/short --config.max_steps=2 --config.eval_data.limit=16
+    python -m experiments.grpo --config=gsm8k_qwen2_5_7b --workdir=/data/gsm8k --dry_run
 
-Any field of the config can be overridden. The run is saved after every step. After Ctrl-C, SIGTERM or a crash, the same
-command continues it with bit-identical results. The last line printed is the result as one JSON object, which is also
-in `workdir/summary.json`.
+Any field of the config can be overridden. The run is saved after every step: after Ctrl-C, SIGTERM or a crash, the same
+command continues it with bit-identical results. The result is in `workdir/summary.json`. Where the output is no
+terminal, it is also printed as one JSON object on the last line.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Measures the reward along a line or over a plane in v, which few parameters make possible.
 
-    python -m experiments.landscape --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter \\
-        --output=/tmp/landscape.json
-    python -m experiments.landscape … --adapter=A --adapter=B --points=15
+    python -m experiments.landscape --config=demo --adapter=/tmp/tinylora-demo/adapter --output=/tmp/line.json
+    python -m experiments.landscape --config=demo --adapter=/tmp/a --adapter=/tmp/b --points=15 --output=/tmp/plane.json
 
 Points on the line are t times the trained vector, with t from --low to --high; t = 0 is the untrained model. A second
 adapter with the same factors spans a plane. With --random=SEED, the second axis is a random direction, orthogonal to

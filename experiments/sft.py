@@ -1,11 +1,13 @@
 """Trains an adapter with SFT: next-token loss on worked solutions, a baseline for GRPO.
 
-    python -m experiments.sft --config=experiments/configs/demo.py --workdir=/tmp/sft --config.max_steps=100
-    python -m experiments.sft --config=… --workdir=… --config.method=lora --config.train_data.solution_column=solution
+    python -m experiments.sft --config=demo --workdir=/tmp/sft --config.max_steps=100
+    python -m experiments.sft --config=demo --workdir=/tmp/sft-lora --config.method=lora
+    python -m experiments.sft --config=gsm8k_qwen2_5_0_5b --workdir=/data/sft --dry_run
 
 The config is the same as for GRPO, so that both train, save, resume and evaluate in the same way; samples and rewards
-only affect evaluation. Solutions come from an answer column whose text ends in `#### 72`, or from the named column.
-Calculator annotations are removed, and the last line has the format that `config.reward` requires.
+only affect evaluation. Solutions come from an answer column whose text ends in `#### 72`, or from the column
+`config.train_data.solution_column`. Calculator annotations are removed, and the last line has the format that
+`config.reward` requires.
 """
 
 from __future__ import annotations

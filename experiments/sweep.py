@@ -1,8 +1,8 @@
 """Trains a population of adapters at once: one run for every combination of the given values.
 
-    python -m experiments.sweep --config=experiments/configs/demo.py --workdir=/tmp/sweep \\
-        --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
-    python -m experiments.sweep --config=… --workdir=… --vary=adapter.n_tie=1,4,13,168 --vary=optimizer.learning_rate=…
+    python -m experiments.sweep --config=demo --workdir=/tmp/sweep --vary=optimizer.learning_rate=5e-3,1.5e-2
+    python -m experiments.sweep --config=demo --workdir=/tmp/sizes --vary=adapter.n_tie=1,17,210 --vary=seed=0,1
+    python -m experiments.sweep --config=demo --workdir=/tmp/two --member=seed=0,adapter.u=2 --member=seed=1
 
 --vary trains all combinations of the given values; --member=field=value,field=value adds a single member. Every member
 has the same prompts, noise and optimizer as in a separate run. All decode in one batch over the same frozen weights.

@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.common.closing import Change, Example, interval, printable
 from experiments.common.wording import counted, p_value, percent, points
+from tinylora_jax import __version__
 
 _ANSWERS = 20  # largest number of questions with their answers
 _BROKEN = 6  # of them, the number that is kept for questions that were broken
@@ -90,8 +91,8 @@ def page(content: Content) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of Python, this library and the packages that affect results."""
-    found = {"Python": platform.python_version()}
-    for name in ("tinylora_jax", *_PACKAGES):
+    found = {"Python": platform.python_version(), "tinylora_jax": __version__}
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
