@@ -35,8 +35,9 @@ import numpy as np
 from absl import app, flags
 
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.opening import parse_flags, require_folder
+from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
+from experiments.common.wording import nearest_path
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
 from experiments.plotting.picture import Run, draw
@@ -68,7 +69,8 @@ def read_run(workdir: Path) -> Run:
     """
     path = workdir / "metrics.jsonl"
     if not workdir.is_dir():
-        raise PlotError(f"{workdir} is not a folder; expected the --workdir of a run")
+        hint = nearest_path(workdir)
+        raise PlotError(f"{workdir} is not a folder; expected the --workdir of a run{hint}")
     if not (workdir / "config.json").exists() and not path.exists():
         raise PlotError(f"{workdir} contains no run: it has neither config.json nor metrics.jsonl")
     rows = _rows(path) if path.exists() else []
@@ -265,8 +267,6 @@ def main(argv: Sequence[str]) -> None:
         fail(f"--output={FLAGS.output}: expected a file name that ends in .png")
     if output is None and (FLAGS.redraw or len(FLAGS.workdir) > 1):
         fail("--output is missing; it is required for several runs and for --redraw")
-    for name in FLAGS.workdir or []:
-        require_folder("workdir", Path(name))
     with reporting_errors():
         try:
             print(_drawn([Path(name) for name in FLAGS.workdir or []], output))

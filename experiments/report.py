@@ -313,7 +313,7 @@ def page_of(workdir: Path) -> Content:
 
     Raises:
       ReportError: the folder contains no finished run.
-      ConfigError, PlotError: a file is damaged.
+      PlotError: a file is damaged.
     """
     summary, config = _read(workdir / "summary.json"), _read(workdir / "config.json")
     members, folder, table_rows = summary.get("members"), workdir, ()
@@ -383,7 +383,11 @@ def _write_page(name: str) -> None:
     if len(FLAGS.runs) != 1:
         fail("--html shows one run or sweep; set --runs once, such as --runs=RL:/tmp/tinylora-demo")
     with reporting_errors():
-        content = page_of(_series_and_folder(FLAGS.runs[0])[1])
+        workdir = _series_and_folder(FLAGS.runs[0])[1]
+        try:
+            content = page_of(workdir)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ReportError(f"{workdir} is damaged: a JSON file there lacks {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, page(content))
     print(block(place_lines({"page": target, "size": size(target.stat().st_size)})))

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and shardings in place of arrays, to lower programs early, and zeros for a base model."""
+"""Shapes, dtypes and shardings in place of arrays, to lower programs early."""
 
 from __future__ import annotations
 

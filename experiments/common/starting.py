@@ -1,4 +1,4 @@
-"""The beginning of a run in words: model, devices, what is trained, changed fields, memory and how to stop."""
+"""The beginning of a run in words: model, devices, what is trained, changed fields and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats numbers, durations, commands and paragraphs for a terminal of 80 columns; needs only the standard library."""
+"""Formats numbers, commands and paragraphs for a terminal of 80 columns; needs no other package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTML page of a finished run or sweep, to mail: no other file, no script, readable on a phone and in the dark."""
+"""One HTML page of a finished run or sweep, to mail: without a script or another file."""
 
 from __future__ import annotations
 
