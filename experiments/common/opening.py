@@ -36,7 +36,7 @@ FIELDS = (
     ("epochs", 3, "passes over the questions"),
     ("max_steps", 0, "number of steps; 0: all epochs"),
     ("train_data.source", "openai/gsm8k:main", "hub id, .jsonl or .parquet file, or arithmetic"),
-    ("eval_data.limit", 0, "number of questions for evaluation; 0: all"),
+    ("eval_data.limit", None, "number of questions for evaluation; default: all"),
     ("template", "gsm8k", "prompt: gsm8k, boxed, arithmetic or plain"),
     ("reward", "hash", "grader: hash, boxed, math, minerva or module:function"),
     ("seed", 0, "seed of the data order and the sampling noise"),
@@ -185,6 +185,9 @@ def _described(flag: flags.Flag) -> str:
 
 
 def _shown(value: object) -> str:
+    """Formats a default; a number that is not set is shown as N."""
+    if value is None:
+        return "N"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

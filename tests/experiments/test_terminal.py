@@ -29,11 +29,11 @@ COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if p
 
 def in_terminal(words, env, timeout_s=280, rows=24, columns=80):
     """Runs a command in a pseudoterminal: its exit code, its output and every state of every line."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execvpe(sys.executable, [sys.executable, "-m", *words], env)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+    process = subprocess.Popen([sys.executable, "-m", *words], env=env, cwd=ROOT, start_new_session=True, **ends)
+    os.close(inside)
     seen, deadline = b"", time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
@@ -42,7 +42,9 @@ def in_terminal(words, env, timeout_s=280, rows=24, columns=80):
             except OSError:  # the process has ended
                 break
     os.close(terminal)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if time.monotonic() >= deadline:
+        process.kill()
+    code = process.wait()
     text = seen.decode()
     states = [state.rstrip() for line in text.split("\n") for state in line.split("\r")]
     return SimpleNamespace(code=code, text=text, lines=[state for state in states if state])
