@@ -58,11 +58,10 @@ class Launch:
         Raises:
           ValueError: a weight cannot be read or adapted.
         """
-        with self._timed("lowering and compiling"), phase("compiling") as work:
+        with self._timed("compiling"), phase("compiling", leaves_line=False) as work:
             adapting = lower_adapt(self.abstract.policy.params, self.adapter, self.config.svd)
             compile_together(chain(programs, adapting), self.reading.check, work.count)
-            work.end(f"compiled in {work.seconds:.1f} s")
-        with self._timed("waiting for the weights"):
+        with self._timed("reading weights"), phase("waiting for the weights", leaves_line=False):
             model = replace(self.abstract.pretrained, params=self.reading.result())
         with self._timed("factorizing"):
             policy = make_policy(model.params, self.adapter, self.config.svd)

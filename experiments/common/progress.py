@@ -94,10 +94,11 @@ class Phase:
 
     Args:
       name: what is being done, such as `compiling`.
+      leaves_line: whether a line with the time remains at the end.
     """
 
-    def __init__(self, name: str):
-        self.name, self.ending, self.started = name, "", time.perf_counter()
+    def __init__(self, name: str, leaves_line: bool = True):
+        self.name, self.ending, self.started, self._leaves_line = name, "", time.perf_counter(), leaves_line
         self._done, self._total, self._note = 0, 0, ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._redraw, daemon=True)
@@ -136,14 +137,14 @@ class Phase:
         if self._thread.is_alive():
             self._thread.join()
         clear()
-        if error is None:
+        if error is None and self._leaves_line:
             part = f" {self._total}" if self._total else ""
             tell(self.ending or f"{self.name}{part}: {self.seconds:.1f} s")
 
 
-def phase(name: str) -> Phase:
-    """Starts a part of a command, which ends with its `with` block."""
-    return Phase(name)
+def phase(name: str, leaves_line: bool = True) -> Phase:
+    """Starts a part of a command, which ends with its `with` block; see `Phase`."""
+    return Phase(name, leaves_line)
 
 
 class Steps:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.common import multihost
 from experiments.common.cli import TrainingError, fail, reporting_errors, use_compilation_cache
-from experiments.common.eval_metrics import GRADES, scores
+from experiments.common.eval_metrics import GRADES, Row, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
@@ -284,16 +284,10 @@ def run(
         to_train = trainer.lower(start.abstract, abstract) if folder.saved_steps() < steps else ()
         task = start.finish(chain(to_train, lower_evaluation(start.abstract, abstract.v, questions, **how)))
     folder.claim()
-    initial = trainer.initial_state(task.policy)
     judge = partial(evaluate, task, prompts=questions, seed=config.seed, between=stop.check)
 
-    before = folder.read("eval_before.json")
-    if before is None:
-        before, answers = judge(v=initial.v, **how)
-        folder.write_rows("answers_before.jsonl", answers)
-        folder.write("eval_before.json", before)
-    tell(f"before training: {scores(before)}")
-    del initial  # takes gigabytes in full fine-tuning
+    # The state takes gigabytes in full fine-tuning, so it does not outlive this line.
+    before = _evaluate_before(folder, lambda: judge(v=trainer.initial_state(task.policy).v, **how))
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
     in_between = lambda v: judge(v=v, batch_size=config.eval_batch_size)[0]
@@ -305,6 +299,14 @@ def run(
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
     after, answers = judge(v=replicate(saved), **how)
     folder.write_rows("answers_after.jsonl", answers)
+    totals["wall_s"] += time.perf_counter() - finished
+    summary = _summary(task, steps, before, after, totals)
+    folder.write("summary.json", summary)
+    return summary
+
+
+def _summary(task: Task, steps: int, before: dict[str, Any], after: dict[str, Any], totals: Totals) -> dict[str, Any]:
+    """The content of summary.json."""
     summary = {
         "model": task.name,
         "params": task.policy.num_params,
@@ -312,12 +314,22 @@ def run(
         "steps": steps,
         "eval_before": before,
         "eval_after": after,
-        "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
+        "wall_s": round(totals["wall_s"], 1),
     }
     if totals["rollout_s"]:
         summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
-    folder.write("summary.json", summary)
     return summary
+
+
+def _evaluate_before(folder: Workdir, judge: Callable[[], tuple[dict[str, Any], list[Row]]]) -> dict[str, Any]:
+    """The accuracies of the untrained model: those in the folder, or the result of `judge`, which is kept there."""
+    before = folder.read("eval_before.json")
+    if before is None:
+        before, answers = judge()
+        folder.write_rows("answers_before.jsonl", answers)
+        folder.write("eval_before.json", before)
+    tell(f"before training: {scores(before)}")
+    return before
 
 
 def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:

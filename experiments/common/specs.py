@@ -77,14 +77,11 @@ def parse(config: ConfigDict) -> Specs:
         if not ok:
             problems.append(f"config.{field}={config[field]!r}: expected {expected}")
 
-    def require_one(field: str, known: Sequence[str]) -> None:
-        near = suggestion(str(config[field]), known)
-        require(field, config[field] in known, " or ".join(map(repr, known)) + near)
-
+    one = lambda name, known: require(name, config[name] in known, _one_of(config[name], known))
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
-    require_one("save_dtype", ("bfloat16", "float32"))
-    require_one("svd", SVD_METHODS)
-    require_one("on_too_long", ("error", "drop"))
+    one("save_dtype", ("bfloat16", "float32"))
+    one("svd", SVD_METHODS)
+    one("on_too_long", ("error", "drop"))
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
@@ -97,7 +94,7 @@ def parse(config: ConfigDict) -> Specs:
             problems.append(f"config.{field}={value!r:.40}: expected at most {most}")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all equal")
-    require_one("method", METHODS)
+    one("method", METHODS)
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
@@ -114,6 +111,11 @@ def parse(config: ConfigDict) -> Specs:
     if problems:
         raise ConfigError("\n  ".join(["the config has problems:", *problems]))
     return specs
+
+
+def _one_of(found: Any, known: Sequence[str]) -> str:
+    """The expectation of one of the known words, with the nearest one to what was found."""
+    return " or ".join(map(repr, known)) + suggestion(str(found), known)
 
 
 def check_template(template: str, reward: str) -> None:

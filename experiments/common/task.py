@@ -83,13 +83,11 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
 def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:
     """Builds a policy on the devices of the mesh; `how` is a spec, or a function of the weights and `svd`."""
     if callable(how):
-        with phase("preparing the factors") as work:
+        with phase("preparing the factors", leaves_line=False):
             policy = how(params, svd)
-            work.end(f"factors ready in {work.seconds:.1f} s")
     elif how.needs_svd:
-        with phase("factorizing its weights") as work:
+        with phase("factorizing its weights", leaves_line=False) as work:
             policy = adapt(params, how, svd, work.count)
-            work.end(f"factorized in {work.seconds:.1f} s")
     else:
         policy = adapt(params, how, svd)
     mesh = active_mesh()

@@ -83,7 +83,7 @@ def test_a_run_is_told_from_its_start_to_what_comes_next(trained, short):
     text = "\n".join(trained.lines)
     for word in (
         *("trains     8 numbers: tinylora, r=2 u=2 n_tie=4, in 14 matrices", "seed       0", "Ctrl-C"),
-        *("adapter.u=2", "optimizer.learning_rate=0.05", "compiling 1 of", "factorized in", "before training: strict"),
+        *("adapter.u=2", "optimizer.learning_rate=0.05", "compiling 1 of", "ready: compiling", "before training: str"),
         *("step 1/5  reward 0.", "left 0:0", "|v| 0.", "strict   ", "p = ", "fixed, ", f"adapter  {short}/run/adapter"),
         *(f"picture  {short}/run/run.png", "--showcase=3", "--to=merged", f"--adapter={short}/run/adapter"),
     ):
