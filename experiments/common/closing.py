@@ -277,7 +277,7 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     places |= {"answers": workdir / "answers_after.jsonl"}
     evaluate = ["python", "-m", "experiments.evaluate", *config, f"--adapter={adapter}", "--showcase=3"]
     export = ["python", "-m", "experiments.export", f"--adapter={adapter}", "--to=merged", f"--output={workdir}/merged"]
-    commands = [("ask both models", ask(adapter, fixed)), ("see more that was fixed", evaluate)]
+    commands = [("ask both models", ask(adapter, fixed)), ("see what was fixed", evaluate)]
     commands += [("use it elsewhere", export)]
     where = place_lines({**places, "result": workdir / "summary.json"})
     return block(paragraph(head + minutes), changed, example, where, next_lines(commands))

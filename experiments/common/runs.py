@@ -25,7 +25,7 @@ from experiments.common.eval_metrics import GRADES, Row, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
-from experiments.common.progress import Steps, tell
+from experiments.common.progress import Steps, clear, tell
 from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
@@ -180,6 +180,7 @@ def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
             yield stop
         except Stopped as stopped:
             if is_first():
+                clear()
                 print(f"stopped by {stopped}; the same command continues the {what} in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
 
@@ -230,6 +231,7 @@ def train(
                 # Before the step is saved: a run that is interrupted here repeats the step and its evaluation.
                 found = judge(state.v)
                 metrics |= {f"eval_{grade}": found[grade] for grade in GRADES}
+                tell(f"after step {index + 1}: {scores(found)}")
             totals["wall_s"] = before + time.perf_counter() - started
             due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
             record = {"data": data.get_state(), "totals": totals} if due else None
