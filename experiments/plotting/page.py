@@ -42,7 +42,9 @@ article h3 { font-size: 1rem; margin: 0 0 .5rem; font-weight: 600; }
 .pair h4 { margin: 0; font-size: .85rem; color: var(--soft); font-weight: 600; }
 pre { margin: .25rem 0 0; white-space: pre-wrap; font: 14px/1.45 ui-monospace, monospace; }
 .fixed { color: var(--good); } .broken { color: var(--bad); }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } .headline { font-size: 1.6rem; } }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } .headline { font-size: 1.6rem; }
+  table { font-size: .8rem; } th, td { padding: .3rem .2rem; } th { white-space: normal; }
+  th:first-child, td:first-child { min-width: 0; } }
 """
 
 
@@ -132,7 +134,7 @@ def _headline(change: Change) -> list[str]:
         f" {points(strict.value)} points, {_text(p_value(strict.p))}; {counts}.</p>",
         _table(rows),
         f'<p class="soft">Strict: right, and in the requested format. Lenient: the last number is right.'
-        f" {_text(strict.test)} test of the same questions.</p>",
+        f" Test of the same questions: {_text(strict.test)}.</p>",
     ]
 
 
