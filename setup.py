@@ -1,10 +1,15 @@
 """Packaging of tinylora_jax; `pip install -e '.[demo]'` or `'.[test]'`."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+LIBRARY = Path(__file__).parent / "tinylora_jax" / "__init__.py"
 
 setup(
     name="tinylora_jax",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "([^"]+)"', LIBRARY.read_text(encoding="utf-8"), re.MULTILINE)[1],
     description="TinyLoRA in JAX/Flax: reinforcement learning of language models in 13 parameters",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
@@ -28,7 +33,6 @@ setup(
         "gguf>=0.17",
         "jinja2>=3.1",
         "tensorboardX>=2.6",
-        "tqdm>=4.66",
         "scipy>=1.13",
         "threadpoolctl>=3.1",
         "matplotlib>=3.8",  # what a run is drawn with at its end

@@ -4,27 +4,37 @@
 
 The arguments are files written by `experiments.evaluate --output` (name either of the two files; both are needed).
 Greedy answers are compared with McNemar's exact test, sampled ones with a permutation test of the means per question.
-Prints a table of the second result minus the first and, on the last line, one JSON object. Results for different
-questions, prompts or graders are rejected.
+Shows both accuracies, and the second minus the first. Results for different questions, prompts or graders are rejected.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from experiments.common import opening
+
+    opening.define_json()
+    opening.begin(__doc__)
+
 import dataclasses
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import app
+from absl import app, flags
 
-from experiments.common.cli import fail, reporting_errors, tell
+from experiments.common.cli import fail, reporting_errors
+from experiments.common.closing import block, emit, example_lines, place_lines, read_change
 from experiments.common.eval_metrics import GRADES
+from experiments.common.opening import parse_flags
+from experiments.common.wording import WIDTH, counted, cut, p_digits, points, table
 from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.files import expand, is_number, read_json
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
+
+FLAGS = flags.FLAGS
 
 _MAX_RESULT_BYTES = 2**24
 
@@ -139,18 +149,66 @@ def _difference(first: list[float], second: list[float], mode: str) -> Differenc
     return compare_right_or_wrong(first, second) if one_answer or len(first) == 1 else compare_means(first, second)
 
 
-def differences_table(found: Mapping[str, Mapping[str, Mapping[str, Difference]]]) -> str:
-    """Formats the differences as a table, in percentage points."""
-    width = 1 + max([15, *map(len, found)])
-    lines = [f"{'set':<{width}}{'':<9}{'':<9}{'points':>8}{'[95 %]':>18}{'p':>9}{'better':>8}{'worse':>7}  test"]
+def accuracy(evaluation: Evaluation, name: str, mode: str, grade: str) -> float:
+    """The mean grade of an evaluation's questions."""
+    grades = evaluation.grades[name, mode].values()
+    return math.fsum(_mean(each, GRADES.index(grade)) for each in grades) / len(grades)
+
+
+def with_accuracies(
+    found: Mapping[str, Mapping[str, Mapping[str, Difference]]], first: Evaluation, second: Evaluation
+) -> dict[str, Any]:
+    """The differences as JSON-serializable values, with the accuracies of both evaluations."""
+    both = lambda *where: {"first": accuracy(first, *where), "second": accuracy(second, *where)}
+    return {
+        name: {
+            mode: {grade: {**both(name, mode, grade), **dataclasses.asdict(each)} for grade, each in grades.items()}
+            for mode, grades in modes.items()
+        }
+        for name, modes in found.items()
+    }
+
+
+def differences_table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], questions: Mapping[str, int]) -> str:
+    """Formats differences in percentage points, in 80 columns.
+
+    Args:
+      found: result of `with_accuracies`.
+      questions: number of questions of each set.
+    """
+    head = ["", "", "first → second", "points", "[95 %]", "p", "better", "worse"]
+    rows, sections = [], {}
     for name, modes in found.items():
+        sections[len(rows)] = f"{cut(name, WIDTH - 20)}: {counted(questions[name], 'question')}"
         for mode, grades in modes.items():
             for grade, each in grades.items():
-                ends = [f"{100 * end:+.1f}" for end in (each.low, each.high) if end is not None]
-                interval = f"[{', '.join(ends)}]" if ends else ""
-                numbers = f"{100 * each.value:>+8.1f}{interval:>18}{each.p:>9.4f}{each.better:>8}{each.worse:>7}"
-                lines.append(f"{name:<{width}}{mode:<9}{grade:<9}{numbers}  {each.test}")
-    return "\n".join(lines)
+                ends = "" if each["low"] is None else f"[{points(each['low'])}, {points(each['high'])}]"
+                change = f"{100 * each['first']:.1f} → {100 * each['second']:.1f} %"
+                counts = [str(each["better"]), str(each["worse"])]
+                rows.append([mode, grade, change, points(each["value"]), ends, p_digits(each["p"]), *counts])
+    head, *lines = table([head, *rows], left=(0, 1), gap="  ")
+    found_lines = ["  " + head]
+    for place, line in enumerate(lines):
+        found_lines += [sections[place]] if place in sections else []
+        found_lines.append("  " + line)
+    return "\n".join(found_lines)
+
+
+def ending(result: Mapping[str, Any], first: Evaluation, second: Evaluation) -> str:
+    """The ending of the command: both accuracies with their difference, the tests, and a question that was fixed."""
+    questions = Counter(name for name, _ in first.asked)
+    tests = {each["test"] for modes in result["sets"].values() for grades in modes.values() for each in grades.values()}
+    notes = [f"tests: {'; '.join(sorted(tests))}"]
+    for name in sorted(first.decoding.keys() | second.decoding.keys()):
+        ours, theirs = first.decoding.get(name), second.decoding.get(name)
+        notes += [f"note: {name} is {ours} in the first and {theirs} in the second"] if ours != theirs else []
+    found = read_change(first.path.with_suffix(".jsonl"), second.path.with_suffix(".jsonl"))
+    example = []
+    if found and found.fixed:
+        example = ["for example, this one is right only in the second:"]
+        example += example_lines(found.fixed[0], "first", "second")
+    places = {"first": first.path, "second": second.path}
+    return block(differences_table(result["sets"], questions), notes, example, place_lines(places))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -160,19 +218,10 @@ def main(argv: Sequence[str]) -> None:
     with reporting_errors():
         first, second = (read(expand(name)) for name in argv[1:])
         found = compare(first, second)
-    for name in sorted(first.decoding.keys() | second.decoding.keys()):
-        ours, theirs = first.decoding.get(name), second.decoding.get(name)
-        if ours != theirs:
-            tell(f"note: {name} is {ours} in the first and {theirs} in the second")
-    tell(differences_table(found))
-    as_json = {
-        name: {
-            mode: {grade: dataclasses.asdict(each) for grade, each in grades.items()} for mode, grades in modes.items()
-        }
-        for name, modes in found.items()
-    }
-    print(json.dumps({"first": str(first.path), "second": str(second.path), "sets": as_json}))
+    sets = with_accuracies(found, first, second)
+    result = {"first": str(first.path), "second": str(second.path), "sets": sets}
+    emit(result, ending(result, first, second), FLAGS.is_parsed() and FLAGS.json)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, arguments=2))

@@ -1,6 +1,7 @@
 """Compiles every program of a run for a TPU, on a machine without one, and reports estimates.
 
-    python -m experiments.compile --config=experiments/configs/gsm8k_qwen2_5_7b.py --topology=v5e:2x4
+    python -m experiments.compile --config=gsm8k_qwen2_5_7b --topology=v5e:2x4
+    python -m experiments.compile --config=gsm8k_qwen2_5_7b --topology=v5e:2x2 --topology=v5e:2x4 --suggest
 
 This needs neither weights nor a TPU, only `pip install -e '.[tpu]'`. For each program it reports compilation time,
 memory per device, operations, communication between devices, and an estimated run time next to the limits of memory
@@ -10,35 +11,52 @@ run. --suggest tries meshes and sizes, and names the cheapest that fits.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the machine's own devices are not used
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # avoids querying the cloud for devices
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
-import jax  # noqa: E402
-from absl import app, flags  # noqa: E402
-from ml_collections import ConfigDict, config_flags  # noqa: E402
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
 
-from experiments.aot.chips import Topology, larger, topology  # noqa: E402
-from experiments.aot.programs import Case, compile_all  # noqa: E402
-from experiments.aot.report import print_table, summary  # noqa: E402
-from experiments.aot.suggest import search  # noqa: E402
-from experiments.common.architectures import architecture  # noqa: E402
-from experiments.common.cli import define_path, parse_flags, reporting_errors  # noqa: E402
-from experiments.common.fitting import fit  # noqa: E402
-from experiments.common.meshes import parse_mesh  # noqa: E402
-from experiments.common.specs import parse  # noqa: E402
+    from experiments.common import opening
+
+    opening.define_config("Config of the run: a name such as demo, or a file.")
+    flags.DEFINE_multi_string("topology", ["v5e:2x4"], "TPU topology, such as v5e:2x4 or v5p:2x2x1; may be repeated.")
+    flags.DEFINE_string("mesh", None, "Mesh sizes data,fsdp,tensor. Default: config.mesh (0: choose by memory).")
+    opening.define_path("model_config", "Known architecture or path of a config.json. Default: that of config.model.")
+    opening.define_path("json", "Also write the result to this file.")
+    _programs = ("factorize", "rollout", "decode", "update", "optimizer")
+    flags.DEFINE_multi_enum("only", [], _programs, "Compile only this program; may be repeated.")
+    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; list cheaper topologies first.")
+    opening.begin(__doc__)
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from experiments.aot.chips import Topology, larger, topology
+from experiments.aot.programs import Case, compile_all
+from experiments.aot.report import print_table, summary
+from experiments.aot.suggest import search
+from experiments.common.architectures import architecture
+from experiments.common.cli import reporting_errors
+from experiments.common.fitting import fit
+from experiments.common.meshes import parse_mesh
+from experiments.common.opening import parse_flags
+from experiments.common.specs import parse
 from tinylora_jax.files import write_atomically
-from tinylora_jax.models import MeshSpec  # noqa: E402
+from tinylora_jax.models import MeshSpec
 
-PROGRAMS = ("factorize", "rollout", "decode", "update", "optimizer")
+FLAGS = flags.FLAGS
 
 
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
@@ -115,15 +133,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file of the run, as for experiments.grpo.", lock_config=True
-    )
-    flags.DEFINE_multi_string("topology", ["v5e:2x4"], "TPU topology, such as v5e:2x4 or v5p:2x2x1; may be repeated.")
-    flags.DEFINE_string("mesh", None, "Mesh sizes data,fsdp,tensor. Default: config.mesh (0: choose by memory).")
-    define_path("model_config", "Known architecture or path of a config.json. Default: that of config.model.")
-    define_path("json", "Also write the result to this file.")
-    flags.DEFINE_multi_enum("only", [], PROGRAMS, "Compile only this program; may be repeated.")
-    flags.DEFINE_bool("suggest", False, "Find a mesh and sizes that fit; list cheaper topologies first.")
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -1,43 +1,74 @@
 r"""Evaluates a model, with or without a trained adapter: greedy and sampled, strict and lenient.
 
-    python -m experiments.evaluate --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter
-    python -m experiments.evaluate --config=experiments/configs/math_qwen2_5_7b.py --suite=gsm8k,math500,aime24@16
+    python -m experiments.evaluate --config=demo --adapter=/tmp/tinylora-demo/adapter --showcase=3
+    python -m experiments.evaluate --config=demo --output=/tmp/base.json
+    python -m experiments.evaluate --config=math_qwen2_5_7b --suite=gsm8k,math500,aime24@16
 
 The config defines the model, questions, prompt, grader and lengths. Without --adapter the base model is evaluated.
+--showcase=3 evaluates both and shows three questions that the adapter fixed, with both answers.
+
 --suite replaces the config's questions and grader with sets by name (`tinylora_jax/data/suites.py`), files or hub ids;
-`@16` requests 16 sampled answers, and `--config.eval_data.limit` limits the questions of each set. Prints a table and,
-on the last line, one JSON object. --output also writes that object, and all answers as JSON lines next to it;
-`experiments.compare` compares two such results.
+`@16` requests 16 sampled answers, and `--config.eval_data.limit` limits the questions of each set. --output writes the
+result, and all answers as JSON lines next to it; `experiments.compare` compares two such results.
 
-    python -m experiments.evaluate --config=… --config.eval_data.split=train --config.eval_samples=4 --correct=own.jsonl
-    python -m experiments.sft --config=… --workdir=… --config.train_data.source=own.jsonl \
-        --config.train_data.solution_column=solution
-
-write the sampled answers that the strict grader accepts, and train on them (rejection sampling).
+--correct writes the sampled answers that the strict grader accepts. As `train_data.source` of `experiments.sft` with
+`solution_column=solution` they are training data (rejection sampling).
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_config("Config with model, questions and grader: a name such as demo, or a file.")
+    opening.define_path("adapter", "Folder of a trained adapter. Default: evaluate the base model.")
+    opening.define_path("output", "Write the result to this .json file, and all answers to a .jsonl file next to it.")
+    opening.define_path("correct", "Write correct sampled answers to this .jsonl file, for experiments.sft.")
+    flags.DEFINE_string("suite", None, "Evaluate on these sets: comma-separated names, files or hub ids.")
+    opening.define_path("suite_folder", "Folder with the files of the named sets. Default: load them from the hub.")
+    _about = "Evaluate the base model too, and show this many questions that the adapter fixed."
+    flags.DEFINE_integer("showcase", 0, _about, lower_bound=0)
+    opening.define_json()
+    opening.define_multihost()
+    opening.begin(__doc__)
+
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from experiments.common import multihost
+from experiments.common.abstract import base_policy
 from experiments.common.answering import answer, lower_answer
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import fail, reporting_errors, use_compilation_cache
+from experiments.common.closing import (
+    Example,
+    as_json,
+    ask,
+    block,
+    change,
+    emit,
+    next_lines,
+    place_lines,
+    showcase_lines,
+)
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
+from experiments.common.opening import config_arguments, parse_flags, require_folder
+from experiments.common.progress import phase, tell
 from experiments.common.specs import ConfigError, check_template, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
+from experiments.common.wording import counted
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
@@ -46,6 +77,8 @@ from tinylora_jax.io import open_trained
 from tinylora_jax.multihost import is_first
 from tinylora_jax.rewards import load_reward
 from tinylora_jax.rollout import Sampling
+
+FLAGS = flags.FLAGS
 
 
 def evaluate(
@@ -75,18 +108,15 @@ def evaluate(
     rows: list[Row] = []
     width, batch_size = padded_width(prompts), min(batch_size, len(prompts))
     for mode, sampling, count in _modes(task, samples):
-        for start in tqdm(
-            range(0, len(prompts), batch_size),
-            desc=f"evaluating ({mode})",
-            leave=False,
-            unit="batch",
-            disable=not is_first(),
-        ):
-            between()
-            batch = list(prompts[start : start + batch_size])
-            filler = [batch[0]] * (batch_size - len(batch))  # the last batch runs the same program
-            answers = answer(task, v, batch + filler, rl.step_key(seed, "eval", 0), sampling, count, width)
-            rows += _rows(mode, batch, answers, count)
+        with phase(f"answering questions ({mode})") as work:
+            for start in range(0, len(prompts), batch_size):
+                work.count(start, len(prompts))
+                between()
+                batch = list(prompts[start : start + batch_size])
+                filler = [batch[0]] * (batch_size - len(batch))  # the last batch runs the same program
+                answers = answer(task, v, batch + filler, rl.step_key(seed, "eval", 0), sampling, count, width)
+                rows += _rows(mode, batch, answers, count)
+            work.end(f"answered {counted(len(prompts), 'question')} ({mode}) in {work.seconds:.1f} s")
     result = {"questions": len(prompts), **summary([row for row in rows if row["mode"] == "greedy"])}
     if samples:
         sampled = sampled_summary([row for row in rows if row["mode"] == "sampled"], samples)
@@ -156,16 +186,20 @@ def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...
     return tuple(dataclasses.replace(each, data=dataclasses.replace(each.data, limit=limit)) for each in suite)
 
 
-def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ()) -> tuple[dict[str, Any], list[Row]]:
+def run(
+    config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = (), showcase: int = 0
+) -> tuple[dict[str, Any], list[Row]]:
     """Evaluates the base model of a config, or an adapter trained on it.
 
     Args:
       config: run configuration.
       adapter: folder of the adapter; None for the base model.
       suite: sets that replace the config's questions and grader.
+      showcase: number of questions to show that the adapter fixed; 0 does not evaluate the base model too.
 
     Returns:
-      The accuracies (for a suite under `sets`, by name), and one row per completion.
+      The accuracies (for a suite under `sets`, by name; with `showcase`, the change from the base model under that
+      name), and one row per completion.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged or belongs to another base model.
@@ -178,22 +212,30 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
     rewards = [load_reward(each.reward) for each in sets]
     questions = [load_graded_questions(each.data, each.reward) for each in sets]
     trained = None if adapter is None else open_trained(adapter)
-    task = load_task(config, specs, trained and trained.policy)
+    task = load_task(config, specs, partial(base_policy, spec=specs.adapter) if trained is None else trained.policy)
     v = task.policy.init() if trained is None else trained.v
     prompts = [make_prompts(config, each, task) for each in questions]
     hows = [
         {"batch_size": config.eval_batch_size, "samples": each.samples or max(1, config.eval_samples)} for each in sets
     ]
-    tell("compiling")
-    compile_together(chain(*(lower_evaluation(task, v, p, **how) for p, how in zip(prompts, hows, strict=True))))
-    results, rows = {}, []
+    with phase("compiling") as work:
+        lowered = (lower_evaluation(task, v, p, **how) for p, how in zip(prompts, hows, strict=True))
+        compile_together(chain(*lowered), report=work.count)
+        work.end(f"compiled in {work.seconds:.1f} s")
+    results, rows, untrained = {}, [], []
     for each, reward, asked, how in zip(sets, rewards, prompts, hows, strict=True):
         tell(f"evaluating {each.name}: {len(asked)} questions")
-        result, answered = evaluate(dataclasses.replace(task, reward=reward), v, asked, seed=config.seed, **how)
+        judge = partial(evaluate, dataclasses.replace(task, reward=reward), prompts=asked, seed=config.seed)
+        result, answered = judge(v=v, **how)
         results[each.name] = {"data": each.data.source, "reward": each.reward, **result}
         rows += [{"set": each.name, **row} for row in answered]
+        if showcase:
+            tell("evaluating the base model on the same questions")
+            base = judge(v=task.policy.init(), batch_size=how["batch_size"])[1]
+            untrained += [{"set": each.name, **row} for row in base]
     about = {"model": task.name, "adapter": str(adapter) if adapter else None, "template": config.template}
     about |= {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    about |= {"showcase": as_json(change(untrained, rows), showcase)} if showcase else {}
     return {**about, **({"sets": results} if suite else results[sets[0].name])}, rows
 
 
@@ -213,6 +255,10 @@ def main(argv: Sequence[str]) -> None:
     adapter = None if FLAGS.adapter is None else Path(FLAGS.adapter)
     if FLAGS.adapter == "":
         fail("--adapter is empty; omit it to evaluate the base model")
+    if adapter is None and FLAGS.showcase:
+        fail("--showcase shows what an adapter fixed; add --adapter")
+    if adapter is not None:
+        require_folder("adapter", adapter)
     output, correct = _file("output", ".json"), _file("correct", ".jsonl")
     with reporting_errors():
         for file in filter(None, (output, correct)):
@@ -223,7 +269,7 @@ def main(argv: Sequence[str]) -> None:
         folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
         suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
         with use_fitting_mesh(FLAGS.config, parse(FLAGS.config).mesh):
-            result, rows = run(FLAGS.config, adapter, suite)
+            result, rows = run(FLAGS.config, adapter, suite, FLAGS.showcase)
         if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_rows(output.with_suffix(".jsonl"), rows)
@@ -231,19 +277,27 @@ def main(argv: Sequence[str]) -> None:
             solutions = correct_answers(rows)
             write_rows(correct, solutions)
             tell(f"{len(solutions)} different correct answers are in {correct}")
-    tell(accuracy_table(result.get("sets") or {result["data"]: result}))
     if is_first():
-        print(json.dumps(result))
+        emit(result, ending(result, adapter, output), FLAGS.json)
+
+
+def ending(result: dict[str, Any], adapter: Path | None, output: Path | None) -> str:
+    """The ending of the command: the accuracies, questions that the adapter fixed, and what comes next."""
+    lines = accuracy_table(result.get("sets") or {result["data"]: result})
+    command = ["python", "-m", "experiments.evaluate", *config_arguments()]
+    places = {} if output is None else {"result": output, "answers": output.with_suffix(".jsonl")}
+    commands: list[tuple[str, Sequence[object]]] = []
+    if adapter is None:
+        commands.append(("train an adapter", ["python", "-m", "experiments.grpo", *command[3:], "--workdir=/tmp/run"]))
+    elif "showcase" not in result:
+        commands.append(("see what the adapter fixed", [*command, f"--adapter={adapter}", "--showcase=3"]))
+    else:
+        commands.append(("ask both models", ask(adapter, [Example(**each) for each in result["showcase"]["fixed"]])))
+    if output is not None:
+        other = output.with_name("other.json")
+        commands.append(("compare with another result", ["python", "-m", "experiments.compare", other, output]))
+    return block(lines, showcase_lines(result.get("showcase")), place_lines(places), next_lines(commands))
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    config_flags.DEFINE_config_file("config", None, "Config file with model, questions and grader.", lock_config=True)
-    define_path("adapter", "Folder of a trained adapter. Default: evaluate the base model.")
-    define_path("output", "Write the result to this .json file, and all answers to a .jsonl file next to it.")
-    define_path("correct", "Write correct sampled answers to this .jsonl file, for experiments.sft.")
-    flags.DEFINE_string("suite", None, "Evaluate on these sets: comma-separated names, files or hub ids.")
-    define_path("suite_folder", "Read the named sets from files in this folder. Default: load them from the hub.")
-    multihost.define_flags()
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

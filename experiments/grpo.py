@@ -1,16 +1,22 @@
 """Trains an adapter with GRPO.
 
-    python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
-    python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_7b.py --workdir=… --config.adapter.u=4
+    python -m experiments.grpo --config=demo --workdir=/tmp/tinylora-demo
+    python -m experiments.grpo --config=demo --workdir=/tmp/short --config.max_steps=2 --config.eval_data.limit=16
+    python -m experiments.grpo --config=gsm8k_qwen2_5_7b --workdir=/data/gsm8k --dry_run
 
-Any field of the config can be overridden. The run is saved after every step. After Ctrl-C, SIGTERM or a crash, the same
-command continues it with bit-identical results. The last line printed is the result as one JSON object, which is also
-in `workdir/summary.json`.
+Any field of the config can be overridden. The run is saved after every step: after Ctrl-C, SIGTERM or a crash, the same
+command continues it with bit-identical results. The result is in `workdir/summary.json`. Where the output is no
+terminal, it is also printed as one JSON object on the last line.
 """
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from experiments.common import opening
+
+    opening.define_run()
+    opening.begin(__doc__)
+
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +27,8 @@ from ml_collections import ConfigDict
 
 from experiments.common import runs
 from experiments.common.answering import answer, lower_answer, readable_page
-from experiments.common.cli import parse_flags
+from experiments.common.closing import emit, run_block
+from experiments.common.opening import config_arguments, parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
 from experiments.common.specs import Specs
@@ -31,6 +38,8 @@ from tinylora_jax import rl
 from tinylora_jax.data import Prompt
 from tinylora_jax.multihost import is_first
 from tinylora_jax.training import TrainState
+
+FLAGS = flags.FLAGS
 
 
 class Trainer(runs.Trainer):
@@ -60,21 +69,20 @@ class Trainer(runs.Trainer):
         return Stepped(state, metrics, readable_page(prompts, graded, self.config.samples_kept), graded.num_tokens)
 
 
-def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, stop: StopRequests, dry_run: bool = False) -> dict[str, Any]:
     """`runs.run` by GRPO."""
-    return runs.run(config, workdir, stop, Trainer, "grpo")
+    return runs.run(config, workdir, stop, Trainer, "grpo", dry_run)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     summary = runs.command_line(FLAGS, run)
-    if is_first():
-        try_plot(Path(FLAGS.workdir))
-        print(json.dumps(summary))
+    if summary and is_first():
+        workdir = Path(FLAGS.workdir)
+        text = run_block(summary, workdir, config_arguments(), try_plot(workdir))
+        emit(summary, text, FLAGS.json)
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    runs.define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -1,8 +1,7 @@
 """Measures the reward along a line or over a plane in v, which few parameters make possible.
 
-    python -m experiments.landscape --config=experiments/configs/demo.py --adapter=/tmp/tinylora-demo/adapter \\
-        --output=/tmp/landscape.json
-    python -m experiments.landscape … --adapter=A --adapter=B --points=15
+    python -m experiments.landscape --config=demo --adapter=/tmp/tinylora-demo/adapter --output=/tmp/line.json
+    python -m experiments.landscape --config=demo --adapter=/tmp/a --adapter=/tmp/b --points=15 --output=/tmp/plane.json
 
 Points on the line are t times the trained vector, with t from --low to --high; t = 0 is the untrained model. A second
 adapter with the same factors spans a plane. With --random=SEED, the second axis is a random direction, orthogonal to
@@ -11,6 +10,22 @@ adapters. Writes a JSON file and a PNG next to it.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_config("Config with model, questions and samples: a name such as demo, or a file.")
+    opening.define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
+    opening.define_path("output", "Write the result to this .json file, and a .png file next to it.")
+    flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
+    flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")
+    flags.DEFINE_float("high", 3.0, "Last coordinate, as a multiple of the vector.")
+    flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
+    opening.define_json()
+    flags.mark_flags_as_required(["adapter", "output"])
+    opening.begin(__doc__)
 
 import json
 from collections.abc import Sequence
@@ -21,14 +36,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from experiments.common.answering import answer, lower_answer
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import fail, reporting_errors, use_compilation_cache
+from experiments.common.closing import block, emit, place_lines
 from experiments.common.compilation import compile_together
+from experiments.common.meshes import find_devices
+from experiments.common.opening import parse_flags, require_folder
+from experiments.common.progress import phase, tell
 from experiments.common.specs import ConfigError, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
+from experiments.common.wording import percent, table
 from experiments.plotting.charts import draw_landscape
 from tinylora_jax import rl
 from tinylora_jax.data import Prompt, padded_width
@@ -86,16 +105,18 @@ def rewards(
     width, points = padded_width(prompts), len(vectors)
     chunk = max(1, min(len(prompts), _ROWS // (points * samples)))
     v = jnp.repeat(jnp.asarray(vectors), chunk, axis=0)
-    tell("compiling")
-    compile_together([lower_answer(task, v, points * chunk, width, task.sampling, samples)])
+    with phase("compiling") as work:
+        compile_together([lower_answer(task, v, points * chunk, width, task.sampling, samples)], report=work.count)
     found = {"strict": [], "lenient": []}
-    for start in tqdm(range(0, len(prompts), chunk), desc="answering", unit="batch"):
-        batch = list(prompts[start : start + chunk])
-        filled = batch + [batch[0]] * (chunk - len(batch))  # the last batch runs the same program
-        answers = answer(task, v, filled * points, rl.step_key(seed, "eval", 0), task.sampling, samples, width)
-        for which, columns in found.items():
-            means = answers.rewards(which).reshape(points, chunk, samples).mean(axis=2)
-            columns.append(means[:, : len(batch)])
+    with phase(f"answering questions at {points} points") as work:
+        for start in range(0, len(prompts), chunk):
+            work.count(start, len(prompts))
+            batch = list(prompts[start : start + chunk])
+            filled = batch + [batch[0]] * (chunk - len(batch))  # the last batch runs the same program
+            answers = answer(task, v, filled * points, rl.step_key(seed, "eval", 0), task.sampling, samples, width)
+            for which, columns in found.items():
+                means = answers.rewards(which).reshape(points, chunk, samples).mean(axis=2)
+                columns.append(means[:, : len(batch)])
     return np.concatenate(found["strict"], axis=1), np.concatenate(found["lenient"], axis=1)
 
 
@@ -159,24 +180,34 @@ def main(argv: Sequence[str]) -> None:
         fail("a landscape needs one --adapter, two, or one and --random")
     if not FLAGS.low < FLAGS.high:
         fail(f"--low={FLAGS.low} must be below --high={FLAGS.high}")
+    for folder in FLAGS.adapter:
+        require_folder("adapter", Path(folder))
     with reporting_errors():
+        find_devices()
         output.parent.mkdir(parents=True, exist_ok=True)
         ts = np.linspace(FLAGS.low, FLAGS.high, FLAGS.points)
         result = run(FLAGS.config, [Path(path) for path in FLAGS.adapter], ts, FLAGS.random)
         write_atomically(output, json.dumps(result, indent=1) + "\n")
         draw_landscape(result, output.with_suffix(".png"))
-    print(json.dumps({"output": str(output), "best": max(result["points"], key=lambda row: row["strict"])}))
+    best = max(result["points"], key=lambda row: row["strict"])
+    emit({"output": str(output), "best": best}, ending(result, best, output), FLAGS.json)
+
+
+def ending(result: dict[str, Any], best: dict[str, Any], output: Path) -> str:
+    """The ending of the command: the untrained, the trained and the best point."""
+    places = [("untrained", [0.0] * result["axes"]), ("trained", [1.0, *[0.0] * (result["axes"] - 1)])]
+    rows = [["", "times the vector", "strict", "lenient"]]
+    for name, place in places:
+        near = min(result["points"], key=lambda row, place=place: float(np.linalg.norm(np.subtract(row["t"], place))))
+        rows.append([name, *_cells(near)])
+    rows.append(["best point", *_cells(best)])
+    files = {"result": output, "picture": output.with_suffix(".png")}
+    return block(table(rows, left=(0, 1)), place_lines(files))
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [", ".join(f"{t:.2g}" for t in row["t"]), percent(row["strict"]), percent(row["lenient"])]
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file with model, questions and samples, as for experiments.grpo.", lock_config=True
-    )
-    define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
-    define_path("output", "Write the result to this .json file, and a .png file next to it.")
-    flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
-    flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")
-    flags.DEFINE_float("high", 3.0, "Last coordinate, as a multiple of the vector.")
-    flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
-    flags.mark_flags_as_required(["config", "adapter", "output"])
     app.run(main, flags_parser=parse_flags)

@@ -16,6 +16,14 @@ which --redraw draws it again.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from experiments.common import opening
+
+    opening.define_path("workdir", "Folder of a run or a sweep; may be repeated, for one plot of all.", several=True)
+    opening.define_path("redraw", "Draw the curves of this JSON file again.")
+    opening.define_path("output", "Write the plot to this .png file. Default: run.png or curves.png in the workdir.")
+    opening.begin(__doc__)
+
 import io
 import json
 import os
@@ -26,11 +34,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors, tell
+from experiments.common.cli import fail, reporting_errors
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
+from experiments.common.wording import nearest_path
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
 from experiments.plotting.picture import Run, draw
 from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
+
+FLAGS = flags.FLAGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +53,7 @@ _MAX_JSON_BYTES = 2**28  # a line of metrics takes about a kilobyte
 CURVES = "curves.png"  # file name of a sweep's curves, in its workdir
 _GRPO = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
 _SFT = ("loss", "grad_norm", "entropy", "length", "v_norm", "update_s")
+_EVALUATED = ("eval_strict", "eval_lenient")  # in the steps after which `config.evaluate_every` evaluates
 _OPTIONAL = ("reward_se", "grading_s")  # absent in runs of older versions
 
 
@@ -55,13 +69,15 @@ def read_run(workdir: Path) -> Run:
     """
     path = workdir / "metrics.jsonl"
     if not workdir.is_dir():
-        raise PlotError(f"{workdir} is not a folder; expected the --workdir of a run")
+        hint = nearest_path(workdir)
+        raise PlotError(f"{workdir} is not a folder; expected the --workdir of a run{hint}")
     if not (workdir / "config.json").exists() and not path.exists():
         raise PlotError(f"{workdir} contains no run: it has neither config.json nor metrics.jsonl")
     rows = _rows(path) if path.exists() else []
     if not rows:
         raise PlotError(f"{workdir} contains a run without a finished step; plot it after the first step")
     config, before, summary = (_json(workdir / name) for name in ("config.json", "eval_before.json", "summary.json"))
+    is_evaluated = lambda row: all(name in row for name in _EVALUATED)
     shared = set.intersection(*(set(row) for row in rows))
     vectors = np.array([row["v"] for row in rows]) if "v" in shared else None
     what = [str(summary.get("model") or config.get("model") or workdir.name)]
@@ -76,6 +92,8 @@ def read_run(workdir: Path) -> Run:
         vectors,
         _accuracies(workdir / "eval_before.json", before or summary.get("eval_before")),  # a sweep's members share it
         _accuracies(workdir / "summary.json", summary.get("eval_after")),
+        None if numbers is None else int(_number(workdir / "summary.json", numbers)),
+        tuple((index, *(row[name] for name in _EVALUATED)) for index, row in enumerate(rows, 1) if is_evaluated(row)),
     )
 
 
@@ -190,12 +208,13 @@ def _members(workdir: Path) -> list[Path]:
     return [log.parent for log in logs if log.stat().st_size]
 
 
-def try_plot(workdir: Path) -> None:
-    """Plots a run at its end, and reports the path or the failure: a failed plot must not fail the run."""
+def try_plot(workdir: Path) -> Path | None:
+    """Plots a run at its end; returns its path, or reports the failure: a failed plot must not fail the run."""
     try:
-        tell(f"drawn: {plot(workdir)}")
+        return plot(workdir)
     except Exception as error:  # from matplotlib, its fonts or the disk
         tell(f"no plot ({type(error).__name__}: {error}); retry: python -m experiments.plot --workdir={workdir}")
+        return None
 
 
 def _drawn(workdirs: Sequence[Path], output: Path | None) -> Path:
@@ -256,8 +275,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_path("workdir", "Folder of a run or a sweep; may be repeated, for one plot of all.", several=True)
-    define_path("redraw", "Draw the curves of this JSON file again.")
-    define_path("output", "Write the plot to this .png file. Default: run.png or curves.png in the workdir.")
     app.run(main, flags_parser=parse_flags)

@@ -1,16 +1,28 @@
 """Reports accuracy against the number of trained parameters: many runs as a table, JSON and plot.
 
     python -m experiments.report --runs=RL:/tmp/sweep --runs=RL:/tmp/lora --runs=SFT:/tmp/sft --output=/tmp/report.json
+    python -m experiments.report --runs=RL:/tmp/tinylora-demo --html=/tmp/demo.html
     python -m experiments.report --redraw=experiments/results/gsm8k_0_5b_methods_h100.json --output=/tmp/again.json
 
 Each run is a workdir of experiments.grpo, sft or sweep; all must have the same base model and questions. For each
 series and size, the plot shows the setting with the best training (mean reward or loss over the last quarter of the
 steps and over seeds), as the mean of its seeds, so that test questions do not influence the choice. The table lists all
 runs. It shows trained next to untrained accuracies, with a paired test of their difference. The plot is written next to
-the JSON.
+the JSON. --html writes a page of one run or sweep: curves, tests, answers before and after, and settings.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
+    opening.define_path("html", "Write a page of one run or sweep to this .html file, to mail or to print.")
+    opening.define_path("redraw", "Draw the plot of this JSON file again.")
+    opening.define_path("output", "Write the report to this .json file, and the plot to a .png file next to it.")
+    opening.begin(__doc__)
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,12 +33,21 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import define_path, fail, parse_flags, reporting_errors
-from experiments.plotting.charts import draw_accuracy
+from experiments.common.cli import fail, reporting_errors
+from experiments.common.closing import block, change, member_rows, place_lines
+from experiments.common.opening import parse_flags
+from experiments.common.wording import counted, cut, p_digits, paragraph, points, size, table
+from experiments.configs import base
+from experiments.plot import plot
+from experiments.plotting.charts import draw_accuracy, short_number
+from experiments.plotting.page import Content, page
 from tinylora_jax.files import expand, is_number, open_regular, parse_json, read_json, write_atomically
+from tinylora_jax.io import flat
 from tinylora_jax.metrics import compare_right_or_wrong, estimate
 
 FLAGS = flags.FLAGS
+_LARGE = 10**7  # smallest number of parameters that is shortened
+_WIDEST = 27  # longest name of a run in the table
 _PRECISION = "float32"  # precision of v in runs of older versions
 _MAX_JSON_BYTES = 2**26
 _SETTING = ("method", "rank", "tying", "u", "n_tie", "precision", "learning_rate")  # all fields but the seed
@@ -201,12 +222,11 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     return float(np.mean([row[name] for row in rows]))
 
 
-def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+def points_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The points to draw: means over seeds of accuracies and of interval bounds."""
     drawn = ("params", "accuracy", "low", "high")
-    return {
-        series: [{name: _mean(runs, name) for name in drawn} for runs in sizes] for series, sizes in best(rows).items()
-    }
+    point = lambda runs: {"method": runs[0]["method"], **{name: _mean(runs, name) for name in drawn}}
+    return {series: [point(runs) for runs in sizes] for series, sizes in best(rows).items()}
 
 
 def checked_report(path: Path) -> dict[str, Any]:
@@ -249,37 +269,81 @@ def _require(path: Path, where: str, row: Any, names: Sequence[str], low: float,
 
 def _name(row: dict[str, Any]) -> str:
     """Describes a run: its method, and non-default values of u, tying and precision."""
-    words = [row["series"], row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
+    words = [row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
     words += [f"u={row['u']}"] if row["u"] not in (None, 1) else []
     words += [row["tying"]] if row["tying"] not in (None, "tiled") else []
     precision = row.get("precision", _PRECISION)  # absent in reports of older versions
     return " ".join([*words, *([precision] if precision != _PRECISION else [])])
 
 
+def _about(result: dict[str, Any]) -> str:
+    """The model and the number of questions of a report, as far as it states them."""
+    count = result.get("questions")
+    words = [str(result.get("model", "")), counted(count, "question") if isinstance(count, int) else ""]
+    return ", ".join(filter(None, words))
+
+
 def runs_table(result: dict[str, Any]) -> str:
-    """Formats the runs, one per line; a star marks those in the plot."""
+    """Formats the runs in 80 columns, one per line below their series; a star marks those in the plot."""
     drawn = {id(row) for sizes in best(result["runs"]).values() for rows in sizes for row in rows}
-    base = result["untrained"]
-    names = ["", "untrained", *(f"{'*' if id(row) in drawn else ' '}{_name(row)}" for row in result["runs"])]
-    width = max(31, *map(len, names)) + 1
-    top, untrained, *names = (name.ljust(width) for name in names)
-    head = (
-        f"{top}{'params':>12} {'rate':>8} {'seed':>4} {'training':>9} {'accuracy':>9} {'95 %':>15} {'gain':>7} {'p':>8}"
-    )
-    interval = f"{base['accuracy']:>9.1%} {base['low']:>7.1%}…{base['high']:.1%}"
-    lines = [head, f"{untrained}{0:>12} {'':>8} {'':>4} {'':>9} {interval}"]
-    for name, row in zip(names, result["runs"], strict=True):
-        lines.append(
-            f"{name}{row['params']:>12} {row['learning_rate']:>8.1e} {row['seed']:>4} {row['training']:>9.3f}"
-            f" {row['accuracy']:>9.1%} {row['low']:>7.1%}…{row['high']:<7.1%} {row['difference']:>+7.1%}"
-            f" {row['p']:>8.2g}"
-        )
-    return "\n".join(lines)
+    base, measure = result["untrained"], "reward" if result["runs"][0]["training"] >= 0 else "-loss"
+    rows = [["", "numbers", "rate", "seed", measure, "strict", "gain", "p"]]
+    rows.append([" untrained", "0", "", "", "", f"{100 * base['accuracy']:.1f}", "", ""])
+    sections: dict[int, str] = {}
+    for row in result["runs"]:
+        if row["series"] not in sections.values():
+            sections[len(rows)] = row["series"]
+        name = ("*" if id(row) in drawn else " ") + cut(_name(row), _WIDEST)
+        rate = f"{row['learning_rate']:.3g}"
+        count = f"{row['params']:,}" if row["params"] < _LARGE else short_number(row["params"])
+        cells = [count, rate, str(row["seed"]), f"{row['training']:.3f}"]
+        rows.append([name, *cells, f"{100 * row['accuracy']:.1f}", points(row["difference"]), p_digits(row["p"])])
+    lines = [_about(result)]
+    for place, line in enumerate(table(rows)):
+        lines += [sections[place]] if place in sections else []
+        lines.append(line)
+    interval = f"{100 * base['low']:.1f} to {100 * base['high']:.1f}"
+    notes = f"""gain: points over the untrained model ({interval}, 95 %), by a paired test of greedy answers to the
+        same questions. A star marks what the picture shows: for every size the setting that was trained best."""
+    return "\n".join([*lines, paragraph(notes)])
+
+
+def page_of(workdir: Path) -> Content:
+    """Collects what the page of a finished run or sweep shows.
+
+    Raises:
+      ReportError: the folder contains no finished run.
+      PlotError: a file is damaged.
+    """
+    summary, config = _read(workdir / "summary.json"), _read(workdir / "config.json")
+    members, folder, table_rows = summary.get("members"), workdir, ()
+    if members is not None:
+        trained = [row for row in members if not row["dropped"]]
+        if not trained:
+            raise ReportError(f"{workdir} has no trained member: all of them were dropped")
+        folder, table_rows = workdir / "members" / trained[0]["member"], member_rows(summary, workdir)
+    with _naming(folder / "answers_after.jsonl"):
+        found = change(_lines(workdir / "answers_before.jsonl"), _lines(folder / "answers_after.jsonl"))
+    numbers = summary["params"] if members is None else trained[0]["params"]
+    about = [counted(summary["steps"], "step")]
+    about += [f"{summary['wall_s'] / 60:.1f} minutes"] if "wall_s" in summary else []
+    about += [f"{counted(len(members), 'member')}; the figures are those of {folder.name}"] if members else []
+    fields = flat(config)
+    usual = flat(base.get_config().to_dict())
+    changed = {name: value for name, value in fields.items() if name in usual and usual[name] != value}
+    title = f"{summary['model']}: {counted(numbers, 'trained number')}"
+    return Content(title, ", ".join(about), found, plot(workdir), table_rows, fields, changed)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
+    if FLAGS.html is not None:
+        _write_page(FLAGS.html)
+    if FLAGS.output is None:
+        if FLAGS.html is None:
+            fail("set --output for a table and a picture, or --html for a page")
+        return
     output = Path(FLAGS.output)
     if output.suffix != ".json":
         fail(f"--output={FLAGS.output}: expected a file name that ends in .json")
@@ -289,20 +353,45 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.redraw:
             result = checked_report(Path(FLAGS.redraw))
         else:
-            pairs = [text.partition(":") for text in FLAGS.runs]
-            if wrong := [text for text, (name, _, path) in zip(FLAGS.runs, pairs, strict=True) if not (name and path)]:
-                raise ReportError(f"--runs={wrong[0]}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
-            result = report([run for name, _, path in pairs for run in read_runs(name, expand(path))])
-        drawn, text = points(result["runs"]), runs_table(result)
+            result = report([run for text in FLAGS.runs for run in read_runs(*_series_and_folder(text))])
+        drawn, text = points_of(result["runs"]), runs_table(result)
+        title = _about(result)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, json.dumps(result, indent=1) + "\n")
-        draw_accuracy(drawn, result["untrained"], output.with_suffix(".png"))
-    print(text)
+        draw_accuracy(drawn, result["untrained"], output.with_suffix(".png"), title)
+    places = {"result": output, "picture": output.with_suffix(".png")}
+    print(block(text, place_lines(places)))
+
+
+def _series_and_folder(text: str) -> tuple[str, Path]:
+    """Splits `SERIES:WORKDIR`.
+
+    Raises:
+      ReportError: a part is missing.
+    """
+    name, _, path = text.partition(":")
+    if not (name and path):
+        raise ReportError(f"--runs={text}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
+    return name, expand(path)
+
+
+def _write_page(name: str) -> None:
+    """Writes the page of --html."""
+    target = Path(name)
+    if target.suffix != ".html" or target.is_dir():
+        fail(f"--html={name}: expected a file name that ends in .html")
+    if len(FLAGS.runs) != 1:
+        fail("--html shows one run or sweep; set --runs once, such as --runs=RL:/tmp/tinylora-demo")
+    with reporting_errors():
+        workdir = _series_and_folder(FLAGS.runs[0])[1]
+        try:
+            content = page_of(workdir)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ReportError(f"{workdir} is damaged: a JSON file there lacks {error}") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, page(content))
+    print(block(place_lines({"page": target, "size": size(target.stat().st_size)})))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("runs", [], "SERIES:WORKDIR of a run or a sweep; may be repeated.")
-    define_path("redraw", "Draw the plot of this JSON file again.")
-    define_path("output", "Write the report to this .json file, and the plot to a .png file next to it.")
-    flags.mark_flag_as_required("output")
     app.run(main, flags_parser=parse_flags)

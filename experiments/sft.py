@@ -1,17 +1,24 @@
 """Trains an adapter with SFT: next-token loss on worked solutions, a baseline for GRPO.
 
-    python -m experiments.sft --config=experiments/configs/demo.py --workdir=/tmp/sft --config.max_steps=100
-    python -m experiments.sft --config=… --workdir=… --config.method=lora --config.train_data.solution_column=solution
+    python -m experiments.sft --config=demo --workdir=/tmp/sft --config.max_steps=100
+    python -m experiments.sft --config=demo --workdir=/tmp/sft-lora --config.method=lora
+    python -m experiments.sft --config=gsm8k_qwen2_5_0_5b --workdir=/data/sft --dry_run
 
 The config is the same as for GRPO, so that both train, save, resume and evaluate in the same way; samples and rewards
-only affect evaluation. Solutions come from an answer column whose text ends in `#### 72`, or from the named column.
-Calculator annotations are removed, and the last line has the format that `config.reward` requires.
+only affect evaluation. Solutions come from an answer column whose text ends in `#### 72`, or from the column
+`config.train_data.solution_column`. Calculator annotations are removed, and the last line has the format that
+`config.reward` requires.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from experiments.common import opening
+
+    opening.define_run()
+    opening.begin(__doc__)
+
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +29,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments.common import runs
-from experiments.common.cli import parse_flags
+from experiments.common.closing import emit, run_block
+from experiments.common.opening import config_arguments, parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
 from experiments.common.specs import Specs
@@ -31,6 +39,8 @@ from experiments.plot import try_plot
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
 from tinylora_jax.multihost import is_first
 from tinylora_jax.training import SFT_OBJECTIVE, TrainState, Update, finite_metrics, solutions_batch
+
+FLAGS = flags.FLAGS
 
 _MULTIPLE = 16  # solutions are padded to a multiple of this many tokens
 
@@ -82,21 +92,20 @@ class Trainer(runs.Trainer):
         return Stepped(dataclasses.replace(state, step=state.step + 1), metrics, page)
 
 
-def run(config: ConfigDict, workdir: Path, stop: StopRequests) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, stop: StopRequests, dry_run: bool = False) -> dict[str, Any]:
     """`runs.run` by SFT."""
-    return runs.run(config, workdir, stop, Trainer, "sft")
+    return runs.run(config, workdir, stop, Trainer, "sft", dry_run)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     summary = runs.command_line(FLAGS, run)
-    if is_first():
-        try_plot(Path(FLAGS.workdir))
-        print(json.dumps(summary))
+    if summary and is_first():
+        workdir = Path(FLAGS.workdir)
+        text = run_block(summary, workdir, config_arguments(), try_plot(workdir))
+        emit(summary, text, FLAGS.json)
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    runs.define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -1,8 +1,8 @@
 """Trains a population of adapters at once: one run for every combination of the given values.
 
-    python -m experiments.sweep --config=experiments/configs/demo.py --workdir=/tmp/sweep \\
-        --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
-    python -m experiments.sweep --config=… --workdir=… --vary=adapter.n_tie=1,4,13,168 --vary=optimizer.learning_rate=…
+    python -m experiments.sweep --config=demo --workdir=/tmp/sweep --vary=optimizer.learning_rate=5e-3,1.5e-2
+    python -m experiments.sweep --config=demo --workdir=/tmp/sizes --vary=adapter.n_tie=1,17,210 --vary=seed=0,1
+    python -m experiments.sweep --config=demo --workdir=/tmp/two --member=seed=0,adapter.u=2 --member=seed=1
 
 --vary trains all combinations of the given values; --member=field=value,field=value adds a single member. Every member
 has the same prompts, noise and optimizer as in a separate run. All decode in one batch over the same frozen weights.
@@ -13,6 +13,20 @@ rewards.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from absl import flags
+
+    from experiments.common import opening
+
+    opening.define_config("Config shared by all members: a name such as demo, or a file.")
+    opening.define_path("workdir", "Folder of the sweep, which is created or continued.")
+    flags.DEFINE_multi_string("vary", [], "Train all combinations of field=value,value,…; may be repeated.")
+    flags.DEFINE_multi_string("member", [], "Add one member field=value,field=value,…; may be repeated.")
+    flags.DEFINE_bool("dry_run", False, "Show what would run, and stop before anything is computed.")
+    opening.define_json()
+    flags.mark_flag_as_required("workdir")
+    opening.begin(__doc__)
 
 import json
 import time
@@ -26,20 +40,24 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from experiments.common.answering import readable_page
-from experiments.common.cli import (
-    TrainingError,
-    define_path,
-    fail,
-    parse_flags,
-    tell,
-    use_compilation_cache,
+from experiments.common.cli import TrainingError, fail, use_compilation_cache
+from experiments.common.closing import (
+    ask,
+    block,
+    emit,
+    example_lines,
+    member_rows,
+    next_lines,
+    place_lines,
+    read_change,
 )
-from experiments.common.eval_metrics import Row
+from experiments.common.eval_metrics import Row, scores
 from experiments.common.launch import launch
+from experiments.common.meshes import find_devices
+from experiments.common.opening import parse_flags
 from experiments.common.population import (
     Member,
     Population,
@@ -50,10 +68,13 @@ from experiments.common.population import (
     parse_variation,
 )
 from experiments.common.preemption import StopRequests
+from experiments.common.progress import Steps, tell
 from experiments.common.runs import num_steps, questions_of, stoppable, summary_of_config
-from experiments.common.specs import as_json, parse
+from experiments.common.specs import ConfigError, as_json, parse
+from experiments.common.starting import start_block
 from experiments.common.task import Task, make_prompts
-from experiments.common.workdir import logged_vector
+from experiments.common.wording import counted, paragraph, table
+from experiments.common.workdir import discard, logged_vector
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
 from tinylora_jax.adapters import retie
@@ -64,6 +85,7 @@ from tinylora_jax.multihost import to_host
 from tinylora_jax.training import TrainState
 
 FLAGS = flags.FLAGS
+_NAME = 36  # longest name of a member in the table
 
 
 class Folder:
@@ -122,13 +144,14 @@ def train(
     for log in folder.members.values():
         log.start(first)
     config = population.config
-    with tqdm(total=steps, initial=first, desc="training", unit="step") as bar:
+    with Steps(steps, first) as shown:
         for index in range(first, steps):
             stop.check()
             live = [name for name in population.members if name not in dropped]
             if not live:
                 raise TrainingError(f"all members diverged: {json.dumps(dropped)}")
             prompts = {name: next(iterator) for name, iterator in data.items()}
+            seen: list[Mapping[str, float]] = []
             for name, result in population.step(task, states, index, prompts, live).items():
                 if isinstance(result, TrainingError):
                     dropped[name] = str(result).split(";")[0]
@@ -137,16 +160,24 @@ def train(
                 states[name], metrics, graded = result
                 page = readable_page(prompts[name], graded, config.samples_kept)
                 folder.keep(name, index, states[name], metrics, page)
+                seen.append(metrics)
             record = {"step": index + 1, "dropped": dropped}
             record["data"] = {name: iterator.get_state() for name, iterator in data.items()}
             folder.checkpoints.save(index + 1, states, record)
-            bar.update()
+            if seen:
+                mean = lambda field, seen=seen: sum(metrics[field] for metrics in seen) / len(seen)
+                shown.step({field: mean(field) for field in ("reward", "length", "v_norm")})
     folder.checkpoints.wait()
     return states, dropped
 
 
 def run(
-    config: ConfigDict, vary: Sequence[str], workdir: Path, stop: StopRequests, member: Sequence[str] = ()
+    config: ConfigDict,
+    vary: Sequence[str],
+    workdir: Path,
+    stop: StopRequests,
+    member: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Trains, evaluates and compares the members; continues a sweep in the workdir.
 
@@ -156,11 +187,14 @@ def run(
       workdir: folder of the sweep.
       stop: stop requests, checked between phases.
       member: further members `field=value,field=value,…`.
+      dry_run: whether to stop after saying what would run.
 
     Returns:
-      The summary.
+      The summary; empty for a dry run.
     """
-    specs, started = parse(config), time.perf_counter()
+    specs, started, is_new = parse(config), time.perf_counter(), not workdir.exists()
+    if config.evaluate_every:
+        raise ConfigError("config.evaluate_every: a sweep evaluates its members only at the end; set it to 0")
     free = free_spec(config, specs)
     changes = combinations([parse_variation(text, config) for text in vary])
     configs = member_configs(config, [*changes, *(parse_member(text, config) for text in member)])
@@ -176,6 +210,13 @@ def run(
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
         population = Population(configs, specs, start.abstract, padded_width(prompts), steps)
+        count = {"training": len(prompts), "evaluation": len(questions)}
+        trains = f"{counted(len(configs), 'member')} at once: {', '.join(configs)}"
+        tell(start_block(config, start.abstract, workdir, count, steps, "sweep", trains))
+        if dry_run:
+            if is_new:
+                discard(workdir)
+            return {}
         base = jax.eval_shape(start.abstract.policy.init)
         evaluation = lower_evaluation(start.abstract, base, questions, **how)
         task = start.finish(chain(population.lower(start.abstract, population.initial_states()), evaluation))
@@ -187,7 +228,7 @@ def run(
             before, answers = judge(v=task.policy.init(), seed=config.seed)
             folder.log.write_rows("answers_before.jsonl", answers)
             folder.log.write_json("eval_before.json", before)
-        tell(f"before training: {json.dumps(before)}")
+        tell(f"before training: {scores(before)}")
         data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
         states, dropped = train(population, task, data, steps, folder, stop)
         trained = time.perf_counter()
@@ -230,15 +271,27 @@ def _finish(
     return {"member": member.name, **kept, "dropped": None}
 
 
-def members_table(summary: Mapping[str, Any]) -> str:
-    """Formats the untrained model and the members, best first."""
-    percent = lambda result: f"{result['strict']:>8.1%} {result['lenient']:>8.1%}"
-    lines = [f"{'':40} {'params':>7} {'strict':>8} {'lenient':>8}"]
-    lines.append(f"{'untrained':40} {0:>7} {percent(summary['eval_before'])}")
-    for row in summary["members"]:
-        result = f"  dropped: {row['dropped']}" if row["dropped"] else percent(row["eval_after"])
-        lines.append(f"{row['member']:40} {row.get('params', ''):>7} {result}")
-    return "\n".join(lines)
+def members_table(summary: Mapping[str, Any], workdir: Path) -> str:
+    """Formats the untrained model and the members, best first, each with its gain over the untrained model."""
+    dropped = [row for row in summary["members"] if row["dropped"]]
+    notes = [paragraph(f"dropped {row['member']}: {row['dropped']}") for row in dropped]
+    notes.append("gain: strict, in points over the untrained model, by a paired test of greedy answers")
+    return "\n".join([*table(member_rows(summary, workdir, _NAME)), *notes])
+
+
+def ending(summary: Mapping[str, Any], workdir: Path, picture: Path | None) -> str:
+    """The ending of the command: the members, a question that the best one fixed, and what comes next."""
+    trained = [row for row in summary["members"] if not row["dropped"]]
+    folder = workdir / "members" / trained[0]["member"] if trained else workdir
+    found = read_change(workdir / "answers_before.jsonl", folder / "answers_after.jsonl")
+    fixed = found.fixed if found else ()
+    example = ["for example, the first member fixed this one:", *example_lines(fixed[0])] if fixed else None
+    places = {**({"picture": picture} if picture else {}), "result": workdir / "summary.json"}
+    places |= {"members": workdir / "members"}
+    report = ["python", "-m", "experiments.report", f"--runs=RL:{workdir}", f"--output={workdir}/report.json"]
+    commands = [("ask the untrained model and the first member", ask(folder / "adapter", fixed))] if trained else []
+    commands += [("draw accuracy against numbers", report)]
+    return block(members_table(summary, workdir), example, place_lines(places), next_lines(commands))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -249,16 +302,11 @@ def main(argv: Sequence[str]) -> None:
         fail("--workdir is empty; name a folder for the sweep")
     workdir = Path(FLAGS.workdir)
     with stoppable(workdir, "sweep") as stop:
-        summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member)
-    try_plot(workdir)
-    print(members_table(summary))
-    print(json.dumps(summary))
+        find_devices()
+        summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member, FLAGS.dry_run)
+    if summary:
+        emit(summary, ending(summary, workdir, try_plot(workdir)), FLAGS.json)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file shared by all members.", lock_config=True)
-    define_path("workdir", "Folder of the sweep, which is created or continued.")
-    flags.DEFINE_multi_string("vary", [], "Train all combinations of field=value,value,…; may be repeated.")
-    flags.DEFINE_multi_string("member", [], "Add one member field=value,field=value,…; may be repeated.")
-    flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

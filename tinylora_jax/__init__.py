@@ -26,6 +26,8 @@ from tinylora_jax.adapters import (
     merge,
 )
 
+__version__ = "0.1.0"  # read by setup.py too
+
 __all__ = [
     "AdaptedKernel",
     "Factors",

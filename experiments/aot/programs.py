@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from experiments.aot import hlo
 from experiments.common.abstract import abstract_policy
 from experiments.common.architectures import matrix_params
-from experiments.common.cli import tell
+from experiments.common.progress import tell
 from experiments.common.specs import Specs, sampling_of
 from tinylora_jax.adapters import (
     BATCH_BYTES,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from experiments.aot import estimate
 from experiments.aot.chips import Topology
 from experiments.aot.programs import Case
-from experiments.common.cli import tell
 from experiments.common.fitting import ROOM, rollout_bytes
+from experiments.common.progress import tell
 from tinylora_jax.models import MeshSpec
 
 _MOST_COMPILED = 4

@@ -23,7 +23,9 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, peers
-from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
 from tinylora_jax.io.adapter import AdapterReader, base_fingerprint, save_adapter
 from tinylora_jax.models import ModelConfig

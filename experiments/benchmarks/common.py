@@ -20,8 +20,10 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.common.architectures import SHAPES, architecture
-from experiments.common.cli import define_path, reporting_errors, tell
+from experiments.common.cli import reporting_errors
 from experiments.common.meshes import parse_mesh, replicate, use_mesh
+from experiments.common.opening import define_path
+from experiments.common.progress import tell
 from experiments.common.task import make_policy
 from tinylora_jax.adapters import Policy, TinyLoRA, init
 from tinylora_jax.io import load_pretrained

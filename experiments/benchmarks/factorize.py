@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
 from tinylora_jax.adapters import TinyLoRA, delta, factorize
 
 FLAGS = flags.FLAGS

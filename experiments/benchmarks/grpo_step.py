@@ -19,8 +19,9 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
 from experiments.common.architectures import matrix_params
-from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
 from experiments.common.launch import launch
+from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.specs import parse
 from experiments.common.task import Task, make_prompts

@@ -2,8 +2,8 @@
 
 python -m experiments.benchmarks.loading --model=/data/qwen2.5-7b --mesh=1,1,8
 
-On several hosts, add the flags of `experiments.common.multihost`. On a CPU the shards are in host memory too, so the
-peak is compared with the shards plus the largest tensor. Linux only: memory is read from /proc.
+On several hosts, add the flags of `experiments.common.opening.define_multihost`. On a CPU the shards are in host memory
+too, so the peak is compared with the shards plus the largest tensor. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.common import multihost
-from experiments.common.cli import parse_flags, reporting_errors
+from experiments.common.cli import reporting_errors
 from experiments.common.meshes import parse_mesh, use_mesh
+from experiments.common.opening import define_multihost, parse_flags
 from tinylora_jax.io import open_pretrained
 from tinylora_jax.models import active_mesh, param_shardings
 from tinylora_jax.multihost import is_first
@@ -99,5 +100,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags()
-    multihost.define_flags()
+    define_multihost()
     app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,8 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.common.architectures import matrix_params
-from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
 from tinylora_jax.adapters import apply, merge
 from tinylora_jax.models import forward
 

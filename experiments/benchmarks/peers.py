@@ -30,7 +30,9 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import common, tunix_peer
-from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from tinylora_jax.adapters import Factors
 from tinylora_jax.io import resolve_gguf
 from tinylora_jax.io.peft import export_tinylora

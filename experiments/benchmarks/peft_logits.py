@@ -28,7 +28,9 @@ from absl import app, flags
 from experiments.benchmarks import common
 from experiments.benchmarks.peers import encoded, missing, padded
 from experiments.benchmarks.portability import apart
-from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from experiments.export import export
 from tinylora_jax.adapters import Factors, apply
 from tinylora_jax.io import Pretrained, load_pretrained, open_adapter

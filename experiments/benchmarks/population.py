@@ -13,8 +13,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.benchmarks import common
-from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
 from experiments.common.compilation import compile_together
+from experiments.common.opening import parse_flags
 from experiments.common.population import Population, free_spec, member_configs
 from experiments.common.specs import parse
 from experiments.common.task import load_task, make_prompts

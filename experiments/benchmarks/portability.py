@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from tqdm import tqdm
 
 from experiments.benchmarks import common
-from experiments.common.cli import parse_flags, tell, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from tinylora_jax.adapters import Factors, TinyLoRA, factorize, init, leaves_by_path, select
 from tinylora_jax.io.adapter import base_fingerprint, check_fit, read_adapter, save_adapter
 from tinylora_jax.multihost import to_host
@@ -43,7 +44,7 @@ class Oracle(NamedTuple):
 def by_numpy(params: Any, like: Factors) -> Oracle:
     """Decomposes every adapted weight by LAPACK in float64, independently of the library's decomposition."""
     weights, leaves, gaps, rank = leaves_by_path(params), dict(like.leaves), {}, like.spec.rank
-    for module in tqdm(select(params, like.spec.targets), desc="NumPy, float64", leave=False):
+    for module in select(params, like.spec.targets):
         W = np.asarray(weights[module.path]).astype(np.float64).T
         U, S, Vt = np.linalg.svd(W, full_matrices=False)
         following = np.append(S, 0.0)[1 : rank + 1]

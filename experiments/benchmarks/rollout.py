@@ -14,8 +14,9 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.common.architectures import matrix_params
-from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
 from experiments.common.fitting import cache_bytes
+from experiments.common.opening import parse_flags
 from tinylora_jax.adapters import merge
 from tinylora_jax.rollout import Sampling, generate
 

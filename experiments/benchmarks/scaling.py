@@ -15,7 +15,9 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.benchmarks import common
 from experiments.benchmarks.grpo_step import timed_steps
-from experiments.common.cli import parse_flags, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import reporting_errors, use_compilation_cache
+from experiments.common.opening import parse_flags
+from experiments.common.progress import tell
 from tinylora_jax.models import AXES, MeshSpec
 
 FLAGS = flags.FLAGS

@@ -13,8 +13,9 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.common.architectures import matrix_params
-from experiments.common.cli import parse_flags, use_compilation_cache
+from experiments.common.cli import use_compilation_cache
 from experiments.common.meshes import replicate
+from experiments.common.opening import parse_flags
 from tinylora_jax.models import active_mesh, device_bytes
 from tinylora_jax.training import (
     GRPO,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.common.wording import WIDTH, counted, cut, table
 from tinylora_jax.metrics import estimate, majority, pass_at_k
 from tinylora_jax.rewards import normalize
 
@@ -44,28 +45,35 @@ def sampled_summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
 
 
 def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Formats the results of several sets as a table, in percent."""
-    lines = []
+    """Formats the results of several sets as tables of 80 columns, in percent."""
+    lines, head = [], ["", "strict", "[95 %]", "lenient", "[95 %]", "tokens", "cut off"]
+    sections: dict[int, str] = {}
     for name, result in results.items():
-        lines.append([name, str(result["questions"]), "greedy", *_cells(result), *_lengths(result)])
+        sections[len(lines)] = f"{cut(name, WIDTH - 20)}: {counted(result['questions'], 'question')}"
+        lines.append(["greedy", *_cells(result), *_lengths(result)])
         sampled = result.get("sampled")
         if sampled:
             count, largest = sampled["samples"], sampled.get("pass", {}).get(str(sampled["samples"]))
-            lines.append(["", "", f"avg@{count}", *_cells(sampled), *_lengths(sampled)])
+            lines.append([f"avg@{count}", *_cells(sampled), *_lengths(sampled)])
             if count > 1:
-                lines.append(["", "", f"maj@{count}", *_cells(sampled["majority"]), "", ""])
-                lines += [["", "", f"pass@{count}", *_cells(largest), "", ""]] if largest else []
-    head = ["set", "questions", "", "strict", "[95 %]", "lenient", "[95 %]", "tokens", "cut off"]
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    pad = lambda line: [
-        cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ]
-    return "\n".join("  ".join(pad(line)).rstrip() for line in [head, *lines])
+                lines.append([f"maj@{count}", *_cells(sampled["majority"]), "", ""])
+                lines += [[f"pass@{count}", *_cells(largest), "", ""]] if largest else []
+    head, *rows = table([head, *lines])
+    found = ["  " + head]
+    for place, row in enumerate(rows):
+        found += [sections[place]] if place in sections else []
+        found.append("  " + row)
+    return "\n".join(found)
+
+
+def scores(result: Mapping[str, Any]) -> str:
+    """Formats the accuracies of a result in a line."""
+    show = [f"{name} {100 * result[name]:.1f} %" for name in GRADES]
+    return f"{', '.join(show)} of {result['questions']:,} questions, greedy"
 
 
 def percent(value: float) -> str:
-    """Formats a share in percent with one decimal."""
+    """Formats a share in percent with one decimal, without the sign."""
     return f"{100 * value:.1f}"
 
 

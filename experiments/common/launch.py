@@ -21,10 +21,10 @@ from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from experiments.common.abstract import abstract_policy
-from experiments.common.cli import tell
 from experiments.common.compilation import compile_together
 from experiments.common.fitting import open_model
 from experiments.common.meshes import slots_of
+from experiments.common.progress import phase, tell
 from experiments.common.specs import Specs
 from experiments.common.task import Task, make_policy, make_task
 from tinylora_jax.adapters import Spec, lower_adapt
@@ -58,11 +58,10 @@ class Launch:
         Raises:
           ValueError: a weight cannot be read or adapted.
         """
-        tell("compiling")
-        with self._timed("lowering and compiling"):
+        with self._timed("compiling"), phase("compiling", leaves_line=False) as work:
             adapting = lower_adapt(self.abstract.policy.params, self.adapter, self.config.svd)
-            compile_together(chain(programs, adapting), self.reading.check)
-        with self._timed("waiting for the weights"):
+            compile_together(chain(programs, adapting), self.reading.check, work.count)
+        with self._timed("reading weights"), phase("waiting for the weights", leaves_line=False):
             model = replace(self.abstract.pretrained, params=self.reading.result())
         with self._timed("factorizing"):
             policy = make_policy(model.params, self.adapter, self.config.svd)

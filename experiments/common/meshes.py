@@ -11,8 +11,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.common.cli import tell
 from experiments.common.fitting import fit, open_model
+from experiments.common.progress import tell, without_chatter
 from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, device_bytes
 
 
@@ -43,12 +43,19 @@ def use_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Abs
     return jax.set_mesh(mesh) if len(devices) > 1 else nullcontext()
 
 
+def find_devices() -> None:
+    """Starts JAX's back end without what its libraries print meanwhile; call it after the hosts are connected."""
+    with without_chatter():
+        jax.devices()
+
+
 def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManager:
     """`use_mesh` for a run; sizes that the config leaves open are chosen by the memory of the devices.
 
     Raises:
       FileNotFoundError, ValueError: the model cannot be opened, or the mesh does not fit the devices.
     """
+    find_devices()
     memory, devices = device_bytes(), jax.devices()
     if len(devices) == 1 or memory is None or spec.tensor:
         return use_mesh(spec)

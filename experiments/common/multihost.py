@@ -19,20 +19,11 @@ _HEARTBEAT_S = 60  # time without a heartbeat after which a host counts as lost
 _GOODBYE_S = 15  # time to wait for the other hosts at the end
 
 
-def define_flags() -> None:
-    """Defines the flags of a run on several hosts."""
-    flags.DEFINE_bool("multihost", False, "Run on several hosts, with the same command on each.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; needed outside a TPU pod or cluster.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Rank of this process, with --coordinator.", lower_bound=0)
-    flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait at the start for the other processes.", lower_bound=1)
-
-
 def connect(values: flags.FlagValues) -> None:
     """Connects to the other processes, if the flags request it; call it before any computation.
 
     Args:
-      values: values of the flags from `define_flags`.
+      values: values of the flags from `opening.define_multihost`.
 
     Raises:
       ValueError: the flags are inconsistent.

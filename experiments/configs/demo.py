@@ -1,6 +1,6 @@
 """The demo: SmolLM2-135M-Instruct learns one-line sums on a CPU; 13 parameters, 10 steps.
 
-    python -m experiments.grpo --config=experiments/configs/demo.py --workdir=/tmp/tinylora-demo
+    python -m experiments.grpo --config=demo --workdir=/tmp/tinylora-demo
 
 The model learns the format from one example in the prompt; the 13 parameters teach it to add more carefully.
 """

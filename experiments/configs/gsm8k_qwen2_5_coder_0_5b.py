@@ -1,6 +1,6 @@
 """GSM8K on Qwen2.5-Coder-0.5B-Instruct, 13 parameters, short answers: a run of minutes on one GPU.
 
-python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_coder_0_5b.py --workdir=…
+python -m experiments.grpo --config=gsm8k_qwen2_5_coder_0_5b --workdir=…
 """
 
 from ml_collections import ConfigDict

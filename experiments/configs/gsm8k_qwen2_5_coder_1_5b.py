@@ -1,6 +1,6 @@
 """GSM8K on Qwen2.5-Coder-1.5B-Instruct, 13 parameters, answers of at most 512 tokens, on one GPU.
 
-python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_coder_1_5b.py --workdir=…
+python -m experiments.grpo --config=gsm8k_qwen2_5_coder_1_5b --workdir=…
 
 Measured on one NVIDIA H100 (experiments/results/gsm8k_1_5b_h100.json): 2.6 s per step of 64 × 4 completions, and 18
 minutes from launch to the summary. The untrained model: 46.9 % sampled, 61.6 % greedy. After three epochs:

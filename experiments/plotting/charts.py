@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs
     from matplotlib.figure import Figure
 
 _COLORS = ("#1f5fa8", "#d9730d", "#5a9e4b", "#7a7a7a")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", "-.", ":")
+_GAP = 0.012  # distance between the accuracies after training, as a share of the steps
+_ASIDE = 1.12  # factor between two series on the logarithmic axis
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -91,31 +95,43 @@ def draw_curves(result: Mapping[str, Any]) -> Figure:
     colors = many if len(curves) > len(_COLORS) else _COLORS
     end = max(len(curve["mean"]) for curve in curves)
     width = smoothing(end)
-    for curve, color in zip(curves, colors, strict=False):
+    for place, (curve, color) in enumerate(zip(curves, colors, strict=False)):
         window = np.full(min(width, len(curve["mean"])), 1 / min(width, len(curve["mean"])))
         smooth = lambda y, window=window: np.convolve(y, window, "valid")
         mean, error = mean_and_error(np.array([smooth(row) for row in curve["values"]]))
         x = smooth(np.arange(len(curve["mean"])) + 1)
-        marker = "o" if width == 1 else None
-        axes.plot(x, mean, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=_legend(curve))
+        look = {"color": color, "linewidth": 1.6, "linestyle": _LINES[place % len(_LINES)]}
+        axes.plot(x, mean, marker="o" if width == 1 else None, markersize=3.5, label=_legend(curve), **look)
         if error is not None:
             axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
         if reward and curve["trained"]:
             after, spread = mean_and_error(np.array(curve["trained"])[:, None])
-            axes.errorbar(end + 0.5, after, spread, fmt="D", color=color, markersize=6, capsize=3, clip_on=False)
+            aside = end * (1 + _GAP * (place + 1))  # beside each other, where one would hide the other
+            axes.errorbar(aside, after, spread, fmt="D", color=color, markersize=6, capsize=3)
     if reward and before is not None:
-        axes.plot(0, before, "D", color="0.4", markersize=6, clip_on=False, label="untrained")
-    name = "reward of the sampled answers (◆: held-out questions, greedy)" if reward else "loss on the worked solutions"
+        axes.plot(0, before, "D", color="0.35", markersize=6, clip_on=False, label="untrained: ◆, greedy")
+    name = "lines: reward of sampled training answers; ◆: accuracy of greedy held-out answers"
+    name = name if reward else "loss on the worked solutions"
     about = [f"means of {width} steps"] if width > 1 else []
     about += ["band: 1 standard error of the seeds"] if any(curve["se"] for curve in curves) else []
     axes.set_title("\n".join(filter(None, [result["model"], name, ", ".join(about)])), fontsize=10, loc="left")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean reward, strict" if reward else "nats per token, mean")
-    axes.set_xlim(0, end + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("strict, mean" if reward else "nats per token, mean")
+    ended = reward and any(curve["trained"] for curve in curves)
+    axes.set_xlim(0, end * (1 + _GAP * (len(curves) + 1)) if ended else end + 0.5)
+    if reward and _are_shares(curves):
+        axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g} %")
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= end])
     axes.grid(axis="y", color="0.92")
     figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     return figure
+
+
+def _are_shares(curves: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all rewards are in [0, 1], so that they can be shown in percent."""
+    seen = [x for curve in curves for x in (*curve["mean"], *curve["trained"])]
+    return 0 <= min(seen) and max(seen) <= 1
 
 
 def _legend(curve: Mapping[str, Any]) -> str:
@@ -128,30 +144,62 @@ def _legend(curve: Mapping[str, Any]) -> str:
     if trained:
         mean, error = mean_and_error(np.array(trained)[:, None])
         spread = "" if error is None else f" ± {error[0]:.2g}"
-        words += [f"trained: {mean[0]:.3g}{spread} strict"]
+        words += [f"◆ {mean[0]:.3g}{spread} greedy"]
     return ", ".join(words)
 
 
-def draw_accuracy(series: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path) -> None:
-    """Draws accuracy against the number of trained parameters, on a logarithmic axis.
+def draw_accuracy(
+    series: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, float], path: Path, title: str = ""
+) -> None:
+    """Draws accuracy against the number of trained numbers, on a logarithmic axis.
+
+    A series has its colour and line, and a method its marker, so that the picture can be read without colours. Only
+    points of one method are connected.
 
     Args:
-      series: points by name of the series (such as `RL`), with `params`, and `accuracy`, `low` and `high` in [0, 1].
+      series: points by name of the series (such as `RL`), with `params`; `accuracy`, `low` and `high` in [0, 1]; and
+        optionally the `method`.
       base: `accuracy`, `low` and `high` of the untrained model.
       path: path of the PNG file.
+      title: title of the picture, such as the model and the number of questions.
     """
-    figure, axes = _figure(6.8, 4.2)
-    axes.axhspan(base["low"], base["high"], color="0.9", linewidth=0)
-    axes.axhline(base["accuracy"], color="0.5", linewidth=1, label="untrained")
-    for (name, points), color in zip(series.items(), _COLORS, strict=False):
-        points = sorted(points, key=lambda point: point["params"])
-        x, y = [np.array([p[key] for p in points], float) for key in ("params", "accuracy")]
-        spread = np.array([[p["accuracy"] - p["low"], p["high"] - p["accuracy"]] for p in points]).T
-        axes.errorbar(x, y, yerr=spread, color=color, marker="o", markersize=4, capsize=2, linewidth=1.4, label=name)
+    figure, axes = _figure(7.6, 4.8)
+    axes.axhspan(base["low"], base["high"], color="0.88", linewidth=0, label="untrained, 95 % interval")
+    axes.axhline(base["accuracy"], color="0.35", linewidth=1, linestyle=":", label="untrained")
+    methods = list(dict.fromkeys(point.get("method", "") for points in series.values() for point in points))
+    markers = dict(zip(methods, _MARKERS, strict=False))
+    for place, ((name, points), color) in enumerate(zip(series.items(), _COLORS, strict=False)):
+        look = {"color": color, "linestyle": _LINES[place % len(_LINES)], "capsize": 2, "linewidth": 1.4}
+        look |= {"markersize": 7, "markerfacecolor": color if place == 0 else "white"}
+        for method in methods:
+            own = sorted((p for p in points if p.get("method", "") == method), key=lambda point: point["params"])
+            if own:
+                x, y = [np.array([p[key] for p in own], float) for key in ("params", "accuracy")]
+                spread = np.array([[p["accuracy"] - p["low"], p["high"] - p["accuracy"]] for p in own]).T
+                moved = x * _ASIDE**place  # error bars of two series at one place would hide each other
+                axes.errorbar(moved, y, yerr=spread, marker=markers.get(method, "o"), **look)
+        axes.plot([], [], color=color, linestyle=look["linestyle"], linewidth=1.4, label=name)
+    for method in filter(None, methods):
+        axes.plot([], [], color="0.3", marker=markers.get(method, "o"), markersize=7, linestyle="", label=method)
     axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("accuracy (strict)")
+    axes.xaxis.set_major_formatter(lambda value, place: short_number(value))
+    axes.set_xlabel("trained numbers")
+    axes.set_ylabel("accuracy, strict, greedy answers")
     axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g} %")
     axes.grid(axis="y", color="0.92")
-    axes.legend(frameon=False, fontsize=9)
+    about = "points: mean over seeds; bars: 95 % interval of a run"
+    axes.set_title("\n".join(filter(None, [title, about])), fontsize=10, loc="left")
+    figure.legend(loc="outside lower center", fontsize=9, frameon=False, ncols=4)
     _write(figure, path)
+
+
+def short_number(value: float) -> str:
+    """Formats a number of parameters briefly.
+
+    >>> short_number(13), short_number(43008), short_number(630167424), short_number(1e9)
+    ('13', '43k', '630.2M', '1B')
+    """
+    for unit, name, digits in ((1e9, "B", 1), (1e6, "M", 1), (1e3, "k", 0)):
+        if value >= unit:
+            return f"{value / unit:.{digits}f}".removesuffix(".0") + name
+    return f"{value:g}"

@@ -12,6 +12,20 @@ from tinylora_jax.io import flat
 
 _SEEDS = ("seed", "adapter.seed", "lora.seed")  # seeds of data order and noise, of P, and of A
 _ABSENT = "absent"
+_SIZES = ("method", "adapter.n_tie", "adapter.u", "adapter.rank", "adapter.tying", "lora.rank", "lora.alpha")
+_WORDS = {
+    "optimizer.learning_rate": "rate {}",
+    "optimizer.precision": "v in {}",
+    "grpo.kl_coef": "KL {}",
+    "max_steps": "{} steps",
+    "model": "{}",
+    "method": "{}",
+    "adapter.tying": "{} ties",
+    "adapter.rank": "r = {}",
+    "lora.rank": "r = {}",
+    "adapter.u": "u = {}",
+}
+"""How a legend words the fields of a config; others are written as `field=value`."""
 
 
 class CurveError(ValueError):
@@ -50,16 +64,18 @@ def mean_curves(runs: Sequence[tuple[str, Run]]) -> dict[str, Any]:
     if len(metrics) > 1:
         raise CurveError("the runs mix GRPO and SFT; draw rewards and losses in separate plots")
     (metric,) = metrics
-    groups: dict[tuple[tuple[str, str], ...], dict[tuple[str, ...], tuple[str, Run]]] = {}
+    groups: dict[tuple[tuple[str, Any], ...], dict[tuple[str, ...], tuple[str, Run]]] = {}
     for name, run in runs:
-        fields = {field: repr(value) for field, value in flat(run.config).items()}
+        # As text, because a field may hold a list; a number of the same value is the same setting.
+        fields = {field: str(value) for field, value in flat(run.config).items()}
         seeds = tuple(fields.pop(field, _ABSENT) for field in _SEEDS)
         others = groups.setdefault(tuple(sorted(fields.items())), {})
         if seeds in others:
             raise CurveError(f"{others[seeds][0]} and {name} have the same config and seeds; expected other seeds")
         others[seeds] = name, run
     before = [run.before["strict"] for _, run in runs if run.before]
-    labels = _labels([dict(config) for config in groups])
+    numbers = [next(iter(members.values()))[1].numbers for members in groups.values()]
+    labels = _labels([dict(config) for config in groups], numbers)
     curves = [
         _curve(label, metric, dict(members.values())) for label, members in zip(labels, groups.values(), strict=True)
     ]
@@ -72,12 +88,29 @@ def mean_curves(runs: Sequence[tuple[str, Run]]) -> dict[str, Any]:
     }
 
 
-def _labels(configs: list[dict[str, str]]) -> list[str]:
-    """The differences of each config from the others, as in the names of a sweep's members."""
+def _labels(configs: list[dict[str, str]], numbers: list[int | None]) -> list[str]:
+    """Describes how each config differs from the others, such as `13 numbers, rate 0.003`.
+
+    Args:
+      configs: fields of each config, as text.
+      numbers: number of trained numbers of each config; None if it is not known.
+    """
     names = sorted(set().union(*configs))
     value = lambda config, name: config.get(name, _ABSENT)
     own = [name for name in names if len({value(config, name) for config in configs}) > 1]
-    return [",".join(f"{name.split('.')[-1]}={value(config, name)}" for name in own) for config in configs]
+    by_size = [name for name in own if name in _SIZES]
+    # The number of trained numbers says what a size means, unless two configs have the same number.
+    counts = bool(by_size) and None not in numbers
+    settings = [tuple(value(config, name) for name in by_size) for config in configs]
+    sizes = set(zip(numbers, settings, strict=True))
+    if counts and len(sizes) == len({size[0] for size in sizes}):
+        own = [name for name in own if name not in by_size]
+    labels = []
+    for config, count in zip(configs, numbers, strict=True):
+        words = [f"{count:,} number{'' if count == 1 else 's'}"] if counts else []
+        words += [_WORDS.get(name, name.split(".")[-1] + "={}").format(value(config, name)) for name in own]
+        labels.append(", ".join(words))
+    return labels
 
 
 def _curve(label: str, metric: str, runs: dict[str, Run]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Run:
       vectors: v after each step, `[steps, numbers]`; None if it was too long to be logged.
       before: accuracies of the untrained model; None if not available yet.
       after: accuracies of the trained model; None if not available yet.
+      numbers: number of trained numbers; None if it is not known.
+      between: step, strict and lenient accuracy of each evaluation during training.
     """
 
     title: str
@@ -36,6 +38,8 @@ class Run:
     vectors: np.ndarray | None
     before: dict[str, float] | None
     after: dict[str, float] | None
+    numbers: int | None = None
+    between: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def count(self) -> int:
@@ -54,7 +58,7 @@ def draw(run: Run) -> Figure:
     figure = Figure(figsize=(12, 6.6))
     # Fixed positions: matplotlib's automatic layout would draw everything twice to measure it.
     above = figure.add_gridspec(1, 2, left=0.06, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
-    beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.32)
+    beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.36)
     places = (above[0], above[1], beneath[0], beneath[1], beneath[2])
     for place, panels in zip(places, _PANELS, strict=True):
         axes = figure.add_subplot(place)
@@ -114,10 +118,14 @@ def _reward(axes: Axes, run: Run) -> None:
         if accuracy is not None:
             axes.plot(x, accuracy["strict"], "D", color=_BLUE, markersize=7, clip_on=False)
             axes.plot(x, accuracy["lenient"], "D", color=_ORANGE, markersize=7, fillstyle="none", clip_on=False)
+    for step, strict, lenient in run.between:
+        axes.plot(step, strict, "D", color=_BLUE, markersize=5)
+        axes.plot(step, lenient, "D", color=_ORANGE, markersize=5, fillstyle="none")
     _notes(axes, run, shares, " (◆)")
     seen = [*run.steps["reward"], *run.steps["reward_lenient"]]
     seen += [*(run.steps["reward"] + run.steps["reward_se"])] if "reward_se" in run.steps else []
     seen += [x for accuracy in (run.before, run.after) if accuracy for x in accuracy.values()]
+    seen += [x for _, *pair in run.between for x in pair]
     low, high = min(0.0, *seen), max(seen)
     axes.set_ylim(low, (high + 0.3 * (high - low)) or 1.0)  # room for the two notes
     axes.set_ylabel("mean reward")
@@ -188,6 +196,7 @@ def _mismatch(axes: Axes, run: Run) -> None:
     _line(axes, run.steps["delta_prob"], _BLUE, "difference")
     axes.set_ylabel("mean absolute difference")
     axes.set_ylim(0, 1.15 * max(run.steps["delta_prob"]) or 1e-3)
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:.2g}")  # a common factor would meet the title
     if not any(run.steps["delta_prob"]):
         axes.annotate("0 in every step", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_GRAY)
 

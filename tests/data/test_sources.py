@@ -112,6 +112,6 @@ def test_a_cached_data_set_does_not_wait_for_a_hub_that_fails(hub, monkeypatch):
     assert len(load_questions(DataSpec("openai/gsm8k:main"))) == 3
     assert seen == [(True, True)] and not constants.HF_HUB_OFFLINE
     hub.error = ConnectionError("not in the cache")
-    with pytest.raises(DataError, match="hub could not be reached"):
+    with pytest.raises(DataError, match="hub could not be reached .* within 5 s, and its cache lacks it"):
         load_questions(DataSpec("openai/gsm8k:main"))
-    assert seen[1:] == [(True, True), (False, False)]
+    assert seen[1:] == [(True, True)], "it is not asked again, which would take most of a minute"

@@ -187,8 +187,9 @@ def interrupted(tmp_path):
 
 @pytest.fixture
 def one_host():
-    """The flags of `hosts` as they are unless given."""
-    return {"multihost": False, "coordinator": None, "num_processes": None, "process_id": None, "connect_timeout": 300}
+    """The flags that most commands share, as they are unless given."""
+    hosts = {"multihost": False, "coordinator": None, "num_processes": None, "process_id": None, "connect_timeout": 300}
+    return {**hosts, "json": False, "dry_run": False, "showcase": 0}
 
 
 @pytest.fixture

@@ -124,6 +124,19 @@ def test_a_peft_folder_becomes_one_of_ours(theirs, adapter, config, model_folder
         assert (tmp_path / "tinylora" / name).read_bytes() == (ours / name).read_bytes()
 
 
+def test_an_export_to_peft_comes_back_as_the_same_few_numbers(adapter, model_folder, tmp_path):
+    export.export(adapter, "peft-tinylora", tmp_path / "peft", str(model_folder))
+    export.export(tmp_path / "peft", "tinylora", tmp_path / "back", str(model_folder))
+    assert (tmp_path / "back" / "vector.bin").read_bytes() == (adapter / "vector.bin").read_bytes()
+    described = lambda folder: json.loads((folder / "adapter.json").read_text())
+    ours, back = described(adapter), described(tmp_path / "back")
+    assert all(back[name] == ours[name] for name in ("spec", "shape", "factors"))
+    by_path = lambda description: sorted(description["leaves"], key=lambda leaf: leaf["path"])
+    assert by_path(back) == by_path(ours)
+    export.export(tmp_path / "back", "peft-lora", tmp_path / "lora", str(model_folder))  # so it can be read
+    assert (tmp_path / "back" / "factors.safetensors").exists() == (adapter / "factors.safetensors").exists()
+
+
 def test_our_own_folder_is_written_anew(adapter, model_folder, tmp_path, capsys):
     export.export(adapter, "tinylora", tmp_path / "same", str(model_folder))
     assert (tmp_path / "same" / "vector.bin").read_bytes() == (adapter / "vector.bin").read_bytes()

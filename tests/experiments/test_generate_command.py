@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experiments import generate as command
-from experiments.common.terminal import Screen, TextStream
+from experiments.common.terminal import Blocks, TextStream
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
 from tinylora_jax.data import Prompt, get_template, pad_prompts, render
 from tinylora_jax.io._pretrained import load_pretrained
@@ -78,6 +78,7 @@ def answering(adapters):
 def flags(**changes):
     values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": None, "max_new_tokens": NEW}
     values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32", "allow_download": False}
+    values |= {"json": False}
     return SimpleNamespace(**values | changes)
 
 
@@ -101,19 +102,18 @@ def expected(answering, sampling, samples):
     return texts
 
 
-def answers(printed):
-    """The answers by label, from lines `label │ line`."""
-    found = {}
-    for line in printed.splitlines():
-        label, text = line.split(" │ ", 1)
-        found.setdefault(label.strip(), []).append(text)
-    return {label: "\n".join(lines) for label, lines in found.items()}
+def answers(printed, samples=True):
+    """The answers by label, from lines of `--json`."""
+    rows = [json.loads(line) for line in printed.splitlines()]
+    label = lambda row: f"{PROMPTS.index(row['prompt']) + 1} {row['adapter']}"
+    number = lambda row: f" #{row['sample'] + 1}" if samples else ""
+    return {label(row) + number(row): row["answer"] for row in rows}
 
 
 def test_the_command_prints_what_each_adapter_draws_alone(processes, adapters, answering):
     given = [f"--adapter={name}" for name in [command.BASE, *adapters]]
     ran = subprocess.run(
-        [sys.executable, "-m", "experiments.generate", *given, f"--max_new_tokens={NEW}", *OPTIONS],
+        [sys.executable, "-m", "experiments.generate", *given, f"--max_new_tokens={NEW}", "--json", *OPTIONS],
         input="\n".join([PROMPTS[0], "", PROMPTS[1]]),
         env=processes.env,
         capture_output=True,
@@ -149,12 +149,12 @@ def test_one_answer_streams_and_an_interruption_ends_its_line(base):
     encoded = command.encode(base, PROMPTS[:1], NEW)
     arguments = (base, encoded, Sampling(NEW, 1.0), jax.random.key(0))
     out = Writes()
-    command.answer(*arguments, out)
+    command.answer(*arguments, Blocks(out, [None], base.names))
     assert len(out.pieces) >= NEW // 4 + 1, "a piece for every few tokens and the end"
     assert out.getvalue().endswith("\n") and "│" not in out.getvalue()
     stopped = Writes(interrupt_at=2)
     with pytest.raises(KeyboardInterrupt):
-        command.answer(*arguments, stopped)
+        command.answer(*arguments, Blocks(stopped, [None], base.names))
     assert stopped.getvalue() == out.pieces[0] + "\n"
 
 
@@ -182,17 +182,39 @@ def test_a_completion_cannot_drive_the_terminal(byte_tokenizer):
     assert TextStream(byte_tokenizer).push(tokens) == "\\x1b[2J\\x0d\\x07ok\n\tno\\x9b"
 
 
-def test_lines_of_several_answers_come_whole():
+def test_blocks_come_in_the_order_of_the_prompts():
     out = io.StringIO()
-    screen = Screen(out, ["a", "long"])
-    screen.write(0, "x")
-    screen.write(1, "y\nz")
-    assert out.getvalue() == "long │ y\n"
-    screen.write(0, "x\n")
-    screen.end(1)
-    screen.end(1)
-    screen.close()
-    assert out.getvalue() == "long │ y\na    │ xx\nlong │ z\na    │ \n"
+    blocks = Blocks(out, ["first?", "second?"], ["base", "mine"])
+    for row, text in ((2, "c"), (3, "d"), (0, "a\n"), (1, "b\nB")):
+        blocks.write(row, text)
+    blocks.end(2)
+    blocks.end(3)
+    assert out.getvalue() == "", "the second prompt waits for the first"
+    blocks.end(0)
+    blocks.close()
+    blocks.close()
+    wide = lambda text: text.ljust(37)
+    assert out.getvalue().splitlines() == [
+        "1  first?",
+        f"  {wide('base')} │ mine",
+        f"  {wide('a')} │ b",
+        f"  {wide('')} │ B",
+        "",
+        "2  second?",
+        f"  {wide('base')} │ mine",
+        f"  {wide('c')} │ d",
+        "",
+    ]
+
+
+def test_many_adapters_and_samples_stay_within_the_terminal():
+    out = io.StringIO()
+    blocks = Blocks(out, ["why? " * 40], ["base", "one", "two", "three"], samples=2)
+    for row in range(8):
+        blocks.write(row, f"answer {row} " * 30)
+    blocks.close()
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "three #2" in out.getvalue()
 
 
 def test_names_are_what_differs():
@@ -229,8 +251,8 @@ def test_a_peft_folder_answers_alone_and_beside_ours(adapters, other_spec, peft,
     assert single.policy.factors.num_params == v.size, "its own factors, as they are in the file"
     assert alone(answering, single.policy, single.vectors[0]) == theirs
     capsys.readouterr()
-    command.run(flags(adapter=[command.BASE, adapters[0], peft, other_spec]))
-    found = answers(capsys.readouterr().out)
+    command.run(flags(adapter=[command.BASE, adapters[0], peft, other_spec], json=True))
+    found = answers(capsys.readouterr().out, samples=False)
     spec, own, _ = read_adapter(Path(other_spec))
     expected = {
         "base": alone(answering, answering.policy, answering.vectors[0]),
@@ -261,7 +283,8 @@ def test_each_answers_in_the_template_that_it_was_trained_in(model_folder, adapt
     encoded = command.encode(mixed, PROMPTS, NEW)
     for prompt, row in zip(PROMPTS, encoded, strict=True):
         assert row == [render(get_template(name), prompt, mixed.base.tokenizer) for name in mixed.templates]
-    command.answer(mixed, encoded, Sampling(NEW, stop_tokens=mixed.base.stop_tokens), jax.random.key(0), io.StringIO())
+    out = Blocks(io.StringIO(), PROMPTS, mixed.names)
+    command.answer(mixed, encoded, Sampling(NEW, stop_tokens=mixed.base.stop_tokens), jax.random.key(0), out)
     assert load(boxes, sums, unknown, template="gsm8k").templates == ("gsm8k",) * 3
     with pytest.raises(command.InputError, match="new was trained with the template 'of the future', .*choose one of"):
         load(sums, unknown)

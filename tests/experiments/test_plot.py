@@ -254,7 +254,7 @@ def test_flags_that_cannot_be(tmp_path, monkeypatch, capsys, workdir, output, me
 
 def test_a_run_is_drawn_at_its_end(finished, config, command_line, blank_panels):
     result = command_line(config, finished.workdir)
-    assert result.code == 0 and f"drawn: {finished.workdir / 'run.png'}" in result.err
+    assert result.code == 0 and f"{finished.workdir / 'run.png'}\n" in result.err
     assert not blank_panels((finished.workdir / "run.png").read_bytes())
     assert json.loads(result.out) == finished.summary
 
@@ -323,7 +323,7 @@ def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):
     result = json.loads(found.with_suffix(".json").read_text())
     about = {name: result[name] for name in ("model", "metric", "untrained")}
     assert about == {"model": "some/model", "metric": "reward", "untrained": BEFORE["strict"]}
-    assert [curve["label"] for curve in result["curves"]] == ["learning_rate=0.01", "learning_rate=0.05"]
+    assert [curve["label"] for curve in result["curves"]] == ["rate 0.01", "rate 0.05"]
     for curve, steps in zip(result["curves"], (10, 7), strict=True):
         rewards = np.array([[row["reward"] for row in rows_of(Path(run))][:steps] for run in curve["runs"]])
         assert rewards.shape == (3, steps) and len({tuple(row) for row in rewards}) == 3
@@ -342,8 +342,9 @@ def test_runs_that_differ_by_their_seeds_make_one_curve(sweep):
         at_end = band[band[:, 0] == len(mean), 1]
         np.testing.assert_allclose([at_end.min(), at_end.max()], [mean[-1] - error[-1], mean[-1] + error[-1]])
     labels = [text.get_text() for legend in axes.figure.legends for text in legend.get_texts()]
-    assert labels[0] == "learning_rate=0.01, mean of 3 seeds, trained: 0.4 ± 0.058 strict"
-    assert "to step 7, the last of all" in labels[1] and labels[2] == "untrained"
+    assert labels[0] == "rate 0.01, mean of 3 seeds, ◆ 0.4 ± 0.058 greedy"
+    assert "to step 7, the last of all" in labels[1] and labels[2] == "untrained: ◆, greedy"
+    assert "sampled" in axes.get_title(loc="left") and "greedy" in axes.get_title(loc="left")
 
 
 @pytest.mark.parametrize("sft", [False, True], ids=["grpo", "sft"])
@@ -360,8 +361,44 @@ def test_curves_of_any_length(tmp_path, sft, count, steps):
     assert (curve["se"] is None) == (count == 1) and curve["label"] == ""
     pixels = matplotlib.image.imread(tmp_path / "curves.png")[..., :3]
     assert np.mean(pixels.max(axis=-1) - pixels.min(axis=-1) > 0.3) > 1e-4, "something has colour"
-    low, high = draw_curves(result).axes[0].get_xlim()
-    assert low == 0 and int(high) == steps
+    (axes,) = draw_curves(result).axes
+    low, high = axes.get_xlim()
+    assert low == 0 and steps < high < 1.1 * steps + 1
+    assert all(tick == int(tick) and tick <= steps for tick in axes.get_xticks()), "steps are whole"
+
+
+def test_legends_say_how_many_numbers_are_trained(tmp_path):
+    sizes = {(17, 1): 13, (210, 1): 1, (210, 13): 13}
+    folders = [
+        write_run(
+            tmp_path / f"{n_tie}-{u}",
+            steps=3,
+            numbers=numbers,
+            config={"adapter": {"n_tie": n_tie, "u": u}, "optimizer": {"learning_rate": 0.01 * u}},
+        )
+        for (n_tie, u), numbers in sizes.items()
+    ]
+    labels = lambda names: [
+        each["label"] for each in plot.mean_curves([(str(f), read_run(f)) for f in names])["curves"]
+    ]
+    assert labels(folders[:2]) == ["13 numbers", "1 number"]
+    same = labels(folders)
+    assert same == [
+        "13 numbers, n_tie=17, u = 1, rate 0.01",
+        "1 number, n_tie=210, u = 1, rate 0.01",
+        "13 numbers, n_tie=210, u = 13, rate 0.13",
+    ], "the number alone would not tell the first and the last apart"
+
+
+def test_evaluations_during_training_are_in_the_picture(tmp_path):
+    workdir = write_run(tmp_path / "run", steps=6)
+    rows = rows_of(workdir)
+    rows[2] |= {"eval_strict": 0.31, "eval_lenient": 0.36}
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(workdir)
+    assert run.between == ((3, 0.31, 0.36),)
+    points = [(*line.get_xdata(), *line.get_ydata()) for line in draw(run).axes[0].lines if len(line.get_xdata()) == 1]
+    assert (3, 0.31) in points and (3, 0.36) in points
 
 
 def test_smoothing_keeps_the_band_of_the_seeds(tmp_path):

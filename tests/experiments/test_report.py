@@ -74,18 +74,20 @@ def test_training_alone_chooses_the_learning_rate(runs):
     chosen = best(result["runs"])
     assert [row["learning_rate"] for rows in chosen["RL"] for row in rows] == [1e-3]
     lines = runs_table(result).splitlines()
-    assert sum(line.startswith("*") for line in lines) == 2 and len(lines) == 5
+    assert sum(line.startswith("*") for line in lines) == 2 and max(map(len, lines)) <= 80
+    assert [line for line in lines if line in ("RL", "SFT")] == ["RL", "SFT"]
+    assert any("over the untrained model" in line for line in lines), "it is said which baseline a gain is against"
 
 
 def test_runs_of_one_size_are_told_apart(tmp_path):
     adapter = CONFIG["adapter"]
     kinds = {
-        " RL TinyLoRA r=2": {},
-        " RL TinyLoRA r=2 u=2": {"adapter": adapter | {"u": 2, "n_tie": 26}},
-        "*RL TinyLoRA r=2 u=2 structured": {"adapter": adapter | {"u": 2, "tying": "structured"}},
-        " RL TinyLoRA r=2 bfloat16": {"optimizer": {"learning_rate": 1e-3, "precision": "bfloat16"}},
-        " RL LoRA-XS r=2": {"method": "lora_xs", "adapter": adapter | {"u": 2, "tying": "structured"}},
-        " RL all weights bfloat16": {"method": "full", "optimizer": {"learning_rate": 1e-3, "precision": "bfloat16"}},
+        " TinyLoRA r=2": {},
+        " TinyLoRA r=2 u=2": {"adapter": adapter | {"u": 2, "n_tie": 26}},
+        "*TinyLoRA r=2 u=2 structured": {"adapter": adapter | {"u": 2, "tying": "structured"}},
+        " TinyLoRA r=2 bfloat16": {"optimizer": {"learning_rate": 1e-3, "precision": "bfloat16"}},
+        " LoRA-XS r=2": {"method": "lora_xs", "adapter": adapter | {"u": 2, "tying": "structured"}},
+        " all weights bfloat16": {"method": "full", "optimizer": {"learning_rate": 1e-3, "precision": "bfloat16"}},
     }
     found = []
     for place, (name, config) in enumerate(kinds.items()):
@@ -94,9 +96,10 @@ def test_runs_of_one_size_are_told_apart(tmp_path):
     result = report.report(found)
     assert [row["precision"] for row in result["runs"]] == ["float32"] * 3 + ["bfloat16", "float32", "bfloat16"]
     assert [row["n_tie"] for row in result["runs"]] == [13, 26, 13, 13, None, None]
-    first, base, *lines = runs_table(result).splitlines()
-    assert [line.partition("   ")[0] for line in lines] == list(kinds)
-    ends = {line.index("13 ") for line in lines} | {base.index("0 ") - 1} | {first.index("params") + 4}
+    _, first, base, series, *lines = runs_table(result).splitlines()
+    lines = lines[: len(kinds)]
+    assert series == "RL" and [line.partition("   ")[0] for line in lines] == list(kinds)
+    ends = {line.index("13 ") for line in lines} | {base.index("0 ") - 1} | {first.index("numbers") + 5}
     assert len(ends) == 1, "columns stand under each other"
 
 
@@ -107,16 +110,19 @@ def test_a_report_of_an_older_version_is_drawn(tmp_path, monkeypatch, capsys):
         del row["precision"]
     values["redraw"] = str(tmp_path / "older.json")
     (tmp_path / "older.json").write_text(json.dumps(older))
-    monkeypatch.setattr(report, "FLAGS", type("Flags", (), values | {"output": str(tmp_path / "again.json")}))
+    monkeypatch.setattr(
+        report, "FLAGS", type("Flags", (), values | {"output": str(tmp_path / "again.json"), "html": None})
+    )
     report.main([])
     assert json.loads((tmp_path / "again.json").read_text()) == older
-    assert len(capsys.readouterr().out.splitlines()) == len(older["runs"]) + 2
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line[1:].startswith(("TinyLoRA", "LoRA", "all weights")) for line in lines) == len(older["runs"])
     pixels = matplotlib.image.imread(tmp_path / "again.png")[..., :3]
     assert np.mean(pixels.min(axis=-1) < 0.85) > 0.005
 
 
 def test_the_command_writes_json_and_picture(runs, tmp_path, monkeypatch):
-    values = {"runs": [f"RL:{tmp_path / 'sweep'}", f"SFT:{tmp_path / 'sft'}"], "redraw": None}
+    values = {"runs": [f"RL:{tmp_path / 'sweep'}", f"SFT:{tmp_path / 'sft'}"], "redraw": None, "html": None}
     for name, output in (("first", tmp_path / "one.json"), ("again", tmp_path / "two.json")):
         values["output"] = str(output)
         monkeypatch.setattr(report, "FLAGS", type("Flags", (), values))
@@ -168,7 +174,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("name", ["speed_h100.json", "gsm8k_0_5b_curves_h100.json"])
 def test_another_json_is_not_redrawn(tmp_path, monkeypatch, capsys, name):
-    values = {"runs": [], "redraw": str(RESULTS / name), "output": str(tmp_path / "out.json")}
+    values = {"runs": [], "redraw": str(RESULTS / name), "output": str(tmp_path / "out.json"), "html": None}
     monkeypatch.setattr(report, "FLAGS", type("Flags", (), values))
     with pytest.raises(SystemExit):
         report.main([])
@@ -184,5 +190,6 @@ def test_of_a_size_the_best_setting_is_drawn_and_not_the_best_seed():
     lucky = [row(1e-2, 0, 0.9, 0.8), row(1e-2, 1, 0.1, 0.2)]
     steady = [row(1e-3, 0, 0.6, 0.3), row(1e-3, 1, 0.6, 0.5)]
     assert report.best(lucky + steady) == {"RL": [steady]}
-    (drawn,) = report.points(lucky + steady)["RL"]
+    (drawn,) = report.points_of(lucky + steady)["RL"]
+    assert drawn.pop("method") == "TinyLoRA"
     assert drawn == pytest.approx({"params": 13, "accuracy": 0.4, "low": 0.3, "high": 0.5})

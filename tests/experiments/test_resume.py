@@ -159,3 +159,24 @@ def test_a_corrupt_checkpoint_is_named_and_can_be_deleted(interrupted, config, c
     shutil.rmtree(folder)
     assert command_line(config, workdir).code == 0
     assert traces(workdir) == traces(finished.workdir)
+
+
+def without_evaluations(found):
+    """Traces without the evaluations during training, and these by step."""
+    names = ("eval_strict", "eval_lenient")
+    evaluated = {row["step"]: [row[name] for name in names] for row in found["rows"] if names[0] in row}
+    rows = [{name: value for name, value in row.items() if name not in names} for row in found["rows"]]
+    return found | {"rows": rows}, evaluated
+
+
+def test_evaluations_during_training_change_nothing_and_survive_an_interruption(
+    config, finished, stop, interrupted, tmp_path, traces
+):
+    config.evaluate_every = 2
+    grpo.run(config, tmp_path / "run", stop)
+    found = traces(tmp_path / "run")
+    plain, evaluated = without_evaluations(found)
+    assert plain == traces(finished.workdir) and sorted(evaluated) == [1, 3]
+    workdir = interrupted(config, checks=9)  # in the evaluation after the second step
+    grpo.run(config, workdir, stop)
+    assert traces(workdir) == found

@@ -61,7 +61,7 @@ def test_a_workdir_of_sft_is_not_continued_by_grpo(sft_config, stop, tmp_path, f
 def test_a_run_is_drawn_at_its_end(sft_config, command_line, tmp_path, blank_panels, method):
     sft_config.method, sft_config.max_steps, sft_config.optimizer.learning_rate = method, 2, 1e-3
     result = command_line(sft_config, tmp_path / "run", sft)
-    assert result.code == 0 and f"drawn: {tmp_path / 'run' / 'run.png'}" in result.err, result.err
+    assert result.code == 0 and f"{tmp_path / 'run' / 'run.png'}\n" in result.err, result.err
     assert not blank_panels((tmp_path / "run" / "run.png").read_bytes())
     run, summary, rows = read_run(tmp_path / "run"), json.loads(result.out), rows_of(tmp_path / "run")
     assert run.title.startswith("tiny, ") and f"{summary['params']:,} trained numbers, 2 steps" in run.title

@@ -103,9 +103,10 @@ def test_a_suite_is_evaluated_with_one_model_and_told_in_one_table(evaluated, fi
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert [each["set"] for each in rows] == ["gsm8k"] * 4 + ["math500"] * 12
     lines = said.err.splitlines()
-    head = next(number for number, line in enumerate(lines) if line.startswith("set "))
-    ways = ["greedy", "avg@1", "greedy", "avg@3", "maj@3", "pass@3"]
-    assert len(lines[head + 1 :]) == 6 and all(way in line for way, line in zip(ways, lines[head + 1 :], strict=True))
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["strict", "[95"])
+    ways = ["gsm8k: 2", "greedy", "avg@1", "math500: 3", "greedy", "avg@3", "maj@3", "pass@3", ""]
+    assert all(way in line for way, line in zip(ways, lines[head + 1 :], strict=False))
+    assert max(map(len, lines[head : head + len(ways)])) <= 80
 
 
 def test_questions_of_each_set_can_be_limited(evaluated, boxed):
@@ -130,6 +131,10 @@ def test_a_suite_is_compared_with_itself(evaluated, finished, monkeypatch, capsy
     }
     each = found["math500"]["greedy"]["strict"]
     assert each["test"] == "McNemar, exact" and each["value"] == 0 and each["p"] == 1 and "McNemar" in said.err
+    accuracy = json.loads(trained.read_text())["sets"]["math500"]["strict"]
+    assert each["first"] == each["second"] == pytest.approx(accuracy)
+    shown = f"{100 * accuracy:.1f}"
+    assert f"{shown} → {shown} %" in said.err
 
 
 @pytest.fixture

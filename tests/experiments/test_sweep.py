@@ -79,18 +79,19 @@ def test_members_differ_and_are_compared(swept):
     assert len({tuple(v) for v in last.values()}) == 4
     strict = [row["eval_after"]["strict"] for row in summary["members"]]
     assert strict == sorted(strict, reverse=True)
-    assert "untrained" in sweep.members_table(summary)
+    assert "untrained" in sweep.members_table(summary, folder)
 
 
 def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch, capsys):
     folder, summary = swept
     flags = type("Flags", (), {"workdir": str(folder), "config": make_config(), "vary": VARY, "member": []})
+    flags.json = flags.dry_run = False
     monkeypatch.setattr(sweep, "FLAGS", flags)
     sweep.main([])
     out, err = capsys.readouterr()
-    assert f"drawn: {folder / 'curves.png'}" in err and json.loads(out.splitlines()[-1]) == summary
+    assert f"{folder / 'curves.png'}\n" in err and json.loads(out.splitlines()[-1]) == summary
     curves = json.loads((folder / "curves.json").read_text())["curves"]
-    assert sorted(curve["label"] for curve in curves) == ["learning_rate=0.01", "learning_rate=0.05"]
+    assert sorted(curve["label"] for curve in curves) == ["rate 0.01", "rate 0.05"]
 
 
 def test_different_adapters_share_one_program(make_config, tmp_path):

@@ -220,5 +220,6 @@ def test_a_run_may_go_on_with_another_mesh_and_other_slots(tmp_path):
     config = {"seed": 0, "slots": 0, "mesh": {"data": 0, "tensor": 1}}
     RunLog(tmp_path, config).close()
     RunLog(tmp_path, config | {"slots": 8, "mesh": {"data": 0, "tensor": 0}}).close()
+    RunLog(tmp_path, config | {"evaluate_every": 5}).close()  # a field that older runs lack, and which changes nothing
     with pytest.raises(WorkdirError, match="config.seed: 0 there, 1 now"):
         RunLog(tmp_path, config | {"seed": 1})

@@ -32,6 +32,7 @@ from tinylora_jax.adapters.policy import lower_adapt as lower_adapt
 from tinylora_jax.adapters.rebase import CombinationError as CombinationError
 from tinylora_jax.adapters.rebase import combine as combine
 from tinylora_jax.adapters.rebase import own_triplets as own_triplets
+from tinylora_jax.adapters.rebase import retied as retied
 from tinylora_jax.adapters.spec import TinyLoRA as TinyLoRA
 from tinylora_jax.adapters.spec import lora_xs as lora_xs
 from tinylora_jax.adapters.svd import SVD_METHODS as SVD_METHODS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +79,13 @@ class Factors:
         return self.num_groups * self.spec.u
 
 
-def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes: int = BATCH_BYTES) -> Factors:
+def factorize(
+    params: Any,
+    spec: TinyLoRA,
+    method: str = "auto",
+    max_batch_bytes: int = BATCH_BYTES,
+    report: Callable[[int, int], None] | None = None,
+) -> Factors:
     """Computes the frozen factors of every adapted module.
 
     Args:
@@ -87,6 +93,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
       spec: description of what to adapt.
       method: SVD method, see `truncated_svd`.
       max_batch_bytes: upper bound in bytes on the float32 copies of the matrices decomposed together.
+      report: function called with the number of decomposed matrices and of all, after every batch.
 
     Returns:
       The factors, on the default device. A warning and `Factors.ill_conditioned` name the modules whose weight does
@@ -104,7 +111,7 @@ def factorize(params: Any, spec: TinyLoRA, method: str = "auto", max_batch_bytes
             " lower the rank or narrow the targets"
         )
     _check_floats(params, modules)
-    found = _decompose(params, modules, spec.rank, method, max_batch_bytes)
+    found = _decompose(params, modules, spec.rank, method, max_batch_bytes, report)
     # Inside a jitted function values are unknown, so the caller must check.
     known = [module for module in modules if not isinstance(found[module].S, jax.core.Tracer)]
     broken = [module.name for module in known if not np.isfinite(found[module].S).all()]
@@ -221,7 +228,12 @@ def _leading(svd: SVD, rank: int) -> SVD:
 
 
 def _decompose(
-    params: Any, modules: Sequence[Module], rank: int, method: str, max_batch_bytes: int
+    params: Any,
+    modules: Sequence[Module],
+    rank: int,
+    method: str,
+    max_batch_bytes: int,
+    report: Callable[[int, int], None] | None,
 ) -> dict[Module, SVD]:
     """Triplets of every module, `rank + 1` where possible: NumPy arrays, or tracers inside a jitted function."""
     leaves = leaves_by_path(params)
@@ -235,6 +247,8 @@ def _decompose(
         svd = truncated_svd(W, num_triplets(batch[0], rank), method)
         svd = svd if traced else to_host(svd)  # sliced on the host, where nothing compiles
         found |= {module: SVD(*(part[i] for part in svd)) for i, module in enumerate(batch)}
+        if report is not None:
+            report(len(found), len(modules))
     return found
 
 

@@ -199,13 +199,14 @@ class FullPolicy:
 Spec: TypeAlias = TinyLoRA | LoRA | Full
 
 
-def adapt(params: Any, spec: Spec, method: str = "auto") -> Adapted:
+def adapt(params: Any, spec: Spec, method: str = "auto", report: Callable[[int, int], None] | None = None) -> Adapted:
     """Builds the policy that a spec describes.
 
     Args:
       params: tree of base weights.
       spec: description of what is trained, and how.
       method: SVD method, see `truncated_svd`; used by TinyLoRA only.
+      report: function called with the number of factorized weights and of all, as in `factorize`.
 
     Raises:
       ValueError: the spec does not fit the tree.
@@ -215,7 +216,7 @@ def adapt(params: Any, spec: Spec, method: str = "auto") -> Adapted:
     if isinstance(spec, LoRA):
         jax.eval_shape(lambda params: init_lora(params, spec), params)  # raises if the tree has no such modules
         return LoRAPolicy(params, spec)
-    return Policy(params, factorize(params, spec, method))
+    return Policy(params, factorize(params, spec, method, report=report))
 
 
 def lower_adapt(params: Any, spec: Spec, method: str = "auto") -> Iterator[jax.stages.Lowered]:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.factors import Factors, LeafFactors, exchange, factorize
+from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.svd import SVD
 from tinylora_jax.adapters.targets import module_name
 from tinylora_jax.adapters.tinylora import coordinates, free
@@ -158,6 +159,40 @@ def own_triplets(
                 raise ValueError(f"{path}: {factors.spec} ties modules that have different vectors")
     leaves = {path: replace(leaf, groups=own.leaves[path].groups) for path, leaf in moved.leaves.items()}
     return replace(moved, leaves=leaves), v[jnp.asarray([rows[group] for group in range(own.num_groups)])]
+
+
+def retied(
+    params: Any, factors: Factors, v: Float[Array, "groups u"], spec: TinyLoRA, method: str = "auto"
+) -> tuple[Factors, Float[Array, "own_groups u"]] | None:
+    """Finds the factors and the vector of a spec that give the same updates, for an adapter whose ties were dissolved.
+
+    Args:
+      params: the base model's tree.
+      factors: factors of the same leaves and rank, in which several groups may have equal vectors.
+      v: trained vector, float32 `[groups, u]`.
+      spec: spec from which the factors were made.
+      method: SVD method, see `truncated_svd`.
+
+    Returns:
+      Factors of the spec and their vector; None if the updates are not those of the spec.
+    """
+    try:
+        own = factorize(params, spec, method)
+        moved, missed = rebase(factors, own)
+    except ValueError:
+        return None
+    rows: dict[int, np.ndarray] = {}
+    vectors = np.asarray(to_host(v))
+    for path, leaf in own.leaves.items():
+        for ours, theirs in zip(leaf.groups, factors.leaves[path].groups, strict=True):
+            if not np.array_equal(rows.setdefault(ours, vectors[theirs]), vectors[theirs]):
+                return None
+        expected, found = (np.asarray(to_host(each.leaves[path].P)) for each in (own, moved))
+        if not np.allclose(found, expected, rtol=0, atol=_SAME * np.abs(expected).max()):
+            return None
+    if max(missed.values()) > _SAME:
+        return None
+    return own, jnp.asarray(np.stack([rows[group] for group in range(own.num_groups)]))
 
 
 def _triplets(factors: Factors, path: str, layer: int) -> SVD:

@@ -185,15 +185,21 @@ def _load_hub(source: str, split: str) -> Any:
 
     name, _, config = source.partition(":")
     load = lambda: datasets.load_dataset(name, config or None, split=split)
+    unreachable = f"the Hugging Face hub could not be reached for {source!r}"
+    advice = "check the network and HF_HUB_OFFLINE, or pass a .jsonl, .jsonl.gz or .parquet file"
     try:
-        if not _hub_answers(name):
-            # The library would retry for most of a minute before using its cache.
-            with _offline(), contextlib.suppress(OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError):
+        if _hub_answers(name):
+            return load()
+        # The library would retry for most of a minute before using its cache, and after a miss again.
+        with _offline():
+            try:
                 return load()
-        return load()
+            except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
+                raise DataError(f"{unreachable} within {_PROBE_S} s, and its cache lacks it; {advice}") from error
+    except DataError:
+        raise
     except ConnectionError as error:
-        advice = "check the network and HF_HUB_OFFLINE, or pass a .jsonl, .jsonl.gz or .parquet file"
-        raise DataError(f"the Hugging Face hub could not be reached for {source!r} ({error}); {advice}") from error
+        raise DataError(f"{unreachable} ({error}); {advice}") from error
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         advice = _advice(error) or "check the name, its config (owner/name:config) and the split"
         raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {error!s:.500}; {advice}") from error

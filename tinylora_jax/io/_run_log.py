@@ -46,9 +46,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _is_of_devices(name: str) -> bool:
-    """Whether a field describes the placement on devices, not the computation; it may change on resuming."""
-    return name == "slots" or name.startswith("mesh.")
+def _may_change(name: str) -> bool:
+    """Whether a field does not affect training: the placement on devices, or evaluations during it."""
+    return name in ("slots", "evaluate_every") or name.startswith("mesh.")
 
 
 class RunLog:
@@ -128,7 +128,7 @@ class RunLog:
         differ = [
             f"config.{name:.200}: {before.get(name, '(absent)')!r:.200} there, {now.get(name, '(absent)')!r:.200} now"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name, missing) != now.get(name, missing) and not _is_of_devices(name)
+            if before.get(name, missing) != now.get(name, missing) and not _may_change(name)
         ]
         if differ:
             raise WorkdirError(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors, Policy, TinyLoRA, combine, factorize, own_triplets
+from tinylora_jax.adapters import Factors, Policy, TinyLoRA, combine, factorize, own_triplets, retied
 from tinylora_jax.io.adapter._file import AdapterReader, factors_of, read_adapter
-from tinylora_jax.io.peft._tinylora import PeftError, is_peft, peft_factors, read_tinylora
+from tinylora_jax.io.peft._tinylora import PeftError, is_peft, peft_factors, read_tinylora, written_spec
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class SavedAdapter:
       about: summary of the training; empty if there is none.
       kind: key that is equal for adapters of one base model with the same factors.
       foreign: whether PEFT created the factors, so that directions and P come from the file.
+      written: spec from which an export wrote a PEFT folder; None for other folders.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class SavedAdapter:
     about: Mapping[str, Any] = field(default_factory=dict)
     kind: Hashable = None
     foreign: bool = False
+    written: TinyLoRA | None = None
 
     @property
     def template(self) -> str | None:
@@ -61,6 +63,8 @@ class SavedAdapter:
         factors = self.factors(params, method)
         if not self.foreign:
             return factors, self.v
+        if self.written is not None and (found := retied(params, factors, self.v, self.written, method)) is not None:
+            return found
         try:
             return own_triplets(params, factors, self.v, method)
         except ValueError as error:
@@ -80,7 +84,8 @@ def open_adapter(folder: Path) -> SavedAdapter:
     if is_peft(folder):
         adapter = read_tinylora(folder)
         factors = lambda params, method: peft_factors(adapter, params)
-        return SavedAdapter(folder, adapter.v, adapter.base, adapter.spec, factors, kind=folder.resolve(), foreign=True)
+        about = {"kind": folder.resolve(), "foreign": True, "written": written_spec(folder)}
+        return SavedAdapter(folder, adapter.v, adapter.base, adapter.spec, factors, **about)
     spec, v, description = read_adapter(folder)
     factors = partial(factors_of, folder, spec, v, description)
     dtype = (description["base_fingerprint"] or {}).get("dtype")

@@ -62,7 +62,7 @@ def test_quickstart(execute, tmp_path, config_file, blank_panels):
     (picture,) = pictures_of(book)
     assert not blank_panels(picture)
     text = printed(book)
-    for word in ("No accelerator here", "Not in Colab", "before training:", "8 numbers for tiny: rank 2", "base    │ "):
+    for word in ("No accelerator here", "Not in Colab", "before training:", "8 numbers for tiny: rank 2", "  base  "):
         assert word in text, text
     vector = (tmp_path / "runs" / "quickstart" / "adapter" / "vector.bin").read_bytes()
     assert len(vector) == 32 and vector.hex(" ") in text  # 8 numbers in float32

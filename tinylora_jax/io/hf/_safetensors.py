@@ -85,13 +85,30 @@ def _check_size(path: Path) -> None:
         raise ValueError(f"{path} is truncated or corrupt: expected {expected} bytes, got {size}; download it again")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTypeLike) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the texts in a file's header, by name.
+
+    Raises:
+      ValueError: the file is truncated or corrupt.
+    """
+    _check_size(path)
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file ({error}); download it again") from error
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], dtype: DTypeLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors to a file, one at a time, all rounded to one dtype.
 
     Args:
       path: path of the file.
       tensors: lazy tensors by name, in torch's layout.
       dtype: dtype of the file: `float32`, `bfloat16`, `float16` or `float64`.
+      metadata: further texts for the header, by name.
 
     Raises:
       OSError: the file cannot be written; the message names it.
@@ -99,7 +116,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: DTyp
     """
     dtype = jnp.dtype(dtype)
     code = next(code for code, name in _FLOATS.items() if name == dtype.name)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + dtype.itemsize * math.prod(tensor.shape)

@@ -19,7 +19,7 @@ from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.files import write_atomically
 from tinylora_jax.io.hf._safetensors import write_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor
-from tinylora_jax.io.peft._tinylora import CONFIG, MODULES, PREFIX, WEIGHTS, PeftError, in_order
+from tinylora_jax.io.peft._tinylora import CONFIG, MODULES, PREFIX, SPEC, SPEC_FIELDS, WEIGHTS, PeftError, in_order
 from tinylora_jax.multihost import to_host
 
 _OUR_SEED = 42  # PEFT's default; never used, because P is in the file
@@ -40,9 +40,14 @@ def _by_module(factors: Factors) -> dict[str, LeafFactors]:
 
 
 def write_folder(
-    folder: Path, base: str, modules: Sequence[str], config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    folder: Path,
+    base: str,
+    modules: Sequence[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a PEFT folder with the common fields and the given config and tensors."""
+    """Writes a PEFT folder with the common fields and the given config, tensors and texts for their file's header."""
     common = {
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM",
@@ -52,7 +57,8 @@ def write_folder(
         "target_modules": list(modules),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / WEIGHTS, {n: LazyTensor(x.shape, lambda x=x: x) for n, x in tensors.items()}, "float32")
+    lazy = {name: LazyTensor(x.shape, lambda x=x: x) for name, x in tensors.items()}
+    write_safetensors(folder / WEIGHTS, lazy, "float32", metadata)
     write_atomically(folder / CONFIG, json.dumps({**config, **common}, indent=1) + "\n")
 
 
@@ -82,7 +88,9 @@ def export_tinylora(folder: Path, factors: Factors, v: Float[Array, "groups u"],
         "projection_seed": _OUR_SEED,
         "save_projection": True,
     }
-    write_folder(folder, base, list(modules), config, tensors)
+    # PEFT ignores the header; with it, `SavedAdapter.own` finds the few numbers again.
+    written = {name: getattr(factors.spec, name) for name in SPEC_FIELDS} | {"leaves": list(factors.leaves)}
+    write_folder(folder, base, list(modules), config, tensors, {SPEC: json.dumps(written)})
 
 
 def export_lora(folder: Path, factors: Factors, v: Float[Array, "groups u"], base: str) -> None:

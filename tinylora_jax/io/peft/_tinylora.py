@@ -21,8 +21,9 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Factors, Target, TinyLoRA
 from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.adapters.targets import leaves_by_path
+from tinylora_jax.files import parse_json
 from tinylora_jax.io.hf._hub import read_json
-from tinylora_jax.io.hf._safetensors import open_safetensors
+from tinylora_jax.io.hf._safetensors import open_safetensors, read_metadata
 from tinylora_jax.io.hf._weights import LazyTensor
 from tinylora_jax.io.peft._torch_random import normals
 from tinylora_jax.multihost import to_host
@@ -31,6 +32,8 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 _KNOWN = re.compile(rf"model\.layers\.(0|[1-9]\d{{0,5}})\.(self_attn|mlp)\.({'|'.join(MODULES)})")
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SPEC = "tinylora_jax.spec"  # name in the header of the weights under which an export keeps the spec
+SPEC_FIELDS = ("rank", "u", "n_tie", "tying", "seed", "projection")
 _DEFAULTS = {
     "weight_tying": 0.0,
     "projection_seed": 42,
@@ -92,6 +95,18 @@ class PeftTinyLoRA:
     def base(self) -> str | None:
         """The name of the base model, if the folder states it."""
         return self.config["base_model_name_or_path"]
+
+
+def written_spec(folder: Path) -> TinyLoRA | None:
+    """The spec of the adapter from which `export_tinylora` wrote a folder; None for a folder of PEFT's own."""
+    try:
+        written = parse_json(read_metadata(folder / WEIGHTS).get(SPEC, "null"))
+        if written is None:
+            return None
+        targets = tuple(Target(re.escape(path)) for path in written.pop("leaves"))
+        return TinyLoRA(**{name: written[name] for name in SPEC_FIELDS}, targets=targets)
+    except (ValueError, TypeError, KeyError, AttributeError):  # written by another version; the numbers are in the file
+        return None
 
 
 def is_peft(folder: Path) -> bool:

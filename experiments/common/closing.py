@@ -1,0 +1,307 @@
+"""The end of a command: what changed, an example, where the results are and which commands come next."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.common import progress
+from experiments.common.wording import (
+    WIDTH,
+    command_line,
+    counted,
+    cut,
+    p_digits,
+    p_value,
+    paragraph,
+    percent,
+    points,
+    table,
+)
+from tinylora_jax.data import DataError, read_jsonl
+from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
+
+GRADES = ("strict", "lenient")
+_LINES = 6  # largest number of lines of an answer in an example
+_SHORT = 60  # longest question that is repeated in a command
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question that was answered before and after training.
+
+    Attributes:
+      question: text of the question.
+      answer: gold answer.
+      before: completion before training.
+      after: completion after training.
+    """
+
+    question: str
+    answer: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """The difference between two evaluations with greedy answers to the same questions.
+
+    Attributes:
+      questions: number of questions.
+      before: mean strict and lenient grades before training, by name.
+      after: mean strict and lenient grades after training, by name.
+      differences: after minus before, by name.
+      fixed: questions whose strict grade rose, shortest first.
+      broken: questions whose strict grade fell, shortest first.
+    """
+
+    questions: int
+    before: dict[str, float]
+    after: dict[str, float]
+    differences: dict[str, Difference]
+    fixed: tuple[Example, ...]
+    broken: tuple[Example, ...]
+
+
+def change(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> Change | None:
+    """Compares the greedy answers of two evaluations; None if the questions differ.
+
+    Args:
+      before: rows of an evaluation of the untrained model.
+      after: rows of an evaluation of the trained model.
+    """
+    key = lambda row: (row.get("set"), row["id"])
+    first, second = ({key(row): row for row in rows if row["mode"] == "greedy"} for rows in (before, after))
+    if not first or first.keys() != second.keys():
+        return None
+    pairs = [(first[name], second[name]) for name in first]
+    grades = {name: ([a[name] for a, _ in pairs], [b[name] for _, b in pairs]) for name in GRADES}
+    mean = lambda values: sum(values) / len(values)
+    example = lambda a, b: Example(a["question"], a["answer"], a["completion"], b["completion"])
+    length = lambda each: (len(each.question) + max(len(each.before), len(each.after)), each.question)
+    moved = lambda sign: tuple(
+        sorted((example(a, b) for a, b in pairs if sign * (b["strict"] - a["strict"]) > 0), key=length)
+    )
+    return Change(
+        len(pairs),
+        {name: mean(old) for name, (old, _) in grades.items()},
+        {name: mean(new) for name, (_, new) in grades.items()},
+        {name: difference(*both) for name, both in grades.items()},
+        moved(1),
+        moved(-1),
+    )
+
+
+def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
+    """The paired test that fits these grades: McNemar's if all are 0 or 1, else a permutation test."""
+    test = compare_right_or_wrong if {*before, *after} <= {0, 1} else compare_means
+    return test([float(x) for x in before], [float(x) for x in after])
+
+
+def as_json(found: Change | None, most: int) -> dict[str, Any]:
+    """Converts a change to JSON-serializable values, with at most `most` questions that were fixed."""
+    if found is None:
+        return {"fixed": []}
+    scores = {"questions": found.questions, "before": found.before, "after": found.after}
+    differences = {name: asdict(each) for name, each in found.differences.items()}
+    counts = {"num_fixed": len(found.fixed), "num_broken": len(found.broken)}
+    return {**scores, "differences": differences, **counts, "fixed": [asdict(each) for each in found.fixed[:most]]}
+
+
+def showcase_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """Formats the result of `as_json`: the change from the base model, and questions that were fixed."""
+    if not found or "before" not in found:
+        return []
+    examples = tuple(Example(**each) for each in found["fixed"])
+    differences = {name: Difference(**each) for name, each in found["differences"].items()}
+    known = Change(found["questions"], found["before"], found["after"], differences, examples, ())
+    lines = ["from the base model to the adapter:", *change_lines(known, found["num_fixed"], found["num_broken"])]
+    for number, each in enumerate(examples, 1):
+        lines += [
+            "",
+            f"fixed {number} of {found['num_fixed']}:",
+            *example_lines(each, "base model", "with the adapter"),
+        ]
+    return lines
+
+
+def read_change(before: Path, after: Path) -> Change | None:
+    """`change` of two files of answers; None if one is missing or damaged, because a report must not fail a run."""
+    try:
+        return change(*([*read_jsonl(path)] for path in (before, after)))
+    except (OSError, ValueError, DataError, KeyError, TypeError):
+        return None
+
+
+def change_lines(found: Change, fixed: int | None = None, broken: int | None = None) -> list[str]:
+    """Formats a change: accuracies before and after, the difference with its interval and p, and the counts.
+
+    Args:
+      found: change to format.
+      fixed: number of questions that were fixed; None if `found` holds all of them.
+      broken: number of questions that were broken; None if `found` holds all of them.
+    """
+    fixed = len(found.fixed) if fixed is None else fixed
+    broken = len(found.broken) if broken is None else broken
+    rows = []
+    for name, each in found.differences.items():
+        old, new, shares = found.before[name], found.after[name], 0 <= min(found.before[name], found.after[name])
+        shares = shares and max(old, new) <= 1
+        show = percent if shares else lambda x: f"{x:.3g}"
+        moved = f"{points(each.value)} points" if shares else f"{each.value:+.3g}"
+        rows.append([f"  {name}", f"{show(old)} → {show(new)}", moved, interval(each, shares), p_value(each.p)])
+    lines = table(rows, left=(0, 4))
+    counts = f"{counted(found.questions, 'question')}, greedy: {fixed} fixed, {broken} broken"
+    return [*lines, f"  {counts} (strict)"]
+
+
+def interval(each: Difference, shares: bool = True) -> str:
+    """Formats the 95 % interval of a difference, in percentage points for shares; empty if there is none."""
+    if each.low is None or each.high is None:
+        return ""
+    show = points if shares else lambda x: f"{x:+.3g}"
+    return f"[{show(each.low)}, {show(each.high)}]"
+
+
+def example_lines(each: Example, before: str = "before", after: str = "after") -> list[str]:
+    """Formats a question with two answers side by side."""
+    question = paragraph(cut(each.question, 3 * WIDTH), "  ")
+    gold = paragraph(f"expected: {cut(each.answer, WIDTH)}", "  ")
+    return [question, gold, *side_by_side([before, after], [each.before, each.after], _LINES)]
+
+
+def side_by_side(heads: Sequence[str], texts: Sequence[str], most: int | None = None, indent: str = "  ") -> list[str]:
+    """Formats texts as columns that together fill a terminal.
+
+    Args:
+      heads: head of each column.
+      texts: text of each column.
+      most: largest number of lines; longer texts end in `…`. None for no limit.
+      indent: text before every line.
+    """
+    width = (WIDTH - 1 - len(indent) - 3 * (len(texts) - 1)) // len(texts)
+    columns = []
+    for head, text in zip(heads, texts, strict=True):
+        lines = [part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]]
+        while lines and not lines[-1]:
+            lines.pop()
+        if most is not None and len(lines) > most:
+            lines = [*lines[: most - 1], "…"]
+        columns.append([cut(head, width), *(lines or ["(empty)"])])
+    height = max(map(len, columns))
+    cells = [[*lines, *[""] * (height - len(lines))] for lines in columns]
+    rows = [" │ ".join(cell.ljust(width) for cell in row).rstrip() for row in zip(*cells, strict=True)]
+    return [indent + row for row in rows]
+
+
+def printable(text: str) -> str:
+    """Replaces control codes, with which a model's text could drive the terminal."""
+    return "".join(c if c in "\n" or c.isprintable() else " " if c == "\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def place_lines(places: Mapping[str, object]) -> list[str]:
+    """Formats where the results are; a path that does not fit beside its name has its own line."""
+    lines = []
+    widest = max(map(len, places), default=0)
+    for name, path in places.items():
+        line = f"  {name.ljust(widest)}  {path}"
+        lines += [line] if len(line) < WIDTH else [f"  {name}", f"  {path}"]
+    return lines
+
+
+def next_lines(commands: Sequence[tuple[str, Sequence[object]]]) -> list[str]:
+    """Formats the commands that come next, each below what it does."""
+    return [line for what, words in commands for line in (f"{what}:", command_line(words))]
+
+
+def question_for(examples: Sequence[Example]) -> str | None:
+    """The question of the first example that is short enough for a command line."""
+    return next(
+        (each.question for each in examples if len(each.question) <= _SHORT and "\n" not in each.question), None
+    )
+
+
+def ask(adapter: object, examples: Sequence[Example]) -> list[object]:
+    """The command that prompts the untrained and the trained model with a question that was fixed."""
+    asked = [f"--prompt={question}"] if (question := question_for(examples)) else []
+    return ["python", "-m", "experiments.generate", "--adapter=base", f"--adapter={adapter}", *asked]
+
+
+def emit(result: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Ends a command: the text for people, and the result as JSON for programs.
+
+    On a terminal only the text is printed, unless `--json` is set. Elsewhere the JSON is the last line of standard
+    output, and the text goes to standard error.
+
+    Args:
+      result: result of the command.
+      text: text for people.
+      as_json: value of the flag `--json`.
+    """
+    progress.clear()
+    if as_json or not sys.stdout.isatty():
+        progress.tell(text)
+        print(json.dumps(result), flush=True)
+    else:
+        print("\n" + text, flush=True)
+
+
+def block(*parts: Sequence[str] | str | None) -> str:
+    """Joins the parts of an ending with empty lines between them; empty parts are left out."""
+    texts = [part if isinstance(part, str) else "\n".join(part) for part in parts if part]
+    return "\n\n".join(texts)
+
+
+def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], picture: Path | None) -> str:
+    """The ending of a training command.
+
+    Args:
+      summary: summary of the run.
+      workdir: folder of the run.
+      config: arguments that choose the config on a command line.
+      picture: path of the run's plot, if it was drawn.
+    """
+    adapter, found = workdir / "adapter", read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
+    minutes = f", {summary['wall_s'] / 60:.1f} minutes" if "wall_s" in summary else ""
+    head = f"{summary['model']}: {counted(summary['params'], 'trained number')}, {counted(summary['steps'], 'step')}"
+    changed = change_lines(found) if found else None
+    fixed = found.fixed if found else ()
+    example = ["for example, this one was fixed:", *example_lines(fixed[0])] if fixed else None
+    places = {"adapter": adapter, **({"picture": picture} if picture else {})}
+    places |= {"answers": workdir / "answers_after.jsonl"}
+    evaluate = ["python", "-m", "experiments.evaluate", *config, f"--adapter={adapter}", "--showcase=3"]
+    export = ["python", "-m", "experiments.export", f"--adapter={adapter}", "--to=merged", f"--output={workdir}/merged"]
+    commands = [("ask both models", ask(adapter, fixed)), ("see what was fixed", evaluate)]
+    commands += [("use it elsewhere", export)]
+    where = place_lines({**places, "result": workdir / "summary.json"})
+    return block(paragraph(head + minutes), changed, example, where, next_lines(commands))
+
+
+def member_rows(summary: Mapping[str, Any], workdir: Path, widest: int = 10**6) -> list[list[str]]:
+    """The table of a sweep's members, with a head: accuracies, and the gain over the untrained model.
+
+    Args:
+      summary: summary of the sweep.
+      workdir: folder of the sweep.
+      widest: longest name of a member; longer ones are cut.
+    """
+    score = lambda result: [percent(result["strict"]), percent(result["lenient"])]
+    rows = [["", "numbers", "strict", "lenient", "gain", "p"]]
+    rows.append(["untrained", "0", *score(summary["eval_before"]), "", ""])
+    for row in summary["members"]:
+        name = cut(row["member"], widest)
+        if row["dropped"]:
+            rows.append([name, "", "dropped", "", "", ""])
+            continue
+        answers = workdir / "members" / row["member"] / "answers_after.jsonl"
+        found = read_change(workdir / "answers_before.jsonl", answers)
+        gain = found.differences["strict"] if found else None
+        moved = [points(gain.value), p_digits(gain.p)] if gain else ["", ""]
+        rows.append([name, f"{row['params']:,}", *score(row["eval_after"]), *moved])
+    return rows

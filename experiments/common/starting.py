@@ -1,0 +1,96 @@
+"""The beginning of a run in words: model, devices, what is trained, changed fields and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.common.fitting import rollout_bytes
+from experiments.common.meshes import describe, joins_kernels
+from experiments.common.task import Task
+from experiments.common.wording import counted, entries, named, size
+from experiments.configs import base
+from tinylora_jax.adapters import Policy
+from tinylora_jax.io import flat
+from tinylora_jax.models import MeshSpec, active_mesh
+
+_AXES = ("data", "fsdp", "tensor")
+
+
+def changed_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config that differ from the defaults, by name."""
+    usual = flat(base.get_config().to_dict())
+    return {name: value for name, value in flat(config.to_dict()).items() if usual.get(name) != value}
+
+
+def trained_words(config: ConfigDict, task: Task) -> str:
+    """Says what is trained, and in how many matrices."""
+    how = [config.method]
+    if isinstance(task.policy, Policy):
+        spec, leaves = task.policy.factors.spec, task.policy.factors.leaves.values()
+        count = sum(len(leaf.groups) for leaf in leaves)
+        fields = {"r": spec.rank, "u": spec.u, "n_tie": spec.n_tie} if config.method == "tinylora" else {"r": spec.rank}
+        how += [named(fields), f"in {counted(count, 'matrix').replace('matrixs', 'matrices')}"]
+    elif config.method == "lora":
+        how += [named({"r": config.lora.rank})]
+    return f"{counted(task.policy.num_params, 'number')}: {', '.join(how)}"
+
+
+def device_words() -> str:
+    """Names the devices and the mesh."""
+    devices, mesh = jax.devices(), active_mesh()
+    split = "" if mesh is None else f", mesh {named(dict(zip(_AXES, describe(mesh), strict=True)))}"
+    return f"{len(devices)} × {devices[0].device_kind}{split}"
+
+
+def memory_words(config: ConfigDict, task: Task) -> str:
+    """Predicts the memory of a device while decoding."""
+    mesh = active_mesh() or MeshSpec(1, 1, 1).make(jax.devices()[:1])
+    slots = task.slots or config.batch_size * config.samples
+    return f"about {size(rollout_bytes(task.model, config, mesh, slots, joins_kernels()))} per device while decoding"
+
+
+def start_block(
+    config: ConfigDict,
+    task: Task,
+    workdir: Path,
+    questions: Mapping[str, int],
+    steps: int,
+    experiment: str,
+    trains: str | None = None,
+) -> str:
+    """Formats what is about to run.
+
+    Args:
+      config: run configuration.
+      task: task, loaded or abstract.
+      workdir: folder of the run.
+      questions: numbers of questions for `training` and `evaluation`.
+      steps: number of steps.
+      experiment: `grpo`, `sft` or `sweep`.
+      trains: description of what is trained; None describes the task's policy.
+    """
+    weights = jax.tree.leaves(task.policy.params)
+    batch = f"{config.batch_size} questions × {config.samples} answers"
+    batch = f"{config.batch_size} worked solutions" if experiment == "sft" else batch
+    sources = {"training": config.train_data.source, "evaluation": config.eval_data.source}
+    data = ", ".join(f"{questions[name]:,} of {source} for {name}" for name, source in sources.items())
+    changed = {name: value for name, value in changed_fields(config).items() if name != "seed"}
+    rows = [
+        ("model", f"{task.name}: {sum(leaf.size for leaf in weights) / 1e6:,.1f} M weights, {config.dtype}"),
+        ("device", device_words()),
+        ("trains", trains or trained_words(config, task)),
+        ("steps", f"{steps} steps of {batch}, at most {config.max_new_tokens} tokens each"),
+        ("questions", data),
+        ("changed", named(changed) if changed else "nothing: every field has its default"),
+        ("seed", str(config.seed)),
+        ("memory", memory_words(config, task)),
+        ("time", "shown from the second step on, as the time that is left"),
+        ("workdir", str(workdir)),
+        ("stop", "Ctrl-C: finished steps are kept, and the same command continues"),
+    ]
+    return entries(rows)
