@@ -66,7 +66,7 @@ def test_members_are_drawn_and_their_seeds_make_curves(swept, blank_panels, tmp_
         assert not blank_panels(plot(member, tmp_path / "member.png").read_bytes())
     plot_curves([folder], tmp_path / "curves.png")
     result = json.loads((tmp_path / "curves.json").read_text())
-    assert {curve["label"] for curve in result["curves"]} == {"learning_rate=0.01", "learning_rate=0.05"}
+    assert {curve["label"] for curve in result["curves"]} == {"rate 0.01", "rate 0.05"}
     for curve in result["curves"]:
         rewards = [[row["reward"] for row in rows_of(Path(run))] for run in curve["runs"]]
         assert len(rewards) == 2 and curve["values"] == rewards and len(curve["trained"]) == 2
@@ -97,7 +97,7 @@ def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch
 def test_different_adapters_share_one_program(make_config, tmp_path):
     config = make_config()
     config.max_steps = 3
-    free = ["method=lora_xs,optimizer.learning_rate=0.01"]
+    free = ["method=lora_xs,optimizer.rate 0.01"]
     summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never(), free)
     assert sorted(row["params"] for row in summary["members"]) == [1, 2, 14, 28, 56]
     config.adapter.n_tie, config.adapter.u = 1, 2
