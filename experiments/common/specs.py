@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs import base
-from tinylora_jax.adapters import SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
+from tinylora_jax.adapters import SCHEMES, SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
 from tinylora_jax.data import DataSpec, get_template
 from tinylora_jax.io import flat
 from tinylora_jax.models import MeshSpec
@@ -77,6 +77,9 @@ def parse(config: ConfigDict) -> Specs:
             problems.append(f"config.{field}={config[field]!r}: expected {expected}")
 
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
+    require("quantize", config.quantize in SCHEMES, " or ".join(map(repr, SCHEMES)))
+    if config.method == "full":
+        require("quantize", config.quantize == "none", "'none' with config.method='full', which trains the weights")
     require("save_dtype", config.save_dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
     require("svd", config.svd in SVD_METHODS, " or ".join(SVD_METHODS))
     require("on_too_long", config.on_too_long in ("error", "drop"), "'error' or 'drop'")
