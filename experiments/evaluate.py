@@ -156,13 +156,16 @@ def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...
     return tuple(dataclasses.replace(each, data=dataclasses.replace(each.data, limit=limit)) for each in suite)
 
 
-def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ()) -> tuple[dict[str, Any], list[Row]]:
+def run(
+    config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = (), transfer: bool = False
+) -> tuple[dict[str, Any], list[Row]]:
     """Evaluates the base model of a config, or an adapter trained on it.
 
     Args:
       config: run configuration.
       adapter: folder of the adapter; None for the base model.
       suite: sets that replace the config's questions and grader.
+      transfer: whether an adapter that was trained on a quantized base may be evaluated on the same base in 16 bit.
 
     Returns:
       The accuracies (for a suite under `sets`, by name), and one row per completion.
@@ -177,7 +180,7 @@ def run(config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = ())
         check_template(config.template, each.reward)
     rewards = [load_reward(each.reward) for each in sets]
     questions = [load_graded_questions(each.data, each.reward) for each in sets]
-    trained = None if adapter is None else open_trained(adapter)
+    trained = None if adapter is None else open_trained(adapter, transfer)
     task = load_task(config, specs, trained and trained.policy)
     v = task.policy.init() if trained is None else trained.v
     prompts = [make_prompts(config, each, task) for each in questions]
@@ -223,7 +226,7 @@ def main(argv: Sequence[str]) -> None:
         folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
         suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
         with use_fitting_mesh(FLAGS.config, parse(FLAGS.config).mesh):
-            result, rows = run(FLAGS.config, adapter, suite)
+            result, rows = run(FLAGS.config, adapter, suite, FLAGS.transfer)
         if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_rows(output.with_suffix(".jsonl"), rows)
@@ -244,6 +247,7 @@ if __name__ == "__main__":
     define_path("correct", "Write correct sampled answers to this .jsonl file, for experiments.sft.")
     flags.DEFINE_string("suite", None, "Evaluate on these sets: comma-separated names, files or hub ids.")
     define_path("suite_folder", "Read the named sets from files in this folder. Default: load them from the hub.")
+    flags.DEFINE_bool("transfer", False, "Evaluate an adapter of a quantized base on the same base in 16 bit.")
     multihost.define_flags()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

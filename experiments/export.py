@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
+from tinylora_jax.adapters import SCHEMES
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
 from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
@@ -32,7 +33,13 @@ _LOSS_TOLD = 0.01
 
 
 def export(
-    adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32", download: bool = False
+    adapter: Path,
+    to: str,
+    output: Path,
+    model: str | None = None,
+    dtype: str = "float32",
+    download: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Writes an adapter as a PEFT folder, in this project's format, or merged into its model.
 
@@ -43,6 +50,8 @@ def export(
       model: source of the base model, as for `load_pretrained`; None uses the name in the adapter.
       dtype: dtype of merged weights, or of the vector in this project's format.
       download: whether a base model named only by the adapter, and so chosen by its author, may be downloaded.
+      quantize: storage of the base model, as for `load_pretrained`; None for that in training. `none` merges an adapter
+        that was trained on a quantized base into the original weights.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
@@ -51,7 +60,10 @@ def export(
     """
     if to in _PEFT and dtype != "float32":
         raise ValueError(f"--dtype={dtype}: {to} is always float32, as in PEFT; omit --dtype")
-    trained = open_adapter(adapter)
+    trained = open_adapter(adapter, transfer=quantize == "none")
+    quantize = quantize or trained.quantize
+    if to == "tinylora" and quantize != trained.quantize:
+        raise ValueError(f"--quantize={quantize}: {to} keeps the base of training, {trained.quantize}; omit --quantize")
     if output.resolve().is_relative_to(adapter.resolve()):
         raise FileExistsError(f"{output} is inside the adapter's folder; choose another --output")
     base = model or trained.base
@@ -60,7 +72,8 @@ def export(
     with new_folder(output) as folder:
         tell(f"loading {base}")
         try:
-            pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=download or model is not None)
+            allowed = download or model is not None
+            pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=allowed, quantize=quantize)
         except NotInCacheError as error:
             raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
         tell("reading or computing the factors")
@@ -70,6 +83,8 @@ def export(
         tell(f"writing {to}")
         if to != "merged":
             return _PEFT[to](folder, factors, trained.v, base)
+        if quantize != "none":
+            tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
         loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
         if loss > _LOSS_TOLD:
             tell(
@@ -94,7 +109,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     use_compilation_cache()
     with reporting_errors():
-        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype, FLAGS.allow_download)
+        how = FLAGS.model, FLAGS.dtype, FLAGS.allow_download, FLAGS.quantize
+        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), *how)
     print(f"written to {FLAGS.output}")
 
 
@@ -105,5 +121,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
+    flags.DEFINE_enum("quantize", None, list(SCHEMES), "Storage of the base model. Default: that of training.")
     flags.mark_flags_as_required(["adapter", "to", "output"])
     app.run(main, flags_parser=parse_flags)

@@ -26,7 +26,7 @@ from absl import app, flags
 
 from experiments.common.cli import NOT_IN_CACHE, define_path, parse_flags, reporting_errors, tell, use_compilation_cache
 from experiments.common.terminal import Screen, TextStream
-from tinylora_jax.adapters import CombinationError, Policy
+from tinylora_jax.adapters import SCHEMES, CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, open_adapter, read_together
 from tinylora_jax.io.hf import NotInCacheError
@@ -87,7 +87,12 @@ def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
 
 
 def load(
-    model: str | None, adapters: Sequence[str], dtype: Any, template: str | None = None, download: bool = False
+    model: str | None,
+    adapters: Sequence[str],
+    dtype: Any,
+    template: str | None = None,
+    download: bool = False,
+    quantize: str | None = None,
 ) -> Answering:
     """Loads the model and reads its adapters.
 
@@ -97,6 +102,8 @@ def load(
       dtype: dtype of the weights.
       template: name of the prompt template; None uses each adapter's own.
       download: whether a base model named only by the adapters, and so chosen by their author, may be downloaded.
+      quantize: storage of the weights, as for `load_pretrained`; None for that of the first adapter's training. `none`
+        transfers adapters that were trained on a quantized base to the base in 16 bit.
 
     Raises:
       AdapterError, PeftError: an adapter is damaged or was trained on another model.
@@ -106,7 +113,8 @@ def load(
     if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
         raise InputError(f"--adapter={twice[0]} is given twice; use --samples for several answers of one adapter")
     folders = [name for name in adapters if name != BASE]
-    trained = {name: open_adapter(Path(name)) for name in folders}
+    trained = {name: open_adapter(Path(name), transfer=quantize == "none") for name in folders}
+    quantize = quantize or next((each.quantize for each in trained.values()), "none")
     shown = short_names(adapters)
     templates = _templates(shown, [trained.get(name) for name in adapters], template)
     _check_alike(trained, model)
@@ -116,7 +124,7 @@ def load(
         raise InputError(f"--model is missing: {where}; set it to a hub id, a folder or a .gguf file")
     tell(f"loading {model or named}")
     try:
-        base = load_pretrained(model or named, dtype, download=download or model is not None)
+        base = load_pretrained(model or named, dtype, download=download or model is not None, quantize=quantize)
     except NotInCacheError as error:
         raise InputError(f"the adapter names the base model {named!r}, which {NOT_IN_CACHE}") from error
     except (FileNotFoundError, ValueError) as error:
@@ -282,7 +290,7 @@ def run(values: flags.FlagValues) -> None:
     sampling = Sampling(values.max_new_tokens, values.temperature)
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     adapters, download = values.adapter or [], values.allow_download
-    answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download)
+    answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download, values.quantize)
     sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
     key, answered = jax.random.key(values.seed), 0
     for prompts in prompts_of(values.prompt, sys.stdin):
@@ -319,5 +327,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"], "dtype of the weights. Default: float32 on a CPU, else bfloat16."
+    )
+    flags.DEFINE_enum(
+        "quantize", None, list(SCHEMES), "Storage of the weights. Default: that in the adapter's training."
     )
     app.run(main, flags_parser=parse_flags)

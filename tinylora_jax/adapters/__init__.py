@@ -32,6 +32,7 @@ from tinylora_jax.adapters.policy import lower_adapt as lower_adapt
 from tinylora_jax.adapters.quantized import SCHEMES as SCHEMES
 from tinylora_jax.adapters.quantized import QuantizedKernel as QuantizedKernel
 from tinylora_jax.adapters.quantized import dense as dense
+from tinylora_jax.adapters.quantized import exact as exact
 from tinylora_jax.adapters.quantized import scheme_of as scheme_of
 from tinylora_jax.adapters.rebase import CombinationError as CombinationError
 from tinylora_jax.adapters.rebase import combine as combine

@@ -38,8 +38,8 @@ class QuantizedKernel:
       dtype: dtype of the weight before quantization, to which `dense` converts.
     """
 
-    values: Any  # an array, or its shape or sharding in a tree of those
-    scale: Any
+    values: jax.Array
+    scale: jax.Array
     dtype: np.dtype = field(metadata={"static": True})
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from tinylora_jax.adapters.quantized import QuantizedKernel, coarse_channels, quantize
+from tinylora_jax.adapters.quantized import QuantizedKernel, coarse_channels, quantize, scheme_of
+from tinylora_jax.adapters.targets import map_by_path
 from tinylora_jax.io.hf._lazy import LazyTensor, check_floating
 
 _ROWS = 256  # channels quantized together, so that their float32 copies stay in the processor's cache
@@ -76,6 +78,35 @@ def _quantized(name: str, W: np.ndarray, like: QuantizedKernel) -> tuple[np.ndar
 def _check_shape(name: str, values: np.ndarray, like: QuantizedKernel) -> None:
     if values.shape != like.shape:
         raise ValueError(f"{name}: expected {like.shape} after reading, got {values.shape}")
+
+
+def quantize_maps(params: Any, scheme: str) -> Any:
+    """Quantizes the linear maps of a model in memory: the same weights as from a file that is read with `quantize`.
+
+    Args:
+      params: parameter tree of the decoder.
+      scheme: `int8` or `int4`; `none` returns the tree unchanged.
+    """
+    if scheme == "none":
+        return params
+    return map_by_path(lambda path, W: _on_device(W, scheme) if is_map(path.split("/")) else W, params)
+
+
+def as_trained(params: Any, fingerprint: Mapping[str, Any] | None, transfer: bool) -> Any:
+    """The weights on which something was trained, from the weights on which it is to be used.
+
+    Args:
+      params: weights of the base model.
+      fingerprint: `base_fingerprint` of the base model in training; None if unknown.
+      transfer: whether weights in 16 bit may take the place of quantized ones.
+    """
+    scheme = (fingerprint or {}).get("quantize", "none")
+    return quantize_maps(params, scheme) if transfer and scheme_of(params) == "none" else params
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _on_device(W: jax.Array, scheme: str) -> QuantizedKernel:
+    return QuantizedKernel(*quantize(W, scheme, (0,), jnp), W.dtype)
 
 
 def warn_of_outliers(coarse: Mapping[str, int], source: str) -> None:
