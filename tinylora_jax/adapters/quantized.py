@@ -129,26 +129,26 @@ def quantized_shape(shape: Sequence[int], scheme: str, dtype: DTypeLike, num_in:
     return QuantizedKernel(make(tuple(shape), jnp.dtype(scheme)), make(scales, jnp.float32), jnp.dtype(dtype))
 
 
-def _steps(W: Any, scheme: str, axes: tuple[int, ...], xp: Any) -> Any:
+def _steps(W: np.ndarray, scheme: str, axes: tuple[int, ...]) -> np.ndarray:
     """The scale of every channel; 1 for a channel of zeros."""
     levels, magnitude = _LEVELS[scheme], abs(W)
-    largest = xp.max(magnitude, axis=axes, keepdims=True)
-    best = largest / xp.float32(levels)
+    largest = np.max(magnitude, axis=axes, keepdims=True)
+    best = largest / np.float32(levels)
     # Weights of zero, or so small that dividing by their scale would overflow, become zeros.
-    best = xp.where(best > np.float32(1e-30), best, xp.where(xp.isnan(best), best, xp.float32(1.0)))
+    best = np.where(best > np.float32(1e-30), best, np.where(np.isnan(best), best, np.float32(1.0)))
     if scheme == "int8":
         return best
-    full, least = best, xp.full_like(best, np.inf)
+    full, least = best, np.full_like(best, np.inf)
     for share in _RANGES:
-        step = full * xp.float32(share)
-        error = W - xp.clip(xp.rint(W / step), -levels, levels) * step
-        size = xp.sum(error * error, axis=axes, keepdims=True)
-        best, least = xp.where(size < least, step, best), xp.minimum(size, least)
+        step = full * np.float32(share)
+        error = W - np.clip(np.rint(W / step), -levels, levels) * step
+        size = np.sum(error * error, axis=axes, keepdims=True)
+        best, least = np.where(size < least, step, best), np.minimum(size, least)
     return best
 
 
-def quantize(W: Any, scheme: str, axes: tuple[int, ...] = (0,), xp: Any = np) -> tuple[Any, Any]:
-    """Rounds a weight to integers with one scale per output channel.
+def quantize(W: np.ndarray, scheme: str, axes: tuple[int, ...] = (0,)) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a weight to integers with one scale per output channel, on the host: the same on every machine.
 
     In int8 the scale is the channel's largest weight / 127. In int4 it minimizes the channel's squared error.
 
@@ -156,7 +156,6 @@ def quantize(W: Any, scheme: str, axes: tuple[int, ...] = (0,), xp: Any = np) ->
       W: floating-point weight of any layout.
       scheme: `int8` or `int4`.
       axes: axes of the inputs.
-      xp: `numpy`, or `jax.numpy` for a weight on a device.
 
     Returns:
       Integers of W's shape, and float32 scales with size 1 on the input axes. The scales of channels that are not
@@ -164,8 +163,8 @@ def quantize(W: Any, scheme: str, axes: tuple[int, ...] = (0,), xp: Any = np) ->
     """
     W, levels = W.astype(np.float32), _LEVELS[scheme]
     with np.errstate(invalid="ignore"):  # the caller refuses scales that are not finite
-        scale = _steps(W, scheme, axes, xp)
-        rounded = xp.clip(xp.rint(W / scale), -levels, levels).astype(np.int8)
+        scale = _steps(W, scheme, axes)
+        rounded = np.clip(np.rint(W / scale), -levels, levels).astype(np.int8)
     return rounded.astype(jnp.dtype(scheme)), scale
 
 

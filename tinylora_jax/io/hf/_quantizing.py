@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from tinylora_jax.adapters.quantized import QuantizedKernel, coarse_channels, quantize, scheme_of
+from tinylora_jax.adapters.quantized import QuantizedKernel, coarse_channels, quantize, quantized_shape, scheme_of
+from tinylora_jax.adapters.svd_device import mesh_of
 from tinylora_jax.adapters.targets import map_by_path
 from tinylora_jax.io.hf._lazy import LazyTensor, check_floating
+from tinylora_jax.models.sharding import param_shardings
+from tinylora_jax.multihost import to_host
 
 _ROWS = 256  # channels quantized together, so that their float32 copies stay in the processor's cache
 _MOST_LISTED = 5
@@ -89,7 +91,17 @@ def quantize_maps(params: Any, scheme: str) -> Any:
     """
     if scheme == "none":
         return params
-    return map_by_path(lambda path, W: _on_device(W, scheme) if is_map(path.split("/")) else W, params)
+
+    def quantized(path: str, W: jax.Array) -> Any:
+        if not is_map(path.split("/")):
+            return W
+        like = quantized_shape(W.shape, scheme, W.dtype)
+        values, scale, _ = _quantized(path, np.asarray(to_host(W)).T, like)
+        return QuantizedKernel(jnp.asarray(values), jnp.asarray(scale), like.dtype)
+
+    mesh = mesh_of(jax.tree.leaves(params)[0])
+    tree = map_by_path(quantized, params)
+    return tree if mesh is None else jax.device_put(tree, param_shardings(mesh, tree))
 
 
 def as_trained(params: Any, fingerprint: Mapping[str, Any] | None, transfer: bool) -> Any:
@@ -102,11 +114,6 @@ def as_trained(params: Any, fingerprint: Mapping[str, Any] | None, transfer: boo
     """
     scheme = (fingerprint or {}).get("quantize", "none")
     return quantize_maps(params, scheme) if transfer and scheme_of(params) == "none" else params
-
-
-@partial(jax.jit, static_argnames="scheme")
-def _on_device(W: jax.Array, scheme: str) -> QuantizedKernel:
-    return QuantizedKernel(*quantize(W, scheme, (0,), jnp), W.dtype)
 
 
 def warn_of_outliers(coarse: Mapping[str, int], source: str) -> None:
