@@ -28,5 +28,6 @@ def check_floating(name: str, values: np.ndarray) -> None:
     """Raises a `ValueError` for a tensor that is not floating-point."""
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(
-            f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not supported"
+            f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not supported, but"
+            " quantize='int8' quantizes a model while it is read"
         )
