@@ -16,6 +16,7 @@ from tinylora_jax.adapters import (
     Target,
     TinyLoRA,
     apply,
+    can_fuse,
     dense,
     factorize,
     fuse,
@@ -37,13 +38,17 @@ def random_weight(*shape, seed=0):
 
 
 def quantized(W, scheme, num_in=1, dtype=np.float32):
-    values, scale = quantize(W, scheme, tuple(range(num_in)))
-    return QuantizedKernel(jnp.asarray(values), jnp.asarray(scale), np.dtype(dtype))
+    into, out = W.shape[:num_in], W.shape[num_in:]
+    values, scale, inputs = quantize(W.reshape(np.prod(into), -1), scheme)
+    inputs = None if inputs is None else jnp.asarray(inputs.reshape(*into, *(1 for _ in out)))
+    scale = jnp.asarray(scale.reshape(*(1 for _ in into), *out))
+    return QuantizedKernel(jnp.asarray(values.reshape(W.shape)), scale, inputs, np.dtype(dtype))
 
 
 def wide(kernel):
     """The oracle's weight: integers times scales in float64."""
-    return np.asarray(kernel.values.astype(jnp.int8), np.float64) * np.asarray(kernel.scale, np.float64)
+    inputs = 1 if kernel.inputs is None else np.asarray(kernel.inputs, np.float64)
+    return np.asarray(kernel.values.astype(jnp.int8), np.float64) * np.asarray(kernel.scale, np.float64) * inputs
 
 
 WEIGHTS = hnp.arrays(
@@ -55,8 +60,20 @@ WEIGHTS = hnp.arrays(
 @given(WEIGHTS, st.sampled_from(SCHEMES))
 def test_quantization_misses_by_at_most_half_a_step(W, scheme):
     kernel = quantized(W, scheme)
-    assert np.all(np.abs(wide(kernel) - W) <= np.asarray(kernel.scale, np.float64) / 2 * (1 + 1e-5))
+    step = np.asarray(kernel.scale, np.float64) * (1 if kernel.inputs is None else np.asarray(kernel.inputs))
+    assert np.all(np.abs(wide(kernel) - W) <= step / 2 * (1 + 1e-5))
     np.testing.assert_array_equal(wide(kernel)[:, ~W.any(axis=0)], 0)  # a channel of zeros is legal and stays so
+    if scheme == "int4":
+        np.testing.assert_array_equal(kernel.inputs, kernel.inputs.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_int4_gives_inputs_of_different_size_their_own_scale():
+    W = random_weight(64, 32) * np.exp2(np.arange(64) % 7)[:, None].astype(np.float32)
+    kernel = quantized(W, "int4")
+    inputs = np.asarray(kernel.inputs)[:, 0] / np.exp2(np.arange(64) % 7)
+    assert inputs.max() <= 2 * inputs.min()
+    error = np.linalg.norm(wide(kernel) - W, axis=1) / np.linalg.norm(W, axis=1)
+    assert error.max() < 0.2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -99,13 +116,13 @@ def test_gradients_of_an_adapted_kernel(scheme, rows):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_joined_kernels_are_the_same_maps(scheme, adapted, dtype):
-    params = {name: {"kernel": quantized(random_weight(16, n, seed=n), scheme, 1, dtype)} for name, n in SIZES.items()}
+def test_joined_kernels_are_the_same_maps(adapted, dtype):
+    params = {name: {"kernel": quantized(random_weight(16, n, seed=n), "int8", 1, dtype)} for name, n in SIZES.items()}
     if adapted:
         factors = factorize(params, TinyLoRA(targets=(Target(".*kernel"),), n_tie=2))
         params = apply(params, factors, init(factors) + 0.3)
+    assert not can_fuse([quantized(random_weight(16, 4), "int4")] * 2), "each has its own scales of the inputs"
     kernels, x = [leaf["kernel"] for leaf in params.values()], jnp.asarray(random_weight(3, 1, 16), dtype)
     together = jax.jit(lambda x, kernels: fused_matmul(x, fuse(kernels)))(x, kernels)
     for y, kernel in zip(together, kernels, strict=True):
@@ -118,10 +135,9 @@ SIZES = {"q": 7, "k": 3, "v": 5}
 
 
 def tree(scheme, layers=None):
-    shape = (24, 20) if layers is None else (layers, 24, 20)
-    axes = (0,) if layers is None else (1,)
-    values, scale = quantize(random_weight(*shape), scheme, axes)
-    return {"up_proj": {"kernel": QuantizedKernel(jnp.asarray(values), jnp.asarray(scale), np.dtype(jnp.bfloat16))}}
+    kernels = [quantized(random_weight(24, 20, seed=i), scheme, 1, jnp.bfloat16) for i in range(layers or 1)]
+    kernel = kernels[0] if layers is None else jax.tree.map(lambda *parts: jnp.stack(parts), *kernels)
+    return {"up_proj": {"kernel": kernel}}
 
 
 @pytest.mark.parametrize("layers", [None, 2])
@@ -167,12 +183,11 @@ def test_weights_that_no_scale_fits():
     W = random_weight(8, 4)
     W[2, 1], W[3, 2] = np.nan, np.inf
     for scheme in SCHEMES:
-        _, scale = quantize(W, scheme)
-        assert np.isfinite(scale[0, [0, 3]]).all() and not np.isfinite(scale[0, [1, 2]]).any()
+        assert not np.isfinite(quantize(W, scheme)[1]).all()
     outlier = random_weight(64, 4)
     outlier[5, 3] = 1e4
+    assert coarse_channels(outlier, quantize(outlier, "int8")[0]) == 1
     for scheme in SCHEMES:
-        assert coarse_channels(outlier, quantize(outlier, scheme)[0]) == 1
         assert coarse_channels(random_weight(64, 4), quantize(random_weight(64, 4), scheme)[0]) == 0
     with pytest.raises(ValueError, match="even number of inputs.*got 7; use int8"):
         quantized_shape((7, 4), "int4", jnp.bfloat16)

@@ -102,12 +102,13 @@ def test_a_decoding_step_exchanges_no_more_than_a_token_of_every_row(exchanged, 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_quantized_file_is_the_same_in_shards(tmp_path, scheme):
-    """A channel's scale needs all its inputs: where these are split, each process reads the whole channel, once."""
+    """A scale of an output needs all its inputs, and one of an input all outputs: then each process reads all, once."""
     found = start("load_on_eight_devices.py", str(tmp_path / "weights.safetensors"), f"qwen2:{scheme}", 1, 2, 4)
     assert all(leaf["equal"] and leaf["read in all"] == leaf["whole"] for leaf in found.values()), found
     gate, down = (found[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "down"))
-    assert gate["read"] <= gate["whole"] // 4 and gate["shard"] <= gate["whole"] // 8
-    assert down["read"] <= down["whole"] // 2 and down["shard"] <= down["whole"] // 8
+    assert all(leaf["shard"] <= leaf["whole"] // 8 for leaf in (gate, down))
+    if scheme == "int8":
+        assert gate["read"] <= gate["whole"] // 4 and down["read"] <= down["whole"] // 2
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 4), (2, 1, 4)], ids=str)

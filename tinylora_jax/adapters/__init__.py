@@ -10,6 +10,7 @@ from tinylora_jax.adapters.factors import factorize as factorize
 from tinylora_jax.adapters.factors import retie as retie
 from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
+from tinylora_jax.adapters.kernel import can_fuse as can_fuse
 from tinylora_jax.adapters.kernel import fuse as fuse
 from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
 from tinylora_jax.adapters.kernel import map_shared as map_shared

@@ -276,6 +276,12 @@ def map_shared(function: Callable[[jax.Array], jax.Array], kernel: jax.Array | Q
     return AdaptedKernel(shared[0], shared[1], kernel.core, shared[2])
 
 
+def can_fuse(kernels: Sequence[jax.Array | QuantizedKernel | AdaptedKernel]) -> bool:
+    """Whether kernels have the same input: in int4 each has its own scales of the inputs."""
+    bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
+    return not any(is_quantized(base) and base.inputs is not None for base in bases)
+
+
 def fuse(kernels: Sequence[jax.Array | QuantizedKernel | AdaptedKernel]) -> FusedKernel:
     """Joins two-dimensional kernels with the same input, for `fused_matmul`; all are quantized, or none is."""
     bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]

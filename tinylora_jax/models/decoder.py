@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tinylora_jax.adapters import AdaptedKernel, FusedKernel, fuse, fused_matmul, matmul, scheme_of
+from tinylora_jax.adapters import AdaptedKernel, FusedKernel, can_fuse, fuse, fused_matmul, matmul, scheme_of
 from tinylora_jax.models.attention import cached_attention, causal_attention
 from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
@@ -244,7 +244,10 @@ def fused(params: Any) -> Any:
         layer = {name: dict(group) for name, group in layer.items()}
         for group, names in (("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ("gate", "up")), ("mlp", ("down",))):
             first, *rest = (f"{name}_proj" for name in names)
-            kernel = fuse([layer[group][name]["kernel"] for name in (first, *rest)])
+            kernels = [layer[group][name]["kernel"] for name in (first, *rest)]
+            if not can_fuse(kernels):
+                continue
+            kernel = fuse(kernels)
             layer[group][first] = {**layer[group][first], "kernel": kernel}
             for name in rest:
                 layer[group][name] = {**layer[group][name], "kernel": elsewhere}

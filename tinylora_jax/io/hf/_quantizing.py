@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -41,45 +42,50 @@ def quantized_leaf(name: str, tensor: LazyTensor, like: QuantizedKernel, places:
     Raises:
       ValueError: the tensor is not floating-point, or not finite.
     """
-    found: dict[tuple[int | None, int | None], tuple[np.ndarray, np.ndarray, int]] = {}
+    read_part = tensor.read_part
+    whole = read_part is None or like.inputs is not None  # scales of inputs depend on all outputs
+    found: dict[tuple[int | None, int | None], tuple[Any, int]] = {}
 
-    def channels(part: slice) -> tuple[np.ndarray, np.ndarray, int]:
-        key = (part.start, part.stop)
+    def channels(part: slice) -> Any:
+        key = (None, None) if whole else (part.start, part.stop)
         if key not in found:
-            whole = tensor.read_part is None
-            values = tensor.read() if whole else tensor.read_part((part, slice(None)))
-            found[key] = _quantized(name, values[part] if whole else values, like)
-        return found[key]
+            W = tensor.read() if read_part is None else read_part((slice(*key), slice(None)))
+            found[key] = _quantized(name, W, like)
+        kernel = found[key][0]
+        return replace(kernel, values=kernel.values[:, part], scale=kernel.scale[:, part]) if whole else kernel
 
     if places.values is None:
-        values, scale, coarse = channels(slice(None))
-        _check_shape(name, values, like)
-        return QuantizedKernel(jnp.asarray(values), jnp.asarray(scale), like.dtype), coarse
-    place = jax.make_array_from_callback
-    values = place(like.shape, places.values, lambda at: channels(at[1])[0][at[0]])
-    scale = place(like.scale.shape, places.scale, lambda at: channels(at[1])[1])
-    return QuantizedKernel(values, scale, like.dtype), sum(coarse for *_, coarse in found.values())
+        kernel = channels(slice(None))
+        if kernel.shape != like.shape:
+            raise ValueError(f"{name}: expected {like.shape} after reading, got {kernel.shape}")
+        return jax.tree.map(jnp.asarray, kernel), sum(coarse for _, coarse in found.values())
+    place: Any = jax.make_array_from_callback
+    values = place(like.shape, places.values, lambda at: channels(at[1]).values[at[0]])
+    scale = place(like.scale.shape, places.scale, lambda at: channels(at[1]).scale)
+    inputs = like.inputs and place(like.inputs.shape, places.inputs, lambda at: channels(slice(None)).inputs[at[0]])
+    return QuantizedKernel(values, scale, inputs, like.dtype), sum(coarse for _, coarse in found.values())
 
 
-def _quantized(name: str, W: np.ndarray, like: QuantizedKernel) -> tuple[np.ndarray, np.ndarray, int]:
-    """Quantizes some channels `[out, in]`: values `[in, out]`, scales `[1, out]` and the number of coarse channels."""
+def _quantized(name: str, W: np.ndarray, like: QuantizedKernel) -> tuple[Any, int]:
+    """Quantizes some outputs `[out, in]`, or all of them in int4; returns a kernel on the host and its coarse channels.
+
+    Raises:
+      ValueError: the weights are not floating-point, or not finite.
+    """
     check_floating(name, W)
-    values, scale = np.empty(W.shape, jnp.dtype(like.values.dtype)), np.empty((len(W), 1), np.float32)
-    coarse = 0
-    for start in range(0, len(W), _ROWS):
+    rows = _ROWS if like.inputs is None else len(W)
+    parts, coarse = [], 0
+    for start in range(0, len(W), rows):
         # Rounded to the model's dtype first: a model that is already in memory gives the same integers.
-        rows = W[start : start + _ROWS].astype(like.dtype).astype(np.float32)
-        values[start : start + _ROWS], scale[start : start + _ROWS] = quantize(rows, like.scheme, (1,))
-        coarse += coarse_channels(rows, values[start : start + _ROWS], (1,))
+        part = W[start : start + rows].astype(like.dtype).astype(np.float32).T
+        parts.append(quantize(part, like.scheme))
+        coarse += coarse_channels(part, parts[-1][0])
+    values, scale = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
     if not np.isfinite(scale).all():
-        bad = int(np.flatnonzero(~np.isfinite(scale[:, 0]))[0])
+        bad = int(np.flatnonzero(~np.isfinite(W.astype(np.float32)).all(axis=1))[0])
         raise ValueError(f"{name} holds numbers that are not finite, such as in row {bad}; download the model again")
-    return np.ascontiguousarray(values.T), np.ascontiguousarray(scale.T), coarse
-
-
-def _check_shape(name: str, values: np.ndarray, like: QuantizedKernel) -> None:
-    if values.shape != like.shape:
-        raise ValueError(f"{name}: expected {like.shape} after reading, got {values.shape}")
+    arrays: Any = (np.ascontiguousarray(values), scale, parts[0][2])
+    return replace(like, **dict(zip(("values", "scale", "inputs"), arrays, strict=True))), coarse
 
 
 def quantize_maps(params: Any, scheme: str) -> Any:
@@ -96,8 +102,7 @@ def quantize_maps(params: Any, scheme: str) -> Any:
         if not is_map(path.split("/")):
             return W
         like = quantized_shape(W.shape, scheme, W.dtype)
-        values, scale, _ = _quantized(path, np.asarray(to_host(W)).T, like)
-        return QuantizedKernel(jnp.asarray(values), jnp.asarray(scale), like.dtype)
+        return jax.tree.map(jnp.asarray, _quantized(path, np.asarray(to_host(W)).T, like)[0])
 
     mesh = mesh_of(jax.tree.leaves(params)[0])
     tree = map_by_path(quantized, params)
