@@ -1,4 +1,4 @@
-"""The recipe of `gsm8k_qwen2_5_7b` on one TPU chip of 16 GB: weights in int8, answers of at most 1024 tokens.
+"""The recipe of `gsm8k_qwen2_5_7b` on one TPU chip of 16 GB, with weights in int8.
 
     python -m experiments.grpo --config=experiments/configs/gsm8k_qwen2_5_7b_one_chip.py --workdir=…
 
