@@ -89,6 +89,7 @@ def test_no_program_writes_a_wide_copy_of_a_matrix(scheme, which):
 def test_seven_billion_weights_fit_one_chip_of_16_gb(which):
     case = make_case("qwen2.5-7b", "int8", 0, 16, 1024, 512, 64)
     program = {"rollout": rollout, "decode": step, "update": lambda case: list(updates(case))[-1]}[which](case)
+    assert widened(case, program) == []
     compiled = compile_program(program, case.mesh)
     assert compiled.refused is None and compiled.total <= 16e9
     assert estimate._bytes_here(case.policy().params) <= 8.9e9
