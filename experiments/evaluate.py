@@ -30,6 +30,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     opening.define_path("suite_folder", "Folder with the files of the named sets. Default: load them from the hub.")
     _about = "Evaluate the base model too, and show this many questions that the adapter fixed."
     flags.DEFINE_integer("showcase", 0, _about, lower_bound=0)
+    flags.DEFINE_bool("transfer", False, "Evaluate an adapter of a quantized base on the same base in 16 bit.")
     opening.define_json()
     opening.define_multihost()
     opening.begin(__doc__)
@@ -187,7 +188,11 @@ def _limited(config: ConfigDict, suite: Sequence[EvalSet]) -> tuple[EvalSet, ...
 
 
 def run(
-    config: ConfigDict, adapter: Path | None, suite: Sequence[EvalSet] = (), showcase: int = 0
+    config: ConfigDict,
+    adapter: Path | None,
+    suite: Sequence[EvalSet] = (),
+    showcase: int = 0,
+    transfer: bool = False,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Evaluates the base model of a config, or an adapter trained on it.
 
@@ -196,6 +201,7 @@ def run(
       adapter: folder of the adapter; None for the base model.
       suite: sets that replace the config's questions and grader.
       showcase: number of questions to show that the adapter fixed; 0 does not evaluate the base model too.
+      transfer: whether an adapter that was trained on a quantized base may be evaluated on the same base in 16 bit.
 
     Returns:
       The accuracies (for a suite under `sets`, by name; with `showcase`, the change from the base model under that
@@ -211,7 +217,7 @@ def run(
         check_template(config.template, each.reward)
     rewards = [load_reward(each.reward) for each in sets]
     questions = [load_graded_questions(each.data, each.reward) for each in sets]
-    trained = None if adapter is None else open_trained(adapter)
+    trained = None if adapter is None else open_trained(adapter, transfer)
     task = load_task(config, specs, partial(base_policy, spec=specs.adapter) if trained is None else trained.policy)
     v = task.policy.init() if trained is None else trained.v
     prompts = [make_prompts(config, each, task) for each in questions]
@@ -269,7 +275,7 @@ def main(argv: Sequence[str]) -> None:
         folder = None if FLAGS.suite_folder is None else Path(FLAGS.suite_folder)
         suite = () if FLAGS.suite is None else parse_suite(FLAGS.suite, folder)
         with use_fitting_mesh(FLAGS.config, parse(FLAGS.config).mesh):
-            result, rows = run(FLAGS.config, adapter, suite, FLAGS.showcase)
+            result, rows = run(FLAGS.config, adapter, suite, FLAGS.showcase, FLAGS.transfer)
         if output is not None and is_first():
             write_atomically(output, json.dumps(result, indent=1) + "\n")
             write_rows(output.with_suffix(".jsonl"), rows)

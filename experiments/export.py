@@ -24,6 +24,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
+    _about = "Storage of the base model. Default: that of training."
+    flags.DEFINE_enum("quantize", None, ["none", "int8", "int4"], _about)
     flags.mark_flags_as_required(["adapter", "to", "output"])
     opening.begin(__doc__)
 
@@ -50,7 +52,13 @@ _LOSS_TOLD = 0.01
 
 
 def export(
-    adapter: Path, to: str, output: Path, model: str | None = None, dtype: str = "float32", download: bool = False
+    adapter: Path,
+    to: str,
+    output: Path,
+    model: str | None = None,
+    dtype: str = "float32",
+    download: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Writes an adapter as a PEFT folder, in this project's format, or merged into its model.
 
@@ -61,6 +69,8 @@ def export(
       model: source of the base model, as for `load_pretrained`; None uses the name in the adapter.
       dtype: dtype of merged weights, or of the vector in this project's format.
       download: whether a base model named only by the adapter, and so chosen by its author, may be downloaded.
+      quantize: storage of the base model, as for `load_pretrained`; None for that in training. `none` merges an adapter
+        that was trained on a quantized base into the original weights.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
@@ -69,7 +79,10 @@ def export(
     """
     if to in _PEFT and dtype != "float32":
         raise ValueError(f"--dtype={dtype}: {to} is always float32, as in PEFT; omit --dtype")
-    trained = open_adapter(adapter)
+    trained = open_adapter(adapter, transfer=quantize == "none")
+    quantize = quantize or trained.quantize
+    if to == "tinylora" and quantize != trained.quantize:
+        raise ValueError(f"--quantize={quantize}: {to} keeps the base of training, {trained.quantize}; omit --quantize")
     if output.resolve().is_relative_to(adapter.resolve()):
         raise FileExistsError(f"{output} is inside the adapter's folder; choose another --output")
     base = model or trained.base
@@ -78,7 +91,8 @@ def export(
     with new_folder(output) as folder:
         tell(f"loading {base}")
         try:
-            pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=download or model is not None)
+            allowed = download or model is not None
+            pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=allowed, quantize=quantize)
         except NotInCacheError as error:
             raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
         tell("reading or computing the factors")
@@ -88,6 +102,8 @@ def export(
         tell(f"writing {to}")
         if to != "merged":
             return _PEFT[to](folder, factors, trained.v, base)
+        if quantize != "none":
+            tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
         loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
         if loss > _LOSS_TOLD:
             tell(
@@ -114,7 +130,8 @@ def main(argv: Sequence[str]) -> None:
     require_folder("adapter", Path(FLAGS.adapter))
     with reporting_errors():
         find_devices()
-        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), FLAGS.model, FLAGS.dtype, FLAGS.allow_download)
+        how = FLAGS.model, FLAGS.dtype, FLAGS.allow_download, FLAGS.quantize
+        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), *how)
     print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output)))))
 
 

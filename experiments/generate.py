@@ -29,6 +29,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.", lower_bound=0, upper_bound=2**32 - 1)
     _about = "dtype of the weights. Default: float32 on a CPU, else bfloat16."
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], _about)
+    _about = "Storage of the weights. Default: that in the adapter's training."
+    flags.DEFINE_enum("quantize", None, ["none", "int8", "int4"], _about)
     flags.DEFINE_bool("json", False, "Print one JSON object per answer.")
     opening.begin(__doc__)
 
@@ -112,7 +114,12 @@ def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
 
 
 def load(
-    model: str | None, adapters: Sequence[str], dtype: Any, template: str | None = None, download: bool = False
+    model: str | None,
+    adapters: Sequence[str],
+    dtype: Any,
+    template: str | None = None,
+    download: bool = False,
+    quantize: str | None = None,
 ) -> Answering:
     """Loads the model and reads its adapters.
 
@@ -122,6 +129,8 @@ def load(
       dtype: dtype of the weights.
       template: name of the prompt template; None uses each adapter's own.
       download: whether a base model named only by the adapters, and so chosen by their author, may be downloaded.
+      quantize: storage of the weights, as for `load_pretrained`; None for that of the first adapter's training. `none`
+        transfers adapters that were trained on a quantized base to the base in 16 bit.
 
     Raises:
       AdapterError, PeftError: an adapter is damaged or was trained on another model.
@@ -131,7 +140,8 @@ def load(
     if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
         raise InputError(f"--adapter={twice[0]} is given twice; use --samples for several answers of one adapter")
     folders = [name for name in adapters if name != BASE]
-    trained = {name: open_adapter(Path(name)) for name in folders}
+    trained = {name: open_adapter(Path(name), transfer=quantize == "none") for name in folders}
+    quantize = quantize or next((each.quantize for each in trained.values()), "none")
     shown = short_names(adapters)
     templates = _templates(shown, [trained.get(name) for name in adapters], template)
     _check_alike(trained, model)
@@ -141,7 +151,7 @@ def load(
         raise InputError(f"--model is missing: {where}; set it to a hub id, a folder or a .gguf file")
     tell(f"loading {model or named}")
     try:
-        base = load_pretrained(model or named, dtype, download=download or model is not None)
+        base = load_pretrained(model or named, dtype, download=download or model is not None, quantize=quantize)
     except NotInCacheError as error:
         raise InputError(f"the adapter names the base model {named!r}, which {NOT_IN_CACHE}") from error
     except (FileNotFoundError, ValueError) as error:
@@ -349,7 +359,7 @@ def run(values: flags.FlagValues) -> None:
     find_devices()
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     adapters, download = values.adapter or [], values.allow_download
-    answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download)
+    answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download, values.quantize)
     sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
     key, answered, typed = jax.random.key(values.seed), 0, not values.prompt and sys.stdin.isatty()
     for prompts in prompts_of(values.prompt, sys.stdin):

@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tinylora_jax import AdaptedKernel, Factors, Policy, TinyLoRA, factorize  # noqa: E402
-from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy  # noqa: E402
+from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy, QuantizedKernel  # noqa: E402
 from tinylora_jax.adapters.factors import LeafFactors  # noqa: E402
 from tinylora_jax.models import KVCache, ModelConfig, Packing, Rope, forward, init_params, logits  # noqa: E402
 from tinylora_jax.rollout import Completions  # noqa: E402
@@ -49,6 +49,7 @@ for _pytree in (
         LoRAPolicy,
         Packing,
         Policy,
+        QuantizedKernel,
         Microbatch,
         TrainState,
     ),

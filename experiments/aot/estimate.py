@@ -75,7 +75,7 @@ def seconds(compiled: Compiled, chip: Chip) -> Seconds:
 def _bytes_here(tree) -> float:
     """Bytes per device of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * fitting.num_bytes(x.dtype) for x in leaves))
 
 
 def weight_bytes(case: Case) -> float:

@@ -105,7 +105,7 @@ class Case:
 
     def policy(self) -> Policy:
         """Shapes and shardings of weights and factors."""
-        return _abstract_policy(self.model, self.specs.adapter, self.dtype, self.mesh)
+        return _abstract_policy(self.model, self.specs.adapter, self.dtype, self.config.quantize, self.mesh)
 
     def vector(self) -> jax.ShapeDtypeStruct:
         """Shape and sharding of v."""
@@ -117,8 +117,8 @@ class Case:
 
 
 @lru_cache(maxsize=4)
-def _abstract_policy(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype, mesh: Mesh) -> Policy:
-    return abstract_policy(param_shapes(model, dtype), adapter, mesh)
+def _abstract_policy(model: ModelConfig, adapter: TinyLoRA, dtype: jnp.dtype, quantize: str, mesh: Mesh) -> Policy:
+    return abstract_policy(param_shapes(model, dtype, quantize), adapter, mesh)
 
 
 class Program(NamedTuple):

@@ -92,6 +92,7 @@ def summary(case: Case, topology: Topology, build: Build) -> dict[str, Any]:
         "mesh": dict(zip(("data", "fsdp", "tensor"), describe(case.mesh), strict=True)),
         "model": case.name or case.config.model,
         "dtype": str(case.dtype),
+        "quantize": case.config.quantize,
         "parameters": case.vector().size,
         "prompts": case.config.batch_size,
         "samples": case.config.samples,

@@ -21,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.common.architectures import SHAPES, architecture
 from experiments.common.cli import reporting_errors
+from experiments.common.fitting import num_bytes
 from experiments.common.meshes import parse_mesh, replicate, use_mesh
 from experiments.common.opening import define_path
 from experiments.common.progress import tell
 from experiments.common.task import make_policy
-from tinylora_jax.adapters import Policy, TinyLoRA, init
+from tinylora_jax.adapters import SCHEMES, Policy, TinyLoRA, init
 from tinylora_jax.io import load_pretrained
 from tinylora_jax.io.hf import param_shapes
 from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, param_shardings
@@ -40,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"], "dtype of weights. Default: float32 on a CPU, else bfloat16."
     )
+    flags.DEFINE_enum("quantize", "none", list(SCHEMES), "Storage of the blocks' linear maps.")
     flags.DEFINE_integer("runs", 3, "Number of timed runs after the warm-up; medians are reported.", lower_bound=1)
     flags.DEFINE_string("mesh", "1,1,1", "Mesh sizes data,fsdp,tensor; uses only the first devices of the machine.")
     define_path("json", "Also write the result to this file.")
@@ -124,7 +126,7 @@ def _load(source: str) -> tuple[ModelConfig, Any, Any, tuple[int, ...]]:
         config = replace(config, num_layers=FLAGS.layers or config.num_layers)
         return config, random_params(config), None, ()
     mesh = active_mesh()
-    loaded = load_pretrained(source, dtype(), mesh and partial(param_shardings, mesh))
+    loaded = load_pretrained(source, dtype(), mesh and partial(param_shardings, mesh), quantize=FLAGS.quantize)
     return loaded.config, loaded.params, loaded.tokenizer, loaded.stop_tokens
 
 
@@ -137,14 +139,30 @@ def random_params(config: ModelConfig) -> Any:
         filled = jnp.tile(pool, -(-math.prod(shape) // pool.size))[: math.prod(shape)]
         return (filled.reshape(shape) * shape[0] ** -0.5).astype(dtype())
 
-    @lru_cache  # compiled once per shape and sharding
-    def maker(shape: tuple[int, ...], place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
-        make = (lambda pool: jnp.ones(shape, dtype())) if len(shape) == 1 else (lambda pool: matrix(pool, shape))
+    def integers(pool: jax.Array, shape: tuple[int, ...], kind: jnp.dtype) -> jax.Array:
+        levels = jnp.iinfo(kind).max
+        return jnp.clip(jnp.round(matrix(pool, shape) * (shape[0] ** 0.5 * levels / 4)), -levels, levels).astype(kind)
+
+    @lru_cache  # compiled once per shape, dtype and sharding
+    def maker(shape: tuple[int, ...], kind: jnp.dtype, place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
+        make = lambda pool: matrix(pool, shape)
+        if len(shape) == 1:
+            make = lambda pool: jnp.ones(shape, kind)
+        elif jnp.issubdtype(kind, jnp.integer):
+            make = lambda pool: integers(pool, shape, kind)
+        elif kind != dtype():  # the scales of such integers, for inputs of any number
+            make = lambda pool: jnp.full(shape, 0.02 / jnp.iinfo(FLAGS.quantize).max, kind)
         return jax.jit(make, out_shardings=place)
 
-    shapes, mesh = param_shapes(config, dtype()), active_mesh()
+    shapes, mesh = param_shapes(config, dtype(), FLAGS.quantize), active_mesh()
     places = jax.tree.map(lambda _: None, shapes) if mesh is None else param_shardings(mesh, shapes)
-    return jax.tree.map(lambda leaf, place: maker(leaf.shape, place)(pool), shapes, places)
+    return jax.tree.map(lambda leaf, place: maker(leaf.shape, leaf.dtype, place)(pool), shapes, places)
+
+
+def weight_bytes(params: Any, tied: bool) -> float:
+    """Bytes of weights that a decoding step reads: all except an embedding table that is not the head."""
+    read = params if tied else {**params, "embed_tokens": ()}
+    return sum(leaf.size * num_bytes(leaf.dtype) for leaf in jax.tree.leaves(read))
 
 
 class Timing(NamedTuple):

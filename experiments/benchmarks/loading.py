@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         with use_mesh(parse_mesh(FLAGS.mesh), common.devices()):
             mesh = active_mesh()
             place = mesh and partial(param_shardings, mesh)
-            opened = open_pretrained(FLAGS.model, common.dtype())
+            opened = open_pretrained(FLAGS.model, common.dtype(), quantize=FLAGS.quantize)
 
             def read() -> Any:
                 with opened.reading(place) as reading:
@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
             rows = {
                 "model": FLAGS.model,
                 "dtype": common.dtype().name,
+                "quantize": FLAGS.quantize,
                 "process": f"{jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices",
                 "seconds": seconds,
                 "all weights, MB": sum(leaf.nbytes for leaf in leaves) / 1e6,

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.benchmarks import common
-from experiments.common.architectures import matrix_params
 from experiments.common.cli import use_compilation_cache
 from experiments.common.fitting import cache_bytes
 from experiments.common.opening import parse_flags
@@ -49,14 +48,15 @@ def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, s
     return lambda index: program(weights, policy, v, jax.random.key(index))
 
 
-def floor_s(config: Any, rows: int, prompt_tokens: int, new_tokens: int, rate: float, itemsize: int) -> float:
+def floor_s(model: common.Model, rows: int, prompt_tokens: int, new_tokens: int, rate: float) -> float:
     """Lower bound in seconds: reading every weight once per step, and every row's cache at its mean length.
 
     It counts the share of each device, at its `rate` in bytes per second.
     """
-    mesh = common.mesh_of_devices()
-    weights = matrix_params(config) * itemsize / (mesh.size // mesh.shape["data"])
-    cache = cache_bytes(config, mesh, rows, 1, itemsize) * (prompt_tokens + new_tokens / 2)
+    mesh, config = common.mesh_of_devices(), model.config
+    read = common.weight_bytes(model.policy.params, config.tie_embeddings)
+    weights = read / (mesh.size // mesh.shape["data"])
+    cache = cache_bytes(config, mesh, rows, 1, common.dtype().itemsize) * (prompt_tokens + new_tokens / 2)
     return new_tokens * (weights + cache) / rate
 
 
@@ -73,11 +73,13 @@ def main(argv: Sequence[str]) -> None:
         prompts = common.random_prompts(model.config, FLAGS.prompts, prompt_tokens)
         rows = FLAGS.prompts * samples
         rate = common.bandwidth()
-        floor = floor_s(model.config, rows, prompt_tokens, new_tokens, rate, common.dtype().itemsize)
+        floor = floor_s(model, rows, prompt_tokens, new_tokens, rate)
         table = {
             "model": model.name,
             "layers": model.config.num_layers,
             "dtype": str(common.dtype()),
+            "quantize": FLAGS.quantize,
+            "weights read per step, GB": common.weight_bytes(model.policy.params, model.config.tie_embeddings) / 1e9,
             "parameters": model.policy.factors.num_params,
             "completions": rows,
             "slots": FLAGS.slots or rows,

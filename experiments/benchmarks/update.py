@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
         {
             "model": model.name,
             "dtype": str(common.dtype()),
+            "quantize": FLAGS.quantize,
             "parameters": model.policy.factors.num_params,
             "prompts × samples": f"{bounds.prompts} × {bounds.samples}",
             "tokens of prompts and completions": tokens,

@@ -42,9 +42,9 @@ class Fit:
 
 
 @lru_cache(maxsize=1)
-def open_model(source: str, dtype: str) -> OpenedModel:
+def open_model(source: str, dtype: str, quantize: str) -> OpenedModel:
     """Cached `open_pretrained`, used for the choice of a mesh and for the run."""
-    return open_pretrained(source, jnp.dtype(dtype))
+    return open_pretrained(source, jnp.dtype(dtype), quantize=quantize)
 
 
 def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int, joined: bool) -> float:
@@ -58,7 +58,7 @@ def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int
       joined: whether decoding joins unsplit kernels of the blocks, which copies them.
     """
     size = jnp.dtype(config.dtype).itemsize
-    shapes = param_shapes(model, jnp.dtype(config.dtype))
+    shapes = param_shapes(model, jnp.dtype(config.dtype), config.quantize)
     weights = placed_bytes(shapes, param_shardings(mesh, shapes))
     whole = mesh.size == mesh.shape["data"]
     copies = placed_bytes(shapes["layers"], param_shardings(mesh, shapes)["layers"]) if joined and whole else 0.0
@@ -76,8 +76,13 @@ def _num_trained(config: ConfigDict, shapes: Any) -> int:
 
 def placed_bytes(shapes: Any, places: Any) -> float:
     """Bytes per device of a tree of shapes."""
-    own = lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+    own = lambda x, place: math.prod(place.shard_shape(x.shape)) * num_bytes(x.dtype)
     return float(sum(jax.tree.leaves(jax.tree.map(own, shapes, places))))
+
+
+def num_bytes(dtype: jnp.dtype) -> float:
+    """Bytes per number on an accelerator, where two int4 share one."""
+    return 0.5 if dtype == jnp.int4 else float(dtype.itemsize)
 
 
 def cache_bytes(model: ModelConfig, mesh: Mesh, rows: int, positions: int, itemsize: int) -> float:

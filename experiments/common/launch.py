@@ -84,7 +84,7 @@ def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Ite
     """
     tell(f"loading {config.model}")
     adapter, mesh = adapter or specs.adapter, active_mesh()
-    opened = open_model(config.model, config.dtype)
+    opened = open_model(config.model, config.dtype, config.quantize)
     open_model.cache_clear()  # the files may have changed since an earlier run in this process
     slots = slots_of(config, opened.abstract.config)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:

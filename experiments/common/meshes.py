@@ -59,7 +59,7 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
     memory, devices = device_bytes(), jax.devices()
     if len(devices) == 1 or memory is None or spec.tensor:
         return use_mesh(spec)
-    model = open_model(config.model, config.dtype).abstract.config
+    model = open_model(config.model, config.dtype, config.quantize).abstract.config
     return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.common.wording import suggestion
 from experiments.configs import base
-from tinylora_jax.adapters import SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
+from tinylora_jax.adapters import SCHEMES, SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
 from tinylora_jax.data import DataSpec, get_template
 from tinylora_jax.io import flat
 from tinylora_jax.models import MeshSpec
@@ -79,6 +79,9 @@ def parse(config: ConfigDict) -> Specs:
 
     one = lambda name, known: require(name, config[name] in known, _one_of(config[name], known))
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
+    one("quantize", SCHEMES)
+    if config.method == "full":
+        require("quantize", config.quantize == "none", "'none' with config.method='full', which trains the weights")
     one("save_dtype", ("bfloat16", "float32"))
     one("svd", SVD_METHODS)
     one("on_too_long", ("error", "drop"))

@@ -74,7 +74,7 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
     tell(f"loading {config.model}")
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # a model that must be split may not fit on one device
-    model = load_pretrained(config.model, jnp.dtype(config.dtype), place)
+    model = load_pretrained(config.model, jnp.dtype(config.dtype), place, quantize=config.quantize)
     slots = slots_of(config, model.config)
     policy = make_policy(model.params, policy_of or specs.adapter, config.svd)
     return make_task(config, specs, model, policy, slots)

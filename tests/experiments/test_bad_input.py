@@ -53,6 +53,7 @@ OUT_OF_RANGE = {
     "template": ["gsm8"],
     "reward": ["hesh", "no_such_module:f", "tiny_rewards:no_such", "tiny_rewards:NOT_CALLABLE", "os.system('x')"],
     "dtype": ["int8", "float8", ""],
+    "quantize": ["int3", "INT8", ""],
     "save_dtype": ["float16"],
     "svd": ["fast"],
     "on_too_long": ["ignore"],
@@ -105,6 +106,12 @@ def test_a_value_out_of_range_is_named(config, field, value):
 def test_a_count_beyond_all_bounds_is_named(config, field):
     put(config, field, TOO_LARGE[field])
     with pytest.raises(ConfigError, match=f"config.{re.escape(field)}=[0-9]+: expected at most [0-9]+"):
+        parse(config)
+
+
+def test_weights_that_are_trained_cannot_be_quantized(config):
+    config.method, config.quantize = "full", "int8"
+    with pytest.raises(ConfigError, match="config.quantize='int8': expected 'none' with config.method='full'"):
         parse(config)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tinylora_jax.adapters import Target, TinyLoRA, apply, factorize, init, merge
+from tinylora_jax.io.hf import quantize_maps
 from tinylora_jax.models import KVCache, ModelConfig, Rope, forward, fused, head_kernel, logits
 
 CAPACITY = 16
@@ -62,6 +63,17 @@ def test_joined_kernels_are_the_same_map(qwen2, adapters):
         factors = factorize(params, TinyLoRA(n_tie=5))
         v = init(factors) + 0.1 * jnp.arange(1.0, 1.0 + adapters)[:, None, None]
         params = apply(params, factors, v[0] if adapters == 1 else v)
+    run = jax.jit(lambda params: forward(config, params, tokens_of(config, 3, 12))[0])
+    np.testing.assert_allclose(run(fused(params)), run(params), atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("adapters", [0, 3])
+def test_joined_quantized_kernels_are_the_same_map(qwen2, adapters, scheme):
+    config, params = qwen2.config, quantize_maps(qwen2.params, scheme)
+    if adapters:
+        factors = factorize(params, TinyLoRA(n_tie=5))
+        params = apply(params, factors, init(factors) + 0.1 * jnp.arange(1.0, 1.0 + adapters)[:, None, None])
     run = jax.jit(lambda params: forward(config, params, tokens_of(config, 3, 12))[0])
     np.testing.assert_allclose(run(fused(params)), run(params), atol=2e-5)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from tinylora_jax.adapters import Policy, TinyLoRA, factorize
+from tinylora_jax.io.hf import quantize_maps
 from tinylora_jax.io.hf._config import parse_config
 from tinylora_jax.io.hf._weights import LazyTensor, build_tree
 from tinylora_jax.models import forward, logits
@@ -205,6 +207,17 @@ def test_bfloat16_weights_generate_float32_logprobs_close_to_the_trainers(qwen2,
     assert got.logprobs.dtype == scores.dtype == jnp.float32
     # The paper measures 0.0022–0.0030 between its merged rollouts and its trainer; the same function does better.
     assert np.abs(np.exp(scores.reshape(8, 10)) - np.exp(got.logprobs)).mean() < 0.002
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_quantized_weights_the_logprobs_are_the_trainers_too(qwen2, v, prompts, scheme, dtype):
+    params = quantize_maps(jax.tree.map(lambda x: x.astype(dtype), qwen2.params), scheme)
+    weights = Policy(params, factorize(params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))(v)
+    got = run(qwen2.config, weights, prompts, samples=2)
+    scores = trainer(qwen2.config, weights, prompts, LENGTHS, got.tokens.reshape(4, 2, 10), got.lengths, 1.0)
+    apart = np.abs(np.exp(scores.reshape(8, 10)) - np.exp(got.logprobs))
+    assert apart.max() <= 1e-4 if dtype == jnp.float32 else apart.mean() < 0.002
 
 
 STOPS = Sampling(max_new_tokens=10, stop_tokens=tuple(range(0, 97, 6)))

@@ -27,7 +27,7 @@ from tinylora_jax.io.hf._weights import build_tree, name_tensors, parameter_name
 from tinylora_jax.models.sharding import MeshSpec, param_shardings  # noqa: E402
 
 
-def run(path, config, mesh):
+def run(path, config, mesh, scheme):
     write_safetensors(path, name_tensors(config, _randomized(config, seed=3)), "float32")
     read = {}  # elements, by name: of every part that was read
     with open_safetensors(path) as tensors:
@@ -40,16 +40,17 @@ def run(path, config, mesh):
 
             return replace(tensors[name], read=None, read_part=part)
 
-        whole = build_tree(config, tensors, jnp.bfloat16)
-        split = build_tree(config, {n: watched(n) for n in tensors}, jnp.bfloat16, partial(param_shardings, mesh))
+        whole = build_tree(config, tensors, jnp.bfloat16, None, scheme)
+        places = partial(param_shardings, mesh)
+        split = build_tree(config, {n: watched(n) for n in tensors}, jnp.bfloat16, places, scheme)
     found = {}
     for name, (place, _) in parameter_names(config).items():
         expected, leaf = (reduce(getitem, place, tree) for tree in (whole, split))
         found[name] = {
-            "equal": bool(np.array_equal(np.asarray(leaf), np.asarray(expected))),
+            "equal": bool(jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(leaf), jax.device_get(expected)))),
             "read": max(read[name]),
             "read in all": sum(read[name]),
-            "shard": max(shard.data.size for shard in leaf.addressable_shards),
+            "shard": max(shard.data.size for shard in jax.tree.leaves(leaf)[0].addressable_shards),
             "whole": leaf.size,
         }
     return found
@@ -57,4 +58,6 @@ def run(path, config, mesh):
 
 if __name__ == "__main__":
     path, family, *sizes = sys.argv[1:]
-    print(json.dumps(run(Path(path), FAMILIES[family], MeshSpec(*map(int, sizes)).make(jax.devices()))))
+    family, _, scheme = family.partition(":")
+    mesh = MeshSpec(*map(int, sizes)).make(jax.devices())
+    print(json.dumps(run(Path(path), FAMILIES[family], mesh, scheme or "none")))

@@ -2,8 +2,8 @@
 
     python tests/sharding/on_eight_devices.py MODEL MODES DATA FSDP TENSOR
 
-MODEL is a family of tests/conftest.py, MODES `sampled` or `greedy,sampled`. Other tests share a process in which
-there is one device.
+MODEL is a family of tests/conftest.py, perhaps with `:int8` or `:int4`, MODES `sampled` or `greedy,sampled`. Other
+tests share a process in which there is one device.
 """
 
 import os
@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 from conftest import FAMILIES, _randomized  # noqa: E402
 
 from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
+from tinylora_jax.io.hf import quantize_maps  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
 from tinylora_jax.rollout import Sampling, generate  # noqa: E402
 from tinylora_jax.training import GRPO, Batch, Bounds, Optimizer, Plan, Update, init_state, plan_sequences  # noqa: E402
@@ -76,8 +77,9 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
 
 def run(family, modes, sizes):
     """Everything on one mesh; (1, 1, 1) is one device without a mesh."""
+    family, _, scheme = family.partition(":")
     config = FAMILIES[family]
-    params = _randomized(config, seed=3)
+    params = quantize_maps(_randomized(config, seed=3), scheme or "none")
     policy = Policy(params, factorize(params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))
     v = jnp.asarray(0.3 * np.random.default_rng(5).standard_normal((policy.factors.num_groups, 2)), jnp.float32)
     mesh = None if sizes == (1, 1, 1) else MeshSpec(*sizes).make(jax.devices())

@@ -56,8 +56,12 @@ def test_a_mesh_changes_nothing(alone, mesh):
     check(alone, "qwen2", ("sampled",), mesh)
 
 
+def test_a_mesh_changes_nothing_of_a_quantized_model(alone):
+    check(alone, "qwen3:int8", ("sampled",), (2, 2, 2))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "smollm"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "smollm", "llama:int4", "qwen2:int8"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_every_mesh_changes_nothing(alone, family, mesh):
     check(alone, family, ("greedy", "sampled"), mesh)
@@ -94,6 +98,17 @@ def test_a_decoding_step_exchanges_no_more_than_a_token_of_every_row(exchanged, 
         assert sum(c["bytes"] for c in found["rollout"]) <= 4, "devices that share no weights share nothing"
     else:
         assert inner
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantized_file_is_the_same_in_shards(tmp_path, scheme):
+    """A scale of an output needs all its inputs, and one of an input all outputs: then each process reads all, once."""
+    found = start("load_on_eight_devices.py", str(tmp_path / "weights.safetensors"), f"qwen2:{scheme}", 1, 2, 4)
+    assert all(leaf["equal"] and leaf["read in all"] == leaf["whole"] for leaf in found.values()), found
+    gate, down = (found[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "down"))
+    assert all(leaf["shard"] <= leaf["whole"] // 8 for leaf in (gate, down))
+    if scheme == "int8":
+        assert gate["read"] <= gate["whole"] // 4 and down["read"] <= down["whole"] // 2
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 4), (2, 1, 4)], ids=str)

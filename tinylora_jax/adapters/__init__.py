@@ -10,6 +10,7 @@ from tinylora_jax.adapters.factors import factorize as factorize
 from tinylora_jax.adapters.factors import retie as retie
 from tinylora_jax.adapters.kernel import AdaptedKernel as AdaptedKernel
 from tinylora_jax.adapters.kernel import FusedKernel as FusedKernel
+from tinylora_jax.adapters.kernel import can_fuse as can_fuse
 from tinylora_jax.adapters.kernel import fuse as fuse
 from tinylora_jax.adapters.kernel import fused_matmul as fused_matmul
 from tinylora_jax.adapters.kernel import map_shared as map_shared
@@ -29,6 +30,11 @@ from tinylora_jax.adapters.policy import Spec as Spec
 from tinylora_jax.adapters.policy import Trained as Trained
 from tinylora_jax.adapters.policy import adapt as adapt
 from tinylora_jax.adapters.policy import lower_adapt as lower_adapt
+from tinylora_jax.adapters.quantized import SCHEMES as SCHEMES
+from tinylora_jax.adapters.quantized import QuantizedKernel as QuantizedKernel
+from tinylora_jax.adapters.quantized import dense as dense
+from tinylora_jax.adapters.quantized import exact as exact
+from tinylora_jax.adapters.quantized import scheme_of as scheme_of
 from tinylora_jax.adapters.rebase import CombinationError as CombinationError
 from tinylora_jax.adapters.rebase import combine as combine
 from tinylora_jax.adapters.rebase import own_triplets as own_triplets
@@ -43,6 +49,7 @@ from tinylora_jax.adapters.svd_device import subspace_svd as subspace_svd
 from tinylora_jax.adapters.targets import Module as Module
 from tinylora_jax.adapters.targets import Target as Target
 from tinylora_jax.adapters.targets import leaves_by_path as leaves_by_path
+from tinylora_jax.adapters.targets import map_by_path as map_by_path
 from tinylora_jax.adapters.targets import select as select
 from tinylora_jax.adapters.targets import tie_groups as tie_groups
 from tinylora_jax.adapters.tinylora import apply as apply

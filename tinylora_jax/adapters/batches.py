@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from tinylora_jax.adapters.quantized import exact
 from tinylora_jax.adapters.spec import TinyLoRA
 from tinylora_jax.adapters.svd import lower_svds
 from tinylora_jax.adapters.svd_device import mesh_of, spread
@@ -59,9 +60,8 @@ def svd_shapes(
 
     def describe(batch: Sequence[Module]) -> jax.ShapeDtypeStruct:
         (arrays, _), place = stack_arguments(leaves, batch)
-        return jax.ShapeDtypeStruct(
-            (len(arrays), *batch[0].shape[::-1]), jnp.result_type(leaves[batch[0].path]), sharding=place
-        )
+        dtype = jax.eval_shape(exact, leaves[batch[0].path]).dtype
+        return jax.ShapeDtypeStruct((len(arrays), *batch[0].shape[::-1]), dtype, sharding=place)
 
     return dict.fromkeys((describe(batch), num_triplets(batch[0], rank)) for batch in parts)
 
@@ -81,7 +81,7 @@ def stack_arguments(
 
 @partial(jax.jit, static_argnames=("where", "place"))
 def oriented_stack(
-    leaves: tuple[jax.Array, ...],
+    leaves: tuple[Any, ...],
     where: tuple[tuple[Target, int | None], ...],
     place: NamedSharding | None = None,
 ) -> Float[Array, "modules out in"]:
@@ -99,8 +99,9 @@ def oriented_stack(
     return stacked if place is None else jax.lax.with_sharding_constraint(stacked, place)
 
 
-def _oriented(leaf: jax.Array, target: Target) -> jax.Array:
-    """A leaf as `[layers, out, in]`, its input and output axes flattened."""
+def _oriented(leaf: Any, target: Target) -> jax.Array:
+    """A leaf as `[layers, out, in]`, its input and output axes flattened; exact if it is quantized."""
+    leaf = exact(leaf)
     order = [target.axes(word) for word in ("layer", "out", "in")]
     sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in order]
     return jnp.transpose(leaf, sum(order, ())).reshape(sizes)

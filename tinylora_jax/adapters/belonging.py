@@ -48,22 +48,23 @@ def check_weights(weights: Mapping[str, Any], factors: Factors) -> None:
 
 
 def _belongs(W: Any, leaf: LeafFactors) -> bool:
-    key = id(W), id(leaf.U)
+    array = jax.tree.leaves(W)[0]  # a quantized kernel is a new object in every copy of its tree
+    key = id(array), id(leaf.U)
     if key in _known or not _can_tell(W, leaf):
         return True
     with jax.ensure_compile_time_eval():
-        cosine = float(_cosine(jnp.asarray(W), jnp.asarray(leaf.U), jnp.asarray(leaf.V), leaf.target))
+        cosine = float(_cosine(jax.tree.map(jnp.asarray, W), jnp.asarray(leaf.U), jnp.asarray(leaf.V), leaf.target))
     if cosine < _LEAST_ALIGNED:
         return False
     # Python may reuse an id once its array is gone, so the pair is forgotten when either array is.
     forget = lambda _: _known.pop(key, None)
-    _known[key] = weakref.ref(W, forget), weakref.ref(leaf.U, forget)
+    _known[key] = weakref.ref(array, forget), weakref.ref(leaf.U, forget)
     return True
 
 
 def _can_tell(W: Any, leaf: LeafFactors) -> bool:
     """Whether the check applies: concrete arrays on the same devices of this process, and large enough."""
-    arrays = (W, leaf.U, leaf.V)
+    arrays = (*jax.tree.leaves(W), leaf.U, leaf.V)
     if any(isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | np.ndarray) for x in arrays):
         return False
     places = {frozenset(x.sharding.device_set) for x in arrays if isinstance(x, jax.Array)}
@@ -74,7 +75,7 @@ def _can_tell(W: Any, leaf: LeafFactors) -> bool:
 
 @partial(jax.jit, static_argnames="target")
 def _cosine(
-    W: jax.Array, U: Float[Array, "layers out rank"], V: Float[Array, "layers num_in rank"], target: Target
+    W: Any, U: Float[Array, "layers out rank"], V: Float[Array, "layers num_in rank"], target: Target
 ) -> Float[Array, ""]:
     """The cosine of W v and u for the leading triplet of the first layer; 1 where W v is zero."""
     image = oriented_stack((W,), ((target, 0),))[0].astype(jnp.float32) @ V[0, :, 0]

@@ -237,7 +237,7 @@ def _decompose(
 ) -> dict[Module, SVD]:
     """Triplets of every module, `rank + 1` where possible: NumPy arrays, or tracers inside a jitted function."""
     leaves = leaves_by_path(params)
-    traced = any(isinstance(leaves[module.path], jax.core.Tracer) for module in modules)
+    traced = any(isinstance(x, jax.core.Tracer) for module in modules for x in jax.tree.leaves(leaves[module.path]))
     found, parts = {}, batches(modules, max_batch_bytes)
     if not traced:
         compile_svds(svd_shapes(leaves, parts, rank), method)
@@ -264,5 +264,5 @@ def _check_floats(params: Any, modules: Sequence[Module]) -> None:
         raise ValueError(f"only floating-point weights can be adapted, got {', '.join(wrong[:5])}")
 
 
-def _is_float(leaf: jax.Array) -> bool:
+def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)

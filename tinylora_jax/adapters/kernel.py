@@ -18,6 +18,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from tinylora_jax.adapters.quantized import (
+    QuantizedKernel,
+    is_quantized,
+    joined,
+    quantized_gradient,
+    quantized_product,
+)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -27,13 +35,13 @@ class AdaptedKernel:
     In a stacked kernel every field has one more leading axis (the layers), which `jax.lax.scan` slices together.
 
     Attributes:
-      base: kernel W, `[*in, *out]`.
+      base: kernel W, `[*in, *out]`, quantized or not.
       right: V, float32 `[in, rank]`, with the input axes flattened.
       core: Rᵀ Σ, float32 `[rank, rank]`, or `[rows, rank, rank]` with one adapter per row of the batch.
       left: U, float32 `[out, rank]`, with the output axes flattened.
     """
 
-    base: Float[Array, ...]
+    base: Float[Array, ...] | QuantizedKernel
     right: Float[Array, "*layers num_in rank"]
     core: Float[Array, "*rows rank rank"]
     left: Float[Array, "*layers num_out rank"]
@@ -87,8 +95,10 @@ def pieces(x: jax.Array, dtype: jnp.dtype, count: int) -> tuple[jax.Array, ...]:
     return (*found, x.astype(dtype))
 
 
-def _in_one_product(x: jax.Array, W: jax.Array) -> bool:
+def _in_one_product(x: jax.Array, W: Any) -> bool:
     """Whether the update becomes part of a wide kernel's product; only on a GPU, because elsewhere XLA fuses it."""
+    if is_quantized(W):
+        return False  # the update does not have the scales of W
     return jax.default_backend() == "gpu" and x.dtype in _HALF and W.ndim == 2 and W.shape[1] >= 2 * W.shape[0]
 
 
@@ -106,6 +116,34 @@ def _columns(x: jax.Array, mixed: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([x, high, low, high, padding], axis=-1)
 
 
+def _base_product(x: jax.Array, W: Any, num_in: int) -> jax.Array:
+    """x·W in float32."""
+    if is_quantized(W):
+        return quantized_product(x, W, num_in)
+    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    return jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _base_gradients(x: jax.Array, W: Any, num_in: int, g: jax.Array) -> tuple[jax.Array, Any]:
+    """The gradients of x and W in x·W, in the dtype of x; integers have none."""
+    if is_quantized(W):
+        return quantized_gradient(g, W, num_in), None
+    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    narrow = lambda x, W: jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=x.dtype)
+    return jax.vjp(narrow, x, W)[1](g)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantized(x, W, num_in):
+    return quantized_product(x, W, num_in).astype(x.dtype)
+
+
+_quantized.defvjp(
+    lambda x, W, num_in: (_quantized(x, W, num_in), W),
+    lambda num_in, W, g: (quantized_gradient(g, W, num_in), None),  # JAX's own rule would convert W to float32
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _adapted(x, W, right, core, left, num_in):
     return _adapted_forward(x, W, right, core, left, num_in)[0]
@@ -118,8 +156,7 @@ def _adapted_forward(x, W, right, core, left, num_in):
         wide = _widened(W, left)
         y = jnp.matmul(_columns(x, mixed, wide.shape[0]), wide)
     else:
-        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        base = jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=jnp.float32)
+        base = _base_product(x, W, num_in)
         y = (base + _expand(mixed, left.T).reshape(base.shape)).astype(x.dtype)
     return y, (x, W, right, core, left, skinny)
 
@@ -129,10 +166,7 @@ def _adapted_backward(num_in, residuals, g):
     # dead code that the compiler removes.
     x, W, right, core, left, skinny = residuals
     num_out = W.ndim - num_in
-    narrow = lambda x, W: jax.lax.dot_general(
-        x, W, ((tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))), ((), ())), preferred_element_type=x.dtype
-    )
-    dx, dW = jax.vjp(narrow, x, W)[1](g)
+    dx, dW = _base_gradients(x, W, num_in, g)
     wide = partial(jnp.matmul, preferred_element_type=jnp.float32)
     g_flat, x_flat = _flat(g, num_out), _flat(x, num_in)
     g_mixed = wide(g_flat, left.astype(g.dtype))
@@ -149,14 +183,16 @@ def _adapted_backward(num_in, residuals, g):
 _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
-def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int = 1) -> Float[Array, ...]:
-    """Contracts the trailing axes of `x` with the leading axes of a kernel, adapted or not.
+def matmul(
+    x: Float[Array, ...], kernel: jax.Array | QuantizedKernel | AdaptedKernel, num_in: int = 1
+) -> Float[Array, ...]:
+    """Contracts the trailing axes of `x` with the leading axes of a kernel, adapted, quantized, both or neither.
 
     y = x·W + x·V·(RᵀΣ)·Uᵀ, where the update is accumulated in float32 and added before a single rounding to `x.dtype`.
 
     Args:
       x: activations `[..., *in]`; `[rows, ..., *in]` if the kernel has one adapter per row.
-      kernel: array `[*in, *out]` or `AdaptedKernel`.
+      kernel: array `[*in, *out]`, `QuantizedKernel` or `AdaptedKernel`.
       num_in: number of input axes.
 
     Returns:
@@ -167,7 +203,10 @@ def matmul(x: Float[Array, ...], kernel: jax.Array | AdaptedKernel, num_in: int 
     (2, 4)
     """
     if isinstance(kernel, AdaptedKernel):
-        return _adapted(x, kernel.base.astype(x.dtype), kernel.right, kernel.core, kernel.left, num_in)
+        base = kernel.base if is_quantized(kernel.base) else kernel.base.astype(x.dtype)
+        return _adapted(x, base, kernel.right, kernel.core, kernel.left, num_in)
+    if is_quantized(kernel):
+        return _quantized(x, kernel, num_in)
     contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
 
@@ -179,16 +218,18 @@ class FusedKernel:
 
     The columns of `base` are those of every W, then those of every V, then zeros up to a multiple of 64, so that the
     skinny products x·V need no separate launch. Wide kernels instead keep V separate and add their updates as further
-    rows of `base` (`_in_one_product`): a float32 output of twice the size would cost more than that launch.
+    rows of `base` (`_in_one_product`): a float32 output of twice the size would cost more than that launch. Quantized
+    kernels also keep V separate, because V has no scale in common with them.
 
     Attributes:
-      base: joined kernels, `[in, Σ out + Σ rank + padding]` or `[in + 3 Σ rank + padding, Σ out]`.
+      base: joined kernels, `[in, Σ out + Σ rank + padding]` or `[in + 3 Σ rank + padding, Σ out]`; quantized
+        `[in, Σ out + padding]`.
       updates: function of each kernel that turns its skinny product into its update.
       widths: output width of each kernel.
-      right: every V, `[in, Σ rank]`, if the updates are rows of `base`; else None.
+      right: every V, `[in, Σ rank]`, if they are not columns of `base`; else None.
     """
 
-    base: jax.Array
+    base: jax.Array | QuantizedKernel
     updates: tuple[_Update, ...]
     widths: tuple[int, ...] = field(metadata={"static": True})
     right: jax.Array | None = None
@@ -206,7 +247,7 @@ class _Update:
     left: jax.Array
 
     @classmethod
-    def of(cls, kernel: jax.Array | AdaptedKernel) -> _Update:
+    def of(cls, kernel: jax.Array | QuantizedKernel | AdaptedKernel) -> _Update:
         if not isinstance(kernel, AdaptedKernel):
             return cls(None, jnp.zeros((0, kernel.shape[1]), jnp.float32))
         # Adjacent outputs are adjacent in memory, because adjacent threads read them.
@@ -227,34 +268,46 @@ class _Update:
         return _expand(self.mixed(skinny), self.left)
 
 
-def map_shared(function: Callable[[jax.Array], jax.Array], kernel: jax.Array | AdaptedKernel) -> Any:
+def map_shared(function: Callable[[jax.Array], jax.Array], kernel: jax.Array | QuantizedKernel | AdaptedKernel) -> Any:
     """Applies a function to the arrays of a kernel that all rows share, which are all but `core`."""
     if not isinstance(kernel, AdaptedKernel):
-        return function(kernel)
-    return replace(kernel, base=function(kernel.base), right=function(kernel.right), left=function(kernel.left))
+        return jax.tree.map(function, kernel)
+    shared = jax.tree.map(function, (kernel.base, kernel.right, kernel.left))
+    return AdaptedKernel(shared[0], shared[1], kernel.core, shared[2])
 
 
-def fuse(kernels: Sequence[jax.Array | AdaptedKernel]) -> FusedKernel:
-    """Joins two-dimensional kernels with the same input, for `fused_matmul`."""
+def can_fuse(kernels: Sequence[jax.Array | QuantizedKernel | AdaptedKernel]) -> bool:
+    """Whether kernels have the same input: in int4 each has its own scales of the inputs."""
+    bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
+    return not any(is_quantized(base) and base.inputs is not None for base in bases)
+
+
+def fuse(kernels: Sequence[jax.Array | QuantizedKernel | AdaptedKernel]) -> FusedKernel:
+    """Joins two-dimensional kernels with the same input, for `fused_matmul`; all are quantized, or none is."""
     bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
     rights = [k.right.astype(k.base.dtype) for k in kernels if isinstance(k, AdaptedKernel)]
     updates, widths = tuple(_Update.of(kernel) for kernel in kernels), tuple(base.shape[1] for base in bases)
-    joined = jax.ShapeDtypeStruct((bases[0].shape[0], sum(widths)), bases[0].dtype)
-    if rights and joined.shape[0] >= _WIDE_FROM and _in_one_product(joined, joined):
+    if is_quantized(bases[0]):
+        base = joined(bases, sum(widths) + -sum(widths) % 64)
+        return FusedKernel(base, updates, widths, jnp.concatenate(rights, axis=1) if rights else None)
+    whole = jax.ShapeDtypeStruct((bases[0].shape[0], sum(widths)), bases[0].dtype)
+    if rights and whole.shape[0] >= _WIDE_FROM and _in_one_product(whole, whole):
         left = jax.scipy.linalg.block_diag(*(update.left for update in updates))
         base = _widened(jnp.concatenate(bases, axis=1), left.T)
         return FusedKernel(base, updates, widths, jnp.concatenate(rights, axis=1))
     columns = [*bases, *rights]
-    padding = jnp.zeros((joined.shape[0], -sum(c.shape[1] for c in columns) % 64), joined.dtype)
+    padding = jnp.zeros((whole.shape[0], -sum(c.shape[1] for c in columns) % 64), whole.dtype)
     return FusedKernel(jnp.concatenate([*columns, padding], axis=1), updates, widths)
 
 
-def _product(x: jax.Array, W: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x·W in a given dtype; on a GPU long sums over few rows are split, to use all multiprocessors.
+def _product(x: jax.Array, W: Any, dtype: DTypeLike) -> jax.Array:
+    """x·W in a given dtype, quantized or not; on a GPU long sums over few rows are split, to use all multiprocessors.
 
     `[256, 18944] · [18944, 3584]` has only 28 output tiles for 132 multiprocessors, and took 85 µs although reading
     the operands takes 50 µs.
     """
+    if is_quantized(W):
+        return (_product(x, W.values.astype(x.dtype), jnp.float32) * W.scale[0]).astype(dtype)
     few = math.prod(x.shape[:-1]) <= _FEW_ROWS
     if not (jax.default_backend() == "gpu" and x.dtype in _HALF and few and W.shape[0] >= _PARTS * W.shape[1]):
         return jnp.matmul(x, W, preferred_element_type=dtype)
@@ -264,19 +317,21 @@ def _product(x: jax.Array, W: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[Array, ...], ...]:
     """Computes `matmul` for each of the fused kernels with one product."""
-    if kernel.right is not None:
-        skinny = jnp.matmul(x, kernel.right, preferred_element_type=jnp.float32)
+    apart = kernel.right is not None
+    skinny = jnp.matmul(x, kernel.right, preferred_element_type=jnp.float32) if apart else None
+    if apart and not is_quantized(kernel.base):
         ranks = np.cumsum([update.rank for update in kernel.updates])[:-1]
         mixed = [update.mixed(part) for update, part in zip(kernel.updates, jnp.split(skinny, ranks, -1), strict=True)]
         columns = _columns(x, jnp.concatenate(mixed, axis=-1), kernel.base.shape[0])
         return tuple(jnp.split(_product(columns, kernel.base, x.dtype), np.cumsum(kernel.widths)[:-1], axis=-1))
     adapted = any(update.rank for update in kernel.updates)
     product = _product(x, kernel.base, jnp.float32 if adapted else x.dtype)
-    outputs, at, skinny_at = [], 0, sum(kernel.widths)
+    outputs, at, skinny_at = [], 0, 0
+    skinny = skinny if apart else product[..., sum(kernel.widths) :]
     for width, update in zip(kernel.widths, kernel.updates, strict=True):
         y = product[..., at : at + width]
         if update.rank:
-            y = y + update(product[..., skinny_at : skinny_at + update.rank])
+            y = y + update(skinny[..., skinny_at : skinny_at + update.rank])
         outputs.append(y.astype(x.dtype))
         at, skinny_at = at + width, skinny_at + update.rank
     return tuple(outputs)

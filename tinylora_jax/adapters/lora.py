@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tinylora_jax.adapters.kernel import AdaptedKernel
+from tinylora_jax.adapters.quantized import dense, exact
 from tinylora_jax.adapters.targets import LINEAR_MAPS, Target, leaves_by_path, map_by_path, select
 
 Matrices = dict[str, dict[str, Any]]
@@ -99,7 +100,7 @@ def apply_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
     _check(params, spec, matrices)
     core = spec.scale * jnp.eye(spec.rank, dtype=jnp.float32)
 
-    def wrap(path: str, leaf: jax.Array) -> Any:
+    def wrap(path: str, leaf: Any) -> Any:
         if path not in matrices:
             return leaf
         right, left = matrices[path]["right"], matrices[path]["left"]
@@ -112,12 +113,12 @@ def merge_lora(params: Any, spec: LoRA, matrices: Matrices) -> Any:
     """Replaces every adapted weight with W + ΔW, dense and in its own dtype."""
     _check(params, spec, matrices)
 
-    def add(path: str, leaf: jax.Array) -> jax.Array:
+    def add(path: str, leaf: Any) -> jax.Array:
         if path not in matrices:
-            return leaf
+            return dense(leaf)
         right, left = matrices[path]["right"], matrices[path]["left"]
         update = spec.scale * jnp.matmul(right, jnp.swapaxes(left, -1, -2), precision="highest")
-        return (leaf.astype(jnp.float32) + update.reshape(leaf.shape)).astype(leaf.dtype)
+        return (exact(leaf).astype(jnp.float32) + update.reshape(leaf.shape)).astype(leaf.dtype)
 
     return map_by_path(add, params)
 

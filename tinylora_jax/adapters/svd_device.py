@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ def tolerances(dtype: np.dtype) -> tuple[float, float]:
     return (1e-8, 1e-7) if dtype == np.float64 else (3e-6, 2e-5)
 
 
-def mesh_of(W: jax.Array | jax.ShapeDtypeStruct) -> Mesh | None:
-    """The mesh that an array lies on; None for a single device."""
+def mesh_of(W: Any) -> Mesh | None:
+    """The mesh that a weight, or its shape, lies on; None for a single device."""
     sharding = getattr(W, "sharding", None)
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 

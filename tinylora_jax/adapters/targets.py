@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tinylora_jax.adapters.quantized import is_quantized
+
 LINEAR_MAPS = tuple(
     rf"(.*/)?{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 )
@@ -95,9 +97,9 @@ def _paths(tree: Any) -> list[str]:
     """The paths of a tree's leaves, without any box around a leaf.
 
     A box is a node whose only leaf is its `value`, such as an NNX variable or a Linen `Partitioned`. Boxed and plain
-    weights therefore have the same names, and so the same P.
+    weights therefore have the same names, and so the same P. A quantized kernel is one leaf.
     """
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]]
     leaves_inside = Counter(path[:depth] for path in paths for depth in range(len(path)))
     boxed = lambda path: path[-1:] == (jax.tree_util.GetAttrKey("value"),) and leaves_inside[path[:-1]] == 1
     return [path_string(path[:-1] if boxed(path) else path) for path in paths]
@@ -105,12 +107,12 @@ def _paths(tree: Any) -> list[str]:
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Maps each path to its leaf, in the tree's order; a box around a leaf is not part of its path."""
-    return dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
+    return dict(zip(_paths(tree), jax.tree.leaves(tree, is_leaf=is_quantized), strict=True))
 
 
 def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """Replaces each leaf of a tree with `function(path, leaf)`."""
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_quantized)
     return structure.unflatten(map(function, _paths(tree), leaves))
 
 

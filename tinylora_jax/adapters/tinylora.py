@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from tinylora_jax.adapters.belonging import check_weights
 from tinylora_jax.adapters.factors import Factors, LeafFactors
 from tinylora_jax.adapters.kernel import AdaptedKernel
+from tinylora_jax.adapters.quantized import dense, exact
 from tinylora_jax.adapters.spec import lora_xs
 from tinylora_jax.adapters.targets import Target, leaves_by_path, map_by_path
 
@@ -163,7 +164,8 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
 def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
     """Replaces every adapted weight with W + ΔW, dense and in its own dtype.
 
-    In bfloat16 a small ΔW is mostly lost to rounding; `apply` keeps it. Every layout can be merged, stacked or not.
+    In bfloat16 a small ΔW is mostly lost to rounding; `apply` keeps it. A quantized weight becomes W + ΔW in the dtype
+    that it had before quantization. Every layout can be merged, stacked or not.
 
     Args:
       params: tree of weights that was factorized.
@@ -181,16 +183,16 @@ def merge(params: Any, factors: Factors, v: Float[Array, "groups u"]) -> Any:
 
     def add(name, leaf):
         part = factors.leaves.get(name)
-        return leaf if part is None else merge_leaf(leaf, part, v)
+        return dense(leaf) if part is None else merge_leaf(leaf, part, v)
 
     return map_by_path(add, params)
 
 
-def merge_leaf(leaf: jax.Array, part: LeafFactors, v: Float[Array, "groups u"]) -> jax.Array:
+def merge_leaf(leaf: Any, part: LeafFactors, v: Float[Array, "groups u"]) -> jax.Array:
     """Merges one leaf, for callers without memory for all of them at once."""
     wide = np.promote_types(leaf.dtype, np.float32)
     update = _restored(_delta(part, v), leaf, part.target)
-    return (leaf.astype(wide) + update.astype(wide)).astype(leaf.dtype)
+    return (exact(leaf).astype(wide) + update.astype(wide)).astype(leaf.dtype)
 
 
 def delta(factors: Factors, v: Float[Array, "groups u"]) -> dict[str, Float[Array, "layers out in"]]:
@@ -212,7 +214,7 @@ def _delta(part: LeafFactors, v: Float[Array, "groups u"]) -> Float[Array, "laye
     return jnp.einsum("lor,lr,lrs,lis->loi", part.U, part.S, R, part.V, precision="highest")
 
 
-def _restored(W: jax.Array, like: jax.Array, target: Target) -> jax.Array:
+def _restored(W: jax.Array, like: Any, target: Target) -> jax.Array:
     """Reshapes `[layers, out, in]` back to the shape of `like`; the inverse of `_oriented`."""
     order = sum((target.axes(word) for word in ("layer", "out", "in")), ())
     return jnp.transpose(W.reshape([like.shape[axis] for axis in order]), np.argsort(order))

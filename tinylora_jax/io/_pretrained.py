@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
+from tinylora_jax.adapters.quantized import check_scheme
 from tinylora_jax.files import expand
 from tinylora_jax.io._model import Pretrained
 from tinylora_jax.io.gguf._model import load_gguf
@@ -44,11 +45,13 @@ class OpenedModel:
       abstract: model with a `jax.ShapeDtypeStruct` for every weight.
       path: path of the file or folder.
       tensors: function that opens the weights, by Hugging Face name.
+      quantize: storage of the linear maps, see `load_pretrained`.
     """
 
     abstract: Pretrained
     path: Path
     tensors: Callable[[], AbstractContextManager[Mapping[str, LazyTensor]]]
+    quantize: str = "none"
 
     @contextmanager
     def reading(self, place: Placement | None = None) -> Iterator[Reading]:
@@ -59,12 +62,17 @@ class OpenedModel:
           ValueError: the weights are damaged, or do not match the config.
         """
         config, dtype = self.abstract.config, self.abstract.params["norm"]["scale"].dtype
-        with self.tensors() as tensors, reading_tree(config, tensors, dtype, place, str(self.path)) as reading:
-            yield reading
+        with self.tensors() as tensors:
+            with reading_tree(config, tensors, dtype, place, str(self.path), self.quantize) as reading:
+                yield reading
 
 
 def load_pretrained(
-    source: str, dtype: DTypeLike = jnp.bfloat16, place: Placement | None = None, download: bool = True
+    source: str,
+    dtype: DTypeLike = jnp.bfloat16,
+    place: Placement | None = None,
+    download: bool = True,
+    quantize: str = "none",
 ) -> Pretrained:
     """Loads a model, without opening pickles or running code from the model's repository.
 
@@ -74,6 +82,9 @@ def load_pretrained(
       dtype: floating-point dtype of the weights.
       place: function that chooses the shardings, see `build_tree`.
       download: whether a model that is not in the hub's cache may be downloaded.
+      quantize: `int8` or `int4` stores the seven linear maps of each block as integers with one scale per output
+        channel; `none` keeps `dtype`. Each tensor is quantized as it is read. A file that is quantized already, such as
+        a GGUF file in Q8_0, is converted to `dtype` and then quantized again.
 
     Returns:
       Config, weights, tokenizer and stop tokens.
@@ -82,19 +93,22 @@ def load_pretrained(
       FileNotFoundError: the source or one of its files is absent.
       ValueError: a file is damaged, or the model is not supported.
     """
-    opened = open_pretrained(source, dtype, download)
+    opened = open_pretrained(source, dtype, download, quantize)
     with opened.reading(place) as reading:
         return replace(opened.abstract, params=reading.result())
 
 
-def open_pretrained(source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True) -> OpenedModel:
+def open_pretrained(
+    source: str, dtype: DTypeLike = jnp.bfloat16, download: bool = True, quantize: str = "none"
+) -> OpenedModel:
     """The fast part of `load_pretrained`, without weights; same arguments and errors."""
+    check_scheme(quantize)
     gguf = resolve_gguf(source)
     if gguf is not None:
-        return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype)
+        return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype, quantize)
     folder = fetch_folder(source, download)
     name = folder.resolve().name if expand(source).is_dir() else source
-    return _open_folder(folder, name, dtype)
+    return _open_folder(folder, name, dtype, quantize)
 
 
 def resolve_gguf(source: str) -> Path | None:
@@ -104,15 +118,16 @@ def resolve_gguf(source: str) -> Path | None:
     return expand(source) if source.endswith(".gguf") else None
 
 
-def _open_gguf(path: Path, name: str, dtype: DTypeLike) -> OpenedModel:
+def _open_gguf(path: Path, name: str, dtype: DTypeLike, quantize: str) -> OpenedModel:
     model = load_gguf(path)
     _check_vocabulary(model.tokenizer, model.config, path)
     stops = _stop_tokens(model.tokenizer, model.stop_tokens, model.config)
-    abstract = Pretrained(model.config, param_shapes(model.config, dtype), model.tokenizer, stops, name)
-    return OpenedModel(abstract, path, lambda: nullcontext(model.tensors))
+    shapes = param_shapes(model.config, dtype, quantize)
+    abstract = Pretrained(model.config, shapes, model.tokenizer, stops, name)
+    return OpenedModel(abstract, path, lambda: nullcontext(model.tensors), quantize)
 
 
-def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> OpenedModel:
+def _open_folder(folder: Path, name: str, dtype: DTypeLike, quantize: str) -> OpenedModel:
     check_links(folder)
     try:
         hf_config = read_json(folder / "config.json")
@@ -122,8 +137,8 @@ def _open_folder(folder: Path, name: str, dtype: DTypeLike) -> OpenedModel:
     tokenizer = _folder_tokenizer(folder)
     _check_vocabulary(tokenizer, config, folder)
     stops = _stop_tokens(tokenizer, stop_ids(folder), config)
-    abstract = Pretrained(config, param_shapes(config, dtype), tokenizer, stops, name, hf_config)
-    return OpenedModel(abstract, folder, lambda: open_tensors(folder))
+    abstract = Pretrained(config, param_shapes(config, dtype, quantize), tokenizer, stops, name, hf_config)
+    return OpenedModel(abstract, folder, lambda: open_tensors(folder), quantize)
 
 
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

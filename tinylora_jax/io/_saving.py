@@ -106,20 +106,24 @@ def _write_weights(
     fresh.rename(folder)
 
 
-def open_trained(folder: Path) -> SavedPolicy:
+def open_trained(folder: Path, transfer: bool = False) -> SavedPolicy:
     """Opens a folder written by `save_trained`, a PEFT folder of LoRA or TinyLoRA, or a model folder.
+
+    Args:
+      folder: folder of the trained parameters.
+      transfer: whether parameters that were trained on a quantized base may be used with the same base in 16 bit.
 
     Raises:
       AdapterError, PeftError, ValueError: a file is absent, damaged, altered or of another kind.
     """
     if is_lora(folder):
-        lora = read_lora(folder)
+        lora = read_lora(folder, transfer)
         return SavedPolicy(lora.v, lora.base, lora.policy)
     if (folder / "config.json").is_file():
         tree = load_pretrained(str(folder), jnp.float32).params
         v = leaves_by_path(tree)
         return SavedPolicy(v, None, lambda params, method: _full_policy(folder, params, v))
-    adapter = open_adapter(folder)
+    adapter = open_adapter(folder, transfer)
     return SavedPolicy(adapter.v, adapter.base, adapter.policy)
 
 

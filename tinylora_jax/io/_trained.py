@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors, Policy, TinyLoRA, combine, factorize, own_triplets, retied
 from tinylora_jax.io.adapter._file import AdapterReader, factors_of, read_adapter
+from tinylora_jax.io.hf._quantizing import as_trained
 from tinylora_jax.io.peft._tinylora import PeftError, is_peft, peft_factors, read_tinylora, written_spec
 
 
@@ -29,8 +29,11 @@ class SavedAdapter:
       factors: function from the base model's tree and an SVD method to the factors with which v was trained; raises for
         the tree of another model.
       dtype: dtype of the weights on which v was trained.
+      quantize: storage of the weights on which v was trained, as for `load_pretrained`.
       about: summary of the training; empty if there is none.
       kind: key that is equal for adapters of one base model with the same factors.
+      source: function from the base model's tree to the tree from which the factors are computed; another one only for
+        an adapter that is transferred from a quantized base.
       foreign: whether PEFT created the factors, so that directions and P come from the file.
       written: spec from which an export wrote a PEFT folder; None for other folders.
     """
@@ -41,8 +44,10 @@ class SavedAdapter:
     spec: TinyLoRA
     factors: Callable[[Any, str], Factors]
     dtype: str = "float32"
+    quantize: str = "none"
     about: Mapping[str, Any] = field(default_factory=dict)
     kind: Hashable = None
+    source: Callable[[Any], Any] = lambda params: params
     foreign: bool = False
     written: TinyLoRA | None = None
 
@@ -75,8 +80,13 @@ class SavedAdapter:
         return Policy(params, self.factors(params, method))
 
 
-def open_adapter(folder: Path) -> SavedAdapter:
+def open_adapter(folder: Path, transfer: bool = False) -> SavedAdapter:
     """Reads an adapter without its base model; a folder with `adapter_config.json` is a PEFT folder.
+
+    Args:
+      folder: folder of the adapter.
+      transfer: whether an adapter that was trained on a quantized base may be used with the same base in 16 bit. It
+        gives the same ΔW there: its factors are computed from the weights quantized again.
 
     Raises:
       AdapterError, PeftError: a file is absent, damaged, altered or of another kind.
@@ -87,13 +97,17 @@ def open_adapter(folder: Path) -> SavedAdapter:
         about = {"kind": folder.resolve(), "foreign": True, "written": written_spec(folder)}
         return SavedAdapter(folder, adapter.v, adapter.base, adapter.spec, factors, **about)
     spec, v, description = read_adapter(folder)
-    factors = partial(factors_of, folder, spec, v, description)
-    dtype = (description["base_fingerprint"] or {}).get("dtype")
+    fingerprint = description["base_fingerprint"] or {}
+    dtype, quantize = fingerprint.get("dtype"), fingerprint.get("quantize", "none")
+
+    source = lambda params: as_trained(params, fingerprint, transfer)
+    factors = lambda params, method: factors_of(folder, spec, v, description, source(params), method)
+
     dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     about = description.get("about")
     about = about if isinstance(about, dict) else {}
-    kind = spec, json.dumps(description["factors"], sort_keys=True)
-    return SavedAdapter(folder, v, description["base"], spec, factors, dtype, about, kind)
+    kind = spec, json.dumps(description["factors"], sort_keys=True), quantize
+    return SavedAdapter(folder, v, description["base"], spec, factors, dtype, quantize, about, kind, source=source)
 
 
 def read_together(params: Any, adapters: Sequence[SavedAdapter]) -> tuple[Factors, list[np.ndarray]]:
@@ -120,7 +134,8 @@ def read_together(params: Any, adapters: Sequence[SavedAdapter]) -> tuple[Factor
             pair = first.own(params) if len(kinds) > 1 else (first.factors(params, "auto"), first.v)
             found |= {adapter.folder: pair for adapter in alike}
         else:
-            reader = AdapterReader(params, factorize(params, first.spec))
+            weights = first.source(params)
+            reader = AdapterReader(weights, factorize(weights, first.spec))
             read = [(adapter.folder, reader.read(adapter.folder)) for adapter in alike]
             found |= {folder: (reader.factors, v) for folder, v in read}
     return combine([found[adapter.folder] for adapter in adapters])

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tinylora_jax.adapters import AdaptedKernel, FusedKernel, fuse, fused_matmul, matmul
+from tinylora_jax.adapters import AdaptedKernel, FusedKernel, can_fuse, fuse, fused_matmul, matmul, scheme_of
 from tinylora_jax.models.attention import cached_attention, causal_attention
 from tinylora_jax.models.cache import KVCache
 from tinylora_jax.models.config import ModelConfig
@@ -173,8 +173,7 @@ class Decoder(nnx.Module):
         if remat:
             run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
         caches = [None] * len(layers) if cache is None else list(zip(cache.keys, cache.values, strict=True))
-        if tokens.shape[1] > 1 and (remat or cache is not None) and (on_tpu() or current_mesh() is not None):
-            # One loop over stacked weights, so that XLA compiles a single block: for a TPU that already takes a minute.
+        if tokens.shape[1] > 1 and (remat or cache is not None) and _in_one_loop(layers):
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
             x, stacked = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
             caches = list(zip(*stacked, strict=True)) if cache is not None else caches
@@ -182,6 +181,16 @@ class Decoder(nnx.Module):
             for i, layer in enumerate(zip(layers, caches, strict=True)):
                 x, caches[i] = run(x, *layer)
         return self.norm(x), None if cache is None else KVCache(*zip(*caches, strict=True))
+
+
+def _in_one_loop(layers: Sequence[Any]) -> bool:
+    """Whether many tokens go through one loop over stacked weights, so that XLA compiles a single block.
+
+    For a TPU that already takes a minute. But stacking copies all weights, and the copies of quantized weights, which
+    were to fit on one device, would fill it. Without a loop, the 28 blocks of Qwen2.5-7B compile in 2.6 minutes.
+    """
+    mesh = current_mesh()
+    return mesh is not None or (on_tpu() and scheme_of(layers) == "none")
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -235,7 +244,10 @@ def fused(params: Any) -> Any:
         layer = {name: dict(group) for name, group in layer.items()}
         for group, names in (("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ("gate", "up")), ("mlp", ("down",))):
             first, *rest = (f"{name}_proj" for name in names)
-            kernel = fuse([layer[group][name]["kernel"] for name in (first, *rest)])
+            kernels = [layer[group][name]["kernel"] for name in (first, *rest)]
+            if not can_fuse(kernels):
+                continue
+            kernel = fuse(kernels)
             layer[group][first] = {**layer[group][first], "kernel": kernel}
             for name in rest:
                 layer[group][name] = {**layer[group][name], "kernel": elsewhere}

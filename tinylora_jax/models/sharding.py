@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinylora_jax.adapters import Adapted, Factors, map_shared
+from tinylora_jax.adapters import Adapted, Factors, map_by_path, map_shared
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 _ROWS: ContextVar[tuple[str, ...]] = ContextVar("rows", default=(DATA,))
@@ -329,12 +329,12 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
       params: tree of weights or of their `jax.ShapeDtypeStruct`s.
     """
 
-    def place(path, leaf) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = _leaf_axes(name, len(leaf.shape), tied="lm_head" not in params)
-        return NamedSharding(mesh, partition(mesh, leaf.shape, *axes))
+    def place(path: str, leaf: Any) -> Any:
+        axes = _leaf_axes(path, len(leaf.shape), tied="lm_head" not in params)
+        # The scales of a quantized kernel have its axes, of size 1 where nothing can be split.
+        return jax.tree.map(lambda part: NamedSharding(mesh, partition(mesh, part.shape, *axes)), leaf)
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return map_by_path(place, params)
 
 
 def factor_shardings(mesh: Mesh, factors: Factors) -> Factors:

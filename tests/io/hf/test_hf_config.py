@@ -179,6 +179,8 @@ REFUSED = [
     ("layer_types", {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}),
     ("layer_types", {"layer_types": ["full_attention"]}),
     ("quantization_config", {"quantization_config": {"quant_method": "awq", "bits": 4}}),
+    ("quantize='int8'", {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}),
+    ("quantization_config", {"quantization_config": "gptq"}),
     ("pretraining_tp", {"pretraining_tp": 2}),
     ("rope_interleaved", {"rope_interleaved": True}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tinylora_jax.adapters import Target, TinyLoRA
+from tinylora_jax.adapters import SCHEMES, Target, TinyLoRA
 from tinylora_jax.files import open_regular, parse_json
 from tinylora_jax.io.adapter._fingerprint import NUM_PROBES, NUM_SIGNED
 
@@ -39,7 +39,8 @@ def readable(description: Mapping[str, Any]) -> str:
             text = "[\n  " + ",\n  ".join(map(dump, value)) + "\n ]"
         elif name == "base_fingerprint" and value is not None:
             rows = ",\n   ".join(f"{dump(path)}: {dump(row)}" for path, row in value["weights"].items())
-            text = f'{{"dtype": {dump(value["dtype"])}, "weights": {{\n   {rows}\n }}}}'
+            head = "".join(f"{dump(key)}: {dump(x)}, " for key, x in value.items() if key != "weights")
+            text = f'{{{head}"weights": {{\n   {rows}\n }}}}'
         else:
             text = dump(value)
         lines.append(f" {dump(name)}: {text}")
@@ -189,6 +190,7 @@ def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtyp
         _require(isinstance(kept["sha256"], str), "factors", "a SHA-256")
     if base is not None:
         _require(isinstance(base["dtype"], str) and isinstance(base["weights"], dict), "base_fingerprint", "an object")
+        _require(base.get("quantize", "none") in list(SCHEMES), "base_fingerprint.quantize", " or ".join(SCHEMES))
         bad = [path for path, row in base["weights"].items() if not _is_numbers(row, NUM_SIGNED + 1)]
         _require(not bad, f"base_fingerprint of {', '.join(bad[:1])}", f"{NUM_SIGNED + 1} finite numbers")
     return spec, DTYPES[description["dtype"]], tuple(shape)

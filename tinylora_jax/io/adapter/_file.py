@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors, TinyLoRA, factorize
+from tinylora_jax.adapters import Factors, TinyLoRA, factorize, scheme_of
 from tinylora_jax.adapters.targets import natural
 from tinylora_jax.files import open_regular, parse_json, write_atomically
 from tinylora_jax.io.adapter._description import (
@@ -266,6 +266,7 @@ def check_base(description: Mapping[str, Any], params: Any) -> None:
     stored = description["base_fingerprint"]
     if stored is None:
         return
+    _check_scheme(description["base"], stored.get("quantize", "none"), scheme_of(params))
     found = base_fingerprint(params)
     other, rounded = differences(stored, found)
     if other:
@@ -279,6 +280,21 @@ def check_base(description: Mapping[str, Any], params: Any) -> None:
             " adapter was trained on %s weights, these are %s; load them in the former dtype for the same update",
             *(len(rounded), rounded[0], stored["dtype"], found["dtype"]),
         )
+
+
+def _check_scheme(base: str, trained: str, found: str) -> None:
+    """Raises an error for weights that are quantized in another way than in training."""
+    if trained == found:
+        return
+    said = lambda scheme: "without quantization" if scheme == "none" else f"in {scheme}"
+    if found == "none":
+        advice = "or ask for the transfer to 16 bit: --transfer of a command, `transfer=True` of `open_adapter`"
+    else:
+        advice = "or export it with --to=merged and quantize the merged model"
+    raise AdapterError(
+        f"the adapter was trained on {base!r} {said(trained)}, but this base model was loaded {said(found)}; load it"
+        f" with quantize={trained!r}, {advice}"
+    )
 
 
 def check_factors(description: Mapping[str, Any], factors: Factors) -> None:

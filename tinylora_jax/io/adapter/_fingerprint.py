@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors
 from tinylora_jax.adapters.projections import standard_normals
+from tinylora_jax.adapters.quantized import dense, scheme_of
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.multihost import to_host
 
@@ -68,7 +69,8 @@ def signs(label: str, size: int) -> np.ndarray:
 
 
 @jax.jit
-def _numbers(W: jax.Array, left: Float[Array, "k rows"], right: Float[Array, "k columns"]) -> Float[Array, " numbers"]:
+def _numbers(W: Any, left: Float[Array, "k rows"], right: Float[Array, "k columns"]) -> Float[Array, " numbers"]:
+    W = dense(W)
     W = W if W.dtype in (jnp.bfloat16, jnp.float16) else W.astype(jnp.float32)  # a float32 copy may not fit
     W = W.reshape(left.shape[1], right.shape[1])
     rows = jnp.matmul(left.astype(W.dtype), W, precision="highest", preferred_element_type=jnp.float32)
@@ -84,7 +86,8 @@ def base_fingerprint(params: Any) -> dict[str, Any]:
 
     Returns:
       A JSON-serializable dict with the `dtype` of the weights (`mixed` if they have several), and `weights`, which maps
-      each path to ‖W‖ and to sums aᵀ W b with fixed signs a and b, where all axes of W but the last are flattened.
+      each path to ‖W‖ and to sums aᵀ W b with fixed signs a and b, where all axes of W but the last are flattened. Of
+      a quantized model, `dtype` is the dtype before quantization, and `quantize` names the scheme.
     """
     leaves = leaves_by_path(params)
     found = {}
@@ -94,7 +97,9 @@ def base_fingerprint(params: Any) -> dict[str, Any]:
         found[path] = _numbers(W, *(side.astype(np.float32) for side in sides))
     dtypes = {str(W.dtype) for W in leaves.values()}
     rows = {path: [float(f"{x:.7g}") for x in row] for path, row in to_host(found).items()}
-    return {"dtype": dtypes.pop() if len(dtypes) == 1 else "mixed", "weights": rows}
+    scheme = scheme_of(params)
+    about = {} if scheme == "none" else {"quantize": scheme}
+    return {"dtype": dtypes.pop() if len(dtypes) == 1 else "mixed", **about, "weights": rows}
 
 
 def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[str], list[str]]:

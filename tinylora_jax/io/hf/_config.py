@@ -60,6 +60,7 @@ _READ = (
     "tie_word_embeddings",
     "attention_bias",
     "layer_types",
+    "quantization_config",
 )
 
 # Fields of real checkpoints that do not affect logits: provenance, training, generation and API defaults.
@@ -155,6 +156,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     reader = _Reader(config, problems)
     reader.fixed(_FIXED)
     reader.unknown(_HARMLESS | frozenset(_READ))
+    _refuse_quantization(config.get("quantization_config"), problems)
     sizes = _sizes(reader, _DEFAULTS[family])
     bias = _attention_bias(reader, family)
     _check_layer_types(reader, sizes["num_hidden_layers"])
@@ -180,6 +182,16 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family == "qwen3",
         max_positions=sizes["max_position_embeddings"],
     )
+
+
+def _refuse_quantization(quantization: Any, problems: list[str]) -> None:
+    """Reports weights that are quantized in the file: ignoring that would load other numbers than the file's."""
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        problems.append(
+            f"quantization_config: weights quantized by {method!r:.80} are not supported; load the original model, and"
+            " set quantize='int8' to quantize it while it is read"
+        )
 
 
 def _sizes(reader: _Reader, defaults: Mapping[str, Any]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors
+from tinylora_jax.adapters.quantized import exact
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.adapters.tinylora import merge_leaf
 from tinylora_jax.files import write_atomically
@@ -88,15 +89,18 @@ def export_merged(
       v: trained vector, float32 `[groups, u]`.
       dtype: dtype of the file: `float32`, or `bfloat16`, see `rounding_loss`.
     """
-    wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))
-    merged = lambda path, leaf: merge_leaf(wide(leaf), factors.leaves[path], v) if path in factors.leaves else leaf
+    wide = lambda leaf: exact(leaf).astype(np.promote_types(leaf.dtype, np.float32))
+
+    def merged(path: str, leaf: Any) -> jax.Array:
+        return merge_leaf(wide(leaf), factors.leaves[path], v) if path in factors.leaves else exact(leaf)
+
     write_model(folder, model, merged, dtype)
 
 
 def write_model(
     folder: Path,
     model: Pretrained,
-    change: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf,
+    change: Callable[[str, Any], Any] = lambda path, leaf: leaf,
     dtype: DTypeLike = jnp.float32,
 ) -> None:
     """Writes weights, config, tokenizer and stop tokens: a folder that transformers and `load_pretrained` load.
@@ -134,7 +138,7 @@ def rounding_loss(params: Any, factors: Factors, v: Float[Array, "groups u"], dt
     lost, whole = 0.0, 0.0
     weights = leaves_by_path(params)
     for path, part in factors.leaves.items():
-        W = weights[path].astype(np.promote_types(weights[path].dtype, np.float32))
+        W = exact(weights[path]).astype(np.promote_types(weights[path].dtype, np.float32))
         merged = merge_leaf(W, part, v)
         # Not jitted, because XLA may remove a rounding that is immediately undone.
         kept = merged.astype(dtype).astype(W.dtype) - W.astype(dtype).astype(W.dtype)

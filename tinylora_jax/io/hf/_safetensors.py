@@ -46,7 +46,7 @@ def _tensor(file: Any, name: str, path: Path) -> LazyTensor:
     if view.get_dtype() not in _FLOATS:
         raise ValueError(
             f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
-            "quantized checkpoints are not supported"
+            "quantized checkpoints are not supported; load the original model, and set quantize='int8'"
         )
     return LazyTensor(
         tuple(view.get_shape()),

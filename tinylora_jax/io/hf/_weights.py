@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -17,6 +16,10 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from tinylora_jax.adapters.quantized import dense, quantized_shape
+from tinylora_jax.io.hf._lazy import LazyTensor as LazyTensor
+from tinylora_jax.io.hf._lazy import check_floating
+from tinylora_jax.io.hf._quantizing import is_map, quantized_leaf, warn_of_outliers
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.multihost import to_host
 
@@ -25,21 +28,6 @@ Placement = Callable[[Any], Any]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MOST_LISTED = 200
 _READERS = max(4, min(8, os.cpu_count() or 1))  # number of threads, each reading one tensor
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file with a known shape, whose values are read on demand.
-
-    Attributes:
-      shape: stored shape, in torch's convention (a linear layer is [out, in]).
-      read: function that returns the values as a floating-point NumPy array of that shape.
-      read_part: function that reads a part, given one slice per dimension; None if only the whole can be read.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
 
 def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -78,13 +66,28 @@ def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...
     return names
 
 
-def param_shapes(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
-    """Builds the parameter tree with a `jax.ShapeDtypeStruct` for every leaf."""
-    return _nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_names(config).values()})
+def param_shapes(config: ModelConfig, dtype: DTypeLike, quantize: str = "none") -> dict[str, Any]:
+    """Builds the parameter tree with a `jax.ShapeDtypeStruct` for every leaf.
+
+    Args:
+      config: architecture of the model.
+      dtype: floating-point dtype of the weights.
+      quantize: `none`, `int8` or `int4`: storage of the seven linear maps of each block. The embedding, the head, norms
+        and biases keep their dtype.
+
+    Raises:
+      ValueError: the quantization is unknown, or does not fit the sizes.
+    """
+    make = lambda path, shape: quantized_shape(shape, quantize if is_map(path) else "none", dtype)
+    return _nest({path: make(path, shape) for path, shape in parameter_names(config).values()})
 
 
 def build_tree(
-    config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: DTypeLike, place: Placement | None = None
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    dtype: DTypeLike,
+    place: Placement | None = None,
+    quantize: str = "none",
 ) -> dict[str, Any]:
     """Checks all names and shapes, then reads a parameter tree, a few tensors at a time.
 
@@ -97,6 +100,7 @@ def build_tree(
       dtype: floating-point dtype of every leaf.
       place: function from a tree of `jax.ShapeDtypeStruct`s to a tree of shardings; each process sends its devices
         their shards of each tensor as it is read. None uses the default device.
+      quantize: storage of the linear maps, see `param_shapes`. Each is rounded to `dtype`, then quantized, alone.
 
     Returns:
       The nested tree; the keys of `layers` are integers.
@@ -104,7 +108,7 @@ def build_tree(
     Raises:
       ValueError: tensors are missing, unexpected or of the wrong shape; lists all of them.
     """
-    with reading_tree(config, tensors, dtype, place) as reading:
+    with reading_tree(config, tensors, dtype, place, quantize=quantize) as reading:
         return reading.result()
 
 
@@ -115,10 +119,13 @@ class Reading:
       leaves: future of each leaf, by path.
       checked: future that completes when all further checks of the tensors have passed.
       source: name of the file, with which messages begin.
+      coarse: number of channels in `coarse_channels`, by name of the quantized tensor; filled while reading.
     """
 
-    def __init__(self, leaves: Mapping[Path, Future[jax.Array]], checked: Future[None], source: str):
-        self._leaves, self._checked, self._source = leaves, checked, source
+    def __init__(
+        self, leaves: Mapping[Path, Future[Any]], checked: Future[None], source: str, coarse: Mapping[str, int]
+    ):
+        self._leaves, self._checked, self._source, self._coarse = leaves, checked, source, coarse
 
     def check(self) -> None:
         """Raises any failure so far, without waiting for the rest."""
@@ -135,7 +142,9 @@ class Reading:
         """
         with _naming(self._source):
             self._checked.result()
-            return _nest({path: leaf.result() for path, leaf in self._leaves.items()})
+            found = {path: leaf.result() for path, leaf in self._leaves.items()}
+        warn_of_outliers(self._coarse, self._source)
+        return _nest(found)
 
 
 @contextmanager
@@ -145,6 +154,7 @@ def reading_tree(
     dtype: DTypeLike,
     place: Placement | None = None,
     source: str = "",
+    quantize: str = "none",
 ) -> Iterator[Reading]:
     """Runs `build_tree` in the background inside the `with` block, and stops when the block is left.
 
@@ -153,16 +163,25 @@ def reading_tree(
     names = parameter_names(config)
     with _naming(source):
         _check(names, config, tensors)
-    abstract = param_shapes(config, dtype)
+    abstract = param_shapes(config, dtype, quantize)
     shardings = place(abstract) if place else jax.tree.map(lambda _: None, abstract)
+    coarse: dict[str, int] = {}
     readers = ThreadPoolExecutor(_READERS)
     try:
         # Largest first: an embedding takes as long as many layers, so it should not start last.
         jobs = {path: (name, tensors[name], path, shape, dtype) for name, (path, shape) in names.items()}
+
+        def read(path: Path) -> Any:
+            if quantize == "none" or not is_map(path):
+                return _leaf(*jobs[path], _at(shardings, path))
+            name, tensor, *_ = jobs[path]
+            leaf, coarse[name] = quantized_leaf(name, tensor, _at(abstract, path), _at(shardings, path))
+            return leaf
+
         order = sorted(jobs, key=lambda path: -math.prod(jobs[path][3]))
         tied = readers.submit(_check_tied_head, config, tensors)
-        found = {path: readers.submit(_leaf, *jobs[path], _at(shardings, path)) for path in order}
-        yield Reading({path: found[path] for path in jobs}, tied, source)
+        found = {path: readers.submit(read, path) for path in order}
+        yield Reading({path: found[path] for path in jobs}, tied, source, coarse)
     finally:
         readers.shutdown(cancel_futures=True)
 
@@ -177,7 +196,7 @@ def _naming(source: str) -> Iterator[None]:
 
 
 def name_tensors(
-    config: ModelConfig, params: Any, change: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf
+    config: ModelConfig, params: Any, change: Callable[[str, Any], Any] = lambda path, leaf: leaf
 ) -> dict[str, LazyTensor]:
     """Converts a parameter tree to tensors with Hugging Face names; the inverse of `build_tree`.
 
@@ -191,7 +210,7 @@ def name_tensors(
     """
 
     def read(path: Path) -> np.ndarray:
-        leaf = to_host(change("/".join(map(str, path)), _at(params, path)))
+        leaf = to_host(dense(change("/".join(map(str, path)), _at(params, path))))
         return leaf.T if path[-1] == "kernel" else leaf
 
     return {
@@ -273,10 +292,7 @@ def _leaf(
     transposed = path[-1] == "kernel"
 
     def leaf(values: np.ndarray) -> np.ndarray:
-        if not jnp.issubdtype(values.dtype, jnp.floating):
-            raise ValueError(
-                f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not supported"
-            )
+        check_floating(name, values)
         if transposed:
             values = values.astype(jnp.dtype(dtype), copy=False).T  # rounding and transposing in one step would be slow
         # Copied to a new contiguous buffer: JAX on CPU may alias its input, and a memory-mapped file can change.

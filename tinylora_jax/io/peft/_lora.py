@@ -23,6 +23,7 @@ from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.files import is_number, write_atomically
 from tinylora_jax.io.adapter._file import check_base
 from tinylora_jax.io.hf._hub import read_json
+from tinylora_jax.io.hf._quantizing import as_trained
 from tinylora_jax.io.hf._safetensors import open_safetensors
 from tinylora_jax.io.peft._export import torch_name, write_folder
 from tinylora_jax.io.peft._tinylora import CONFIG, PREFIX, WEIGHTS, PeftError, in_order, is_module, tree_path
@@ -49,6 +50,7 @@ class LoRAFolder:
       v: LoRA matrices, float32, by leaf path.
       base: name of the base model; None if the folder does not state it.
       training: content of `training.json`; empty if there is none.
+      transfer: whether a quantized base in training may be replaced by the same base in 16 bit.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class LoRAFolder:
     v: Matrices
     base: str | None
     training: Mapping[str, Any]
+    transfer: bool = False
 
     def policy(self, params: Any, method: str = "auto") -> LoRAPolicy:
         """Builds the policy of the base model and this adapter's spec; `method` is not used by LoRA.
@@ -69,8 +72,11 @@ class LoRAFolder:
             if shapes.get(path) != expected:
                 found = shapes.get(path, "no such weight")
                 raise PeftError(f"{self.folder} adapts {path} of shape {expected}, but the base model has {found}")
-        if self.training.get("base_fingerprint") is not None:
-            check_base({"base": self.base, "base_fingerprint": self.training["base_fingerprint"]}, params)
+        fingerprint = self.training.get("base_fingerprint")
+        if fingerprint is not None:
+            check_base(
+                {"base": self.base, "base_fingerprint": fingerprint}, as_trained(params, fingerprint, self.transfer)
+            )
         return LoRAPolicy(params, self.spec)
 
 
@@ -109,8 +115,8 @@ def is_lora(folder: Path) -> bool:
     return path.is_file() and read_json(path, _MAX_JSON_BYTES).get("peft_type") == "LORA"
 
 
-def read_lora(folder: Path) -> LoRAFolder:
-    """Reads a LoRA folder without its base model.
+def read_lora(folder: Path, transfer: bool = False) -> LoRAFolder:
+    """Reads a LoRA folder without its base model; for `transfer` see `open_adapter`.
 
     Raises:
       PeftError: a file is absent or damaged, or the folder is not a plain LoRA adapter of linear maps.
@@ -133,7 +139,7 @@ def read_lora(folder: Path) -> LoRAFolder:
     targets = tuple(Target(re.escape(path)) for path in v)
     training = folder / _TRAINING
     kept = read_json(training, _MAX_JSON_BYTES) if training.is_file() else {}
-    return LoRAFolder(folder, LoRA(rank, float(alpha), targets), v, base, kept)
+    return LoRAFolder(folder, LoRA(rank, float(alpha), targets), v, base, kept, transfer)
 
 
 def _read_matrices(folder: Path, rank: int) -> Matrices:

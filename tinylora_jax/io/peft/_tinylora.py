@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors, Target, TinyLoRA
 from tinylora_jax.adapters.factors import LeafFactors
+from tinylora_jax.adapters.quantized import dense
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.files import parse_json
 from tinylora_jax.io.hf._hub import read_json
@@ -230,7 +231,7 @@ def _check_shapes(
                 )
 
 
-def _alignment(W: Float[Array, "in out"], A: Float[np.ndarray, "r in"], B: Float[np.ndarray, "out r"]) -> float:
+def _alignment(W: Any, A: Float[np.ndarray, "r in"], B: Float[np.ndarray, "out r"]) -> float:
     """The share of ‖W Aᵀ‖ in the span of B, with A orthonormalized: 1 for singular directions of W."""
     rows, columns = np.linalg.qr(A.T)[0], np.linalg.qr(B)[0]
     image = np.asarray(to_host(_image(W, rows.astype(W.dtype))), np.float32)
@@ -239,8 +240,8 @@ def _alignment(W: Float[Array, "in out"], A: Float[np.ndarray, "r in"], B: Float
 
 
 @jax.jit
-def _image(W: Float[Array, "in out"], rows: Float[Array, "in r"]) -> Float[Array, "out r"]:
-    return W.T @ rows
+def _image(W: Any, rows: Float[Array, "in r"]) -> Float[Array, "out r"]:
+    return dense(W).T @ rows
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

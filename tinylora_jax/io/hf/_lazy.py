@@ -1,0 +1,33 @@
+"""A tensor in a file, read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file with a known shape, whose values are read on demand.
+
+    Attributes:
+      shape: stored shape, in torch's convention (a linear layer is [out, in]).
+      read: function that returns the values as a floating-point NumPy array of that shape.
+      read_part: function that reads a part, given one slice per dimension; None if only the whole can be read.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+
+
+def check_floating(name: str, values: np.ndarray) -> None:
+    """Raises a `ValueError` for a tensor that is not floating-point."""
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: expected floating-point numbers, got {values.dtype}; quantized files are not supported, but"
+            " quantize='int8' quantizes a model while it is read"
+        )
