@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,12 +51,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Change:
-    """The difference between two evaluations with greedy answers to the same questions.
+    """The difference between two evaluations of the same questions.
 
     Attributes:
       questions: number of questions.
-      before: mean strict and lenient grades before training, by name.
-      after: mean strict and lenient grades after training, by name.
+      before: mean grades before training: `strict` and `lenient` of the greedy answers, and `sampled`, the strict grade
+        of the sampled answers, if there are any.
+      after: mean grades after training, by the same names.
       differences: after minus before, by name.
       fixed: questions whose strict grade rose, shortest first.
       broken: questions whose strict grade fell, shortest first.
@@ -70,18 +72,22 @@ class Change:
 
 
 def change(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> Change | None:
-    """Compares the greedy answers of two evaluations; None if the questions differ.
+    """Compares two evaluations; None if the questions differ.
 
     Args:
       before: rows of an evaluation of the untrained model.
       after: rows of an evaluation of the trained model.
     """
+    before, after = list(before), list(after)
     key = lambda row: (row.get("set"), row["id"])
     first, second = ({key(row): row for row in rows if row["mode"] == "greedy"} for rows in (before, after))
     if not first or first.keys() != second.keys():
         return None
     pairs = [(first[name], second[name]) for name in first]
     grades = {name: ([a[name] for a, _ in pairs], [b[name] for _, b in pairs]) for name in GRADES}
+    sampled = tuple(map(_sampled, (before, after)))
+    if sampled[0] and sampled[0].keys() == sampled[1].keys():
+        grades["sampled"] = ([*sampled[0].values()], [sampled[1][name] for name in sampled[0]])
     mean = lambda values: sum(values) / len(values)
     example = lambda a, b: Example(a["question"], a["answer"], a["completion"], b["completion"])
     length = lambda each: (len(each.question) + max(len(each.before), len(each.after)), each.question)
@@ -96,6 +102,15 @@ def change(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any
         moved(1),
         moved(-1),
     )
+
+
+def _sampled(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str | None, int], float]:
+    """The mean strict grade of each question's sampled answers, by set and id."""
+    found: dict[tuple[str | None, int], list[float]] = {}
+    for row in rows:
+        if row["mode"] == "sampled":
+            found.setdefault((row.get("set"), row["id"]), []).append(row["strict"])
+    return {name: math.fsum(grades) / len(grades) for name, grades in found.items()}
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> Difference:

@@ -97,7 +97,7 @@ def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch
 def test_different_adapters_share_one_program(make_config, tmp_path):
     config = make_config()
     config.max_steps = 3
-    free = ["method=lora_xs,optimizer.rate 0.01"]
+    free = ["method=lora_xs,optimizer.learning_rate=0.01"]
     summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never(), free)
     assert sorted(row["params"] for row in summary["members"]) == [1, 2, 14, 28, 56]
     config.adapter.n_tie, config.adapter.u = 1, 2

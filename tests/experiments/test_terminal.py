@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import struct
@@ -83,11 +84,12 @@ def test_a_run_is_told_from_its_start_to_what_comes_next(trained, short):
     text = "\n".join(trained.lines)
     for word in (
         *("trains     8 numbers: tinylora, r=2 u=2 n_tie=4, in 14 matrices", "seed       0", "Ctrl-C"),
-        *("adapter.u=2", "optimizer.learning_rate=0.05", "compiling 1 of", "ready: compiling", "before training: str"),
+        *("adapter.u=2", "optimizer.learning_rate=0.05", "ready: compiling", "before training: str"),
         *("step 1/5  reward 0.", "left 0:0", "|v| 0.", "strict   ", "p = ", "fixed, ", f"adapter  {short}/run/adapter"),
         *(f"picture  {short}/run/run.png", "--showcase=3", "--to=merged", f"--adapter={short}/run/adapter"),
     ):
         assert word in text, (word, text)
+    assert re.search(r"^compiling \d+ of \d+", text, re.MULTILINE), text
     assert "{" not in text and "W1" not in text and "WARNING" not in text, "neither JSON nor noise"
     assert trained.lines[0].startswith("starting")
 
@@ -195,6 +197,21 @@ def test_a_change_counts_what_was_fixed_and_broken():
     lines = change_lines(found)
     assert "50.0 % → 75.0 %" in lines[0] and "2 fixed, 1 broken" in lines[-1]
     assert change(rows(0), rows(1)[:2]) is None, "other questions cannot be compared"
+
+
+def test_sampled_answers_are_compared_by_the_mean_of_each_question():
+    sampled = lambda place, grades: [
+        {**row, "mode": "sampled", "strict": grade}
+        for row, pair in zip(rows(place), grades, strict=True)
+        for grade in pair
+    ]
+    before = [*rows(0), *sampled(0, [(1, 0), (0, 0), (0, 0), (1, 0)])]
+    after = [*rows(1), *sampled(1, [(1, 0), (1, 1), (0, 1), (1, 0)])]
+    found = change(before, after)
+    assert (found.before["sampled"], found.after["sampled"]) == (0.25, 0.625)
+    assert found.differences["sampled"].better == 2 and found.differences["sampled"].worse == 0
+    assert "25.0 % → 62.5 %" in change_lines(found)[2]
+    assert "sampled" not in change(before, rows(1)).differences
 
 
 def test_texts_of_a_model_stay_in_their_column():
