@@ -121,9 +121,11 @@ class Folder:
 
     def close(self) -> None:
         """Closes the files."""
-        for log in self.members.values():
-            log.close()
-        self.checkpoints.close()
+        try:
+            for log in self.members.values():
+                log.close()
+        finally:  # also on a full disk: a thread may still be writing the last checkpoint
+            self.checkpoints.close()
 
 
 def train(

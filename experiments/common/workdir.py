@@ -146,7 +146,9 @@ class Workdir:
 
     def close(self) -> None:
         """Closes the files; repeated calls have no effect."""
-        if hasattr(self, "_log"):
-            self._log.close()
-        if hasattr(self, "_checkpoints"):
-            self._checkpoints.close()
+        try:
+            if hasattr(self, "_log"):
+                self._log.close()
+        finally:  # also on a full disk: a thread may still be writing the last checkpoint
+            if hasattr(self, "_checkpoints"):
+                self._checkpoints.close()

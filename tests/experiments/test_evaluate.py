@@ -21,7 +21,7 @@ from tinylora_jax.data import DataSpec, load_questions, solution_text
 from tinylora_jax.io.adapter._file import AdapterError, read_adapter, save_adapter
 from tinylora_jax.rollout import Sampling
 
-NO_SUITE = {"suite": None, "suite_folder": None, "correct": None}
+NO_SUITE = {"suite": None, "suite_folder": None, "correct": None, "transfer": False}
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def answering(adapters):
 def flags(**changes):
     values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": None, "max_new_tokens": NEW}
     values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32", "allow_download": False}
-    values |= {"json": False}
+    values |= {"json": False, "quantize": None}
     return SimpleNamespace(**values | changes)
 
 

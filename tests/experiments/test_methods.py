@@ -187,5 +187,5 @@ def test_only_linear_maps_of_blocks_are_written(model_folder, tmp_path):
 
 def test_a_method_that_means_nothing(config, stop, tmp_path):
     config.method = "lorax"
-    with pytest.raises(ValueError, match="config.method='lorax': expected tinylora or lora_xs or lora or full"):
+    with pytest.raises(ValueError, match="config.method='lorax': expected 'tinylora' or 'lora_xs' or 'lora' or 'full'"):
         grpo.run(config, tmp_path / "run", stop)

@@ -83,6 +83,7 @@ def evaluated(boxed, sets, tmp_path, monkeypatch, capsys, one_host):
             setattr(boxed, field, value)
         path = tmp_path / f"{name}.json"
         files = {"adapter": adapter, "output": str(path), "suite": suite, "suite_folder": str(sets), "correct": None}
+        files |= {"transfer": False}
         monkeypatch.setattr(cli, "FLAGS", SimpleNamespace(config=boxed, **files, **one_host), raising=False)
         cli.main([])
         return path, capsys.readouterr()

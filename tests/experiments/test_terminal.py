@@ -107,6 +107,7 @@ def test_a_dry_run_computes_nothing(shell, short):
     assert "14 matrices" in result.text and "compiling" not in result.text
 
 
+@pytest.mark.slow
 def test_evaluations_end_in_what_the_adapter_changed(shell, trained, short):
     config = f"--config={short}/tiny.py"
     shown = shell("experiments.evaluate", config, f"--adapter={short}/run/adapter", "--showcase=2", "--json")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from experiments.compare import CompareError
 from experiments.compare import read as read_evaluation
 from experiments.plot import PlotError, checked_curves, read_run
-from experiments.report import ReportError, checked_report, points, read_runs, runs_table
+from experiments.report import ReportError, checked_report, points_of, read_runs, runs_table
 from tinylora_jax.adapters import LoRA, Target, TinyLoRA, factorize
 from tinylora_jax.data import DataError, DataSpec, get_template, load_questions, render
 from tinylora_jax.files import read_at_most
@@ -311,7 +311,7 @@ def make_report(folder: Path) -> None:
 
 def read_report(folder: Path) -> Any:
     result = checked_report(folder / "report.json")
-    return points(result["runs"]), runs_table(result)
+    return points_of(result["runs"]), runs_table(result)
 
 
 def make_curves(folder: Path) -> None:

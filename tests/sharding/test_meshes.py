@@ -51,11 +51,12 @@ def check(alone, family, modes, mesh):
     assert len(set(expected["sampled"]["lengths"])) > 1 and expected["grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_mesh_changes_nothing(alone, mesh):
     check(alone, "qwen2", ("sampled",), mesh)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_of_a_quantized_model(alone):
     check(alone, "qwen3:int8", ("sampled",), (2, 2, 2))
 

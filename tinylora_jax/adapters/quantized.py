@@ -75,7 +75,7 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedKernel)
 
 
-def dense(kernel: Any, dtype: DTypeLike | None = None) -> jax.Array:
+def dense(kernel: Any, dtype: DTypeLike | None = None) -> Any:
     """Converts a kernel to an array; an array stays as it is.
 
     Args:
@@ -89,7 +89,7 @@ def dense(kernel: Any, dtype: DTypeLike | None = None) -> jax.Array:
     return wide.astype(kernel.dtype if dtype is None else dtype)
 
 
-def exact(kernel: Any) -> jax.Array:
+def exact(kernel: Any) -> Any:
     """The weights that `matmul` really uses, without rounding: float32 for a quantized kernel."""
     return dense(kernel, jnp.float32)
 

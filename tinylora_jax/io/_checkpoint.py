@@ -48,7 +48,8 @@ def _join(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[
     Returns:
       The large arrays by name and the joined ones by dtype, and for each dtype the names and shapes of its arrays.
     """
-    arrays, layout = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    layout: dict[str, Any] = {}
     for name, array in state.items():
         if array.nbytes >= _SMALL:
             arrays[name] = array

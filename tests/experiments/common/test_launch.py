@@ -41,7 +41,9 @@ def compiled(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("method", ["tinylora", "lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["tinylora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "full"))]
+)
 def test_what_runs_was_compiled_from_shapes(config, stop, tmp_path, compiled, method):
     config.method, config.eval_samples, config.svd = method, 3, "subspace"
     grpo.run(config, tmp_path / "run", stop)
@@ -50,6 +52,7 @@ def test_what_runs_was_compiled_from_shapes(config, stop, tmp_path, compiled, me
     assert compiled.late and not (STEPS | FACTORS) & set(compiled.late)
 
 
+@pytest.mark.slow
 def test_so_it_is_for_sft_and_for_a_population(config, stop, tmp_path, compiled):
     config.max_new_tokens, config.max_steps, config.svd = 24, 2, "subspace"
     sft.run(config, tmp_path / "sft", stop)
