@@ -94,8 +94,8 @@ def open_adapter(folder: Path, transfer: bool = False) -> SavedAdapter:
     if is_peft(folder):
         adapter = read_tinylora(folder)
         factors = lambda params, method: peft_factors(adapter, params)
-        v, base, spec, kind, written = adapter.v, adapter.base, adapter.spec, folder.resolve(), written_spec(folder)
-        return SavedAdapter(folder, v, base, spec, factors, kind=kind, foreign=True, written=written)
+        parts = (folder, adapter.v, adapter.base, adapter.spec, factors)
+        return SavedAdapter(*parts, kind=folder.resolve(), foreign=True, written=written_spec(folder))
     spec, v, description = read_adapter(folder)
     fingerprint = description["base_fingerprint"] or {}
     dtype, quantize = fingerprint.get("dtype"), fingerprint.get("quantize", "none")
