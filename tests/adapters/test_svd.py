@@ -148,6 +148,7 @@ def test_a_matrix_that_misses_goes_to_the_host_alone(caplog, monkeypatch):
             np.testing.assert_array_equal(got[place], alone[index])
 
 
+@pytest.mark.slow
 def test_values_that_lie_close_together_take_more_cycles_and_no_host():
     """Like those of large random weights: 60 cycles leave ten times the error that is accepted."""
     W = with_spectrum(1100, 1000, 1 - 3e-5 * np.arange(1000))

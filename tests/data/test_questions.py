@@ -300,6 +300,7 @@ def test_a_parquet_file_of_long_pages_is_refused(tmp_path):
     assert "too large for a file of questions" in said and grown < 300
 
 
+@pytest.mark.slow
 def test_a_parquet_file_that_lies_about_its_size_is_refused(tmp_path):
     """Its one text has 400 MB, and its metadata say 1000 bytes wherever they speak of the size."""
     path = tmp_path / "a.parquet"
@@ -322,6 +323,7 @@ def varint(number):
     return bytes([each | 128 for each in groups[:-1]] + groups[-1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["blank", pytest.param("rows", marks=pytest.mark.slow), "fields"])
 def test_a_small_archive_of_many_bytes_is_refused(tmp_path, kind):
     row = {"blank": b"\n", "rows": b'{"question": "1", "answer": "1"}\n', "fields": b"[" * (1 << 23) + b"\n"}[kind]

@@ -463,6 +463,7 @@ def test_a_workdir_with_anything_in_place_of_a_file(config, command_line, tmp_pa
     fails(command_line(config, tmp_path / "run"), f"run/{name} is damaged")
 
 
+@pytest.mark.slow
 def test_paths_of_flags_are_expanded(processes, tmp_path, monkeypatch):
     processes.env |= {"HOME": str(tmp_path), "RUNS": str(tmp_path / "runs")}
     for given, found in (("~/no-run", tmp_path / "no-run"), ("$RUNS/none", tmp_path / "runs" / "none")):

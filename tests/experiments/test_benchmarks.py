@@ -60,6 +60,7 @@ def test_portability_is_measured_through_the_file(processes, tmp_path):
 _LONG = ("merging", "adapters")  # a minute each, to compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in _LONG else x for x in CASES])
 def test_benchmarks_measure_what_they_say(processes, tmp_path, name):
     flags, expected = CASES[name]
@@ -75,6 +76,7 @@ def test_benchmarks_measure_what_they_say(processes, tmp_path, name):
         assert table["modules"] == 14 and table["largest relative difference of ΔW"] < 1e-3
 
 
+@pytest.mark.slow
 def test_a_whole_step_is_timed_in_its_phases(processes, tmp_path):
     result = tmp_path / "result.json"
     ran = processes.run("benchmarks.grpo_step", "--steps=1", f"--json={result}")

@@ -134,6 +134,7 @@ def test_correct_answers_are_solutions_to_learn_from(tmp_path):
     assert [solution_text(q.solution, q.answer, "math") for q in questions] == [each["solution"] for each in found]
 
 
+@pytest.mark.slow
 def test_as_a_process(finished, processes, tmp_path):
     adapter = finished.workdir / "adapter"
     result = processes.run("evaluate", f"--adapter={adapter}", f"--output={tmp_path / 'r.json'}")

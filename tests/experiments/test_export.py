@@ -43,6 +43,7 @@ def test_a_trained_adapter_is_written(adapter, processes, model_folder, tmp_path
     assert again.code == 1 and "is not empty" in again.err and "Traceback" not in again.err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(adapter, processes, model_folder, tmp_path):
     flags = (f"--adapter={adapter}", "--to=merged", f"--output={tmp_path / 'a' / 'b'}", f"--model={model_folder}")
     result = processes.run("export", *flags, config=False, file_kib=40)
@@ -101,6 +102,7 @@ def theirs(model_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_peft_folder_becomes_one_of_ours(theirs, adapter, config, model_folder, processes, tmp_path):
     ours = tmp_path / "ours"

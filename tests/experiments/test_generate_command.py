@@ -110,6 +110,7 @@ def answers(printed, samples=True):
     return {label(row) + number(row): row["answer"] for row in rows}
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_each_adapter_draws_alone(processes, adapters, answering):
     given = [f"--adapter={name}" for name in [command.BASE, *adapters]]
     ran = subprocess.run(

@@ -56,6 +56,7 @@ def test_another_storage_is_refused_unless_asked_for(trained):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_lora_is_refused_and_moved_too(config, stop, tmp_path):
     config = configured(config, "int8", "lora")
     grpo.run(config, tmp_path / "run", stop)

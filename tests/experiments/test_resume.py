@@ -57,6 +57,7 @@ def kill_until_finished(processes, workdir, kills, seed):
     return hits
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(processes, tmp_path, traces, undisturbed):
     assert kill_until_finished(processes, tmp_path / "run", kills=2, seed=0) >= 1
     assert traces(tmp_path / "run") == undisturbed

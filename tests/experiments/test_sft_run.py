@@ -47,6 +47,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(sft_config, stop, tmp_pat
     assert [row["v"] for row in rows_of(tmp_path / "parts")] == [row["v"] for row in rows_of(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [(sft, grpo), (grpo, sft)])
 def test_a_workdir_of_sft_is_not_continued_by_grpo(sft_config, stop, tmp_path, first, second):
     with pytest.raises(Stopped):

@@ -79,6 +79,7 @@ def narrow(result):
     return True
 
 
+@pytest.mark.slow
 def test_a_run_is_told_from_its_start_to_what_comes_next(trained, short):
     assert trained.code == 0 and narrow(trained), trained.text
     text = "\n".join(trained.lines)
@@ -94,6 +95,7 @@ def test_a_run_is_told_from_its_start_to_what_comes_next(trained, short):
     assert trained.lines[0].startswith("starting")
 
 
+@pytest.mark.slow
 def test_a_log_has_one_line_a_step_and_json_at_its_end(processes, short, trained, tmp_path):
     result = processes.run("grpo", f"--workdir={tmp_path / 'run'}", "--config.max_steps=2")
     assert result.code == 0 and "\r" not in result.err + result.out

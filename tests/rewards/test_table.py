@@ -159,6 +159,7 @@ def test_a_scaled_fraction_is_the_same_and_a_changed_one_is_not():
     laws(other, 0.0)
 
 
+@pytest.mark.slow
 def test_one_other_digit_is_another_number():
     rng = random.Random(4)
     pairs = []
@@ -199,6 +200,7 @@ def test_a_letter_of_the_other_case_is_another_letter():
     )
 
 
+@pytest.mark.slow
 def test_grading_is_symmetric_where_neither_side_is_said_to_be_the_gold_one():
     rows = [pair for pair in PAIRS if pair[0] in ("numbers", "tuples", "intervals", "algebra", "equations")]
     backwards = grades("math", [(gold, found) for _, found, gold, _ in rows])

@@ -243,6 +243,7 @@ def test_the_number_of_slots_changes_nothing(qwen2, adapted, prompts, pooled, sl
         assert int(got.slot_steps) == lengths.sum(), "one slot is never empty"
 
 
+@pytest.mark.slow
 def test_a_shrinking_pool_saves_steps_of_empty_slots(qwen2, adapted, prompts, pooled):
     lengths = np.asarray(pooled.lengths)
     in_use = lambda step: int((lengths > step).sum())

@@ -30,6 +30,7 @@ def run(*flags, config="gsm8k_qwen2_5_7b", timeout=300):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_json_tell_the_same(tmp_path):
     output = tmp_path / "result.json"
     result = run(*SMALL, "--topology=v5e:2x2", "--mesh=1,1,4", f"--json={output}")

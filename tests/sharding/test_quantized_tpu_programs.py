@@ -77,6 +77,7 @@ def retraced():
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_a_wide_copy_would_be_seen(monkeypatch, retraced):
     copied = lambda x, kernel, num_in: x @ jax.lax.optimization_barrier(dense(kernel, x.dtype))
     monkeypatch.setattr(kernel, "quantized_product", copied)
@@ -84,6 +85,7 @@ def test_a_wide_copy_would_be_seen(monkeypatch, retraced):
     assert {shape for _, shape in widened(case, step(case))} >= {(1536, 8960), (8960, 1536)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["decode", pytest.param("update", marks=pytest.mark.slow)])
 def test_no_program_writes_a_wide_copy_of_a_matrix(scheme, which):

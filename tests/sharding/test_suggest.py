@@ -21,6 +21,7 @@ def found(*names):
     return ranked(targets, candidates(targets, make, 256, 8192))
 
 
+@pytest.mark.slow
 def test_eight_chips_of_v5e_hold_all_completions_and_four_hold_a_half():
     eight, four = found("v5e:2x4"), found("v5e:2x2")
     assert eight[0].slots == 256 and {c.mesh.tensor for c in eight if c.slots == 256} >= {4, 8}
@@ -38,6 +39,7 @@ def test_of_equally_many_devices_the_topology_named_first_is_tried_first():
         assert tried == list(names)
 
 
+@pytest.mark.slow
 def test_the_first_that_compiles_is_taken_with_shorter_streams_if_the_update_alone_is_too_large():
     tried = []
 

@@ -76,6 +76,7 @@ def test_decoding_gathers_no_weights(decode, family, target, sizes):
     assert compiled.cost.cycles > 0 and [k.name for k in compiled.cost.kernels].count("write_entry") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "target"), [("qwen3", "v6e:2x4"), pytest.param("qwen2", "v5e:2x2", marks=pytest.mark.slow)]
 )
@@ -89,6 +90,7 @@ def test_the_update_reduces_one_vector(family, target):
     assert estimate.weights_gathered(compiled, case) > 0, "the layers' weights are gathered instead"
 
 
+@pytest.mark.slow
 def test_bytes_of_a_device_shrink_with_the_mesh():
     sizes = {}
     for target, mesh in (("v5e:1x1", (1, 1, 1)), ("v5e:2x2", (1, 1, 4)), ("v5e:2x4", (1, 1, 8))):

@@ -150,7 +150,7 @@ def _input_scales(W: np.ndarray) -> np.ndarray:
 
 
 def quantize(W: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Rounds a weight to integers with scales, on the host: the same on every machine.
+    """Rounds a weight to integers with scales, on the host; in int8 the result is the same on every machine.
 
     s = max |W / a| / 127 in int8 and / 7 in int4, for every output. Smaller scales, which clip the largest weights,
     have less squared error in int4, but agree less with the model.

@@ -57,6 +57,7 @@ def execute(tmp_path, monkeypatch, compilation_cache):
     return run
 
 
+@pytest.mark.slow
 def test_quickstart(execute, tmp_path, config_file, blank_panels):
     book = execute("quickstart.ipynb", str(config_file))
     (picture,) = pictures_of(book)
@@ -68,6 +69,7 @@ def test_quickstart(execute, tmp_path, config_file, blank_panels):
     assert len(vector) == 32 and vector.hex(" ") in text  # 8 numbers in float32
 
 
+@pytest.mark.slow
 def test_bring_your_own_model(execute):
     book = execute("bring_your_own_model.ipynb")
     losses = re.findall(r"(before|after): +loss (\S+), v = \[([^]]*)\]", printed(book))

@@ -72,6 +72,7 @@ def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate([block[[h * half + i for i in range(half) for h in (0, 1)]] for block in per_head])
 
 
+@pytest.mark.slow
 def test_container_agrees_with_the_gguf_library(smollm2):
     ours, theirs = read_gguf(SMOLLM2), gguf.GGUFReader(SMOLLM2)
     assert set(ours.tensors) == {tensor.name for tensor in theirs.tensors}
@@ -87,6 +88,7 @@ def test_container_agrees_with_the_gguf_library(smollm2):
                 assert list(ours_value) == value if isinstance(value, list) else ours_value == value
 
 
+@pytest.mark.slow
 def test_smollm2_weights_equal_those_of_transformers(smollm2):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32
