@@ -26,10 +26,10 @@ from typing import Any
 from absl import app, flags
 
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.closing import block, emit, example_lines, place_lines, read_change
+from experiments.common.closing import block, emit, example_lines, interval, place_lines, read_change
 from experiments.common.eval_metrics import GRADES
 from experiments.common.opening import parse_flags
-from experiments.common.wording import WIDTH, counted, cut, p_digits, points, table
+from experiments.common.wording import WIDTH, counted, cut, p_digits, points, table_with_sections
 from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.files import expand, is_number, read_json
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
@@ -176,22 +176,17 @@ def differences_table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], ques
       found: result of `with_accuracies`.
       questions: number of questions of each set.
     """
-    head = ["", "", "first → second", "points", "[95 %]", "p", "better", "worse"]
-    rows, sections = [], {}
+    rows = [["", "", "first → second", "points", "[95 %]", "p", "better", "worse"]]
+    sections: dict[int, str] = {}
     for name, modes in found.items():
         sections[len(rows)] = f"{cut(name, WIDTH - 20)}: {counted(questions[name], 'question')}"
         for mode, grades in modes.items():
             for grade, each in grades.items():
-                ends = "" if each["low"] is None else f"[{points(each['low'])}, {points(each['high'])}]"
+                ends = interval(each["low"], each["high"])
                 change = f"{100 * each['first']:.1f} → {100 * each['second']:.1f} %"
                 counts = [str(each["better"]), str(each["worse"])]
                 rows.append([mode, grade, change, points(each["value"]), ends, p_digits(each["p"]), *counts])
-    head, *lines = table([head, *rows], left=(0, 1), gap="  ")
-    found_lines = ["  " + head]
-    for place, line in enumerate(lines):
-        found_lines += [sections[place]] if place in sections else []
-        found_lines.append("  " + line)
-    return "\n".join(found_lines)
+    return "\n".join(table_with_sections(rows, sections, left=(0, 1)))
 
 
 def ending(result: Mapping[str, Any], first: Evaluation, second: Evaluation) -> str:

@@ -36,7 +36,7 @@ from absl import app, flags
 from experiments.common.cli import fail, reporting_errors
 from experiments.common.closing import block, change, member_rows, place_lines
 from experiments.common.opening import parse_flags
-from experiments.common.wording import counted, cut, p_digits, paragraph, points, size, table
+from experiments.common.wording import counted, cut, p_digits, paragraph, points, size, table_with_sections
 from experiments.configs import base
 from experiments.plot import plot
 from experiments.plotting.charts import draw_accuracy, short_number
@@ -298,10 +298,7 @@ def runs_table(result: dict[str, Any]) -> str:
         count = f"{row['params']:,}" if row["params"] < _LARGE else short_number(row["params"])
         cells = [count, rate, str(row["seed"]), f"{row['training']:.3f}"]
         rows.append([name, *cells, f"{100 * row['accuracy']:.1f}", points(row["difference"]), p_digits(row["p"])])
-    lines = [_about(result)]
-    for place, line in enumerate(table(rows)):
-        lines += [sections[place]] if place in sections else []
-        lines.append(line)
+    lines = [_about(result), *table_with_sections(rows, sections, indent="")]
     interval = f"{100 * base['low']:.1f} to {100 * base['high']:.1f}"
     notes = f"""gain: points over the untrained model ({interval}, 95 %), by a paired test of greedy answers to the
         same questions. A star marks what the picture shows: for every size the setting that was trained best."""

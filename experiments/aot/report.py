@@ -11,6 +11,7 @@ from experiments.aot import estimate
 from experiments.aot.chips import Topology
 from experiments.aot.programs import Build, Case, Compiled
 from experiments.common.meshes import describe
+from tinylora_jax.models import AXES
 
 
 def _program(compiled: Compiled, topology: Topology) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def summary(case: Case, topology: Topology, build: Build) -> dict[str, Any]:
         "chip": topology.chip.kind,
         "devices": len(topology.devices),
         "hbm_bytes": topology.chip.hbm_bytes,
-        "mesh": dict(zip(("data", "fsdp", "tensor"), describe(case.mesh), strict=True)),
+        "mesh": dict(zip(AXES, describe(case.mesh), strict=True)),
         "model": case.name or case.config.model,
         "dtype": str(case.dtype),
         "quantize": case.config.quantize,

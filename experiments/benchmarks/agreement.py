@@ -54,11 +54,12 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     with common.measuring(alone=True):
-        found, mask = [], None
-        for scheme in ("none", FLAGS.quantize):
-            model = load_pretrained(FLAGS.model, common.dtype(), quantize=scheme)
-            tokens, mask = texts_of(model, FLAGS.source, FLAGS.tokens)
-            found.append(predictions(model, tokens))
+        load = lambda scheme: load_pretrained(FLAGS.model, common.dtype(), quantize=scheme)
+        model = load("none")
+        tokens, mask = texts_of(model, FLAGS.source, FLAGS.tokens)
+        found = [predictions(model, tokens)]
+        del model  # one model at a time
+        found.append(predictions(load(FLAGS.quantize), tokens))
     inner = mask[:, 1:] & mask[:, :-1]
     rows = {
         "model": FLAGS.model,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import progress
+from experiments.common.eval_metrics import GRADES
 from experiments.common.wording import (
     WIDTH,
     command_line,
@@ -27,7 +28,6 @@ from experiments.common.wording import (
 from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
 
-GRADES = ("strict", "lenient")
 _LINES = 6  # largest number of lines of an answer in an example
 _SHORT = 60  # longest question that is repeated in a command
 
@@ -170,18 +170,20 @@ def change_lines(found: Change, fixed: int | None = None, broken: int | None = N
         shares = shares and max(old, new) <= 1
         show = percent if shares else lambda x: f"{x:.3g}"
         moved = f"{points(each.value)} points" if shares else f"{each.value:+.3g}"
-        rows.append([f"  {name}", f"{show(old)} → {show(new)}", moved, interval(each, shares), p_value(each.p)])
+        rows.append(
+            [f"  {name}", f"{show(old)} → {show(new)}", moved, interval(each.low, each.high, shares), p_value(each.p)]
+        )
     lines = table(rows, left=(0, 4))
     counts = f"{counted(found.questions, 'question')}, greedy: {fixed} fixed, {broken} broken"
     return [*lines, f"  {counts} (strict)"]
 
 
-def interval(each: Difference, shares: bool = True) -> str:
+def interval(low: float | None, high: float | None, shares: bool = True) -> str:
     """Formats the 95 % interval of a difference, in percentage points for shares; empty if there is none."""
-    if each.low is None or each.high is None:
+    if low is None or high is None:
         return ""
     show = points if shares else lambda x: f"{x:+.3g}"
-    return f"[{show(each.low)}, {show(each.high)}]"
+    return f"[{show(low)}, {show(high)}]"
 
 
 def example_lines(each: Example, before: str = "before", after: str = "after") -> list[str]:
@@ -289,13 +291,15 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     fixed = found.fixed if found else ()
     example = ["for example, this one was fixed:", *example_lines(fixed[0])] if fixed else None
     places = {"adapter": adapter, **({"picture": picture} if picture else {})}
-    places |= {"answers": workdir / "answers_after.jsonl"}
+    places |= {"answers": workdir / "answers_after.jsonl", "result": workdir / "summary.json"}
     evaluate = ["python", "-m", "experiments.evaluate", *config, f"--adapter={adapter}", "--showcase=3"]
     export = ["python", "-m", "experiments.export", f"--adapter={adapter}", "--to=merged", f"--output={workdir}/merged"]
-    commands = [("ask both models", ask(adapter, fixed)), ("see what was fixed", evaluate)]
-    commands += [("use it elsewhere", export)]
-    where = place_lines({**places, "result": workdir / "summary.json"})
-    return block(paragraph(head + minutes), changed, example, where, next_lines(commands))
+    commands = [
+        ("ask both models", ask(adapter, fixed)),
+        ("see what was fixed", evaluate),
+        ("use it elsewhere", export),
+    ]
+    return block(paragraph(head + minutes), changed, example, place_lines(places), next_lines(commands))
 
 
 def member_rows(summary: Mapping[str, Any], workdir: Path, widest: int = 10**6) -> list[list[str]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.common.wording import WIDTH, counted, cut, table
+from experiments.common.wording import WIDTH, counted, cut, percent, table_with_sections
 from tinylora_jax.metrics import estimate, majority, pass_at_k
 from tinylora_jax.rewards import normalize
 
@@ -46,7 +46,7 @@ def sampled_summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
 
 def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Formats the results of several sets as tables of 80 columns, in percent."""
-    lines, head = [], ["", "strict", "[95 %]", "lenient", "[95 %]", "tokens", "cut off"]
+    lines = [["", "strict", "[95 %]", "lenient", "[95 %]", "tokens", "cut off"]]
     sections: dict[int, str] = {}
     for name, result in results.items():
         sections[len(lines)] = f"{cut(name, WIDTH - 20)}: {counted(result['questions'], 'question')}"
@@ -58,21 +58,16 @@ def accuracy_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             if count > 1:
                 lines.append([f"maj@{count}", *_cells(sampled["majority"]), "", ""])
                 lines += [[f"pass@{count}", *_cells(largest), "", ""]] if largest else []
-    head, *rows = table([head, *lines])
-    found = ["  " + head]
-    for place, row in enumerate(rows):
-        found += [sections[place]] if place in sections else []
-        found.append("  " + row)
-    return "\n".join(found)
+    return "\n".join(table_with_sections(lines, sections))
 
 
 def scores(result: Mapping[str, Any]) -> str:
     """Formats the accuracies of a result in a line."""
-    show = [f"{name} {100 * result[name]:.1f} %" for name in GRADES]
+    show = [f"{name} {percent(result[name])}" for name in GRADES]
     return f"{', '.join(show)} of {result['questions']:,} questions, greedy"
 
 
-def percent(value: float) -> str:
+def _unsigned(value: float) -> str:
     """Formats a share in percent with one decimal, without the sign."""
     return f"{100 * value:.1f}"
 
@@ -98,9 +93,9 @@ def _cells(scores: Mapping[str, Any]) -> list[str]:
     cells = []
     for name in GRADES:
         interval = scores[f"{name}_interval"]
-        cells += [percent(scores[name]), f"[{', '.join(map(percent, interval))}]" if interval else ""]
+        cells += [_unsigned(scores[name]), f"[{', '.join(map(_unsigned, interval))}]" if interval else ""]
     return cells
 
 
 def _lengths(scores: Mapping[str, Any]) -> list[str]:
-    return [f"{scores['mean_tokens']:.0f}", percent(scores["truncated"])]
+    return [f"{scores['mean_tokens']:.0f}", _unsigned(scores["truncated"])]

@@ -93,7 +93,7 @@ class Phase:
     """A part of a command that takes seconds, with its elapsed time and how much of it is done.
 
     Args:
-      name: what is being done, such as `compiling`.
+      name: name of the part, such as `compiling`.
       leaves_line: whether a line with the time remains at the end.
     """
 
@@ -251,7 +251,7 @@ def without_chatter() -> Iterator[None]:
         sys.stderr = aside  # messages of this program are not held back
         try:
             yield
-        except BaseException:
+        except BaseException:  # raised again: what was held back may explain any failure
             held.seek(0)
             aside.write(held.read().decode("utf-8", "replace"))
             raise

@@ -16,9 +16,7 @@ from experiments.common.wording import counted, entries, named, size
 from experiments.configs import base
 from tinylora_jax.adapters import Policy
 from tinylora_jax.io import flat
-from tinylora_jax.models import MeshSpec, active_mesh
-
-_AXES = ("data", "fsdp", "tensor")
+from tinylora_jax.models import AXES, MeshSpec, active_mesh
 
 
 def changed_fields(config: ConfigDict) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def trained_words(config: ConfigDict, task: Task) -> str:
 def device_words() -> str:
     """Names the devices and the mesh."""
     devices, mesh = jax.devices(), active_mesh()
-    split = "" if mesh is None else f", mesh {named(dict(zip(_AXES, describe(mesh), strict=True)))}"
+    split = "" if mesh is None else f", mesh {named(dict(zip(AXES, describe(mesh), strict=True)))}"
     return f"{len(devices)} × {devices[0].device_kind}{split}"
 
 

@@ -184,6 +184,27 @@ def table(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,), gap: str = 
     ]
 
 
+def table_with_sections(
+    rows: Sequence[Sequence[str]], sections: Mapping[int, str], left: Iterable[int] = (0,), indent: str = "  "
+) -> list[str]:
+    """Aligns the cells of rows, and puts the head of a section before its first row.
+
+    Args:
+      rows: cells of each row, the head of the table first.
+      sections: heads of sections by the index of their first row.
+      left: columns that are aligned to the left, as in `table`.
+      indent: text before every row, but not before the head of a section.
+
+    >>> table_with_sections([["", "n"], ["a", "1"], ["b", "22"]], {1: "one", 2: "two"})
+    ['      n', 'one', '  a   1', 'two', '  b  22']
+    """
+    lines = []
+    for place, line in enumerate(table(rows, left)):
+        lines += [sections[place]] if place in sections else []
+        lines.append(indent + line)
+    return lines
+
+
 def named(values: Mapping[str, object]) -> str:
     """Formats values as `name=value` words."""
     return " ".join(f"{name}={value}" for name, value in values.items())

@@ -126,7 +126,11 @@ def _headline(change: Change) -> list[str]:
     counts = f"{len(change.fixed)} fixed, {len(change.broken)} broken"
     rows = [["", "before", "after", "gain, points", "95 % interval", "p"]]
     for name, each in change.differences.items():
-        moved = [points(each.value), interval(each), p_value(each.p).removeprefix("p = ").removeprefix("p ")]
+        moved = [
+            points(each.value),
+            interval(each.low, each.high),
+            p_value(each.p).removeprefix("p = ").removeprefix("p "),
+        ]
         rows.append([name, percent(change.before[name]), percent(change.after[name]), *moved])
     return [
         f'<p class="headline">{before} → {after}</p>',

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters.quantized import (
     QuantizedKernel,
+    contract,
     is_quantized,
     joined,
     quantized_gradient,
@@ -120,17 +121,14 @@ def _base_product(x: jax.Array, W: Any, num_in: int) -> jax.Array:
     """x·W in float32."""
     if is_quantized(W):
         return quantized_product(x, W, num_in)
-    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return contract(x, W, num_in, jnp.float32)
 
 
 def _base_gradients(x: jax.Array, W: Any, num_in: int, g: jax.Array) -> tuple[jax.Array, Any]:
     """The gradients of x and W in x·W, in the dtype of x; integers have none."""
     if is_quantized(W):
         return quantized_gradient(g, W, num_in), None
-    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    narrow = lambda x, W: jax.lax.dot_general(x, W, (contract, ((), ())), preferred_element_type=x.dtype)
-    return jax.vjp(narrow, x, W)[1](g)
+    return jax.vjp(lambda x, W: contract(x, W, num_in, x.dtype), x, W)[1](g)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -207,8 +205,7 @@ def matmul(
         return _adapted(x, base, kernel.right, kernel.core, kernel.left, num_in)
     if is_quantized(kernel):
         return _quantized(x, kernel, num_in)
-    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
+    return contract(x, kernel.astype(x.dtype), num_in)
 
 
 @jax.tree_util.register_dataclass

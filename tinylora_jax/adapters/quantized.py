@@ -192,22 +192,25 @@ def _scaled(x: jax.Array, kernel: QuantizedKernel, num_in: int) -> jax.Array:
     return x * kernel.inputs.reshape(kernel.inputs.shape[:num_in]).astype(x.dtype)
 
 
+def contract(x: Any, W: Any, num_in: int, dtype: DTypeLike | None = None) -> jax.Array:
+    """x·W over the trailing axes of x and the `num_in` leading axes of the array W; `dtype` None keeps theirs."""
+    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    return jax.lax.dot_general(x, W, (axes, ((), ())), preferred_element_type=dtype)
+
+
 def quantized_product(x: Any, kernel: QuantizedKernel, num_in: int) -> jax.Array:
     """x·W in float32, for the trailing axes of x and the leading axes of W."""
-    contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    values = kernel.values.astype(x.dtype)
-    x = _scaled(x, kernel, num_in)
-    product = jax.lax.dot_general(x, values, (contract, ((), ())), preferred_element_type=jnp.float32)
+    product = contract(_scaled(x, kernel, num_in), kernel.values.astype(x.dtype), num_in, jnp.float32)
     return product * _output_scales(kernel, num_in)
 
 
 def quantized_gradient(g: Any, kernel: QuantizedKernel, num_in: int) -> jax.Array:
     """The gradient of x in x·W from that of the product, in the dtype of `g`."""
     num_out = kernel.ndim - num_in
-    contract = (tuple(range(g.ndim - num_out, g.ndim)), tuple(range(num_in, kernel.ndim)))
+    axes = (tuple(range(g.ndim - num_out, g.ndim)), tuple(range(num_in, kernel.ndim)))
     scaled = (g.astype(jnp.float32) * _output_scales(kernel, num_in)).astype(g.dtype)
     values = kernel.values.astype(g.dtype)
-    dx = jax.lax.dot_general(scaled, values, (contract, ((), ())), preferred_element_type=g.dtype)
+    dx = jax.lax.dot_general(scaled, values, (axes, ((), ())), preferred_element_type=g.dtype)
     return _scaled(dx, kernel, num_in)
 
 

@@ -217,7 +217,7 @@ class Checkpoints:
         """Completes the last step and releases the threads; repeated calls have no effect.
 
         Raises:
-          CheckpointError: as in `wait`.
+          CheckpointError: the disk is full or the folder cannot be written; earlier steps are intact.
         """
         self._writer.shutdown()
         self._manager.close()
