@@ -215,6 +215,13 @@ def test_what_is_written_survives_a_power_cut(tmp_path, monkeypatch):
     assert calls == [False, "renamed", True], "the bytes, then the name, then the folder that holds it"
 
 
+def test_a_run_from_before_a_field_existed_goes_on_with_the_value_it_had(tmp_path):
+    RunLog(tmp_path, {"seed": 0}).close()
+    with pytest.raises(WorkdirError, match=r"config.quantize: 'none' there, 'int8' now"):
+        RunLog(tmp_path, {"seed": 0, "quantize": "int8"})
+    RunLog(tmp_path, {"seed": 0, "quantize": "none"}).close()
+
+
 def test_a_run_may_go_on_with_another_mesh_and_other_slots(tmp_path):
     """They say how it lies on its devices; earlier versions also had other defaults for them."""
     config = {"seed": 0, "slots": 0, "mesh": {"data": 0, "tensor": 1}}

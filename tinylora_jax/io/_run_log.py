@@ -31,6 +31,7 @@ from tinylora_jax.files import append, check_own, open_regular, parse_json, read
 _MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # size limit of a step's metrics
 _MOST_TOLD = 100  # largest number of differing fields to list
+_ADDED = {"quantize": "none"}  # fields that older runs lack, with the values that these runs had
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "adapter")
 
 
@@ -123,6 +124,7 @@ class RunLog:
             raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir or remove this one") from error
         try:
             before, now, missing = flat(before), flat(self._config), object()
+            before |= {name: value for name, value in _ADDED.items() if name in now and name not in before}
         except RecursionError:
             raise WorkdirError(f"{path} is damaged (nested too deeply); choose another --workdir") from None
         differ = [
