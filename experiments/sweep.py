@@ -3,11 +3,12 @@
     python -m experiments.sweep --config=demo --workdir=/tmp/sweep --vary=optimizer.learning_rate=5e-3,1.5e-2
     python -m experiments.sweep --config=demo --workdir=/tmp/sizes --vary=adapter.n_tie=1,17,210 --vary=seed=0,1
     python -m experiments.sweep --config=demo --workdir=/tmp/two --member=seed=0,adapter.u=2 --member=seed=1
+    python -m experiments.sweep --config=demo --workdir=/tmp/maps --vary=targets=.*/q_proj/kernel,.*/up_proj/kernel
 
 --vary trains all combinations of the given values; --member=field=value,field=value adds a single member. Every member
 has the same prompts, noise and optimizer as in a separate run. All decode in one batch over the same frozen weights.
-Members may differ in seed, optimizer.*, adapter.* except the rank, and method (`tinylora`, `lora_xs`). A member that
-diverges is dropped. The sweep is saved after every step, and the same command continues it. Each member has a folder in
+Members may differ in seed, targets, optimizer.*, adapter.* except the rank, and method (`tinylora`, `lora_xs`). A
+member that diverges is dropped. The sweep is saved after every step, and the same command continues it. Each member has a folder in
 `members` with the contents of a run's workdir. `summary.json` compares the members, and `curves.png` shows their
 rewards.
 """

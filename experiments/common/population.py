@@ -1,15 +1,16 @@
 """Trains several runs as one program: members share the frozen weights and one batch of rollouts.
 
 A member behaves like a separate run: it has its own prompts in its own order, its own sampling noise and its own
-optimizer. Members may differ in anything that leaves the compiled programs unchanged: seeds, the optimizer, and the
-adapter's tying, u and seed, because all adapters of one rank are points of one space (`coordinates`). The rollout
-decodes all members' prompts together, each row with its member's adapter. The members are updated one after the other,
+optimizer. Members may differ in anything that leaves the compiled programs unchanged: seeds, the optimizer, the
+adapter's tying, u and seed, and the adapted modules, because all adapters of one rank are points of one space
+(`coordinates`). The rollout decodes all members' prompts together, each row with its member's adapter. The members are updated one after the other,
 with one compiled gradient.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,7 +30,7 @@ from tinylora_jax.adapters import Factors, TinyLoRA, Trained, coordinates, init,
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import DivergenceError, TrainState, init_state
 
-VARIED = ("seed", "method", "optimizer.", "adapter.")
+VARIED = ("seed", "method", "targets", "optimizer.", "adapter.")
 """Fields, or groups of fields, in which members may differ."""
 
 Changes = dict[str, Any]
@@ -70,7 +71,7 @@ def _parsed(field: str, text: str, config: ConfigDict) -> Any:
     """Converts a value to the type of its field."""
     if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection"):
         raise ConfigError(
-            f"{field}: members may differ only in seed, method, optimizer.* and adapter.* (except rank and"
+            f"{field}: members may differ only in seed, method, targets, optimizer.* and adapter.* (except rank and"
             " projection); run a separate sweep for each value of this field"
         )
     try:
@@ -79,7 +80,7 @@ def _parsed(field: str, text: str, config: ConfigDict) -> Any:
             now = now[part]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{field}: the config has no such field; see experiments/configs/base.py") from error
-    kind = type(now)
+    kind = str if field == "targets" else type(now)  # whose default is None
     if kind not in (int, float, str):
         raise ConfigError(f"{field}: expected a single field with a number or a string")
     try:
@@ -113,10 +114,13 @@ def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, 
     short = lambda field: last(field) if ends[last(field)] == 1 else field
     for changes in members:
         name = ",".join(f"{short(field)}={value}" for field, value in changes.items())
+        name = re.sub(r"[^\w.,=+-]+", "_", name)  # also the name of a folder
         own = config.copy_and_resolve_references()
         own.update_from_flattened_dict(changes)
         if twin := next((other for other, known in found.items() if known == own), None):
             raise ConfigError(f"member {name} is repeated" if twin == name else f"members {twin} and {name} are equal")
+        if name in found:
+            raise ConfigError(f"two members are called {name}; write one of them differently")
         try:
             free_spec(own, parse(own))
         except ConfigError as error:
@@ -178,11 +182,13 @@ class Population:
         learner = rl.Learner(plan_of(self.config, specs, task.model, width), optimizer_of(specs, steps))
         # Abstract factors contain only the tie groups; these are rebuilt.
         tied = partial(retie, task.policy.params, task.policy.factors)
-        free = tied(task.policy.factors.spec)
-        self.members = {
-            name: Member(name, config, tied(parse(config).adapter), free, learner, steps)
-            for name, config in configs.items()
-        }
+        free, self.members = tied(task.policy.factors.spec), {}
+        for name, config in configs.items():
+            try:
+                own = tied(parse(config).adapter)
+            except ValueError as error:
+                raise ConfigError(f"member {name}: {error}") from error
+            self.members[name] = Member(name, config, own, free, learner, steps)
 
     def initial_states(self) -> dict[str, TrainState]:
         """Every member's state before the first step."""

@@ -163,6 +163,22 @@ def test_all_adapters_of_a_rank_lie_in_one_space(tree, tying, n_tie, u):
     np.testing.assert_allclose(coordinates(free, factors, rows)[1], 2 * coordinates(free, factors, v), rtol=1e-6)
 
 
+def test_an_adapter_of_some_modules_lies_in_the_space_of_all(tree):
+    free, spec = factorize(tree, lora_xs(2, TARGETS)), TinyLoRA(u=2, n_tie=2, targets=TARGETS[:1], seed=5)
+    factors, alone = retie(tree, free, spec), factorize(tree, spec)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), factors, alone)
+    v = filled(init(alone))
+    ours, theirs = delta(free, coordinates(free, factors, v)), delta(alone, v)
+    assert set(theirs) < set(ours)
+    for path, update in ours.items():
+        if path in theirs:
+            np.testing.assert_allclose(update, theirs[path], rtol=1e-5, atol=1e-6)
+        else:
+            assert not np.any(update)
+    with pytest.raises(ValueError, match="targets outside them"):
+        retie(tree, alone, TinyLoRA(targets=TARGETS))
+
+
 def test_retied_factors_are_those_of_factorize(tree):
     spec = TinyLoRA(u=2, n_tie=3, tying="structured", targets=TARGETS, seed=3)
     ours, theirs = retie(tree, factorize(tree, lora_xs(2, TARGETS)), spec), factorize(tree, spec)

@@ -13,6 +13,7 @@ from experiments.common.population import combinations, member_configs, parse_me
 from experiments.common.specs import ConfigError
 from experiments.plot import plot, plot_curves, read_run
 from tinylora_jax import rl
+from tinylora_jax.io.adapter import read_adapter
 from tinylora_jax.training import DivergenceError
 
 VARY = ["optimizer.learning_rate=0.05,0.01", "seed=0,3"]
@@ -97,14 +98,21 @@ def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch
 def test_different_adapters_share_one_program(make_config, tmp_path):
     config = make_config()
     config.max_steps = 3
-    free = ["method=lora_xs,optimizer.learning_rate=0.01"]
-    summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never(), free)
-    assert sorted(row["params"] for row in summary["members"]) == [1, 2, 14, 28, 56]
-    config.adapter.n_tie, config.adapter.u = 1, 2
-    grpo.run(config, tmp_path / "alone", Never())
-    together = rows_of(tmp_path / "sweep" / "members" / "n_tie=1,u=2")
-    for a, b in zip(rows_of(tmp_path / "alone"), together, strict=True):
-        np.testing.assert_allclose(a["v"], b["v"], atol=1e-4)
+    others = ["method=lora_xs,optimizer.learning_rate=0.01", "targets=.*/(q|up)_proj/kernel,adapter.n_tie=1"]
+    summary = sweep.run(config, TYINGS, tmp_path / "sweep", Never(), others)
+    assert sorted(row["params"] for row in summary["members"]) == [1, 2, 8, 14, 28, 56]
+    alone = {"n_tie=1,u=2": {"adapter.n_tie": 1, "adapter.u": 2}}
+    alone["targets=._q_up__proj_kernel,n_tie=1"] = {"adapter.n_tie": 1, "targets": ".*/(q|up)_proj/kernel"}
+    for name, changes in alone.items():
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict(changes)
+        grpo.run(own, tmp_path / name, Never())
+        member = tmp_path / "sweep" / "members" / name
+        together = rows_of(member)
+        for a, b in zip(rows_of(tmp_path / name), together, strict=True):
+            np.testing.assert_allclose(a["v"], b["v"], atol=1e-4)
+        saved, theirs = (read_adapter(folder / "adapter")[0] for folder in (tmp_path / name, member))
+        assert saved == theirs
 
 
 def test_one_that_diverges_disturbs_no_other(swept, make_config, tmp_path, monkeypatch):
@@ -153,10 +161,10 @@ def test_an_interrupted_sweep_continues_to_the_same_bits(swept, make_config, tmp
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("samples=2,4", "may differ only in seed, method, optimizer"),
-        ("adapter.rank=1,2", "may differ only in seed, method, optimizer"),
+        ("samples=2,4", "may differ only in seed, method, targets, optimizer"),
+        ("adapter.rank=1,2", "may differ only in seed, method, targets, optimizer"),
         ("optimizer.rate=1", "has no such field"),
-        ("lora.rank=1,2", "may differ only in seed, method, optimizer"),
+        ("lora.rank=1,2", "may differ only in seed, method, targets, optimizer"),
         ("seed", "expected field=value"),
         ("seed=", "expected field=value"),
         ("seed=1,a", "expected a value of type int"),
@@ -200,6 +208,17 @@ def test_a_member_out_of_range(make_config, tmp_path):
 def test_a_member_that_means_nothing(make_config, text, message):
     with pytest.raises(ConfigError, match=message):
         parse_member(text, make_config())
+
+
+@pytest.mark.parametrize(
+    "targets, message", [(".*/v_proj/kernel", "targets outside them"), (".*/qkv/kernel", "matches no leaf")]
+)
+def test_a_member_adapts_what_the_sweep_does_not(make_config, tmp_path, targets, message):
+    config = make_config()
+    config.targets = ".*/q_proj/kernel"
+    with pytest.raises(ConfigError, match=rf"(?s)member targets=.*: .*{message}"):
+        sweep.run(config, [f"targets={targets}"], tmp_path / "sweep", Never())
+    assert not (tmp_path / "sweep" / "members").exists()
 
 
 def test_members_must_be_there_and_differ(make_config, tmp_path):

@@ -142,23 +142,28 @@ def _ties(modules: Sequence[Module], spec: TinyLoRA) -> dict[str, tuple[jax.Arra
 
 
 def retie(params: Any, factors: Factors, spec: TinyLoRA) -> Factors:
-    """Computes factors for another spec of the same rank and targets, without a new decomposition.
+    """Computes factors for another spec of the same rank, without a new decomposition.
 
     Args:
       params: the tree that was factorized.
       factors: factors of these weights; the result shares U, Σ and V with them.
-      spec: spec of the new factors.
+      spec: spec of the new factors; its targets may be some of the adapted modules.
 
     Raises:
-      ValueError: the rank or the targets differ.
+      ValueError: the rank differs, or the targets select a module that is not adapted, or select it with another
+        layout.
     """
-    if (spec.rank, spec.targets) != (factors.spec.rank, factors.spec.targets):
+    modules = select(params, spec.targets)
+    known = {path: leaf.target.layout for path, leaf in factors.leaves.items()}
+    if spec.rank != factors.spec.rank or any(known.get(each.path) != each.target.layout for each in modules):
         raise ValueError(
-            f"factors of rank {factors.spec.rank} do not fit rank {spec.rank} or other targets; call factorize"
+            f"factors of rank {factors.spec.rank} do not fit rank {spec.rank} or targets outside them; call factorize"
         )
-    ties = _ties(select(params, spec.targets), spec)
-    leaves = {path: LeafFactors(leaf.U, leaf.S, leaf.V, *ties[path]) for path, leaf in factors.leaves.items()}
-    return Factors(leaves, spec, factors.ill_conditioned)
+    ties, names = _ties(modules, spec), {module.name for module in modules}
+    leaves = {
+        path: LeafFactors(leaf.U, leaf.S, leaf.V, *ties[path]) for path, leaf in factors.leaves.items() if path in ties
+    }
+    return Factors(leaves, spec, tuple(name for name in factors.ill_conditioned if name in names))
 
 
 def exchange(params: Any, factors: Factors, triplets: Mapping[str, SVD]) -> Factors:

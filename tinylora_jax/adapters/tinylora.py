@@ -88,8 +88,8 @@ def free(factors: Factors) -> Factors:
 def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]) -> Float[Array, "... modules free"]:
     """Converts a vector to the LoRA-XS vector of the same adapter: R of every module. Linear in v.
 
-    All adapters with the same rank and targets are points of one space, whatever their tying. Their coordinates in it
-    let a population of different adapters decode in one batch.
+    All adapters of one rank are points of one space, whatever their tying. Their coordinates in it let a population of
+    different adapters decode in one batch. R of a module that an adapter does not change is zero.
 
     Args:
       free: factors of `lora_xs`.
@@ -97,8 +97,14 @@ def coordinates(free: Factors, factors: Factors, v: Float[Array, "... groups u"]
       v: trained vector, float32 `[..., groups, u]`.
     """
     order = np.argsort(np.concatenate([leaf.groups for leaf in free.leaves.values()]))
-    R = [_expand(leaf.P, _groups(leaf), v) for leaf in (factors.leaves[path] for path in free.leaves)]
-    R = jnp.concatenate(R, axis=-3)
+
+    def own(path: str) -> Float[Array, "... layers rank rank"]:
+        if path in factors.leaves:
+            return _expand(factors.leaves[path].P, _groups(factors.leaves[path]), v)
+        rank = free.spec.rank
+        return jnp.zeros((*v.shape[:-2], len(free.leaves[path].groups), rank, rank), v.dtype)
+
+    R = jnp.concatenate([own(path) for path in free.leaves], axis=-3)
     return R.reshape(*R.shape[:-2], free.spec.u)[..., order, :]
 
 
