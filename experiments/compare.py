@@ -3,7 +3,7 @@
     python -m experiments.compare /tmp/base.json /tmp/trained.json
 
 The arguments are files written by `experiments.evaluate --output` (name either of the two files; both are needed).
-Greedy answers are compared with McNemar's exact test, sampled ones with a permutation test of the means per question.
+Single answers are compared with McNemar's exact test, means of several with a permutation test over the questions.
 Shows both accuracies, and the second minus the first. Results for different questions, prompts or graders are rejected.
 """
 
@@ -32,7 +32,7 @@ from experiments.common.opening import parse_flags
 from experiments.common.wording import WIDTH, counted, cut, p_digits, points, table_with_sections
 from tinylora_jax.data import DataError, read_jsonl
 from tinylora_jax.files import expand, is_number, read_json
-from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
+from tinylora_jax.metrics import Difference, compare_paired
 
 FLAGS = flags.FLAGS
 
@@ -134,7 +134,7 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, dict[str, dict[s
         theirs = second.grades.get((name, mode))
         if theirs is not None and ours.keys() == theirs.keys():
             found.setdefault(name, {})[mode] = {
-                grade: _difference(*([_mean(run[i], place) for i in sorted(ours)] for run in (ours, theirs)), mode)
+                grade: compare_paired(*([_mean(run[i], place) for i in sorted(ours)] for run in (ours, theirs)))
                 for place, grade in enumerate(GRADES)
             }
     return found
@@ -142,11 +142,6 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, dict[str, dict[s
 
 def _mean(grades: Sequence[tuple[float, float]], place: int) -> float:
     return math.fsum(pair[place] for pair in grades) / len(grades)
-
-
-def _difference(first: list[float], second: list[float], mode: str) -> Difference:
-    one_answer = mode == "greedy" and {*first, *second} <= {0, 1}
-    return compare_right_or_wrong(first, second) if one_answer or len(first) == 1 else compare_means(first, second)
 
 
 def accuracy(evaluation: Evaluation, name: str, mode: str, grade: str) -> float:

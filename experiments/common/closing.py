@@ -26,7 +26,7 @@ from experiments.common.wording import (
     table,
 )
 from tinylora_jax.data import DataError, read_jsonl
-from tinylora_jax.metrics import Difference, compare_means, compare_right_or_wrong
+from tinylora_jax.metrics import Difference, compare_paired
 
 _LINES = 6  # largest number of lines of an answer in an example
 _SHORT = 60  # longest question that is repeated in a command
@@ -98,7 +98,7 @@ def change(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any
         len(pairs),
         {name: mean(old) for name, (old, _) in grades.items()},
         {name: mean(new) for name, (_, new) in grades.items()},
-        {name: difference(*both) for name, both in grades.items()},
+        {name: compare_paired(*both) for name, both in grades.items()},
         moved(1),
         moved(-1),
     )
@@ -111,12 +111,6 @@ def _sampled(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str | None, int], 
         if row["mode"] == "sampled":
             found.setdefault((row.get("set"), row["id"]), []).append(row["strict"])
     return {name: math.fsum(grades) / len(grades) for name, grades in found.items()}
-
-
-def difference(before: Sequence[float], after: Sequence[float]) -> Difference:
-    """The paired test that fits these grades: McNemar's if all are 0 or 1, else a permutation test."""
-    test = compare_right_or_wrong if {*before, *after} <= {0, 1} else compare_means
-    return test([float(x) for x in before], [float(x) for x in after])
 
 
 def as_json(found: Change | None, most: int) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 A member behaves like a separate run: it has its own prompts in its own order, its own sampling noise and its own
 optimizer. Members may differ in anything that leaves the compiled programs unchanged: seeds, the optimizer, the
 adapter's tying, u and seed, and the adapted modules, because all adapters of one rank are points of one space
-(`coordinates`). The rollout decodes all members' prompts together, each row with its member's adapter. The members are updated one after the other,
-with one compiled gradient.
+(`coordinates`). The rollout decodes all members' prompts together, each row with its member's adapter. The members are
+updated one after the other, with one compiled gradient.
 """
 
 from __future__ import annotations

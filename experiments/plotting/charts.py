@@ -149,48 +149,67 @@ def _legend(curve: Mapping[str, Any]) -> str:
 
 
 def draw_accuracy(
-    series: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, float], path: Path, title: str = ""
+    series: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, Any], path: Path, title: str = ""
 ) -> None:
     """Draws accuracy against the number of trained numbers, on a logarithmic axis.
 
     A series has its colour and line, and a method its marker, so that the picture can be read without colours. Only
-    points of one method are connected.
+    points of one method are connected. Sampled answers have axes of their own, next to those of greedy answers.
 
     Args:
       series: points by name of the series (such as `RL`), with `params`; `accuracy`, `low` and `high` in [0, 1]; and
-        optionally the `method`.
-      base: `accuracy`, `low` and `high` of the untrained model.
+        optionally the `method`, and the same three values of sampled answers under `sampled`.
+      base: `accuracy`, `low` and `high` of the untrained model, and optionally `sampled`.
       path: path of the PNG file.
       title: title of the picture, such as the model and the number of questions.
     """
-    figure, axes = _figure(7.6, 4.8)
-    axes.axhspan(base["low"], base["high"], color="0.88", linewidth=0, label="untrained, 95 % interval")
-    axes.axhline(base["accuracy"], color="0.35", linewidth=1, linestyle=":", label="untrained")
+    from matplotlib.figure import Figure
+
+    modes = ["greedy", *(["sampled"] if "sampled" in base else [])]
+    figure = Figure(figsize=(7.6 if len(modes) == 1 else 11.0, 4.8), layout="constrained")
     methods = list(dict.fromkeys(point.get("method", "") for points in series.values() for point in points))
     markers = dict(zip(methods, _MARKERS, strict=False))
+    for axes, mode in zip(np.atleast_1d(figure.subplots(1, len(modes), sharey=True)), modes, strict=True):
+        of = lambda each, mode=mode: each if mode == "greedy" else {**each, **each["sampled"]}
+        shown = {name: [of(p) for p in points if mode == "greedy" or mode in p] for name, points in series.items()}
+        _draw_series(axes, shown, of(base), markers)
+        axes.set_ylabel(f"accuracy, strict, {mode} answers")
+    about = "points: mean over seeds; bars: 95 % interval of a run"
+    figure.suptitle("\n".join(filter(None, [title, about])), fontsize=10)
+    for method in filter(None, methods):
+        axes.plot([], [], color="0.3", marker=markers.get(method, "o"), markersize=7, linestyle="", label=method)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=9, frameon=False, ncols=4)
+    _write(figure, path)
+
+
+def _draw_series(
+    axes: Axes,
+    series: Mapping[str, Sequence[Mapping[str, Any]]],
+    base: Mapping[str, Any],
+    markers: Mapping[str, str],
+) -> None:
+    """Draws the points of one kind of answers, and the untrained model as a band."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.axhspan(base["low"], base["high"], color="0.88", linewidth=0, label="untrained, 95 % interval")
+    axes.axhline(base["accuracy"], color="0.35", linewidth=1, linestyle=":", label="untrained")
     for place, ((name, points), color) in enumerate(zip(series.items(), _COLORS, strict=False)):
         look = {"color": color, "linestyle": _LINES[place % len(_LINES)], "capsize": 2, "linewidth": 1.4}
         look |= {"markersize": 7, "markerfacecolor": color if place == 0 else "white"}
-        for method in methods:
+        for method, marker in markers.items():
             own = sorted((p for p in points if p.get("method", "") == method), key=lambda point: point["params"])
             if own:
                 x, y = [np.array([p[key] for p in own], float) for key in ("params", "accuracy")]
                 spread = np.array([[p["accuracy"] - p["low"], p["high"] - p["accuracy"]] for p in own]).T
                 moved = x * _ASIDE**place  # error bars of two series at one place would hide each other
-                axes.errorbar(moved, y, yerr=spread, marker=markers.get(method, "o"), **look)
+                axes.errorbar(moved, y, yerr=spread, marker=marker, **look)
         axes.plot([], [], color=color, linestyle=look["linestyle"], linewidth=1.4, label=name)
-    for method in filter(None, methods):
-        axes.plot([], [], color="0.3", marker=markers.get(method, "o"), markersize=7, linestyle="", label=method)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, place: short_number(value))
     axes.set_xlabel("trained numbers")
-    axes.set_ylabel("accuracy, strict, greedy answers")
     axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g} %")
+    axes.yaxis.set_tick_params(labelleft=True)
     axes.grid(axis="y", color="0.92")
-    about = "points: mean over seeds; bars: 95 % interval of a run"
-    axes.set_title("\n".join(filter(None, [title, about])), fontsize=10, loc="left")
-    figure.legend(loc="outside lower center", fontsize=9, frameon=False, ncols=4)
-    _write(figure, path)
 
 
 def short_number(value: float) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.report import ReportError, best, read_runs, runs_table
+from experiments.common.combining import ReportError, best, points_of, read_runs
+from experiments.report import runs_table
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 CONFIG = {
@@ -103,6 +104,29 @@ def test_runs_of_one_size_are_told_apart(tmp_path):
     assert len(ends) == 1, "columns stand under each other"
 
 
+def test_sampled_answers_stand_beside_greedy_ones(tmp_path):
+    scores = SCORES | {"sampled": {"samples": 2, "strict": 0.5}}
+    folder = write_run(tmp_path / "run", 13, reward(0.5), BEFORE)
+    summary = json.loads((folder / "summary.json").read_text()) | {"eval_before": scores, "eval_after": scores}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for name, right in (("before", (0, 0)), ("after", (1, 0))):
+        rows = [{"mode": "greedy", "id": i, "strict": float(x)} for i, x in enumerate(BEFORE)]
+        rows += [{"mode": "sampled", "id": i, "strict": float(x)} for i in range(10) for x in right]
+        (folder / f"answers_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = report.report(read_runs("RL", folder))
+    (row,) = result["runs"]
+    assert row["difference"] == 0 and result["untrained"]["sampled"]["accuracy"] == 0
+    assert row["sampled"] | {"low": 0, "high": 0} == {
+        **{"accuracy": 0.5, "low": 0, "high": 0, "difference": 0.5, "difference_low": 0.5, "difference_high": 0.5},
+        "p": 0.00195,
+    }, "all ten questions improve by one of two samples: 2 · 2⁻¹⁰"
+    assert points_of(result["runs"])["RL"][0]["sampled"]["accuracy"] == 0.5
+    table = runs_table(result)
+    assert "sampled answers:" in table and max(map(len, table.splitlines())) <= 80
+    longer = [row, row | {"steps": 348, "learning_rate": 1e-2}]
+    assert len(best(longer)["RL"]) == 1 and "r=2 348 steps" in runs_table(result | {"runs": longer})
+
+
 def test_a_report_of_an_older_version_is_drawn(tmp_path, monkeypatch, capsys):
     values = {"runs": [], "redraw": str(RESULTS / "gsm8k_0_5b_methods_h100.json")}
     older = json.loads((RESULTS / "gsm8k_0_5b_methods_h100.json").read_text())
@@ -189,7 +213,7 @@ def test_of_a_size_the_best_setting_is_drawn_and_not_the_best_seed():
     }
     lucky = [row(1e-2, 0, 0.9, 0.8), row(1e-2, 1, 0.1, 0.2)]
     steady = [row(1e-3, 0, 0.6, 0.3), row(1e-3, 1, 0.6, 0.5)]
-    assert report.best(lucky + steady) == {"RL": [steady]}
-    (drawn,) = report.points_of(lucky + steady)["RL"]
+    assert best(lucky + steady) == {"RL": [steady]}
+    (drawn,) = points_of(lucky + steady)["RL"]
     assert drawn.pop("method") == "TinyLoRA"
     assert drawn == pytest.approx({"params": 13, "accuracy": 0.4, "low": 0.3, "high": 0.5})

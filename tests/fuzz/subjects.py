@@ -19,10 +19,11 @@ from gguf_files import write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from experiments.common.combining import ReportError, checked_report, points_of, read_runs
 from experiments.compare import CompareError
 from experiments.compare import read as read_evaluation
 from experiments.plot import PlotError, checked_curves, read_run
-from experiments.report import ReportError, checked_report, points_of, read_runs, runs_table
+from experiments.report import runs_table
 from tinylora_jax.adapters import LoRA, Target, TinyLoRA, factorize
 from tinylora_jax.data import DataError, DataSpec, get_template, load_questions, render
 from tinylora_jax.files import read_at_most

@@ -35,6 +35,20 @@ class Difference:
     worse: int
 
 
+def compare_paired(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """The paired test that fits the scores: McNemar's if all are 0 or 1, else the permutation test.
+
+    Args:
+      first: score of each question in the first evaluation.
+      second: scores of the second evaluation, in the same order.
+
+    Raises:
+      ValueError: the counts differ, or there are too few questions for the test.
+    """
+    test = compare_right_or_wrong if {*first, *second} <= {0, 1} else compare_means
+    return test([float(x) for x in first], [float(x) for x in second])
+
+
 def compare_right_or_wrong(first: Sequence[float], second: Sequence[float]) -> Difference:
     """McNemar's exact test, for one answer per question.
 
