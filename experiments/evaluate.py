@@ -217,13 +217,15 @@ def run(
         check_template(config.template, each.reward)
     rewards = [load_reward(each.reward) for each in sets]
     questions = [load_graded_questions(each.data, each.reward) for each in sets]
+    hows = [
+        {"batch_size": config.eval_batch_size, "samples": each.samples or max(1, config.eval_samples)} for each in sets
+    ]
+    config = config.copy_and_resolve_references()
+    config.eval_samples = max(how["samples"] for how in hows)  # the largest batch must fit in memory
     trained = None if adapter is None else open_trained(adapter, transfer)
     task = load_task(config, specs, partial(base_policy, spec=specs.adapter) if trained is None else trained.policy)
     v = task.policy.init() if trained is None else trained.v
     prompts = [make_prompts(config, each, task) for each in questions]
-    hows = [
-        {"batch_size": config.eval_batch_size, "samples": each.samples or max(1, config.eval_samples)} for each in sets
-    ]
     with phase("compiling") as work:
         lowered = (lower_evaluation(task, v, p, **how) for p, how in zip(prompts, hows, strict=True))
         compile_together(chain(*lowered), report=work.count)

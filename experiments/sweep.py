@@ -208,7 +208,7 @@ def run(
         return done
     train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
-    with launch(config, specs, free) as start:
+    with launch(config, specs, free, len(configs)) as start:
         prompts = make_prompts(config, train_questions, start.abstract)
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))

@@ -47,7 +47,9 @@ def open_model(source: str, dtype: str, quantize: str) -> OpenedModel:
     return open_pretrained(source, jnp.dtype(dtype), quantize=quantize)
 
 
-def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int, joined: bool) -> float:
+def rollout_bytes(
+    model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int, joined: bool, num_prompts: int | None = None
+) -> float:
     """Predicts the bytes per device during decoding.
 
     Args:
@@ -56,6 +58,7 @@ def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int
       mesh: device mesh, of real or hypothetical devices.
       slots: number of completions decoded at once.
       joined: whether decoding joins unsplit kernels of the blocks, which copies them.
+      num_prompts: number of prompts of the batch; None for those of a training step.
     """
     size = jnp.dtype(config.dtype).itemsize
     shapes = param_shapes(model, jnp.dtype(config.dtype), config.quantize)
@@ -64,7 +67,7 @@ def rollout_bytes(model: ModelConfig, config: ConfigDict, mesh: Mesh, slots: int
     copies = placed_bytes(shapes["layers"], param_shardings(mesh, shapes)["layers"]) if joined and whole else 0.0
     trained = _TRAINED_BYTES * _num_trained(config, shapes)
     cache = cache_bytes(model, mesh, slots, config.max_prompt_tokens + config.max_new_tokens, size)
-    prompts = cache_bytes(model, mesh, config.batch_size, config.max_prompt_tokens, size)
+    prompts = cache_bytes(model, mesh, num_prompts or config.batch_size, config.max_prompt_tokens, size)
     scores = 8.0 * slots * model.vocab_size / mesh.size
     return weights + copies + trained + cache + 2 * prompts + scores
 
@@ -99,11 +102,12 @@ def fit(
     devices: Sequence[Any],
     memory: float | None,
     joined: bool = False,
+    members: int = 1,
 ) -> Fit:
     """Chooses the mesh and the slots of a run: the config's values, or the best fit for `auto` (0).
 
-    The best fit is the smallest split of the weights with which all completions of a batch fit at once; if there is
-    none, it is the split with which the most completions fit.
+    The best fit is the smallest split of the weights with which all completions of a training step fit at once; if
+    there is none, it is the split with which the most completions fit. The slots also fit the batches of evaluations.
 
     Args:
       model: architecture of the model.
@@ -112,21 +116,34 @@ def fit(
       devices: devices of the run, real or hypothetical.
       memory: memory of a device in bytes; None if unknown.
       joined: whether decoding joins kernels, see `rollout_bytes`.
+      members: number of members of a sweep, whose batches are decoded together.
     """
     if memory is None:
         return Fit(spec.resolve(len(devices)), config.slots or _CPU_SLOTS)
-    rows, found = config.batch_size * config.samples, []
+
+    def slots_on(mesh: Mesh, prompts: int, samples: int) -> tuple[bool, int, float]:
+        """Whether a batch fits, with the most slots (else with the fewest), and the bytes it takes."""
+        rows, found = prompts * samples, []
+        for slots in [min(config.slots, rows)] if config.slots else _halves(rows, mesh.size // mesh.shape["tensor"]):
+            num_bytes = rollout_bytes(model, config, mesh, slots, joined, prompts)
+            found.append((num_bytes <= ROOM * memory, slots, num_bytes))
+        fitting = [way for way in found if way[0]]
+        return max(fitting) if fitting else min(found, key=lambda way: way[2])
+
+    prompts, ways = config.batch_size * members, []
     for tensor in _splits(spec, len(devices)):
         resolved = replace(spec, tensor=tensor).resolve(len(devices))
-        mesh = resolved.make(devices)
-        for slots in [min(config.slots, rows)] if config.slots else _halves(rows, mesh.size // tensor):
-            num_bytes = rollout_bytes(model, config, mesh, slots, joined)
-            found.append((num_bytes <= ROOM * memory, slots, -tensor, -num_bytes, resolved))
+        fits, slots, num_bytes = slots_on(resolved.make(devices), prompts, config.samples)
+        ways.append((fits, slots, -tensor, -num_bytes, resolved))
     # Prefer the most slots that fit, then the smallest split. If nothing is predicted to fit, the choice with the least
     # memory has the best chance, and the device reports what is missing.
-    fitting = [way for way in found if way[0]]
-    _, slots, _, negative, resolved = max(fitting) if fitting else max(found, key=lambda way: way[3])
-    return Fit(resolved, config.slots or (slots if slots < rows else 0), -negative)
+    fitting = [way for way in ways if way[0]]
+    _, slots, _, negative, resolved = max(fitting) if fitting else max(ways, key=lambda way: way[3])
+    limits = [slots] if slots < prompts * config.samples else []
+    asked = max(1, config.eval_samples)
+    _, others, _ = slots_on(resolved.make(devices), config.eval_batch_size, asked)
+    limits += [others] if others < config.eval_batch_size * asked else []
+    return Fit(resolved, config.slots or min(limits, default=0), -negative)
 
 
 def _splits(spec: MeshSpec, devices: int) -> list[int]:

@@ -76,8 +76,14 @@ class Launch:
 
 
 @contextmanager
-def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Iterator[Launch]:
-    """Reads a model's weights inside the `with` block; `adapter` replaces the config's adapter settings.
+def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None, members: int = 1) -> Iterator[Launch]:
+    """Reads a model's weights inside the `with` block.
+
+    Args:
+      config: run configuration.
+      specs: parsed run configuration.
+      adapter: adapter settings; None for those of the config.
+      members: number of members of a sweep, whose batches are decoded together.
 
     Raises:
       FileNotFoundError, ValueError: as in `load_pretrained`, or the adapter does not fit the model.
@@ -86,7 +92,7 @@ def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None) -> Ite
     adapter, mesh = adapter or specs.adapter, active_mesh()
     opened = open_model(config.model, config.dtype, config.quantize)
     open_model.cache_clear()  # the files may have changed since an earlier run in this process
-    slots = slots_of(config, opened.abstract.config)
+    slots = slots_of(config, opened.abstract.config, members)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
         policy = abstract_policy(opened.abstract.params, adapter, mesh)
         yield Launch(config, specs, adapter, make_task(config, specs, opened.abstract, policy, slots), reading)

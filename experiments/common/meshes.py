@@ -63,19 +63,25 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
     return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
 
 
-def slots_of(config: ConfigDict, model: ModelConfig) -> int:
-    """Chooses the number of completions decoded at once (0 for all), and reports the placement on devices."""
+def slots_of(config: ConfigDict, model: ModelConfig, members: int = 1) -> int:
+    """Chooses the number of completions decoded at once (0 for all), and reports the placement on devices.
+
+    Args:
+      config: run configuration.
+      model: architecture of the model.
+      members: number of members of a sweep, whose batches are decoded together.
+    """
     memory, mesh = device_bytes(), active_mesh()
     if memory is None and jax.default_backend() != "cpu":  # unknown accelerator memory: all at once
         return config.slots
     devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
-    found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels())
+    found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels(), members)
     if found.num_bytes is not None:
         sizes = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(found.mesh).items())
-        rows = config.batch_size * config.samples
+        rows = members * config.batch_size * config.samples
         tell(
-            f"{len(devices)} × {devices[0].device_kind}, mesh {sizes}; {found.slots or rows} of {rows} completions at"
-            f" once, about {found.num_bytes / 1e9:.0f} of {memory / 1e9:.0f} GB a device while decoding"
+            f"{len(devices)} × {devices[0].device_kind}, mesh {sizes}; {min(found.slots or rows, rows)} of {rows}"
+            f" completions at once, about {found.num_bytes / 1e9:.0f} of {memory / 1e9:.0f} GB a device while decoding"
         )
     return found.slots
 

@@ -216,13 +216,16 @@ class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record."""
         text = record.getMessage()
+        if record.name == "py.warnings":  # `file:line: Category: message`, then the line of code
+            text = text.partition("\n")[0].partition("Warning: ")[2] or text
         if text not in self._said:
             self._said.add(text)
             tell(f"{record.levelname.lower()}: {text}")
 
 
 def log_plainly() -> None:
-    """Prints warnings of all Python loggers as plain messages, and leaves out those that say nothing to a user."""
+    """Prints warnings, of loggers and of `warnings`, as plain messages, without those that say nothing to a user."""
+    logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers = [_Messages()]
     root.setLevel(logging.WARNING)

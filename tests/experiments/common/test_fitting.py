@@ -55,6 +55,19 @@ def test_what_the_config_says_is_kept():
     assert chosen("qwen2.5-7b", 8, V5E, spec=MeshSpec(fsdp=8))[0] == (1, 8, 1)
 
 
+def test_an_evaluation_and_all_members_of_a_sweep_fit_too():
+    config, model = gsm8k_qwen2_5_coder_1_5b.get_config(), architecture("qwen2.5-1.5b")
+    memory, mesh = 24e9, MeshSpec(1, 1, 1).make(DEVICES[:1])
+    assert rollout_bytes(model, config, mesh, 256, joined=True) < ROOM * memory, "a training step fits whole"
+    assert rollout_bytes(model, config, mesh, 1024, joined=True, num_prompts=256) > ROOM * memory
+    assert fit(model, config, MeshSpec(), DEVICES[:1], memory, joined=True).slots == 256
+    config.eval_batch_size, config.eval_samples = 64, 1
+    assert fit(model, config, MeshSpec(), DEVICES[:1], memory, joined=True).slots == 0
+    slots = fit(model, config, MeshSpec(), DEVICES[:1], memory, joined=True, members=10).slots
+    assert 0 < slots < 2560
+    assert rollout_bytes(model, config, mesh, slots, joined=True, num_prompts=640) <= ROOM * memory
+
+
 def test_a_cpu_does_not_say_what_memory_it_has():
     mesh, slots, num_bytes = chosen("qwen2.5-7b", 8, None)
     assert (mesh, slots, num_bytes) == ((8, 1, 1), 32, None)
