@@ -98,7 +98,7 @@ def change(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any
         len(pairs),
         {name: mean(old) for name, (old, _) in grades.items()},
         {name: mean(new) for name, (_, new) in grades.items()},
-        {name: compare_paired(*both) for name, both in grades.items()},
+        {name: compare_paired(*(list(map(float, each)) for each in both)) for name, both in grades.items()},
         moved(1),
         moved(-1),
     )

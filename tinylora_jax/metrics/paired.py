@@ -46,7 +46,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float]) -> Differenc
       ValueError: the counts differ, or there are too few questions for the test.
     """
     test = compare_right_or_wrong if {*first, *second} <= {0, 1} else compare_means
-    return test([float(x) for x in first], [float(x) for x in second])
+    return test(first, second)
 
 
 def compare_right_or_wrong(first: Sequence[float], second: Sequence[float]) -> Difference:
