@@ -4,10 +4,23 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 LIBRARY = Path(__file__).parent / "tinylora_jax" / "__init__.py"
 
+
+class WholeSource(sdist):
+    """An sdist with the commands, tests and notebooks, which are used from the checkout and not installed."""
+
+    def make_distribution(self):
+        for folder in ("experiments", "tests", "colab"):
+            self.filelist.graft(folder)
+        self.filelist.global_exclude("*.py[co]")
+        super().make_distribution()
+
+
 setup(
+    cmdclass={"sdist": WholeSource},
     name="tinylora_jax",
     version=re.search(r'^__version__ = "([^"]+)"', LIBRARY.read_text(encoding="utf-8"), re.MULTILINE)[1],
     description="TinyLoRA in JAX/Flax: reinforcement learning of language models in 13 parameters",

