@@ -13,7 +13,7 @@ class WholeSource(sdist):
     """An sdist with the commands, tests and notebooks, which are used from the checkout and not installed."""
 
     def make_distribution(self):
-        for folder in ("experiments", "tests", "colab"):
+        for folder in ("tinylora_jax", "experiments", "tests", "colab"):
             self.filelist.graft(folder)
         self.filelist.global_exclude("*.py[co]")
         super().make_distribution()

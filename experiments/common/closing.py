@@ -30,6 +30,7 @@ from tinylora_jax.metrics import Difference, compare_paired
 
 _LINES = 6  # largest number of lines of an answer in an example
 _SHORT = 60  # longest question that is repeated in a command
+EXAMPLE = "for example, this one was fixed:"  # heads the last part of an ending that is not about files or commands
 ASK = "ask both models"  # heads the first of the commands that come next
 
 
@@ -284,7 +285,7 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     head = f"{summary['model']}: {counted(summary['params'], 'trained number')}, {counted(summary['steps'], 'step')}"
     changed = change_lines(found) if found else None
     fixed = found.fixed if found else ()
-    example = ["for example, this one was fixed:", *example_lines(fixed[0])] if fixed else None
+    example = [EXAMPLE, *example_lines(fixed[0])] if fixed else None
     places = {"adapter": adapter, **({"picture": picture} if picture else {})}
     places |= {"answers": workdir / "answers_after.jsonl", "result": workdir / "summary.json"}
     evaluate = ["python", "-m", "experiments.evaluate", *config, f"--adapter={adapter}", "--showcase=3"]

@@ -18,9 +18,10 @@ COMPILED = {
     "gsm8k_qwen2_5_7b_one_chip": "tpu_qwen2_5_7b_int8_v5e_1x1.json",
     "gsm8k_qwen2_5_7b": "tpu_qwen2_5_7b_v5e_2x4.json",
 }
-MEASURED = "gsm8k_1_5b_h100.json"
+MEASURED, TIMED = "gsm8k_1_5b_methods_h100.json", "gsm8k_1_5b_h100.json"
+TRAINED = {"series": "RL, one epoch", "method": "TinyLoRA", "params": 196, "learning_rate": 1e-2}  # by the quickstart
 _QUESTIONS = 7473  # training questions of GSM8K
-_STEP = "median seconds of a step"
+_TIMED_RUN = "196 numbers, three epochs, rate 0.01"
 
 
 def estimate(config: str) -> None:
@@ -69,36 +70,25 @@ def _times(result: Mapping[str, Any], epochs: int) -> list[str]:
     ]
 
 
-def measured(numbers: int, rate: float) -> None:
-    """Prints results on GSM8K that were measured on one H100: those of TinyLoRA with this size and learning rate.
-
-    Args:
-      numbers: number of trained numbers.
-      rate: learning rate.
-    """
-    found = json.loads((RESULTS / MEASURED).read_text(encoding="utf-8"))
-    runs = [
-        run
-        for name, run in found["runs"].items()
-        if (run["numbers"], run.get("rate")) == (numbers, rate) and not name.startswith("SFT")
-    ]
-    print(f"Measured before on one NVIDIA H100, GSM8K's test questions, strict:\n{found['model'].partition(',')[0]}")
-    print(f"({found['model'].partition(', ')[2]})\n")
-    rows = [["numbers", "rate", "steps", "seconds a step", "sampled", "greedy"]]
+def measured() -> None:
+    """Prints what the quickstart's training on GSM8K gained on one H100, for every measured seed."""
+    found, timed = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in (MEASURED, TIMED))
+    runs = [row for row in found["runs"] if all(row[name] == value for name, value in TRAINED.items())]
+    seconds = sum(timed["runs"][_TIMED_RUN]["median seconds of a step"].values())
+    steps, numbers = runs[0]["steps"], TRAINED["params"]
+    print(
+        f"MEASURED on {found['device'].partition(',')[0]}, with {numbers} numbers at rate {TRAINED['learning_rate']}."
+    )
+    print(f"{steps} steps of {seconds:.1f} s: {steps * seconds / 60:.0f} minutes, and longer on a smaller card.\n")
+    rows = [["seed", "sampled", "greedy"]]
     rows += [
-        [
-            str(numbers),
-            f"{rate:g}",
-            str(run["steps"]),
-            f"{sum(run[_STEP].values()):.1f}",
-            *(_change(run, mode) for mode in ("sampled", "greedy")),
-        ]
-        for run in runs
+        [str(row["seed"]), _change(row["sampled"]), _change(row)] for row in sorted(runs, key=lambda row: row["seed"])
     ]
     print("\n".join(table(rows)))
-    print("\nOther cards take another time: the line of each step says how much is left.")
+    print(f"\nStrict accuracy on GSM8K's {found['questions']:,} test questions, before → after.")
+    print(f"The weights were those of a GGUF file: {timed['model'].split(', ')[1].partition(' (')[0]}.")
 
 
-def _change(run: Mapping[str, Any], mode: str) -> str:
-    after = run[mode]["strict"]
-    return f"{percent(after - run['against untrained'][mode]['value'])} → {percent(after)}"
+def _change(row: Mapping[str, float]) -> str:
+    """Formats the accuracies of a run, before and after training."""
+    return f"{percent(row['accuracy'] - row['difference'])} → {percent(row['accuracy'])}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass
 
+from experiments.common.opening import find_config
 from experiments.notebooks import hosts
 from experiments.notebooks.subprocesses import CommandError
 
@@ -29,6 +31,11 @@ class Plan:
     config: str
     flags: tuple[str, ...] = ()
     first_session: int | None = None
+
+    @property
+    def model(self) -> str:
+        """Source of the base model."""
+        return runpy.run_path(find_config(self.config))["get_config"]().model
 
 
 def quickstart_plan(platform: str, choice: str = "") -> Plan:

