@@ -58,15 +58,15 @@ def _times(result: Mapping[str, Any], epochs: int) -> list[str]:
     steps = _QUESTIONS // result["prompts"] * epochs
     hours = steps * sum(step.values()) / 3600
     rows = [
-        ["a token of all answers", f"{1e3 * decode['seconds']:.0f} ms", f"{decode['tokens_per_s']:,.0f} tokens/s"],
-        ["rollout", f"{step['decode_s']:.0f} s", "at most"],
-        ["update", f"{step['update_s']:.0f} s", "at most"],
-        [f"{counted(epochs, 'epoch')}, {steps:,} steps", f"{hours:.1f} h", "at most"],
+        ["one token of every answer", f"{1e3 * decode['seconds']:.0f} ms", f"({decode['tokens_per_s']:,.0f} tokens/s)"],
+        ["decoding, a step", f"{step['decode_s']:.0f} s", ""],
+        ["updates, a step", f"{step['update_s']:.0f} s", ""],
+        [f"{counted(epochs, 'epoch')}, {steps:,} steps", f"{hours:.1f} h", ""],
     ]
     return [
         *table(rows, left=(0, 2)),
-        "The longest times are for answers that all have the greatest length. Loading,",
-        "compiling and evaluating come on top.",
+        "These are the longest times: every answer has the greatest length. Loading,",
+        "compiling, reading prompts, grading and evaluating come on top.",
     ]
 
 
@@ -76,10 +76,9 @@ def measured() -> None:
     runs = [row for row in found["runs"] if all(row[name] == value for name, value in TRAINED.items())]
     seconds = sum(timed["runs"][_TIMED_RUN]["median seconds of a step"].values())
     steps, numbers = runs[0]["steps"], TRAINED["params"]
-    print(
-        f"MEASURED on {found['device'].partition(',')[0]}, with {numbers} numbers at rate {TRAINED['learning_rate']}."
-    )
-    print(f"{steps} steps of {seconds:.1f} s: {steps * seconds / 60:.0f} minutes, and longer on a smaller card.\n")
+    print(f"MEASURED on one {found['device'].partition(',')[0]}: {numbers} numbers, rate {TRAINED['learning_rate']}.")
+    minutes = steps * seconds / 60
+    print(f"{steps} steps of {seconds:.1f} s: {minutes:.0f} minutes of training, and longer on a smaller card.\n")
     rows = [["seed", "sampled", "greedy"]]
     rows += [
         [str(row["seed"]), _change(row["sampled"]), _change(row)] for row in sorted(runs, key=lambda row: row["seed"])
