@@ -1,4 +1,4 @@
-"""What the notebooks in `colab` call: a plan for the machine, a folder that outlives the session, monitored commands.
+"""What the notebooks in `colab` call: plans, folders that outlive a session, and commands.
 
 The kernel itself uses only the CPU, because a TPU belongs to one process at a time and the commands need it.
 """

@@ -1,4 +1,4 @@
-"""What a notebook can expect before it trains: estimates of XLA's TPU compiler, and results of measured runs."""
+"""What a notebook can expect: estimates of XLA's TPU compiler, and results of measured runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine of a notebook: its devices, the hub, and a folder for runs in Colab, on Kaggle or elsewhere."""
+"""The machine of a notebook: its devices, the hub, and a folder for runs in Colab or on Kaggle."""
 
 from __future__ import annotations
 
