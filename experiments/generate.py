@@ -53,6 +53,7 @@ from experiments.common.meshes import find_devices
 from experiments.common.opening import parse_flags, require_folder
 from experiments.common.progress import clear, show, tell
 from experiments.common.terminal import Blocks, TextStream
+from experiments.common.wording import paragraph
 from tinylora_jax.adapters import CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, open_adapter, read_together
@@ -204,7 +205,7 @@ def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], gi
     if first:
         users = lambda template: ", ".join(name for name, its in zip(names, found, strict=True) if its == template)
         said = "; ".join(f"{template} ({users(template)})" for template in dict.fromkeys(found))
-        tell(f"using the templates from training: {said}. Set --template to use one for all")
+        tell(paragraph(f"templates of training: {said}; change with --template"))
     return found
 
 

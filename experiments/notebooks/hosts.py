@@ -57,7 +57,7 @@ def begin(simulated: int = 1) -> str:
         return platform
     os.environ["JAX_PLATFORMS"] = "cpu"  # the commands need not search for other devices again
     print(f"No accelerator here: everything runs on the {os.cpu_count()} cores of this CPU, slowly.")
-    print(f"In Colab or on Kaggle, choose a TPU or a GPU {how_to_change()}.")
+    print(f"For a TPU or a GPU, choose one {how_to_change()}.")
     if simulated > 1:
         os.environ["JAX_NUM_CPU_DEVICES"] = str(simulated)
         print(f"The CPU stands for {simulated} devices.")
@@ -89,7 +89,7 @@ def keep_folder(name: str) -> Path:
     try:
         from google.colab import drive
     except ImportError:
-        print(f"Not in Colab, so there is no Drive: the run stays on this machine, in runs/{name}.")
+        print(f"Not in Colab, so there is no Drive: the run stays here, in runs/{name}.")
         return Path("runs", name).resolve()
     try:
         drive.mount("/content/drive")
