@@ -29,6 +29,7 @@ from experiments.common.progress import Steps, clear, tell
 from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
+from experiments.common.wording import WIDTH
 from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained
@@ -181,7 +182,8 @@ def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
         except Stopped as stopped:
             if is_first():
                 clear()
-                print(f"stopped by {stopped}; the same command continues the {what} in {workdir}", flush=True)
+                text = f"stopped by {stopped}; the same command continues the {what} in"
+                print(text, workdir, sep=" " if len(f"{text} {workdir}") < WIDTH else "\n  ", flush=True)
             raise SystemExit(stopped.exit_code) from None
 
 
