@@ -205,7 +205,7 @@ def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], gi
     if first:
         users = lambda template: ", ".join(name for name, its in zip(names, found, strict=True) if its == template)
         said = "; ".join(f"{template} ({users(template)})" for template in dict.fromkeys(found))
-        tell(paragraph(f"templates of training: {said}; change with --template"))
+        tell(paragraph(f"templates from training: {said}; change with --template"))
     return found
 
 
