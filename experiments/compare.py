@@ -25,8 +25,9 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.common.changes import example_lines, interval, read_change
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.closing import block, emit, example_lines, interval, place_lines, read_change
+from experiments.common.closing import block, emit, place_lines
 from experiments.common.eval_metrics import GRADES
 from experiments.common.opening import parse_flags
 from experiments.common.wording import WIDTH, counted, cut, p_digits, points, table_with_sections

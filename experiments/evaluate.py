@@ -50,19 +50,9 @@ from ml_collections import ConfigDict
 from experiments.common import multihost
 from experiments.common.abstract import base_policy
 from experiments.common.answering import answer, lower_answer
+from experiments.common.changes import Example, as_json, change, showcase_lines
 from experiments.common.cli import fail, reporting_errors, use_compilation_cache
-from experiments.common.closing import (
-    ASK,
-    Example,
-    as_json,
-    ask,
-    block,
-    change,
-    emit,
-    next_lines,
-    place_lines,
-    showcase_lines,
-)
+from experiments.common.closing import ASK, ask, block, emit, next_lines, place_lines
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh

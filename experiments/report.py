@@ -31,8 +31,9 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.common.changes import change
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.closing import block, change, member_rows, place_lines
+from experiments.common.closing import block, member_rows, place_lines
 from experiments.common.combining import (
     PRECISION,
     ReportError,

@@ -44,17 +44,9 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments.common.answering import readable_page
+from experiments.common.changes import example_lines, read_change
 from experiments.common.cli import TrainingError, fail, use_compilation_cache
-from experiments.common.closing import (
-    ask,
-    block,
-    emit,
-    example_lines,
-    member_rows,
-    next_lines,
-    place_lines,
-    read_change,
-)
+from experiments.common.closing import ask, block, emit, member_rows, next_lines, place_lines
 from experiments.common.eval_metrics import Row, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import find_devices

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from experiments.common.closing import printable, side_by_side
+from experiments.common.changes import printable, side_by_side
 from experiments.common.progress import clear
 from experiments.common.wording import paragraph
 

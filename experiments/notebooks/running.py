@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.common import closing
+from experiments.common import changes, closing
 from experiments.common.wording import command_line
 from experiments.notebooks.plans import Plan
 from experiments.notebooks.subprocesses import ROOT, Command, CommandError
@@ -92,10 +92,10 @@ def fixed(workdir: Path, most: int = 3) -> None:
       workdir: folder of a finished run.
       most: largest number of questions to print.
     """
-    found = closing.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
+    found = changes.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
     if found is None:
         raise CommandError(f"{workdir} has no answers before and after training; run the cell that trains to its end")
-    print("\n".join(closing.showcase_lines(closing.as_json(found, most))))
+    print("\n".join(changes.showcase_lines(changes.as_json(found, most))))
     if not found.fixed:
         print("\nNo question was fixed.")
 
@@ -110,7 +110,7 @@ def ask(plan: Plan, workdir: Path) -> None:
     Raises:
       CommandError: the command failed; the message says why.
     """
-    found = closing.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
+    found = changes.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
     adapter = Path(workdir, "adapter").resolve()
     examples = (found.fixed or found.broken) if found else ()
     if not examples:

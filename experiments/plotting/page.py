@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from experiments.common.closing import Change, Example, interval, printable
+from experiments.common.changes import Change, Example, interval, printable
 from experiments.common.wording import counted, p_value, percent, points
 from tinylora_jax import __version__
 
@@ -105,7 +105,7 @@ def versions() -> dict[str, str]:
 def shown_examples(change: Change) -> list[tuple[str, Example]]:
     """The questions on the page with what happened to each: those that were fixed first, then those that were broken.
 
-    >>> from experiments.common.closing import Example
+    >>> from experiments.common.changes import Example
     >>> one = Example("q", "1", "2", "1")
     >>> [name for name, _ in shown_examples(Change(9, {}, {}, {}, (one,) * 3, (one,)))]
     ['fixed', 'fixed', 'fixed', 'broken']

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.common.closing import Example, change
+from experiments.common.changes import Example, change
 from experiments.plotting.page import Content, page, shown_examples
 from experiments.report import ReportError, page_of
 

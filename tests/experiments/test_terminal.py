@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.common import opening, progress, starting, wording
-from experiments.common.closing import Example, change, change_lines, side_by_side
+from experiments.common.changes import Example, change, change_lines, side_by_side
 from experiments.configs import base
 from tinylora_jax.io import flat
 
