@@ -177,7 +177,8 @@ def _own_modules() -> list[int]:
 
 
 def _described(flag: flags.Flag) -> str:
-    text = " ".join(re.sub(r"; repeat this option to specify a list of values|^<[^>]*>: ", "", flag.help or "").split())
+    text = " ".join((flag.help or "").split())
+    text = re.sub(r"; repeat this option to specify a list of values|^<[^>]*>: ", "", text)
     shown = flag.default not in (None, False, [], "") and "Default" not in text
     choices = getattr(flag.parser, "enum_values", None)
     text += f" One of {', '.join(choices)}." if choices else ""

@@ -140,6 +140,7 @@ runpy.run_module("experiments.{name}", run_name="__main__")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert max(map(len, lines)) <= 80 and f"  python -m experiments.{name}" in ran.stdout
+    assert "repeat this" not in " ".join(ran.stdout.split()), "absl says again what the text says"
     if "--config " in ran.stdout:
         assert all(f"--config.{field}=" in ran.stdout for field, _, _ in opening.FIELDS)
 
