@@ -59,7 +59,7 @@ def export(
     dtype: str = "float32",
     download: bool = False,
     quantize: str | None = None,
-) -> None:
+) -> str | None:
     """Writes an adapter as a PEFT folder, in this project's format, or merged into its model.
 
     Args:
@@ -71,6 +71,9 @@ def export(
       download: whether a base model named only by the adapter, and so chosen by its author, may be downloaded.
       quantize: storage of the base model, as for `load_pretrained`; None for that in training. `none` merges an adapter
         that was trained on a quantized base into the original weights.
+
+    Returns:
+      The name of the prompt template of its training, if the adapter states it.
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
@@ -95,13 +98,15 @@ def export(
             pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=allowed, quantize=quantize)
         except NotInCacheError as error:
             raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
-        tell("reading or computing the factors")
+        tell("loading the adapter")
         if to == "tinylora":
-            return _save(folder, trained, pretrained, base, dtype)
+            _save(folder, trained, pretrained, base, dtype)
+            return trained.template
         factors = trained.factors(pretrained.params, "auto")
         tell(f"writing {to}")
         if to != "merged":
-            return _PEFT[to](folder, factors, trained.v, base)
+            _PEFT[to](folder, factors, trained.v, base)
+            return trained.template
         if quantize != "none":
             tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
         loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
@@ -111,6 +116,7 @@ def export(
                 f"{' the trained change is mostly lost;' if loss > 0.5 else ''} --dtype=float32 keeps it"
             )
         export_merged(folder, pretrained, factors, trained.v, dtype)
+        return trained.template
 
 
 def _save(folder: Path, trained: SavedAdapter, pretrained: Pretrained, base: str, dtype: str) -> None:
@@ -131,17 +137,18 @@ def main(argv: Sequence[str]) -> None:
     with reporting_errors():
         find_devices()
         how = FLAGS.model, FLAGS.dtype, FLAGS.allow_download, FLAGS.quantize
-        export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), *how)
-    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output)))))
+        template = export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), *how)
+    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output), template))))
 
 
-def next_commands(to: str, output: Path) -> list[tuple[str, list[str]]]:
-    """What can be done with an export."""
+def next_commands(to: str, output: Path, template: str | None) -> list[tuple[str, list[str]]]:
+    """What can be done with an export; other formats than this project's do not keep the template of the training."""
+    asked = [f"--template={template}"] if template else []
     generate = ["python", "-m", "experiments.generate"]
     return {
-        "merged": [("ask it", [*generate, f"--model={output}"]), ("serve it", ["vllm", "serve", str(output)])],
+        "merged": [("ask it", [*generate, f"--model={output}", *asked]), ("serve it", ["vllm", "serve", str(output)])],
         "tinylora": [("ask it", [*generate, f"--adapter={output}"])],
-        "peft-tinylora": [("ask it", [*generate, f"--adapter={output}"])],
+        "peft-tinylora": [("ask it", [*generate, f"--adapter={output}", *asked])],
         "peft-lora": [("serve it", ["vllm", "serve", "BASE", "--enable-lora", "--lora-modules", f"mine={output}"])],
     }[to]
 

@@ -161,7 +161,7 @@ def load(
         raise
     if not trained:
         return Answering(base, (BASE,), templates, None, None)
-    tell("reading or computing the factors")
+    tell("loading the adapters")
     try:
         factors, read = read_together(base.params, list(trained.values()))
     except CombinationError as error:

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     opening.begin(__doc__)
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ _WIDEST = 27  # longest name of a run in the table
 def _name(row: dict[str, Any], with_steps: bool) -> str:
     """Describes a run: its method, non-default values of u, tying and precision, and on request its steps."""
     words = [row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
+    words += [re.sub(r"^\.\*/|/kernel$", "", row["targets"])] if row.get("targets") else []
     words += [f"u={row['u']}"] if row["u"] not in (None, 1) else []
     words += [row["tying"]] if row["tying"] not in (None, "tiled") else []
     precision = row.get("precision", PRECISION)  # absent in reports of older versions
@@ -85,7 +87,7 @@ def runs_table(result: dict[str, Any]) -> str:
     base = result["untrained"]
     interval = f"{100 * base['low']:.1f} to {100 * base['high']:.1f}"
     notes = f"""gain: points over the untrained model (greedy: {interval}, 95 %), by a paired test on the same
-        questions. A star marks what the picture shows: for every size the setting that was trained best."""
+        questions. A star marks what the picture shows: of every size, the setting that was trained best."""
     return "\n".join([*lines, paragraph(notes)])
 
 

@@ -270,7 +270,7 @@ def members_table(summary: Mapping[str, Any], workdir: Path) -> str:
     """Formats the untrained model and the members, best first, each with its gain over the untrained model."""
     dropped = [row for row in summary["members"] if row["dropped"]]
     notes = [paragraph(f"dropped {row['member']}: {row['dropped']}") for row in dropped]
-    notes.append("gain: strict, in points over the untrained model, by a paired test of greedy answers")
+    notes.append(paragraph("gain: strict, in points over the untrained model, by a paired test of greedy answers"))
     return "\n".join([*table(member_rows(summary, workdir, _NAME)), *notes])
 
 

@@ -52,7 +52,7 @@ def use_compilation_cache() -> None:
 def fail(problem: str, code: int = 1) -> NoReturn:
     """Prints one error message and exits with an error code."""
     progress.clear()
-    print(f"error: {problem}", file=sys.stderr)
+    print(progress.folded(f"error: {problem}"), file=sys.stderr)
     multihost.leave(code)
 
 

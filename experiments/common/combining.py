@@ -15,7 +15,7 @@ from tinylora_jax.metrics import Difference, compare_paired, estimate
 PRECISION = "float32"  # precision of v in runs of older versions
 _MAX_JSON_BYTES = 2**26
 # All fields but the seed.
-_SETTING = ("method", "rank", "tying", "u", "n_tie", "precision", "learning_rate", "steps")
+_SETTING = ("method", "rank", "targets", "tying", "u", "n_tie", "precision", "learning_rate", "steps")
 _POINT = ("accuracy", "low", "high")
 _SAMPLED = (*_POINT, "difference", "difference_low", "difference_high", "p")
 
@@ -154,6 +154,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
         "method": name,
         "rank": rank,
         "params": run["params"],
+        **({"targets": config["targets"]} if config.get("targets") else {}),
         "tying": config["adapter"]["tying"] if config["method"] == "tinylora" else None,
         "u": config["adapter"]["u"] if config["method"] == "tinylora" else None,
         "n_tie": config["adapter"]["n_tie"] if config["method"] == "tinylora" else None,
@@ -259,8 +260,9 @@ def checked_report(path: Path) -> dict[str, Any]:
         wrong += [name for name in _SETTING if isinstance(row.get(name, ""), list | dict)]
         if wrong or "u" not in row or "tying" not in row or "rank" not in row or not isinstance(row["params"], int):
             raise ReportError(f"{path}: {where} is not a run: {', '.join(wrong) or 'a field'} is missing or invalid")
-        if not isinstance(row["tying"], str | None):
-            raise ReportError(f"{path}: {where}: tying: expected a string or null")
+        for name in ("tying", "targets"):
+            if not isinstance(row.get(name), str | None):
+                raise ReportError(f"{path}: {where}: {name}: expected a string or null")
     return result
 
 

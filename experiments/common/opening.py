@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from experiments.common.progress import clear, log_plainly, show
+from experiments.common.progress import clear, folded, log_plainly, show
 from experiments.common.wording import WIDTH, entries, nearest_path, paragraph, suggestion
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -239,7 +239,7 @@ def _with_config_found(argv: Sequence[str]) -> list[str]:
 
 def _fail(problem: str) -> NoReturn:
     clear()
-    print(f"error: {problem}", file=sys.stderr)
+    print(folded(f"error: {problem}"), file=sys.stderr)
     raise SystemExit(1)
 
 
@@ -284,7 +284,8 @@ def _flag_problem(said: str) -> str:
         return f"--{name} is missing: {(flags.FLAGS[name].help or '').splitlines()[0]} --help shows examples"
     if re.match(r"\w+Error: ", reason):  # raised while the config file was loaded
         return f"the config file cannot be loaded: {reason}"
-    return f"{reason.removesuffix('.')}; --help lists the flags"
+    reason = re.sub(r"Did you mean: (\w+) \?", r"did you mean --\1?", reason.removesuffix("."))
+    return f"{reason}{'' if reason.endswith('?') else ';'} --help lists the flags"
 
 
 def _config_problem(error: BaseException, argv: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ class StopRequests:
             sys.stderr.flush()
             os._exit(stopped.exit_code)  # does not wait for threads that read and compile
         self._received = number
-        tell("stopping after this phase of the step; again to kill (nothing saved is lost)")
+        tell("finishing this phase, then stopping; again to stop now (saved steps are kept)")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

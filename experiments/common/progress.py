@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from types import TracebackType
 
@@ -204,6 +206,14 @@ class Steps:
             if _shown:
                 _write("\n")
                 _shown = ""
+
+
+def folded(text: str) -> str:
+    """Folds lines that are wider than a terminal, at spaces; files and pipes get them whole, for programs to search."""
+    if not sys.stderr.isatty():
+        return text
+    fold = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fold(line) if len(line) > WIDTH else line for line in text.split("\n"))
 
 
 class _Messages(logging.Handler):

@@ -213,3 +213,10 @@ def test_what_cannot_be_exported_is_one_error(case, to, adapter, peft, model_fol
         export.export(source, to, output, model and str(model))
     assert (sorted(adapter.parent.rglob("*")), sorted(model_folder.rglob("*"))) == before
     assert {path.name for path in tmp_path.iterdir()} <= {"link", "nameless"}
+
+
+@pytest.mark.parametrize("to", ["merged", "peft-tinylora"])
+def test_the_next_command_asks_in_the_template_of_the_training(to, tmp_path):
+    (_, command), *_ = export.next_commands(to, tmp_path, "arithmetic")
+    assert command[-1] == "--template=arithmetic" and str(tmp_path) in command[-2]
+    assert not any(word.startswith("--template") for word in export.next_commands(to, tmp_path, None)[0][1])

@@ -125,6 +125,9 @@ def test_sampled_answers_stand_beside_greedy_ones(tmp_path):
     assert "sampled answers:" in table and max(map(len, table.splitlines())) <= 80
     longer = [row, row | {"steps": 348, "learning_rate": 1e-2}]
     assert len(best(longer)["RL"]) == 1 and "r=2 348 steps" in runs_table(result | {"runs": longer})
+    elsewhere = [row, row | {"targets": ".*/q_proj/kernel", "training": 0.9}]
+    assert best(elsewhere)["RL"] == [elsewhere[1:]], "adapters of other modules are no seeds of one setting"
+    assert "*TinyLoRA r=2 q_proj " in runs_table(result | {"runs": elsewhere})
 
 
 def test_a_report_of_an_older_version_is_drawn(tmp_path, monkeypatch, capsys):

@@ -258,3 +258,12 @@ def test_the_demo_in_a_terminal(processes, short):
     result = in_terminal(["experiments.grpo", "--config=demo", f"--workdir={short}/demo", *small], env, 900)
     assert result.code == 0 and narrow(result), result.text
     assert "13 numbers: tinylora, r=2 u=1 n_tie=17, in 210 matrices" in result.text and "step 2/2" in result.text
+
+
+def test_a_long_error_is_folded_on_a_terminal_alone(monkeypatch):
+    text = "error: --workdir=/tmp/run: " + "expected another folder, " * 6 + "\n  [Errno 2]"
+    assert progress.folded(text) == text
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    lines = progress.folded(text).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[-1] == "  [Errno 2]"
+    assert " ".join(progress.folded(text).split()) == " ".join(text.split())
