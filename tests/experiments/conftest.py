@@ -117,11 +117,9 @@ def config_file(model_folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """The many runs of these tests compile the same few programs: once, for all workers and their children."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # that of all workers
+    """The many runs of these tests compile the same few programs: once, for this process and its children."""
     settings = {
-        "jax_compilation_cache_dir": str(folder / "xla-cache"),
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla-cache")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
