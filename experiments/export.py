@@ -41,6 +41,7 @@ from experiments.common.closing import block, next_lines
 from experiments.common.meshes import find_devices
 from experiments.common.opening import parse_flags, require_folder
 from experiments.common.progress import tell
+from tinylora_jax.adapters import Factors
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
 from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
@@ -101,22 +102,29 @@ def export(
         tell("loading the adapter")
         if to == "tinylora":
             _save(folder, trained, pretrained, base, dtype)
-            return trained.template
-        factors = trained.factors(pretrained.params, "auto")
-        tell(f"writing {to}")
-        if to != "merged":
-            _PEFT[to](folder, factors, trained.v, base)
-            return trained.template
-        if quantize != "none":
-            tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
-        loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
-        if loss > _LOSS_TOLD:
-            tell(
-                f"warning: rounding to {dtype} has an error of {loss:.0%} of the update's size;"
-                f"{' the trained change is mostly lost;' if loss > 0.5 else ''} --dtype=float32 keeps it"
-            )
-        export_merged(folder, pretrained, factors, trained.v, dtype)
-        return trained.template
+        else:
+            factors = trained.factors(pretrained.params, "auto")
+            tell(f"writing {to}")
+            if to == "merged":
+                _merge(folder, pretrained, trained, factors, dtype, quantize)
+            else:
+                _PEFT[to](folder, factors, trained.v, base)
+    return trained.template
+
+
+def _merge(
+    folder: Path, pretrained: Pretrained, trained: SavedAdapter, factors: Factors, dtype: str, quantize: str
+) -> None:
+    """Writes the model with the adapter in its weights, and says what rounding loses."""
+    if quantize != "none":
+        tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
+    loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
+    if loss > _LOSS_TOLD:
+        tell(
+            f"warning: rounding to {dtype} has an error of {loss:.0%} of the update's size;"
+            f"{' the trained change is mostly lost;' if loss > 0.5 else ''} --dtype=float32 keeps it"
+        )
+    export_merged(folder, pretrained, factors, trained.v, dtype)
 
 
 def _save(folder: Path, trained: SavedAdapter, pretrained: Pretrained, base: str, dtype: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,8 +50,7 @@ def use_compilation_cache() -> None:
 
 def fail(problem: str, code: int = 1) -> NoReturn:
     """Prints one error message and exits with an error code."""
-    progress.clear()
-    print(progress.folded(f"error: {problem}"), file=sys.stderr)
+    progress.tell_error(problem)
     multihost.leave(code)
 
 

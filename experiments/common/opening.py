@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from experiments.common.progress import clear, folded, log_plainly, show
+from experiments.common.progress import clear, log_plainly, show, tell_error
 from experiments.common.wording import WIDTH, entries, nearest_path, paragraph, suggestion
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -238,8 +238,7 @@ def _with_config_found(argv: Sequence[str]) -> list[str]:
 
 
 def _fail(problem: str) -> NoReturn:
-    clear()
-    print(folded(f"error: {problem}"), file=sys.stderr)
+    tell_error(problem)
     raise SystemExit(1)
 
 

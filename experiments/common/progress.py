@@ -216,6 +216,12 @@ def folded(text: str) -> str:
     return "\n".join(fold(line) if len(line) > WIDTH else line for line in text.split("\n"))
 
 
+def tell_error(problem: str) -> None:
+    """Prints an error below the progress line."""
+    clear()
+    print(folded(f"error: {problem}"), file=sys.stderr)
+
+
 class _Messages(logging.Handler):
     """Prints log records as `warning: message`, each text once, without breaking the progress line."""
 

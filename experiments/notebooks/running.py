@@ -92,7 +92,7 @@ def fixed(workdir: Path, most: int = 3) -> None:
       workdir: folder of a finished run.
       most: largest number of questions to print.
     """
-    found = changes.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
+    found = _change(workdir)
     if found is None:
         raise CommandError(f"{workdir} has no answers before and after training; run the cell that trains to its end")
     print("\n".join(changes.showcase_lines(changes.as_json(found, most))))
@@ -110,7 +110,7 @@ def ask(plan: Plan, workdir: Path) -> None:
     Raises:
       CommandError: the command failed; the message says why.
     """
-    found = changes.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
+    found = _change(workdir)
     adapter = Path(workdir, "adapter").resolve()
     examples = (found.fixed or found.broken) if found else ()
     if not examples:
@@ -120,6 +120,11 @@ def ask(plan: Plan, workdir: Path) -> None:
     longest = read_adapter(adapter)[2]["about"]["config"]["max_new_tokens"]
     flags = (f"--model={plan.model}", "--adapter=base", f"--adapter={adapter}", f"--max_new_tokens={longest}")
     command("generate", *flags, f"--prompt={question}")
+
+
+def _change(workdir: Path) -> changes.Change | None:
+    """What a run changed; None if it is not finished."""
+    return changes.read_change(workdir / "answers_before.jsonl", workdir / "answers_after.jsonl")
 
 
 def _start(name: str, *flags: str) -> Command:

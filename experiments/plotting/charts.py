@@ -25,13 +25,20 @@ _ASIDE = 1.12  # factor between two series on the logarithmic axis
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = _panels(width, height, 1)
+    return figure, axes
+
+
+def _panels(width: float, height: float, count: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with several axes beside each other, with the same vertical range."""
     from matplotlib.figure import Figure  # without pyplot, which would keep global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def _write(figure: Figure, path: Path) -> None:
@@ -163,13 +170,11 @@ def draw_accuracy(
       path: path of the PNG file.
       title: title of the picture, such as the model and the number of questions.
     """
-    from matplotlib.figure import Figure
-
     modes = ["greedy", *(["sampled"] if "sampled" in base else [])]
-    figure = Figure(figsize=(7.6 if len(modes) == 1 else 11.0, 4.8), layout="constrained")
+    figure, panels = _panels(7.6 if len(modes) == 1 else 11.0, 4.8, len(modes))
     methods = list(dict.fromkeys(point.get("method", "") for points in series.values() for point in points))
     markers = dict(zip(methods, _MARKERS, strict=False))
-    for axes, mode in zip(np.atleast_1d(figure.subplots(1, len(modes), sharey=True)), modes, strict=True):
+    for axes, mode in zip(panels, modes, strict=True):
         of = lambda each, mode=mode: each if mode == "greedy" else {**each, **each["sampled"]}
         shown = {name: [of(p) for p in points if mode == "greedy" or mode in p] for name, points in series.items()}
         _draw_series(axes, shown, of(base), markers)
@@ -189,8 +194,6 @@ def _draw_series(
     markers: Mapping[str, str],
 ) -> None:
     """Draws the points of one kind of answers, and the untrained model as a band."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
     axes.axhspan(base["low"], base["high"], color="0.88", linewidth=0, label="untrained, 95 % interval")
     axes.axhline(base["accuracy"], color="0.35", linewidth=1, linestyle=":", label="untrained")
     for place, ((name, points), color) in enumerate(zip(series.items(), _COLORS, strict=False)):
