@@ -40,7 +40,7 @@ from experiments.common.progress import tell
 from experiments.common.wording import nearest_path
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
-from experiments.plotting.picture import Run, draw
+from experiments.plotting.picture import Run, draw, draw_panels
 from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
 
 FLAGS = flags.FLAGS
@@ -174,6 +174,22 @@ def plot(workdir: Path, output: Path | None = None) -> Path:
     return path
 
 
+def figures_of(workdir: Path) -> list[tuple[str, Figure]]:
+    """Draws the panels of a run, or the curves of a sweep, with their titles, for a page.
+
+    Raises:
+      PlotError, CurveError: there is nothing to plot, or a file is damaged.
+      ImportError: matplotlib is not installed.
+    """
+    if members := _members(workdir):
+        return [("mean over seeds", draw_curves(_curves_of(members)))]
+    return draw_panels(read_run(workdir))
+
+
+def _curves_of(folders: Sequence[Path]) -> dict[str, Any]:
+    return mean_curves([(str(folder), read_run(folder)) for folder in folders])
+
+
 def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
@@ -196,7 +212,7 @@ def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
       ImportError: matplotlib is not installed.
     """
     folders = [member for workdir in workdirs for member in (_members(workdir) or [workdir])]
-    result = mean_curves([(str(folder), read_run(folder)) for folder in folders])
+    result = _curves_of(folders)
     _save(draw_curves(result), output)
     write_atomically(output.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     return output

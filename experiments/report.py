@@ -50,7 +50,7 @@ from experiments.common.combining import (
 from experiments.common.opening import parse_flags
 from experiments.common.wording import counted, cut, p_digits, paragraph, points, size, table_with_sections
 from experiments.configs import base
-from experiments.plot import plot
+from experiments.plot import figures_of
 from experiments.plotting.charts import draw_accuracy, short_number
 from experiments.plotting.page import Content, page
 from tinylora_jax.files import expand, write_atomically
@@ -135,7 +135,7 @@ def page_of(workdir: Path) -> Content:
     usual = flat(base.get_config().to_dict())
     changed = {name: value for name, value in fields.items() if name in usual and usual[name] != value}
     title = f"{summary['model']}: {counted(numbers, 'trained number')}"
-    return Content(title, ", ".join(about), found, plot(workdir), table_rows, fields, changed)
+    return Content(title, ", ".join(about), found, figures_of(workdir), table_rows, fields, changed)
 
 
 def main(argv: Sequence[str]) -> None:
