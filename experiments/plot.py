@@ -27,6 +27,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.common.cli import fail, reporting_errors
+from experiments.common.closing import block, next_lines, page_command, place_lines
 from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
 from experiments.common.wording import nearest_path
@@ -285,9 +287,28 @@ def main(argv: Sequence[str]) -> None:
         fail("--output is missing; it is required for several runs and for --redraw")
     with reporting_errors():
         try:
-            print(_drawn([Path(name) for name in FLAGS.workdir or []], output))
+            workdirs = [Path(name) for name in FLAGS.workdir or []]
+            drawn = _drawn(workdirs, output)
         except ImportError as error:
             fail(f"{error}; pip install matplotlib")
+    # Programs get the path alone.
+    print(ending(drawn, workdirs) if sys.stdout.isatty() else drawn)
+
+
+def ending(picture: Path, workdirs: Sequence[Path]) -> str:
+    """The ending of the command: where the picture is, and what comes next."""
+    again = ["python", "-m", "experiments.plot", *(f"--workdir={workdir}" for workdir in workdirs)]
+    again += [f"--output={picture}"] if len(workdirs) > 1 else []
+    commands: list[tuple[str, Sequence[object]]] = []
+    if not all((workdir / "summary.json").exists() for workdir in workdirs):
+        commands = [("draw it again after more steps", again)]
+    elif len(workdirs) == 1 and (workdirs[0] / "answers_before.jsonl").exists():  # a sweep's member has none
+        commands = [("write a page with the answers", page_command(workdirs[0]))]
+    elif len(workdirs) > 1:
+        runs = [f"--runs=RL:{workdir}" for workdir in workdirs]
+        table = ["python", "-m", "experiments.report", *runs, f"--output={picture.with_name('report.json')}"]
+        commands = [("compare them in a table", table)]
+    return block(place_lines({"picture": picture}), next_lines(commands))
 
 
 if __name__ == "__main__":

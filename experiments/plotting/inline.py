@@ -1,4 +1,4 @@
-"""Pictures inside a page: SVG that takes its colours from the page, so that it is readable in light and dark."""
+"""Pictures inside a page, as SVG that takes its colours from the page, light or dark."""
 
 from __future__ import annotations
 
