@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.command.sdist import sdist
 
 LIBRARY = Path(__file__).parent / "tinylora_jax" / "__init__.py"
 
 
 class WholeSource(sdist):
-    """An sdist with the commands, tests and notebooks, which are used from the checkout and not installed."""
+    """An sdist with the commands, tests and notebooks, which no wheel contains."""
 
     def make_distribution(self):
         for folder in ("tinylora_jax", "experiments", "tests", "colab"):
@@ -19,8 +20,19 @@ class WholeSource(sdist):
         super().make_distribution()
 
 
+class WithCommands(editable_wheel):
+    """`pip install -e`, with which the commands of the checkout run in any folder.
+
+    A wheel holds only the library: everyone's environment would otherwise get a package named `experiments`.
+    """
+
+    def finalize_options(self):
+        self.distribution.packages += find_packages(include=["experiments*"])
+        super().finalize_options()
+
+
 setup(
-    cmdclass={"sdist": WholeSource},
+    cmdclass={"sdist": WholeSource, "editable_wheel": WithCommands},
     name="tinylora_jax",
     version=re.search(r'^__version__ = "([^"]+)"', LIBRARY.read_text(encoding="utf-8"), re.MULTILINE)[1],
     description="TinyLoRA in JAX/Flax: reinforcement learning of language models in 13 parameters",

@@ -5,7 +5,8 @@ r"""Evaluates a model, with or without a trained adapter: greedy and sampled, st
     python -m experiments.evaluate --config=math_qwen2_5_7b --suite=gsm8k,math500,aime24@16
 
 The config defines the model, questions, prompt, grader and lengths. Without --adapter the base model is evaluated.
---showcase=3 evaluates both and shows three questions that the adapter fixed, with both answers.
+--showcase=3 evaluates both and shows three questions that the adapter fixed, with both answers. The base model's
+answers are taken from the adapter's workdir if they were computed there in the same way.
 
 --suite replaces the config's questions and grader with sets by name (`tinylora_jax/data/suites.py`), files or hub ids;
 `@16` requests 16 sampled answers, and `--config.eval_data.limit` limits the questions of each set. --output writes the
@@ -33,7 +34,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags.DEFINE_bool("transfer", False, "Evaluate an adapter of a quantized base on the same base in 16 bit.")
     opening.define_json()
     opening.define_multihost()
-    opening.begin(__doc__)
+    opening.begin(__doc__, (*opening.EVALUATION_FIELDS, *opening.SAMPLING_FIELDS))
 
 import dataclasses
 import json
@@ -56,10 +57,11 @@ from experiments.common.closing import ASK, ask, block, emit, next_lines, place_
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
-from experiments.common.opening import config_arguments, parse_flags, require_folder
+from experiments.common.opening import adapter_folder, config_arguments, parse_flags
 from experiments.common.progress import phase, tell
 from experiments.common.specs import ConfigError, check_template, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
+from experiments.common.untrained import known_answers
 from experiments.common.wording import counted
 from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
@@ -211,7 +213,7 @@ def run(
     hows = [
         {"batch_size": config.eval_batch_size, "samples": each.samples or max(1, config.eval_samples)} for each in sets
     ]
-    config = config.copy_and_resolve_references()
+    given, config = config, config.copy_and_resolve_references()
     config.eval_samples = max(how["samples"] for how in hows)  # the largest batch must fit in memory
     trained = None if adapter is None else open_trained(adapter, transfer)
     task = load_task(config, specs, partial(base_policy, spec=specs.adapter) if trained is None else trained.policy)
@@ -229,8 +231,10 @@ def run(
         results[each.name] = {"data": each.data.source, "reward": each.reward, **result}
         rows += [{"set": each.name, **row} for row in answered]
         if showcase:
-            tell("evaluating the base model on the same questions")
-            base = judge(v=task.policy.init(), batch_size=how["batch_size"])[1]
+            base = None if suite or adapter is None else known_answers(adapter, given, task, asked)
+            if base is None:
+                tell("evaluating the base model on the same questions")
+                base = judge(v=task.policy.init(), batch_size=how["batch_size"])[1]
             untrained += [{"set": each.name, **row} for row in base]
     about = {"model": task.name, "adapter": str(adapter) if adapter else None, "template": config.template}
     about |= {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
@@ -257,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
     if adapter is None and FLAGS.showcase:
         fail("--showcase shows what an adapter fixed; add --adapter")
     if adapter is not None:
-        require_folder("adapter", adapter)
+        adapter = adapter_folder(adapter)
     output, correct = _file("output", ".json"), _file("correct", ".jsonl")
     with reporting_errors():
         for file in filter(None, (output, correct)):

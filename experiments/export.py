@@ -39,7 +39,7 @@ from absl import app, flags
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
 from experiments.common.closing import block, next_lines
 from experiments.common.meshes import find_devices
-from experiments.common.opening import parse_flags, require_folder
+from experiments.common.opening import adapter_folder, parse_flags
 from experiments.common.progress import tell
 from tinylora_jax.adapters import Factors
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
@@ -141,11 +141,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
-    require_folder("adapter", Path(FLAGS.adapter))
+    adapter = adapter_folder(Path(FLAGS.adapter))
     with reporting_errors():
         find_devices()
         how = FLAGS.model, FLAGS.dtype, FLAGS.allow_download, FLAGS.quantize
-        template = export(Path(FLAGS.adapter), FLAGS.to, Path(FLAGS.output), *how)
+        template = export(adapter, FLAGS.to, Path(FLAGS.output), *how)
     print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output), template))))
 
 

@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], _about)
     _about = "Storage of the weights. Default: that in the adapter's training."
     flags.DEFINE_enum("quantize", None, ["none", "int8", "int4"], _about)
+    flags.DEFINE_string("mesh", "0,1,0", "Mesh sizes data,fsdp,tensor; a 0 is chosen by the memory of the devices.")
     flags.DEFINE_bool("json", False, "Print one JSON object per answer.")
     opening.begin(__doc__)
 
@@ -38,8 +39,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -47,17 +49,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jax.sharding import Mesh
 
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
-from experiments.common.meshes import find_devices
-from experiments.common.opening import parse_flags, require_folder
+from experiments.common.meshes import find_devices, on_mesh, parse_mesh, prompting_mesh
+from experiments.common.opening import adapter_folder, parse_flags
 from experiments.common.progress import clear, show, tell
 from experiments.common.terminal import Blocks, TextStream
 from experiments.common.wording import paragraph
 from tinylora_jax.adapters import CombinationError, Policy
 from tinylora_jax.data import TEMPLATES, Prompt, get_template, pad_prompts, render
-from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, open_adapter, read_together
+from tinylora_jax.io import Pretrained, SavedAdapter, open_adapter, open_pretrained, read_together
 from tinylora_jax.io.hf import NotInCacheError
+from tinylora_jax.models import param_shardings, policy_shardings
 from tinylora_jax.rollout import Sampling, stream
 
 FLAGS = flags.FLAGS
@@ -82,6 +86,7 @@ class Answering:
       templates: name of each adapter's prompt template.
       policy: model with factors; None without adapters.
       vectors: vector of each adapter, `[adapters, groups, u]`; zeros for the base model.
+      mesh: devices that hold the weights; None for a single device.
     """
 
     base: Pretrained
@@ -89,6 +94,7 @@ class Answering:
     templates: tuple[str, ...]
     policy: Policy | None
     vectors: np.ndarray | None
+    mesh: Mesh | None = None
 
     def weights(self, prompts: int) -> Any:
         """The weights for prompt-major rows: every prompt with every adapter."""
@@ -121,6 +127,7 @@ def load(
     template: str | None = None,
     download: bool = False,
     quantize: str | None = None,
+    mesh: Callable[[Pretrained, str], Mesh | None] = lambda model, quantize: None,
 ) -> Answering:
     """Loads the model and reads its adapters.
 
@@ -132,6 +139,7 @@ def load(
       download: whether a base model named only by the adapters, and so chosen by their author, may be downloaded.
       quantize: storage of the weights, as for `load_pretrained`; None for that of the first adapter's training. `none`
         transfers adapters that were trained on a quantized base to the base in 16 bit.
+      mesh: function from the model without its weights, and their storage, to the mesh; None for a single device.
 
     Raises:
       AdapterError, PeftError: an adapter is damaged or was trained on another model.
@@ -151,24 +159,42 @@ def load(
         where = "the adapter does not name its base model" if trained else "without an adapter it is required"
         raise InputError(f"--model is missing: {where}; set it to a hub id, a folder or a .gguf file")
     tell(f"loading {model or named}")
+    base, chosen = _base(model, named, dtype, download, quantize, mesh)
+    if not trained:
+        return Answering(base, (BASE,), templates, None, None, chosen)
+    tell("loading the adapters")
+    with on_mesh(chosen):
+        try:
+            factors, read = read_together(base.params, list(trained.values()))
+        except CombinationError as error:
+            raise InputError(f"the adapters cannot share a batch: {error}; run a separate command for each") from error
+        policy = Policy(base.params, factors)
+        policy = policy if chosen is None else jax.device_put(policy, policy_shardings(chosen, policy))
+    by_name = dict(zip(trained, read, strict=True)) | {BASE: np.zeros((factors.num_groups, factors.spec.u), np.float32)}
+    vectors = np.stack([by_name[name] for name in adapters])
+    return Answering(replace(base, params=policy.params), shown, templates, policy, vectors, chosen)
+
+
+def _base(
+    model: str | None,
+    named: str | None,
+    dtype: Any,
+    download: bool,
+    quantize: str,
+    mesh: Callable[[Pretrained, str], Mesh | None],
+) -> tuple[Pretrained, Mesh | None]:
+    """Loads the base model, and places it on its mesh: `model`, or the one that is named in the adapters."""
     try:
-        base = load_pretrained(model or named, dtype, download=download or model is not None, quantize=quantize)
+        opened = open_pretrained(model or named or "", dtype, download or model is not None, quantize)
+        chosen = mesh(opened.abstract, quantize)
+        with on_mesh(chosen), opened.reading(chosen and partial(param_shardings, chosen)) as reading:
+            return replace(opened.abstract, params=reading.result()), chosen
     except NotInCacheError as error:
         raise InputError(f"the adapter names the base model {named!r}, which {NOT_IN_CACHE}") from error
     except (FileNotFoundError, ValueError) as error:
         if model is None:
             raise InputError(f"{error} (the adapter names its base {named!r}; set --model to its path)") from error
         raise
-    if not trained:
-        return Answering(base, (BASE,), templates, None, None)
-    tell("loading the adapters")
-    try:
-        factors, read = read_together(base.params, list(trained.values()))
-    except CombinationError as error:
-        raise InputError(f"the adapters cannot share a batch: {error}; run a separate command for each") from error
-    by_name = dict(zip(trained, read, strict=True)) | {BASE: np.zeros((factors.num_groups, factors.spec.u), np.float32)}
-    vectors = np.stack([by_name[name] for name in adapters])
-    return Answering(base, shown, templates, Policy(base.params, factors), vectors)
 
 
 def _check_alike(adapters: Mapping[str, SavedAdapter], model: str | None) -> None:
@@ -265,6 +291,20 @@ def answer(
       samples: number of answers per prompt and adapter.
       first: number of prompts answered before.
     """
+    with on_mesh(answering.mesh):
+        _answer(answering, prompts, sampling, key, out, samples, first)
+
+
+def _answer(
+    answering: Answering,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    sampling: Sampling,
+    key: jax.Array,
+    out: Output,
+    samples: int,
+    first: int,
+) -> None:
+    """`answer` on the mesh that is set."""
     asked = [Prompt(first + place, tuple(tokens), "", "") for place, row in enumerate(prompts) for tokens in row]
     width = -(-max(len(prompt.tokens) for prompt in asked) // _WIDTH_STEP) * _WIDTH_STEP
     arrays = pad_prompts(asked, width)
@@ -352,6 +392,11 @@ def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
                 yield [line]
 
 
+def folders_of(adapters: Sequence[str]) -> list[str]:
+    """The folders of the named adapters, see `adapter_folder`; `base` is unchanged."""
+    return [name if name == BASE else str(adapter_folder(Path(name))) for name in adapters]
+
+
 def run(values: flags.FlagValues) -> None:
     """Runs the command with parsed flags."""
     if values.samples > 1 and values.temperature == 0:
@@ -359,8 +404,11 @@ def run(values: flags.FlagValues) -> None:
     sampling = Sampling(values.max_new_tokens, values.temperature)
     find_devices()
     dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    adapters, download = values.adapter or [], values.allow_download
-    answering = load(values.model, adapters, jnp.dtype(dtype), values.template, download, values.quantize)
+    spec = parse_mesh(values.mesh)
+    spec.resolve(jax.device_count())  # a mistake is reported before the model is loaded
+    mesh = lambda model, quantize: prompting_mesh(model.config, dtype, quantize, values.max_new_tokens, spec)
+    how = values.template, values.allow_download, values.quantize, mesh
+    answering = load(values.model, values.adapter or [], jnp.dtype(dtype), *how)
     sampling = replace(sampling, stop_tokens=answering.base.stop_tokens)
     key, answered, typed = jax.random.key(values.seed), 0, not values.prompt and sys.stdin.isatty()
     for prompts in prompts_of(values.prompt, sys.stdin):
@@ -378,9 +426,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
-    for folder in FLAGS.adapter or []:
-        if folder != BASE:
-            require_folder("adapter", Path(folder))
+    FLAGS.adapter = folders_of(FLAGS.adapter or [])
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(encoding="utf-8", errors="surrogateescape" if file is sys.stdin else "replace")
     with reporting_errors():

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags.DEFINE_integer("random", None, "Seed of a random orthogonal second axis.", lower_bound=0)
     opening.define_json()
     flags.mark_flags_as_required(["adapter", "output"])
-    opening.begin(__doc__)
+    opening.begin(__doc__, (*opening.EVALUATION_FIELDS, ("samples", 4, "answers per question")))
 
 import json
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ from experiments.common.cli import fail, reporting_errors, use_compilation_cache
 from experiments.common.closing import block, emit, place_lines
 from experiments.common.compilation import compile_together
 from experiments.common.meshes import find_devices
-from experiments.common.opening import parse_flags, require_folder
+from experiments.common.opening import adapter_folder, parse_flags
 from experiments.common.progress import phase, tell
 from experiments.common.specs import ConfigError, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
@@ -180,13 +180,12 @@ def main(argv: Sequence[str]) -> None:
         fail("a landscape needs one --adapter, two, or one and --random")
     if not FLAGS.low < FLAGS.high:
         fail(f"--low={FLAGS.low} must be below --high={FLAGS.high}")
-    for folder in FLAGS.adapter:
-        require_folder("adapter", Path(folder))
+    adapters = [adapter_folder(Path(folder)) for folder in FLAGS.adapter]
     with reporting_errors():
         find_devices()
         output.parent.mkdir(parents=True, exist_ok=True)
         ts = np.linspace(FLAGS.low, FLAGS.high, FLAGS.points)
-        result = run(FLAGS.config, [Path(path) for path in FLAGS.adapter], ts, FLAGS.random)
+        result = run(FLAGS.config, adapters, ts, FLAGS.random)
         write_atomically(output, json.dumps(result, indent=1) + "\n")
         draw_landscape(result, output.with_suffix(".png"))
     best = max(result["points"], key=lambda row: row["strict"])

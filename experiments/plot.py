@@ -27,6 +27,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +36,13 @@ import numpy as np
 from absl import app, flags
 
 from experiments.common.cli import fail, reporting_errors
+from experiments.common.closing import block, next_lines, page_command, place_lines
 from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
 from experiments.common.wording import nearest_path
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
-from experiments.plotting.picture import Run, draw
+from experiments.plotting.picture import Run, draw, draw_panels
 from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
 
 FLAGS = flags.FLAGS
@@ -174,6 +176,22 @@ def plot(workdir: Path, output: Path | None = None) -> Path:
     return path
 
 
+def figures_of(workdir: Path) -> list[tuple[str, Figure]]:
+    """Draws the panels of a run, or the curves of a sweep, with their titles, for a page.
+
+    Raises:
+      PlotError, CurveError: there is nothing to plot, or a file is damaged.
+      ImportError: matplotlib is not installed.
+    """
+    if members := _members(workdir):
+        return [("mean over seeds", draw_curves(_curves_of(members)))]
+    return draw_panels(read_run(workdir))
+
+
+def _curves_of(folders: Sequence[Path]) -> dict[str, Any]:
+    return mean_curves([(str(folder), read_run(folder)) for folder in folders])
+
+
 def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
@@ -196,7 +214,7 @@ def plot_curves(workdirs: Sequence[Path], output: Path) -> Path:
       ImportError: matplotlib is not installed.
     """
     folders = [member for workdir in workdirs for member in (_members(workdir) or [workdir])]
-    result = mean_curves([(str(folder), read_run(folder)) for folder in folders])
+    result = _curves_of(folders)
     _save(draw_curves(result), output)
     write_atomically(output.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     return output
@@ -269,9 +287,28 @@ def main(argv: Sequence[str]) -> None:
         fail("--output is missing; it is required for several runs and for --redraw")
     with reporting_errors():
         try:
-            print(_drawn([Path(name) for name in FLAGS.workdir or []], output))
+            workdirs = [Path(name) for name in FLAGS.workdir or []]
+            drawn = _drawn(workdirs, output)
         except ImportError as error:
             fail(f"{error}; pip install matplotlib")
+    # Programs get the path alone.
+    print(ending(drawn, workdirs) if sys.stdout.isatty() else drawn)
+
+
+def ending(picture: Path, workdirs: Sequence[Path]) -> str:
+    """The ending of the command: where the picture is, and what comes next."""
+    again = ["python", "-m", "experiments.plot", *(f"--workdir={workdir}" for workdir in workdirs)]
+    again += [f"--output={picture}"] if len(workdirs) > 1 else []
+    commands: list[tuple[str, Sequence[object]]] = []
+    if not all((workdir / "summary.json").exists() for workdir in workdirs):
+        commands = [("draw it again after more steps", again)]
+    elif len(workdirs) == 1 and (workdirs[0] / "answers_before.jsonl").exists():  # a sweep's member has none
+        commands = [("write a page with the answers", page_command(workdirs[0]))]
+    elif len(workdirs) > 1:
+        runs = [f"--runs=RL:{workdir}" for workdir in workdirs]
+        table = ["python", "-m", "experiments.report", *runs, f"--output={picture.with_name('report.json')}"]
+        commands = [("compare them in a table", table)]
+    return block(place_lines({"picture": picture}), next_lines(commands))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from absl import app, flags
 
 from experiments.common.changes import change
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.closing import block, member_rows, place_lines
+from experiments.common.closing import ASK, ask, block, member_rows, next_lines, page_command, place_lines
 from experiments.common.combining import (
     PRECISION,
     ReportError,
@@ -50,7 +50,7 @@ from experiments.common.combining import (
 from experiments.common.opening import parse_flags
 from experiments.common.wording import counted, cut, p_digits, paragraph, points, size, table_with_sections
 from experiments.configs import base
-from experiments.plot import plot
+from experiments.plot import figures_of
 from experiments.plotting.charts import draw_accuracy, short_number
 from experiments.plotting.page import Content, page
 from tinylora_jax.files import expand, write_atomically
@@ -135,7 +135,7 @@ def page_of(workdir: Path) -> Content:
     usual = flat(base.get_config().to_dict())
     changed = {name: value for name, value in fields.items() if name in usual and usual[name] != value}
     title = f"{summary['model']}: {counted(numbers, 'trained number')}"
-    return Content(title, ", ".join(about), found, plot(workdir), table_rows, fields, changed)
+    return Content(title, ", ".join(about), found, figures_of(workdir), table_rows, fields, changed)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -163,7 +163,16 @@ def main(argv: Sequence[str]) -> None:
         write_atomically(output, json.dumps(result, indent=1) + "\n")
         draw_accuracy(drawn, result["untrained"], output.with_suffix(".png"), title)
     places = {"result": output, "picture": output.with_suffix(".png")}
-    print(block(text, place_lines(places)))
+    print(block(text, place_lines(places), next_lines(_next_commands(output))))
+
+
+def _next_commands(output: Path) -> list[tuple[str, Sequence[object]]]:
+    """What comes after a table: the page of its first run, or for a picture that was drawn again nothing."""
+    again = ["python", "-m", "experiments.report", f"--redraw={output}", f"--output={output.with_name('again.json')}"]
+    if not FLAGS.runs:
+        return []
+    workdir = _series_and_folder(FLAGS.runs[0])[1]
+    return [("see the answers of a run as a page", page_command(workdir)), ("draw the picture again", again)]
 
 
 def _series_and_folder(text: str) -> tuple[str, Path]:
@@ -193,7 +202,9 @@ def _write_page(name: str) -> None:
             raise ReportError(f"{workdir} is damaged: a JSON file there lacks {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, page(content))
-    print(block(place_lines({"page": target, "size": size(target.stat().st_size)})))
+    fixed = content.change.fixed if content.change else ()
+    commands = [(ASK, ask(adapter, fixed))] if (adapter := workdir / "adapter").is_dir() else []
+    print(block(place_lines({"page": target, "size": size(target.stat().st_size)}), next_lines(commands)))
 
 
 if __name__ == "__main__":

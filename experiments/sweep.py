@@ -66,6 +66,7 @@ from experiments.common.runs import num_steps, questions_of, stoppable, summary_
 from experiments.common.specs import ConfigError, as_json, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, make_prompts
+from experiments.common.untrained import evaluate_untrained
 from experiments.common.wording import counted, paragraph, table
 from experiments.common.workdir import discard, logged_vector
 from experiments.evaluate import evaluate, lower_evaluation
@@ -122,9 +123,15 @@ class Folder:
 
 
 def train(
-    population: Population, task: Task, data: Mapping[str, Any], steps: int, folder: Folder, stop: StopRequests
+    population: Population,
+    task: Task,
+    data: Mapping[str, Any],
+    steps: int,
+    folder: Folder,
+    stop: StopRequests,
+    untrained: Callable[[], dict[str, Any]],
 ) -> tuple[dict[str, TrainState], dict[str, str]]:
-    """Runs the remaining steps and saves each one.
+    """Runs the remaining steps and saves each one; evaluates the untrained model after the first, like `runs.train`.
 
     Returns:
       The final state of every member, and the reasons why members were dropped.
@@ -162,6 +169,9 @@ def train(
             if seen:
                 mean = lambda field, seen=seen: sum(metrics[field] for metrics in seen) / len(seen)
                 shown.step({field: mean(field) for field in ("reward", "length", "v_norm")})
+            if index == first:
+                with shown.aside():
+                    tell(f"before training: {scores(untrained())}")
     folder.checkpoints.wait()
     return states, dropped
 
@@ -218,15 +228,11 @@ def run(
     judge = partial(evaluate, task, prompts=questions, between=stop.check, **how)
     folder.claim()
     with closing(folder):
-        before = folder.log.read_json("eval_before.json")
-        if before is None:
-            before, answers = judge(v=task.policy.init(), seed=config.seed)
-            folder.log.write_rows("answers_before.jsonl", answers)
-            folder.log.write_json("eval_before.json", before)
-        tell(f"before training: {scores(before)}")
+        first = partial(judge, v=task.policy.init(), seed=config.seed)
+        untrained = partial(evaluate_untrained, folder.log, task, first)
         data = {name: make_pipeline(prompts, own.batch_size, own.seed, own.epochs) for name, own in configs.items()}
-        states, dropped = train(population, task, data, steps, folder, stop)
-        trained = time.perf_counter()
+        states, dropped = train(population, task, data, steps, folder, stop, untrained)
+        trained, before = time.perf_counter(), untrained()
         about = {"steps": steps, "eval_before": before}
         fingerprint = base_fingerprint(task.policy.params)
         rows = [{"member": name, "dropped": reason} for name, reason in dropped.items()]

@@ -48,10 +48,15 @@ def question_for(examples: Sequence[Example]) -> str | None:
     )
 
 
-def ask(adapter: object, examples: Sequence[Example]) -> list[object]:
-    """The command that prompts the untrained and the trained model with a question that was fixed."""
+def ask(adapter: object, examples: Sequence[Example], other: object = "base") -> list[object]:
+    """The command that prompts two models with a question that was fixed; by default the untrained and the trained."""
     asked = [f"--prompt={question}"] if (question := question_for(examples)) else []
-    return ["python", "-m", "experiments.generate", "--adapter=base", f"--adapter={adapter}", *asked]
+    return ["python", "-m", "experiments.generate", f"--adapter={other}", f"--adapter={adapter}", *asked]
+
+
+def page_command(workdir: Path) -> list[object]:
+    """The command that writes the page of a run or a sweep."""
+    return ["python", "-m", "experiments.report", f"--runs=RL:{workdir}", f"--html={workdir / 'page.html'}"]
 
 
 def emit(result: Mapping[str, Any], text: str, as_json: bool) -> None:
@@ -100,7 +105,7 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     export = ["python", "-m", "experiments.export", f"--adapter={adapter}", "--to=merged", f"--output={workdir}/merged"]
     commands = [
         (ASK, ask(adapter, fixed)),
-        ("see what was fixed", evaluate),
+        ("see what was fixed", evaluate) if fixed else ("see the run as a page", page_command(workdir)),
         ("use it elsewhere", export),
     ]
     return block(paragraph(head + minutes), changed, example, place_lines(places), next_lines(commands))

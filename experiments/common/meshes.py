@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments.common.fitting import fit, open_model
 from experiments.common.progress import tell, without_chatter
+from experiments.configs import base
 from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, device_bytes
 
 
@@ -40,7 +41,7 @@ def use_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Abs
     """
     devices = jax.devices() if devices is None else devices
     mesh = spec.make(devices)
-    return jax.set_mesh(mesh) if len(devices) > 1 else nullcontext()
+    return on_mesh(mesh if len(devices) > 1 else None)
 
 
 def find_devices() -> None:
@@ -61,6 +62,34 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
         return use_mesh(spec)
     model = open_model(config.model, config.dtype, config.quantize).abstract.config
     return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
+
+
+def prompting_mesh(model: ModelConfig, dtype: str, quantize: str, max_new_tokens: int, spec: MeshSpec) -> Mesh | None:
+    """Chooses the mesh on which a command without a config answers prompts; None for a single device.
+
+    The sizes must fit the devices, see `MeshSpec.resolve`.
+
+    Args:
+      model: architecture of the model.
+      dtype: dtype of the weights.
+      quantize: storage of the weights.
+      max_new_tokens: longest answer, in tokens.
+      spec: sizes of the mesh; those left open are chosen by the memory of the devices, as for a run.
+    """
+    memory, devices = device_bytes(), jax.devices()
+    if len(devices) == 1:
+        return None
+    if memory is not None and not spec.tensor:
+        config = base.get_config()
+        config.dtype, config.quantize, config.max_new_tokens = dtype, quantize, max_new_tokens
+        config.batch_size = config.samples = config.eval_batch_size = 1
+        spec = fit(model, config, spec, devices, memory, joins_kernels()).mesh
+    return spec.make(devices)
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Sets a mesh for the `with` block; None sets none."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def slots_of(config: ConfigDict, model: ModelConfig, members: int = 1) -> int:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from experiments.common.progress import clear, log_plainly, show, tell_error
+from experiments.common.progress import clear, log_plainly, show, tell, tell_error
 from experiments.common.wording import WIDTH, entries, nearest_path, paragraph, suggestion
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -41,7 +41,22 @@ FIELDS = (
     ("reward", "hash", "grader: hash, boxed, math, minerva or module:function"),
     ("seed", 0, "seed of the data order and the sampling noise"),
 )
+_SHARED = ("model", "max_new_tokens", "eval_data.limit", "template", "reward", "seed")
+# The same for a command that only answers the questions for evaluation.
+EVALUATION_FIELDS = (
+    *(row for row in FIELDS if row[0] in _SHARED),
+    ("eval_data.source", "openai/gsm8k:main", "hub id, .jsonl or .parquet file, or arithmetic"),
+    ("temperature", 1.0, "of the sampled answers"),
+    ("dtype", "bfloat16", "of the weights; or float32"),
+    ("quantize", "none", "storage of the weights; or int8, int4"),
+)
+SAMPLING_FIELDS = (
+    ("eval_samples", 0, "sampled answers per question; 0: one"),
+    ("eval_batch_size", 64, "questions answered at once"),
+)
 
+
+Fields = Sequence[tuple[str, object, str]]  # name, default and description of fields of the config
 
 _begun = False  # whether a command began; parsing flags for another purpose must not change the loggers
 
@@ -106,7 +121,7 @@ def define_run() -> None:
     flags.mark_flag_as_required("workdir")
 
 
-def begin(document: str) -> None:
+def begin(document: str, fields: Fields = FIELDS) -> None:
     """Answers --help and an empty command line, and shows the first line; call it after the flags are defined.
 
     Args:
@@ -117,7 +132,7 @@ def begin(document: str) -> None:
         print(_usage(document), file=sys.stderr)
         raise SystemExit(1)
     if _HELP & set(arguments):
-        print(help_page(document))
+        print(help_page(document, fields))
         raise SystemExit(0)
     show("starting: importing JAX")
     try:
@@ -151,7 +166,7 @@ def _example(command: str) -> str:
     return "\n".join([*lines, line])
 
 
-def help_page(document: str) -> str:
+def help_page(document: str, fields: Fields = FIELDS) -> str:
     """The text of --help: what the command does, examples, its flags and the fields that people change."""
     title, _, rest = document.replace("\\\n", " ").partition("\n")
     prose = [re.sub(r"^    .*$", "", text, flags=re.MULTILINE) for text in rest.split("\n\n")]
@@ -165,7 +180,7 @@ def help_page(document: str) -> str:
         parts += [paragraph(f"several hosts: {', '.join(f'--{name}' for name in _MULTIHOST)}", "      ", "  ")]
     if "config" in own:
         parts += ["", "fields that people change, with their defaults"]
-        parts += [entries([(f"--config.{name}={_shown(value)}", text) for name, value, text in FIELDS])]
+        parts += [entries([(f"--config.{name}={_shown(value)}", text) for name, value, text in fields])]
         parts += [paragraph("Every field: experiments/configs/base.py. Configs: " + ", ".join(config_names()), "  ")]
     return "\n".join(parts)
 
@@ -316,7 +331,20 @@ def config_arguments() -> list[str]:
     return found
 
 
-def require_folder(flag: str, path: Path, fail: Callable[[str], NoReturn] = _fail) -> None:
-    """Ends the command with a message if the folder of a flag is missing; the message names the nearest one."""
+def adapter_folder(path: Path, fail: Callable[[str], NoReturn] = _fail) -> Path:
+    """The folder of an adapter that --adapter names: that folder, or the one in the workdir of its run.
+
+    Ends the command with a message if there is none; the message names the nearest one.
+    """
     if not path.exists():
-        fail(f"--{flag}={path}: no such folder{nearest_path(path)}")
+        fail(f"--adapter={path}: no such folder{nearest_path(path)}")
+    if any((path / name).exists() for name in ("adapter.json", "vector.bin", "adapter_config.json")):
+        return path
+    if (path / "adapter").is_dir():
+        tell(f"using the adapter {path / 'adapter'}")
+        return path / "adapter"
+    if members := sorted((path / "members").glob("*/adapter")):
+        fail(f"--adapter={path} is the workdir of a sweep; name the adapter of a member, such as {members[0]}")
+    if (path / "checkpoints").is_dir():
+        fail(f"--adapter={path} is the workdir of a run without an adapter; continue the run to its end")
+    return path

@@ -179,6 +179,15 @@ class Steps:
             self._told = now
             tell(text)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the time of the block out of the time of a step, such as that of an evaluation."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - started
+
     def _line(self, metrics: Mapping[str, float]) -> str:
         main = "reward" if "reward" in metrics else "loss"
         parts = [f"step {self._done}/{self._total}"]

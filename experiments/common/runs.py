@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.common import multihost
 from experiments.common.cli import TrainingError, fail, reporting_errors, use_compilation_cache
-from experiments.common.eval_metrics import GRADES, Row, scores
+from experiments.common.eval_metrics import GRADES, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
 from experiments.common.preemption import Stopped, StopRequests
@@ -29,6 +29,7 @@ from experiments.common.progress import Steps, clear, tell
 from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
+from experiments.common.untrained import evaluate_untrained
 from experiments.common.wording import WIDTH
 from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
@@ -195,8 +196,12 @@ def train(
     folder: Workdir,
     started: float,
     judge: Callable[[Trained], dict[str, Any]],
+    untrained: Callable[[], dict[str, Any]],
 ) -> tuple[TrainState, Totals]:
     """Runs the remaining steps and saves each one.
+
+    The untrained model is evaluated after the first step, and not before it: the user sees a trained step a minute
+    earlier. The answers are the same, because v is the initial one again.
 
     Args:
       trainer: trainer of the run.
@@ -206,6 +211,7 @@ def train(
       folder: folder of the run.
       started: time at which the run started.
       judge: function that evaluates trained parameters, for `config.evaluate_every`.
+      untrained: function that returns the accuracies of the untrained model, from the folder if they are there.
 
     Returns:
       The final state, and totals over the whole run, including interrupted parts.
@@ -231,7 +237,8 @@ def train(
             totals["rollout_s"] += metrics.get("rollout_s", 0.0)
             if config.evaluate_every and (index + 1) % config.evaluate_every == 0 and index + 1 < steps:
                 # Before the step is saved: a run that is interrupted here repeats the step and its evaluation.
-                found = judge(state.v)
+                with shown.aside():
+                    found = judge(state.v)
                 metrics |= {f"eval_{grade}": found[grade] for grade in GRADES}
                 tell(f"after step {index + 1}: {scores(found)}")
             totals["wall_s"] = before + time.perf_counter() - started
@@ -239,7 +246,12 @@ def train(
             record = {"data": data.get_state(), "totals": totals} if due else None
             folder.keep(index, state, record, metrics, page)
             shown.step(metrics)
+            if index == first:
+                with shown.aside():
+                    tell(f"before training: {scores(untrained())}")
         folder.flush()
+    if first < steps:  # the evaluation after the only step counts too
+        totals["wall_s"] = before + time.perf_counter() - started
     return state, totals
 
 
@@ -267,7 +279,7 @@ def run(
     started, is_new = time.perf_counter(), not workdir.exists()
     specs = parse(config)
     folder = Workdir(workdir, as_json(config, experiment))
-    done = folder.read("summary.json")
+    done = folder.read_json("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
         return done
@@ -289,15 +301,15 @@ def run(
         task = start.finish(chain(to_train, lower_evaluation(start.abstract, abstract.v, questions, **how)))
     folder.claim()
     judge = partial(evaluate, task, prompts=questions, seed=config.seed, between=stop.check)
-
-    # The state takes gigabytes in full fine-tuning, so it does not outlive this line.
-    before = _evaluate_before(folder, lambda: judge(v=trainer.initial_state(task.policy).v, **how))
+    # The initial v takes gigabytes in full fine-tuning, so it does not outlive its evaluation.
+    untrained = partial(evaluate_untrained, folder, task, lambda: judge(v=replicate(task.policy.init()), **how))
 
     data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
     in_between = lambda v: judge(v=v, batch_size=config.eval_batch_size)[0]
-    state, totals = train(trainer, task, data, steps, folder, started, in_between)
+    state, totals = train(trainer, task, data, steps, folder, started, in_between, untrained)
     finished = time.perf_counter()
 
+    before = untrained()  # answers now only if the run was killed between its last step and this evaluation
     about = {"steps": steps, "eval_before": before, "config": summary_of_config(config)}
     folder.check()
     saved = _save(workdir / "adapter", task, state.v, config.save_dtype, about)
@@ -305,7 +317,7 @@ def run(
     folder.write_rows("answers_after.jsonl", answers)
     totals["wall_s"] += time.perf_counter() - finished
     summary = _summary(task, steps, before, after, totals)
-    folder.write("summary.json", summary)
+    folder.write_json("summary.json", summary)
     return summary
 
 
@@ -323,17 +335,6 @@ def _summary(task: Task, steps: int, before: dict[str, Any], after: dict[str, An
     if totals["rollout_s"]:
         summary["generated_tokens_per_s"] = round(totals["tokens"] / totals["rollout_s"], 1)
     return summary
-
-
-def _evaluate_before(folder: Workdir, judge: Callable[[], tuple[dict[str, Any], list[Row]]]) -> dict[str, Any]:
-    """The accuracies of the untrained model: those in the folder, or the result of `judge`, which is kept there."""
-    before = folder.read("eval_before.json")
-    if before is None:
-        before, answers = judge()
-        folder.write_rows("answers_before.jsonl", answers)
-        folder.write("eval_before.json", before)
-    tell(f"before training: {scores(before)}")
-    return before
 
 
 def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any]) -> Trained:

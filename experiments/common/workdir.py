@@ -73,11 +73,11 @@ class Workdir:
 
         return on_first(look)
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a result; None if it does not exist yet."""
         return on_first(lambda: self._log.read_json(name))
 
-    def write(self, name: str, value: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a result atomically."""
         on_first(lambda: self._log.write_json(name, value))
 

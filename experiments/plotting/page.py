@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.common.changes import Change, Example, interval, printable
 from experiments.common.wording import counted, p_value, percent, points
+from experiments.plotting.inline import svg, variables
 from tinylora_jax import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ANSWERS = 20  # largest number of questions with their answers
 _BROKEN = 6  # of them, the number that is kept for questions that were broken
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1b1d21; --soft: #5c6370; --line: #d9dce1; --card: #f5f6f8;
-  --good: #17683a; --bad: #9c2b21; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181c; --text: #e6e8ec; --soft: #a2a9b5; --line: #353a43;
-  --card: #1f2228; --good: #6fd39b; --bad: #f0938a; } }
-* { box-sizing: border-box; }
+_STYLE = f"""
+:root {{ color-scheme: light dark; --page: #fff; --text: #1b1d21; --soft: #5c6370; --line: #d9dce1; --card: #f5f6f8;
+  --good: #17683a; --bad: #9c2b21; {variables(dark=False)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #16181c; --text: #e6e8ec; --soft: #a2a9b5; --line: #353a43;
+  --card: #1f2228; --good: #6fd39b; --bad: #f0938a; {variables(dark=True)} }} }}
+"""
+_STYLE += """* { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
@@ -34,8 +37,10 @@ p.soft, figcaption, .soft { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
-figure { margin: 0; }
-img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: 0; min-width: 0; }
+svg { display: block; width: 100%; height: auto; fill: var(--ink); }
+.wide svg { min-width: 34rem; }
 article { background: var(--card); border-radius: 6px; padding: .75rem 1rem; margin: .75rem 0; }
 article h3 { font-size: 1rem; margin: 0 0 .5rem; font-weight: 600; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
@@ -56,7 +61,7 @@ class Content:
       title: model and what was trained.
       about: further facts of the run, such as steps and minutes.
       change: difference between the untrained and the trained model; None if it cannot be computed.
-      picture: path of a PNG, drawn white; None without a picture.
+      pictures: titles and pictures of the training.
       members: head and rows of the table of a sweep's members; empty for a run.
       config: fields of the config, by name.
       changed: fields that differ from the defaults, by name.
@@ -65,7 +70,7 @@ class Content:
     title: str
     about: str
     change: Change | None
-    picture: Path | None
+    pictures: Sequence[tuple[str, Figure]] = ()
     members: Sequence[Sequence[str]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     changed: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +81,7 @@ def page(content: Content) -> str:
     title = _text(content.title)
     parts = [f"<h1>{title}</h1>", f'<p class="soft">{_text(content.about)}</p>']
     parts += _headline(content.change) if content.change else []
-    parts += _picture(content.picture) if content.picture else []
+    parts += _pictures(content.pictures) if content.pictures else []
     if content.members:
         parts += ["<h2>Members, the best first</h2>", _table(content.members)]
         parts.append('<p class="soft">Gain: points over the untrained model, by a paired test of greedy answers.</p>')
@@ -142,10 +147,14 @@ def _headline(change: Change) -> list[str]:
     ]
 
 
-def _picture(path: Path) -> list[str]:
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="Curves over the steps" src="data:image/png;base64,{data}">'
-    return ["<h2>Training</h2>", f"<figure>{image}</figure>"]
+def _pictures(pictures: Sequence[tuple[str, Figure]]) -> list[str]:
+    """The panels of a run, as many beside each other as fit; a single picture is wide, and scrolls on a phone."""
+    found = [
+        f"<figure><figcaption>{_text(title)}</figcaption>{svg(figure, title, f'p{place}-')}</figure>"
+        for place, (title, figure) in enumerate(pictures)
+    ]
+    kind = "panels" if len(found) > 1 else "wide scroll"
+    return ["<h2>Training</h2>", f'<div class="{kind}">', *found, "</div>"]
 
 
 def _answers(change: Change) -> list[str]:

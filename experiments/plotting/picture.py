@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +13,10 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and only drawing needs
     from matplotlib.figure import Figure
 
 _FEW = 40  # with more steps, single values are drawn faintly below smoothed ones
-_BLUE, _ORANGE, _GRAY = "#1f5fa8", "#d9730d", "#7a7a7a"
-_PHASES = {"rollout_s": ("rollout", "#1f5fa8"), "update_s": ("update", "#d9730d"), "grading_s": ("grading", "#5a9e4b")}
+BLUE, ORANGE, GREEN = "#1f5fa8", "#d9730d", "#9ccc82"  # dark, medium and light, to be told apart without colours
+GRAY, GRID = "#7a7a7a", "#ebebeb"
+_PHASES = {"rollout_s": ("rollout", BLUE), "update_s": ("update", ORANGE), "grading_s": ("grading", GREEN)}
+_PANEL = (4.4, 2.9)  # inches; as wide as a phone, so that text keeps its size there
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Run:
       after: accuracies of the trained model; None if not available yet.
       numbers: number of trained numbers; None if it is not known.
       between: step, strict and lenient accuracy of each evaluation during training.
+      notes: whether the accuracies before and after are also written into the picture.
     """
 
     title: str
@@ -40,6 +43,7 @@ class Run:
     after: dict[str, float] | None
     numbers: int | None = None
     between: tuple[tuple[int, float, float], ...] = ()
+    notes: bool = True
 
     @property
     def count(self) -> int:
@@ -57,22 +61,43 @@ def draw(run: Run) -> Figure:
 
     figure = Figure(figsize=(12, 6.6))
     # Fixed positions: matplotlib's automatic layout would draw everything twice to measure it.
-    above = figure.add_gridspec(1, 2, left=0.06, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
-    beneath = figure.add_gridspec(1, 3, left=0.06, right=0.985, top=0.43, bottom=0.08, wspace=0.36)
+    above = figure.add_gridspec(1, 2, left=0.07, right=0.93, top=0.9, bottom=0.57, width_ratios=(2.3, 1), wspace=0.17)
+    beneath = figure.add_gridspec(1, 3, left=0.07, right=0.985, top=0.43, bottom=0.08, wspace=0.55)
     places = (above[0], above[1], beneath[0], beneath[1], beneath[2])
     for place, panels in zip(places, _PANELS, strict=True):
         axes = figure.add_subplot(place)
-        axes.set_xlim(0, run.count + 0.5)  # to the end of the last step's bar
-        next(panel for name, panel in panels.items() if name in run.steps)(axes, run)
-        axes.set_title(axes.get_title(), fontsize=10, loc="left")
-        axes.set_title("")
-        axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.92")
-        axes.set_axisbelow(True)
+        axes.set_title(_panel(axes, run, panels), fontsize=10, loc="left")
     figure.suptitle(run.title)
     return figure
+
+
+def draw_panels(run: Run) -> list[tuple[str, Figure]]:
+    """Draws each panel of a run as a narrow picture of its own, and returns it with its title.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    found = []
+    for panels in _PANELS:
+        figure = Figure(figsize=_PANEL, layout="constrained")
+        found.append((_panel(figure.add_subplot(), replace(run, notes=False), panels), figure))
+    return found
+
+
+def _panel(axes: Axes, run: Run, panels: Mapping[str, Callable[[Axes, Run], None]]) -> str:
+    """Draws the first of the panels whose metric is logged, and returns its title."""
+    axes.set_xlim(0, run.count + 0.5)  # to the end of the last step's bar
+    next(panel for name, panel in panels.items() if name in run.steps)(axes, run)
+    title = axes.get_title()
+    axes.set_title("")
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    return title
 
 
 def smoothing(count: int) -> int:
@@ -100,7 +125,9 @@ def _percent(value: float, place: int | None = None) -> str:
 
 
 def _notes(axes: Axes, run: Run, shares: bool, mark: str = "") -> None:
-    """Writes the accuracies before and after in the two upper corners."""
+    """Writes the accuracies before and after in the two upper corners, if the run asks for it."""
+    if not run.notes:
+        return
     text = _percent if shares else lambda x: f"{x:.3g}"
     for name, accuracy, x, side in (("untrained", run.before, 0.01, "left"), ("trained", run.after, 0.99, "right")):
         if accuracy is not None:
@@ -112,15 +139,15 @@ def _notes(axes: Axes, run: Run, shares: bool, mark: str = "") -> None:
 def _reward(axes: Axes, run: Run) -> None:
     axes.set_title("reward of the sampled answers" + (" (band: 1 standard error)" if "reward_se" in run.steps else ""))
     shares = 0 <= min(run.steps["reward"]) and max(run.steps["reward"]) <= 1
-    _line(axes, run.steps["reward_lenient"], _ORANGE, "lenient")
-    _line(axes, run.steps["reward"], _BLUE, "strict", run.steps.get("reward_se"))
+    _line(axes, run.steps["reward_lenient"], ORANGE, "lenient")
+    _line(axes, run.steps["reward"], BLUE, "strict", run.steps.get("reward_se"))
     for accuracy, x in ((run.before, 0), (run.after, run.count + 0.5)):
         if accuracy is not None:
-            axes.plot(x, accuracy["strict"], "D", color=_BLUE, markersize=7, clip_on=False)
-            axes.plot(x, accuracy["lenient"], "D", color=_ORANGE, markersize=7, fillstyle="none", clip_on=False)
+            axes.plot(x, accuracy["strict"], "D", color=BLUE, markersize=7, clip_on=False)
+            axes.plot(x, accuracy["lenient"], "D", color=ORANGE, markersize=7, fillstyle="none", clip_on=False)
     for step, strict, lenient in run.between:
-        axes.plot(step, strict, "D", color=_BLUE, markersize=5)
-        axes.plot(step, lenient, "D", color=_ORANGE, markersize=5, fillstyle="none")
+        axes.plot(step, strict, "D", color=BLUE, markersize=5)
+        axes.plot(step, lenient, "D", color=ORANGE, markersize=5, fillstyle="none")
     _notes(axes, run, shares, " (◆)")
     seen = [*run.steps["reward"], *run.steps["reward_lenient"]]
     seen += [*(run.steps["reward"] + run.steps["reward_se"])] if "reward_se" in run.steps else []
@@ -137,14 +164,14 @@ def _reward(axes: Axes, run: Run) -> None:
 def _loss(axes: Axes, run: Run) -> None:
     axes.set_title("loss on the worked solutions")
     loss, ends = run.steps["loss"], [x for each in (run.before, run.after) if each for x in each.values()]
-    _line(axes, loss, _BLUE, "loss")
+    _line(axes, loss, BLUE, "loss")
     _notes(axes, run, all(0 <= x <= 1 for x in ends))
     axes.set_ylabel("nats per token, mean")
     span = max(loss) - min(loss) or 0.1 * abs(max(loss)) or 1.0
     axes.set_ylim(min(loss) - 0.1 * span, max(loss) + 0.4 * span)  # room for the two notes
 
 
-def _above_zero(axes: Axes, values: np.ndarray, label: str, color: str = _BLUE, least: float = 0.0) -> None:
+def _above_zero(axes: Axes, values: np.ndarray, label: str, color: str = BLUE, least: float = 0.0) -> None:
     """Draws a nonnegative metric, with an axis in the same colour."""
     _line(axes, values, color, label)
     axes.set_ylabel(label, color=color)
@@ -154,7 +181,7 @@ def _above_zero(axes: Axes, values: np.ndarray, label: str, color: str = _BLUE, 
 def _right(axes: Axes, values: np.ndarray, label: str, least: float = 0.0) -> Axes:
     """Draws a second metric, with its axis on the right."""
     right = axes.twinx()
-    _above_zero(right, values, label, _ORANGE, least)
+    _above_zero(right, values, label, ORANGE, least)
     right.spines["top"].set_visible(False)
     return right
 
@@ -182,23 +209,28 @@ def _vector(axes: Axes, run: Run) -> None:
         _line(axes, run.steps["v_norm"], "black", "|v|")
         return
     from_zero = lambda values: np.concatenate([np.zeros_like(values[:1]), values])
+    norms = axes
     axes.set_title("the trained vector v")
     if run.vectors is not None:
-        axes.set_title(f"the trained vector v, its {run.vectors.shape[1]} numbers and |v|")
-        axes.plot(from_zero(run.vectors), color=_BLUE, linewidth=0.9, alpha=0.7)
-        axes.axhline(0, color=_GRAY, linewidth=0.8)
-    axes.plot(from_zero(run.steps["v_norm"]), color="black", linewidth=1.8, label="|v|")
-    axes.legend(loc="upper left", fontsize=9, frameon=False)
+        axes.set_title(f"the trained vector v: its {run.vectors.shape[1]} numbers, and |v|")
+        axes.plot(from_zero(run.vectors), color=BLUE, linewidth=0.9, alpha=0.7)
+        axes.axhline(0, color=GRAY, linewidth=0.8)
+        axes.set_ylabel("a number of v", color=BLUE)
+        norms = axes.twinx()  # |v| grows with the count of numbers, and would flatten their lines
+        norms.spines["top"].set_visible(False)
+        norms.set_ylim(0, 1.15 * max(run.steps["v_norm"]) or 1.0)
+    norms.plot(from_zero(run.steps["v_norm"]), color="black", linewidth=1.8, linestyle="--", label="|v|")
+    norms.set_ylabel("|v|")
 
 
 def _mismatch(axes: Axes, run: Run) -> None:
     axes.set_title("a token's probability: rollout against update")
-    _line(axes, run.steps["delta_prob"], _BLUE, "difference")
+    _line(axes, run.steps["delta_prob"], BLUE, "difference")
     axes.set_ylabel("mean absolute difference")
     axes.set_ylim(0, 1.15 * max(run.steps["delta_prob"]) or 1e-3)
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:.2g}")  # a common factor would meet the title
     if not any(run.steps["delta_prob"]):
-        axes.annotate("0 in every step", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_GRAY)
+        axes.annotate("0 in every step", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GRAY)
 
 
 def _seconds(axes: Axes, run: Run) -> None:
@@ -215,7 +247,8 @@ def _seconds(axes: Axes, run: Run) -> None:
     if max(below) > usual:  # a step included compilation, or the machine was busy
         slowest = int(np.argmax(below))
         axes.set_title(f"seconds of a step (step {slowest + 1}: {max(below):.3g} s)")
-    axes.legend(loc="upper right", fontsize=9, ncols=3, framealpha=1, edgecolor="none", columnspacing=1.2)
+    narrow = {"ncols": 3, "columnspacing": 0.8, "handlelength": 1.2, "handletextpad": 0.4}
+    axes.legend(loc="upper right", fontsize=9, framealpha=1, edgecolor="none", **narrow)
 
 
 _PANELS: tuple[dict[str, Callable[[Axes, Run], None]], ...] = (

@@ -5,12 +5,15 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_rewards import even
 
 from experiments import evaluate as cli
+from experiments import grpo
+from experiments.common import untrained
 from experiments.common.answering import answer
 from experiments.common.specs import parse
 from experiments.common.task import load_task, make_prompts
@@ -208,3 +211,62 @@ def test_the_adapter_s_own_spec_counts_not_the_config_s(task, config, prompts, t
     assert dataclasses.replace(read_adapter(tmp_path / "adapter")[0], targets=spec.targets) == spec
     result, _ = cli.run(config, tmp_path / "adapter")
     assert result["questions"] == 6
+
+
+@pytest.fixture(scope="module")
+def graded(make_config, tmp_path_factory, stop):
+    """The workdir of a short run with a built-in reward, whose answers can be used again."""
+    config = make_config()
+    config.reward, config.max_steps = "hash", 1
+    workdir = tmp_path_factory.mktemp("graded") / "run"
+    grpo.run(config, workdir, stop)
+    return workdir
+
+
+def hash_config(make_config, **changes):
+    config = make_config()
+    config.reward, config.max_steps = "hash", 1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_the_base_models_answers_are_used_again(graded, make_config, capsys):
+    again = cli.run(hash_config(make_config), graded / "adapter", showcase=2)
+    said = capsys.readouterr().err
+    assert "evaluating the base model" not in said and f"are those of its run in {graded}" in said
+    (graded / "answers_before.jsonl").rename(graded / "hidden")
+    computed = cli.run(hash_config(make_config), graded / "adapter", showcase=2)
+    (graded / "hidden").rename(graded / "answers_before.jsonl")
+    assert "evaluating the base model" in capsys.readouterr().err
+    assert again == computed
+
+
+def test_answers_made_in_another_way_are_computed_again(graded, make_config, tmp_path, monkeypatch):
+    task = load_task(hash_config(make_config), parse(hash_config(make_config)))
+    prompts = make_prompts(hash_config(make_config), load_questions(parse(make_config()).eval_data), task)
+    workdir = shutil.copytree(graded, tmp_path / "run")
+    known = lambda prompts=prompts, task=task, **changes: untrained.known_answers(
+        workdir / "adapter", hash_config(make_config, **changes), task, prompts
+    )
+    assert [row["id"] for row in known()] == [prompt.id for prompt in prompts]
+    assert known(evaluate_every=3) is not None, "this changes no answer"
+    for field, value in {"dtype": "bfloat16", "max_new_tokens": 5, "eval_batch_size": 6, "reward": "boxed"}.items():
+        assert known(**{field: value}) is None, field
+    assert known(prompts=prompts[:-1]) is None and known(prompts=prompts[::-1]) is None
+    other = task.policy.map_frozen(lambda params: jax.tree.map(lambda x: 1.001 * x, params), lambda factors: factors)
+    assert known(task=dataclasses.replace(task, policy=other)) is None, "other weights of the same name"
+    monkeypatch.setattr(untrained, "__version__", "another")
+    assert known() is None
+    monkeypatch.undo()
+    rows = (workdir / "answers_before.jsonl").read_text()
+    for damaged in (rows[:-20], rows.replace('"strict": ', '"strict": "x", "s": '), "", rows.replace("greedy", "odd")):
+        (workdir / "answers_before.jsonl").write_text(damaged)
+        assert known() is None, damaged[:60]
+    (workdir / "answers_before.jsonl").write_text(rows)
+    result = json.loads((workdir / "eval_before.json").read_text())
+    (workdir / "eval_before.json").write_text(json.dumps({k: x for k, x in result.items() if k != "made_by"}))
+    assert known() is None, "a run of an older version does not say how"
+
+
+def test_a_reward_of_ones_own_is_asked_again(finished, config, task, prompts):
+    assert untrained.known_answers(finished.workdir / "adapter", config, task, prompts) is None

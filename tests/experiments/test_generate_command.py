@@ -78,7 +78,7 @@ def answering(adapters):
 def flags(**changes):
     values = {"model": None, "adapter": [], "prompt": PROMPTS, "template": None, "max_new_tokens": NEW}
     values |= {"temperature": 0.0, "samples": 1, "seed": 0, "dtype": "float32", "allow_download": False}
-    values |= {"json": False, "quantize": None}
+    values |= {"json": False, "quantize": None, "mesh": "0,1,0"}
     return SimpleNamespace(**values | changes)
 
 
@@ -370,3 +370,53 @@ def test_ctrl_c_ends_without_a_traceback(processes, model_folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err, err
+
+
+ON_DEVICES = """
+import sys
+from experiments.common import opening  # as `python -m` does, the flags come first
+import runpy
+try:
+    runpy.run_module("experiments.generate", run_name="__main__")
+except SystemExit as end:
+    from tinylora_jax.rollout.stream import _advance
+    print("compiled", _advance._cache_size(), file=sys.stderr)
+    raise
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2,2,2", "0,1,0"])
+def test_eight_devices_answer_as_one(processes, adapters, answering, mesh):
+    given = [f"--adapter={name}" for name in [command.BASE, *adapters]]
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
+    env = processes.env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    words = [*given, *prompts, f"--mesh={mesh}", f"--max_new_tokens={NEW}", "--json", *OPTIONS]
+    ran = subprocess.run([sys.executable, "-c", ON_DEVICES, *words], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert answers(ran.stdout) == expected(answering, Sampling(NEW, 0.9, stop_tokens=answering.base.stop_tokens), 2)
+    assert "compiled 1\n" in ran.stderr, "the parts of an answer run one program"
+
+
+def test_a_mesh_must_fit_the_devices(adapters, capsys):
+    with pytest.raises(ValueError, match="mesh data=3, fsdp=1, tensor=1 does not fit 1 devices"):
+        command.run(flags(adapter=adapters[:1], mesh="3,1,1"))
+    with pytest.raises(ValueError, match="--mesh=8: expected data,fsdp,tensor"):
+        command.run(flags(adapter=adapters[:1], mesh="8"))
+    assert "loading" not in capsys.readouterr().err
+
+
+def test_a_workdir_stands_for_its_adapter(adapters, tmp_path, capsys):
+    workdir = Path(adapters[0]).parent
+    assert command.folders_of(["base", str(workdir), adapters[1]]) == ["base", *adapters]
+    assert capsys.readouterr().err == f"using the adapter {adapters[0]}\n"
+    (tmp_path / "sweep" / "members" / "seed=0" / "adapter").mkdir(parents=True)
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for name, said in (
+        ("sweep", f"name the adapter of a member, such as {tmp_path / 'sweep/members/seed=0/adapter'}"),
+        ("begun", "a run without an adapter; continue the run to its end"),
+        ("begum", f"no such folder; did you mean {tmp_path / 'begun'}?"),
+    ):
+        with pytest.raises(SystemExit):
+            command.folders_of([str(tmp_path / name)])
+        assert said in capsys.readouterr().err

@@ -123,11 +123,21 @@ def test_kl_and_several_updates_and_nothing_compiles_after_the_first_step(
         save(self, *args)
         at_save.append(compilations[0])
 
+    aside, untrained = [], runs.evaluate_untrained
+
+    def evaluating(*args):
+        before = compilations[0]
+        found = untrained(*args)
+        aside.append(compilations[0] - before)
+        return found
+
     monkeypatch.setattr(Checkpoints, "save", counting)
+    monkeypatch.setattr(runs, "evaluate_untrained", evaluating)
     jax.clear_caches()
     grpo.run(config, tmp_path / "run", stop)
     assert at_save[0] > 0, "the counter counts"
-    assert at_save == [at_save[0]] * 5
+    # After the first step comes the evaluation of the untrained model, with its fingerprint.
+    assert at_save == [at_save[0], *[at_save[0] + aside[0]] * 4]
     found = rows(tmp_path / "run")
     assert all(row["kl"] > 0 for row in found)
     assert any(row["clip_low"] + row["clip_high"] > 0 for row in found)

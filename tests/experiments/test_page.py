@@ -12,6 +12,7 @@ import pytest
 from experiments import report
 from experiments.common.changes import Example, change
 from experiments.plotting.page import Content, page, shown_examples
+from experiments.plotting.picture import BLUE, GRAY, GREEN, ORANGE
 from experiments.report import ReportError, page_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -52,17 +53,38 @@ def text(finished):
 def test_a_page_is_one_file_without_a_script(text, finished):
     elements = Elements(text).found
     assert not [tag for tag, _ in elements if tag in ("script", "link", "iframe", "object", "form")]
-    sources = [attrs["src"] for tag, attrs in elements if tag == "img"]
-    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
-    assert not re.search(r"https?://|url\(", text), "nothing is loaded from elsewhere"
+    pictures = [attrs["aria-label"] for tag, attrs in elements if tag == "svg"]
+    assert len(pictures) == 5 and "reward" in pictures[0] and "seconds" in pictures[4]
+    assert not re.search(r"https?://|url\((?!#p\d-\d+\))|<img|data:", text), "nothing is loaded from elsewhere"
+    ids = [attrs["id"] for _, attrs in elements if "id" in attrs]
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
+    assert len(set(ids)) == len(ids) and used and set(used) <= set(ids), "no picture takes a part of another one"
     for word in ("tiny: 8 trained numbers", "5 steps", "adapter.u = 2", "tinylora_jax = ", "jax = ", "McNemar"):
         assert word in text, word
+
+
+def test_pictures_take_every_colour_from_the_page(text):
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    fixed = set(re.findall(r"#[0-9a-f]{6}\b", drawn))
+    assert fixed <= {GRAY}, "a colour that is not a variable would be the same on a light and on a dark page"
+    for name in set(re.findall(r"var\((--\w+)\)", drawn)):
+        light, dark = re.findall(rf"{name}: (#[0-9a-f]+);", text)
+        assert light != dark, name
+
+
+def brightness(color):
+    return sum(share * int(color[at : at + 2], 16) / 255 for share, at in ((0.299, 1), (0.587, 3), (0.114, 5)))
+
+
+def test_series_differ_without_colours():
+    greys = sorted(map(brightness, (BLUE, ORANGE, GREEN)))
+    assert min(np.diff([0.0, *greys, 1.0])) > 0.15
 
 
 def test_what_a_model_wrote_cannot_change_the_page():
     hostile = '<script>alert("1")</script> \x1b[2J \udcff &amp; ' + "x" * 3000
     found = change(answers(lambda i: i % 2, hostile), answers(lambda i: 1, hostile))
-    text = page(Content(f"a {hostile}", "", found, None, config={"field": hostile}))
+    text = page(Content(f"a {hostile}", "", found, config={"field": hostile}))
     assert "script" not in {tag for tag, _ in Elements(text).found} and "\x1b" not in text
     assert text.encode("utf-8") and text.count("&lt;b&gt;4&lt;/b&gt;") == 20, "twenty answers"
 
@@ -124,5 +146,6 @@ def test_a_browser_shows_it(text, tmp_path, width, dark):
     pixels = matplotlib.image.imread(picture)[:, :width, :3]
     margin, inside = pixels[:, -6:], pixels[:, 16:-16]
     assert (np.median(pixels) < 0.3) == dark
+    assert not dark or np.mean(pixels.min(axis=-1) > 0.9) < 0.1, "no picture shines on a dark page"
     assert np.ptp(margin, axis=(0, 1)).max() < 0.02, "nothing is cut off at the right"
     assert np.ptp(inside) > 0.5, "and there is something to read"

@@ -422,3 +422,29 @@ def test_the_command_draws_a_sweep(sweep, processes):
     result = processes.run("plot", f"--workdir={sweep}", config=False)
     assert (result.code, result.out) == (0, f"{sweep / 'curves.png'}\n"), result.err
     assert (sweep / "curves.json").exists() and not list(sweep.rglob("*.tmp"))
+
+
+def test_the_ending_names_what_can_be_done_next(tmp_path, sweep):
+    going, done = write_run(tmp_path / "going", finished=False), write_run(tmp_path / "done")
+    assert f"--workdir={going}" in plot.ending(going / "run.png", [going])
+    assert "python" not in plot.ending(done / "run.png", [done]), "a page needs the untrained answers"
+    (done / "answers_before.jsonl").touch()
+    assert "--html=" in plot.ending(done / "run.png", [done])
+    both = plot.ending(tmp_path / "curves.png", [done, done])
+    assert both.count("--runs=RL:") == 2 and f"--output={tmp_path / 'report.json'}" in both
+    assert "python" not in plot.ending(tmp_path / "again.png", [])
+
+
+def test_the_panels_of_a_page_are_those_of_the_picture(tmp_path, sweep):
+    run = read_run(write_run(tmp_path / "run"))
+    whole = [axes.get_title(loc="left") for axes in draw(run).axes if axes.get_title(loc="left")]
+    assert [title for title, _ in plot.figures_of(tmp_path / "run")] == whole and len(whole) == 5
+    ((_, figure),) = plot.figures_of(sweep)
+    assert len(figure.axes) == 1
+
+
+def test_the_norm_of_v_has_an_axis_of_its_own(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    norms = [0.0, *run.steps["v_norm"]]
+    (its,) = [axes for axes in draw(run).axes if any(np.array_equal(line.get_ydata(), norms) for line in axes.lines)]
+    assert its.get_ylabel() == "|v|" and len(its.lines) == 1

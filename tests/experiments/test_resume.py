@@ -9,6 +9,7 @@ import time
 import pytest
 
 from experiments import grpo
+from experiments.common import runs
 
 LONGER = {"max_steps": 24, "epochs": 10}  # long enough to be killed in the middle
 
@@ -181,3 +182,29 @@ def test_evaluations_during_training_change_nothing_and_survive_an_interruption(
     workdir = interrupted(config, checks=9)  # in the evaluation after the second step
     grpo.run(config, workdir, stop)
     assert traces(workdir) == found
+
+
+def test_the_first_step_comes_before_the_untrained_model_is_evaluated(config, stop, tmp_path, monkeypatch):
+    order, step, judge = [], grpo.Trainer.step, runs.evaluate
+    monkeypatch.setattr(grpo.Trainer, "step", lambda *args: (order.append("step"), step(*args))[1])
+    monkeypatch.setattr(runs, "evaluate", lambda *args, **named: (order.append("evaluate"), judge(*args, **named))[1])
+    grpo.run(config, tmp_path / "run", stop)
+    assert order == ["step", "evaluate", *["step"] * 4, "evaluate"]
+
+
+@pytest.mark.parametrize("checks", [2, 3])  # before the first and before the second batch of that evaluation
+def test_a_run_stopped_before_the_untrained_model_is_evaluated(config, finished, interrupted, stop, traces, checks):
+    workdir = interrupted(config, checks)
+    assert num_lines(workdir) == 1 and not (workdir / "eval_before.json").exists()
+    grpo.run(config, workdir, stop)
+    assert traces(workdir) == traces(finished.workdir)
+    for name in ("answers_before.jsonl", "answers_after.jsonl", "eval_before.json"):
+        assert (workdir / name).read_bytes() == (finished.workdir / name).read_bytes()
+
+
+def test_a_run_of_one_step_has_both_evaluations_after_a_kill_between_them(config, stop, interrupted, tmp_path, traces):
+    config.max_steps = 1
+    grpo.run(config, tmp_path / "run", stop)
+    workdir = interrupted(config, checks=2)
+    grpo.run(config, workdir, stop)
+    assert traces(workdir) == traces(tmp_path / "run")

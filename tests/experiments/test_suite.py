@@ -78,11 +78,11 @@ def boxed(config):
 def evaluated(boxed, sets, tmp_path, monkeypatch, capsys, one_host):
     """Runs the command on the two sets: `(name, **changes of the config)` to the path of the result."""
 
-    def run(name, adapter=None, suite="gsm8k,math500@3", **changes):
+    def run(name, adapter=None, suite="gsm8k,math500@3", suite_folder=str(sets), **changes):
         for field, value in changes.items():
             setattr(boxed, field, value)
         path = tmp_path / f"{name}.json"
-        files = {"adapter": adapter, "output": str(path), "suite": suite, "suite_folder": str(sets), "correct": None}
+        files = {"adapter": adapter, "output": str(path), "suite": suite, "suite_folder": suite_folder, "correct": None}
         files |= {"transfer": False}
         monkeypatch.setattr(cli, "FLAGS", SimpleNamespace(config=boxed, **files, **one_host), raising=False)
         cli.main([])
@@ -219,4 +219,45 @@ def test_damaged_and_missing_results_are_named(results, tmp_path, capsys):
     assert "none.json: no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         comparison.main(["compare"])
-    assert "expected two results" in capsys.readouterr().err
+    assert "expected two results or workdirs" in capsys.readouterr().err
+
+
+def test_a_workdir_is_compared_with_its_untrained_model(finished, capsys):
+    def said(*names):
+        comparison.main(["compare", *map(str, names)])
+        return capsys.readouterr()
+
+    alone = said(finished.workdir)
+    (found,) = json.loads(alone.out)["sets"].values()
+    strict = found["greedy"]["strict"]
+    for name, which in (("first", "eval_before"), ("second", "eval_after")):
+        assert strict[name] == pytest.approx(finished.summary[which]["strict"], abs=1e-6)
+    assert f"--adapter={finished.workdir / 'adapter'}" in alone.err and "--adapter=base" in alone.err
+    files = [finished.workdir / f"answers_{which}.jsonl" for which in ("before", "after")]
+    assert json.loads(said(*files).out) == json.loads(alone.out)
+    (same,) = json.loads(said(files[1], finished.workdir).out)["sets"].values()
+    assert same["greedy"]["strict"]["value"] == 0
+
+
+def test_a_run_is_compared_with_an_evaluation(evaluated, finished, boxed, capsys):
+    boxed.template = "arithmetic"
+    path, _ = evaluated("alone", str(finished.workdir / "adapter"), suite=None, suite_folder=None)
+    comparison.main(["compare", str(finished.workdir), str(path)])
+    (found,) = json.loads(capsys.readouterr().out)["sets"].values()
+    assert found["greedy"]["strict"]["value"] == 0 and found["greedy"]["strict"]["p"] == 1
+
+
+def test_members_share_the_untrained_answers(finished, tmp_path):
+    member = tmp_path / "members" / "seed=0"
+    member.mkdir(parents=True)
+    for name in ("config.json", "answers_after.jsonl"):
+        (member / name).write_bytes((finished.workdir / name).read_bytes())
+    with pytest.raises(CompareError, match="answers_before.jsonl: no such file; the run is not finished"):
+        comparison.read_before(member)
+    (tmp_path / "answers_before.jsonl").write_bytes((finished.workdir / "answers_before.jsonl").read_bytes())
+    (tmp_path / "config.json").write_bytes((finished.workdir / "config.json").read_bytes())
+    assert comparison.read_before(member).asked == comparison.read(member).asked
+    with pytest.raises(CompareError, match=f"name a member, such as {member}"):
+        comparison.read(tmp_path)
+    with pytest.raises(CompareError, match="is not the workdir of a run: it has no config.json"):
+        comparison.read(tmp_path / "members")

@@ -142,12 +142,28 @@ runpy.run_module("experiments.{name}", run_name="__main__")
     assert max(map(len, lines)) <= 80 and f"  python -m experiments.{name}" in ran.stdout
     assert "repeat this" not in " ".join(ran.stdout.split()), "absl says again what the text says"
     if "--config " in ran.stdout:
-        assert all(f"--config.{field}=" in ran.stdout for field, _, _ in opening.FIELDS)
+        answers_only = {"evaluate": opening.SAMPLING_FIELDS, "landscape": (("samples", 4, ""),)}
+        shown = [*opening.EVALUATION_FIELDS, *answers_only[name]] if name in answers_only else opening.FIELDS
+        assert re.findall(r"--config\.([\w.]+)=", ran.stdout.partition("fields that")[2]) == [row[0] for row in shown]
 
 
 def test_the_fields_in_the_help_have_the_defaults_of_the_base_config():
     known = flat(base.get_config().to_dict())
-    assert {name: value for name, value, _ in opening.FIELDS} == {name: known[name] for name, _, _ in opening.FIELDS}
+    rows = [*opening.FIELDS, *opening.EVALUATION_FIELDS, *opening.SAMPLING_FIELDS]
+    assert [(name, value) for name, value, _ in rows] == [(name, known[name]) for name, _, _ in rows]
+
+
+def test_the_time_of_an_evaluation_is_not_that_of_a_step(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress, "tell", said.append)
+    with progress.Steps(4) as shown:
+        for _ in range(3):
+            now[0] += 2
+            shown.step({"reward": 0.5})
+            with shown.aside():
+                now[0] += 60
+    assert all("2.0 s" in line for line in said) and said[-1].endswith("left 0:02")
 
 
 def test_the_examples_in_the_help_name_flags_and_configs_that_exist():
