@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     flags.DEFINE_string("model", None, "Model, as for `config.model`. Default: the first adapter's base model.")
-    opening.define_path("adapter", "Folder of a trained adapter, or base; may be repeated.", several=True)
+    opening.define_path("adapter", "Folder or URL of an adapter, or base; may be repeated.", several=True, url=True)
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
     flags.DEFINE_multi_string("prompt", [], "Question; may be repeated. Default: lines of standard input.")
     flags.DEFINE_string("template", None, "Prompt template. Default: each adapter's own, else plain.")
@@ -50,7 +50,8 @@ from absl import app, flags
 
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
 from experiments.common.meshes import find_devices
-from experiments.common.opening import parse_flags, require_folder
+from experiments.common.opening import parse_flags
+from experiments.common.places import folder_of
 from experiments.common.progress import clear, show, tell
 from experiments.common.terminal import Blocks, TextStream
 from experiments.common.wording import paragraph
@@ -141,7 +142,7 @@ def load(
     if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
         raise InputError(f"--adapter={twice[0]} is given twice; use --samples for several answers of one adapter")
     folders = [name for name in adapters if name != BASE]
-    trained = {name: open_adapter(Path(name), transfer=quantize == "none") for name in folders}
+    trained = {name: open_adapter(folder_of("adapter", name), transfer=quantize == "none") for name in folders}
     quantize = quantize or next((each.quantize for each in trained.values()), "none")
     shown = short_names(adapters)
     templates = _templates(shown, [trained.get(name) for name in adapters], template)
@@ -380,7 +381,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     for folder in FLAGS.adapter or []:
         if folder != BASE:
-            require_folder("adapter", Path(folder))
+            folder_of("adapter", folder)
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(encoding="utf-8", errors="surrogateescape" if file is sys.stdin else "replace")
     with reporting_errors():
