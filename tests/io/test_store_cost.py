@@ -5,9 +5,9 @@ import sys
 import time
 
 import pytest
-
 from emulated_stores import emulated_s3
 from fake_store import run_of
+
 from tinylora_jax.io import Mirror
 from tinylora_jax.stores import Store
 
