@@ -68,7 +68,12 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         # The rewards `math` and `minerva`. Not in the base: its ANTLR runtime is one that hydra and omegaconf exclude.
         "eval": ["math-verify>=0.9"],
+        # Workdirs, adapters, models and questions in object stores: gs://… and s3://….
+        "gcs": ["gcsfs>=2024.2"],
+        "s3": ["s3fs>=2024.2"],
         "reasoning-gym": ["reasoning-gym>=0.1.19"],
+        # Clients and emulators of object stores. Apart from `test`, because they bring a hundred megabytes.
+        "test-stores": ["s3fs>=2024.2", "gcsfs>=2024.2", "moto[server]>=5", "gcp-storage-emulator>=2024.8"],
         # Oracles of the tests: transformers' own models run on torch. The pin keeps pip from
         # replacing a CPU build with the newest CUDA one.
         "test": [

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     opening.define_config("Config with model, questions and grader: a name such as demo, or a file.")
-    opening.define_path("adapter", "Folder of a trained adapter. Default: evaluate the base model.")
+    opening.define_path("adapter", "Folder or URL of a trained adapter. Default: evaluate the base model.", url=True)
     opening.define_path("output", "Write the result to this .json file, and all answers to a .jsonl file next to it.")
     opening.define_path("correct", "Write correct sampled answers to this .jsonl file, for experiments.sft.")
     flags.DEFINE_string("suite", None, "Evaluate on these sets: comma-separated names, files or hub ids.")
@@ -57,8 +57,9 @@ from experiments.common.closing import ASK, ask, block, emit, next_lines, place_
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
-from experiments.common.opening import adapter_folder, config_arguments, parse_flags
-from experiments.common.progress import phase, tell
+from experiments.common.opening import config_arguments, parse_flags
+from experiments.common.places import adapter_of
+from experiments.common.progress import phase, tell, with_names
 from experiments.common.specs import ConfigError, check_template, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
 from experiments.common.untrained import known_answers
@@ -236,7 +237,7 @@ def run(
                 tell("evaluating the base model on the same questions")
                 base = judge(v=task.policy.init(), batch_size=how["batch_size"])[1]
             untrained += [{"set": each.name, **row} for row in base]
-    about = {"model": task.name, "adapter": str(adapter) if adapter else None, "template": config.template}
+    about = {"model": task.name, "adapter": with_names(adapter) if adapter else None, "template": config.template}
     about |= {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     about |= {"showcase": as_json(change(untrained, rows), showcase)} if showcase else {}
     return {**about, **({"sets": results} if suite else results[sets[0].name])}, rows
@@ -255,13 +256,11 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     del argv
     use_compilation_cache()
-    adapter = None if FLAGS.adapter is None else Path(FLAGS.adapter)
     if FLAGS.adapter == "":
         fail("--adapter is empty; omit it to evaluate the base model")
-    if adapter is None and FLAGS.showcase:
+    if FLAGS.adapter is None and FLAGS.showcase:
         fail("--showcase shows what an adapter fixed; add --adapter")
-    if adapter is not None:
-        adapter = adapter_folder(adapter)
+    adapter = None if FLAGS.adapter is None else adapter_of(FLAGS.adapter)
     output, correct = _file("output", ".json"), _file("correct", ".jsonl")
     with reporting_errors():
         for file in filter(None, (output, correct)):

@@ -18,9 +18,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     from experiments.common import opening
 
-    opening.define_path("adapter", "Folder of a trained adapter, from a run or in PEFT's TinyLoRA format.")
+    opening.define_path("adapter", "Folder or URL of an adapter, from a run or in PEFT's TinyLoRA format.", url=True)
     flags.DEFINE_enum("to", None, ["merged", "tinylora", "peft-tinylora", "peft-lora"], "Format to write.")
-    opening.define_path("output", "Folder to create.")
+    opening.define_path("output", "Folder or URL to create.", url=True)
     flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
@@ -39,7 +39,8 @@ from absl import app, flags
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
 from experiments.common.closing import block, next_lines
 from experiments.common.meshes import find_devices
-from experiments.common.opening import adapter_folder, parse_flags
+from experiments.common.opening import parse_flags
+from experiments.common.places import adapter_of, new_folder_of
 from experiments.common.progress import tell
 from tinylora_jax.adapters import Factors
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
@@ -141,15 +142,15 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
-    adapter = adapter_folder(Path(FLAGS.adapter))
-    with reporting_errors():
+    adapter = adapter_of(FLAGS.adapter)
+    with reporting_errors(), new_folder_of(FLAGS.output) as output:
         find_devices()
         how = FLAGS.model, FLAGS.dtype, FLAGS.allow_download, FLAGS.quantize
-        template = export(adapter, FLAGS.to, Path(FLAGS.output), *how)
-    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, Path(FLAGS.output), template))))
+        template = export(adapter, FLAGS.to, output, *how)
+    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, FLAGS.output, template))))
 
 
-def next_commands(to: str, output: Path, template: str | None) -> list[tuple[str, list[str]]]:
+def next_commands(to: str, output: Path | str, template: str | None) -> list[tuple[str, list[str]]]:
     """What can be done with an export; other formats than this project's do not keep the template of the training."""
     asked = [f"--template={template}"] if template else []
     generate = ["python", "-m", "experiments.generate"]

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     flags.DEFINE_string("model", None, "Model, as for `config.model`. Default: the first adapter's base model.")
-    opening.define_path("adapter", "Folder of a trained adapter, or base; may be repeated.", several=True)
+    opening.define_path("adapter", "Folder or URL of an adapter, or base; may be repeated.", several=True, url=True)
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
     flags.DEFINE_multi_string("prompt", [], "Question; may be repeated. Default: lines of standard input.")
     flags.DEFINE_string("template", None, "Prompt template. Default: each adapter's own, else plain.")
@@ -53,7 +53,8 @@ from jax.sharding import Mesh
 
 from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
 from experiments.common.meshes import find_devices, on_mesh, parse_mesh, prompting_mesh
-from experiments.common.opening import adapter_folder, parse_flags
+from experiments.common.opening import parse_flags
+from experiments.common.places import adapter_of
 from experiments.common.progress import clear, show, tell
 from experiments.common.terminal import Blocks, TextStream
 from experiments.common.wording import paragraph
@@ -393,8 +394,8 @@ def prompts_of(given: Sequence[str], source: TextIO) -> Iterator[list[str]]:
 
 
 def folders_of(adapters: Sequence[str]) -> list[str]:
-    """The folders of the named adapters, see `adapter_folder`; `base` is unchanged."""
-    return [name if name == BASE else str(adapter_folder(Path(name))) for name in adapters]
+    """The folders of the named adapters, see `adapter_of`; `base` is unchanged."""
+    return [name if name == BASE else str(adapter_of(name)) for name in adapters]
 
 
 def run(values: flags.FlagValues) -> None:

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     opening.define_config("Config with model, questions and samples: a name such as demo, or a file.")
-    opening.define_path("adapter", "Folder of a trained adapter; a second one spans a plane.", several=True)
+    opening.define_path("adapter", "Folder or URL of an adapter; a second one spans a plane.", several=True, url=True)
     opening.define_path("output", "Write the result to this .json file, and a .png file next to it.")
     flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
     flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")
@@ -43,8 +43,9 @@ from experiments.common.cli import fail, reporting_errors, use_compilation_cache
 from experiments.common.closing import block, emit, place_lines
 from experiments.common.compilation import compile_together
 from experiments.common.meshes import find_devices
-from experiments.common.opening import adapter_folder, parse_flags
-from experiments.common.progress import phase, tell
+from experiments.common.opening import parse_flags
+from experiments.common.places import adapter_of
+from experiments.common.progress import phase, tell, with_names
 from experiments.common.specs import ConfigError, parse
 from experiments.common.task import Task, load_graded_questions, load_task, make_prompts
 from experiments.common.wording import percent, table
@@ -158,7 +159,7 @@ def run(config: ConfigDict, adapters: Sequence[Path], ts: np.ndarray, random: in
     ]
     return {
         "model": task.name,
-        "adapters": [str(path) for path in adapters],
+        "adapters": [with_names(path) for path in adapters],
         "params": int(vectors[0].size),
         "axes": places.shape[1],
         "random": random,
@@ -180,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
         fail("a landscape needs one --adapter, two, or one and --random")
     if not FLAGS.low < FLAGS.high:
         fail(f"--low={FLAGS.low} must be below --high={FLAGS.high}")
-    adapters = [adapter_folder(Path(folder)) for folder in FLAGS.adapter]
+    adapters = [adapter_of(text) for text in FLAGS.adapter]
     with reporting_errors():
         find_devices()
         output.parent.mkdir(parents=True, exist_ok=True)

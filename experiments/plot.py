@@ -19,7 +19,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
-    opening.define_path("workdir", "Folder of a run or a sweep; may be repeated, for one plot of all.", several=True)
+    opening.define_path("workdir", "Folder or URL of a run or a sweep; may be repeated.", several=True, url=True)
     opening.define_path("redraw", "Draw the curves of this JSON file again.")
     opening.define_path("output", "Write the plot to this .png file. Default: run.png or curves.png in the workdir.")
     opening.begin(__doc__)
@@ -38,6 +38,7 @@ from absl import app, flags
 from experiments.common.cli import fail, reporting_errors
 from experiments.common.closing import block, next_lines, page_command, place_lines
 from experiments.common.opening import parse_flags
+from experiments.common.places import run_of
 from experiments.common.progress import tell
 from experiments.common.wording import nearest_path
 from experiments.plotting.charts import draw_curves
@@ -287,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
         fail("--output is missing; it is required for several runs and for --redraw")
     with reporting_errors():
         try:
-            workdirs = [Path(name) for name in FLAGS.workdir or []]
+            workdirs = [run_of(name) for name in FLAGS.workdir or []]
             drawn = _drawn(workdirs, output)
         except ImportError as error:
             fail(f"{error}; pip install matplotlib")

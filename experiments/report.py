@@ -48,12 +48,13 @@ from experiments.common.combining import (
     report,
 )
 from experiments.common.opening import parse_flags
+from experiments.common.places import run_of
 from experiments.common.wording import counted, cut, p_digits, paragraph, points, size, table_with_sections
 from experiments.configs import base
 from experiments.plot import figures_of
 from experiments.plotting.charts import draw_accuracy, short_number
 from experiments.plotting.page import Content, page
-from tinylora_jax.files import expand, write_atomically
+from tinylora_jax.files import write_atomically
 from tinylora_jax.io import flat
 
 FLAGS = flags.FLAGS
@@ -184,7 +185,7 @@ def _series_and_folder(text: str) -> tuple[str, Path]:
     name, _, path = text.partition(":")
     if not (name and path):
         raise ReportError(f"--runs={text}: expected SERIES:WORKDIR, such as RL:/tmp/sweep")
-    return name, expand(path)
+    return name, run_of(path)
 
 
 def _write_page(name: str) -> None:

@@ -100,10 +100,11 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, dry_run: bool = F
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
-    summary = runs.command_line(FLAGS, run)
-    if summary and is_first():
-        workdir = Path(FLAGS.workdir)
-        text = run_block(summary, workdir, config_arguments(), try_plot(workdir))
+    text = None
+    with runs.command_line(FLAGS, run) as (summary, workdir):
+        if summary and is_first():
+            text = run_block(summary, workdir, config_arguments(), try_plot(workdir))
+    if text is not None:
         emit(summary, text, FLAGS.json)
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     opening.define_config("Config shared by all members: a name such as demo, or a file.")
-    opening.define_path("workdir", "Folder of the sweep, which is created or continued.")
+    opening.define_path("workdir", "Folder or URL of the sweep, which is created or continued.", url=True)
     flags.DEFINE_multi_string("vary", [], "Train all combinations of field=value,value,…; may be repeated.")
     flags.DEFINE_multi_string("member", [], "Add one member field=value,field=value,…; may be repeated.")
     flags.DEFINE_bool("dry_run", False, "Show what would run, and stop before anything is computed.")
@@ -51,6 +51,7 @@ from experiments.common.eval_metrics import Row, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import find_devices
 from experiments.common.opening import parse_flags
+from experiments.common.places import mirrored, workdir_of
 from experiments.common.population import (
     Member,
     Population,
@@ -301,12 +302,14 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     if not FLAGS.workdir:
         fail("--workdir is empty; name a folder for the sweep")
-    workdir = Path(FLAGS.workdir)
-    with stoppable(workdir, "sweep") as stop:
+    workdir, text = workdir_of(FLAGS.workdir), None
+    with stoppable(workdir, "sweep") as stop, mirrored(FLAGS.workdir, workdir, FLAGS.dry_run):
         find_devices()
         summary = run(FLAGS.config, FLAGS.vary, workdir, stop, FLAGS.member, FLAGS.dry_run)
-    if summary:
-        emit(summary, ending(summary, workdir, try_plot(workdir)), FLAGS.json)
+        if summary:
+            text = ending(summary, workdir, try_plot(workdir))
+    if text is not None:
+        emit(summary, text, FLAGS.json)
 
 
 if __name__ == "__main__":

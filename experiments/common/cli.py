@@ -64,11 +64,11 @@ def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except WorkdirError as error:
-        fail(str(error))
+        fail(progress.with_names(error))
     except MemoryError:
         fail(f"out of memory; lower the sizes, or free some memory{_keep_traceback(log_folder)}")
     except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, HostError) as error:
-        fail(f"{error}{_keep_traceback(log_folder)}")
+        fail(f"{progress.with_names(error)}{_keep_traceback(log_folder)}")
     except KeyboardInterrupt as error:
         where = " ".join(["interrupted", *getattr(error, "__notes__", ())])
         fail(f"{where}; what was saved is kept{_keep_traceback(log_folder)}", _INTERRUPTED)

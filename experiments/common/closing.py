@@ -71,6 +71,7 @@ def emit(result: Mapping[str, Any], text: str, as_json: bool) -> None:
       as_json: value of the flag `--json`.
     """
     progress.clear()
+    text = progress.with_names(text)
     if as_json or not sys.stdout.isatty():
         progress.tell(text)
         print(json.dumps(result), flush=True)

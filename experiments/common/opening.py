@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags, logging
 
-from experiments.common.progress import clear, log_plainly, show, tell, tell_error
+from experiments.common.progress import clear, log_plainly, show, tell_error
 from experiments.common.wording import WIDTH, entries, nearest_path, paragraph, suggestion
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -62,12 +62,23 @@ _begun = False  # whether a command began; parsing flags for another purpose mus
 
 
 class _PathParser(flags.ArgumentParser):
-    """Expands `~` and variables in a flag's path; an empty path is unchanged."""
+    """Expands `~` and variables in a flag's path; an empty path is unchanged.
+
+    Args:
+      url: whether the flag also accepts the URL of a store, which is unchanged.
+    """
 
     syntactic_help = "a path"
 
+    def __init__(self, url: bool):
+        self._url = url
+
     def parse(self, argument: str) -> str:
-        return str(_expand(argument)) if argument else argument
+        if "://" not in argument:
+            return str(_expand(argument)) if argument else argument
+        if not self._url:
+            raise ValueError(f"{argument} is a URL, and this flag takes a local path")
+        return argument
 
 
 def _expand(text: str) -> Path:
@@ -77,16 +88,17 @@ def _expand(text: str) -> Path:
     return expand(text)
 
 
-def define_path(name: str, help_text: str, several: bool = False) -> None:
+def define_path(name: str, help_text: str, several: bool = False, url: bool = False) -> None:
     """Defines a path flag in which `~` and `$NAME` are expanded.
 
     Args:
       name: name of the flag, whose default is None.
       help_text: description of the flag for `--help`.
       several: whether the flag may be repeated, and holds a list.
+      url: whether the flag also accepts the URL of a store, such as gs://bucket/run.
     """
     define = flags.DEFINE_multi if several else flags.DEFINE
-    define(_PathParser(), name=name, default=None, help=help_text, serializer=flags.ArgumentSerializer())
+    define(_PathParser(url), name=name, default=None, help=help_text, serializer=flags.ArgumentSerializer())
 
 
 def define_config(help_text: str) -> None:
@@ -114,7 +126,7 @@ def define_json() -> None:
 def define_run() -> None:
     """Defines the flags of a command that trains one adapter."""
     define_config("Config: a name such as demo, or a file.")
-    define_path("workdir", "Folder of the run, which is created or continued.")
+    define_path("workdir", "Folder or gs://… or s3://… of the run, which is created or continued.", url=True)
     flags.DEFINE_bool("dry_run", False, "Show what would run, and stop before anything is computed.")
     define_json()
     define_multihost()
@@ -329,22 +341,3 @@ def config_arguments() -> list[str]:
         takes_next = argument in ("--config", "-config")
         found += [argument] if takes_next else []
     return found
-
-
-def adapter_folder(path: Path, fail: Callable[[str], NoReturn] = _fail) -> Path:
-    """The folder of an adapter that --adapter names: that folder, or the one in the workdir of its run.
-
-    Ends the command with a message if there is none; the message names the nearest one.
-    """
-    if not path.exists():
-        fail(f"--adapter={path}: no such folder{nearest_path(path)}")
-    if any((path / name).exists() for name in ("adapter.json", "vector.bin", "adapter_config.json")):
-        return path
-    if (path / "adapter").is_dir():
-        tell(f"using the adapter {path / 'adapter'}")
-        return path / "adapter"
-    if members := sorted((path / "members").glob("*/adapter")):
-        fail(f"--adapter={path} is the workdir of a sweep; name the adapter of a member, such as {members[0]}")
-    if (path / "checkpoints").is_dir():
-        fail(f"--adapter={path} is the workdir of a run without an adapter; continue the run to its end")
-    return path

@@ -29,6 +29,20 @@ _BARS = 16  # columns of the rewards' curve
 _RECENT = 10  # number of steps from which the remaining time is estimated
 _LOCK = threading.RLock()
 _shown = ""  # the text of the line that can be redrawn
+_names: dict[str, str] = {}  # local folders that messages call by a URL
+
+
+def name_folder(folder: object, name: str) -> None:
+    """Lets messages call a local folder by another name, such as the URL whose copy it is."""
+    _names[str(folder)] = name
+
+
+def with_names(text: object) -> str:
+    """A text in which local folders have the names given by `name_folder`."""
+    shown = str(text)
+    for folder, name in _names.items():
+        shown = shown.replace(folder, name)
+    return shown
 
 
 def is_terminal() -> bool:
@@ -86,7 +100,7 @@ def tell(message: str) -> None:
     with _LOCK:
         again = _shown
         clear()
-        _write(message + "\n")
+        _write(with_names(message) + "\n")
         if again:
             show(again)
 

@@ -24,10 +24,11 @@ from experiments.common.cli import TrainingError, fail, reporting_errors, use_co
 from experiments.common.eval_metrics import GRADES, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
+from experiments.common.places import mirrored, workdir_of
 from experiments.common.preemption import Stopped, StopRequests
-from experiments.common.progress import Steps, clear, tell
+from experiments.common.progress import Steps, clear, tell, with_names
 from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
-from experiments.common.starting import start_block
+from experiments.common.starting import device_words, start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
 from experiments.common.untrained import evaluate_untrained
 from experiments.common.wording import WIDTH
@@ -184,7 +185,8 @@ def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
             if is_first():
                 clear()
                 text = f"stopped by {stopped}; the same command continues the {what} in"
-                print(text, workdir, sep=" " if len(f"{text} {workdir}") < WIDTH else "\n  ", flush=True)
+                where = with_names(workdir)
+                print(text, where, sep=" " if len(f"{text} {where}") < WIDTH else "\n  ", flush=True)
             raise SystemExit(stopped.exit_code) from None
 
 
@@ -223,7 +225,9 @@ def train(
         state, record = replicate(saved[0]), saved[1]
         data.set_state(record["data"])
         totals = record["totals"]
-        tell(f"continuing after step {int(state.step)} of {steps}")
+        begun, now = record.get("devices", device_words()), device_words()
+        moved = f"; it was saved on {begun}, and continues on {now}" if begun != now else ""
+        tell(f"continuing after step {int(state.step)} of {steps}{moved}")
     first, before = int(state.step), totals["wall_s"]
     folder.start(first)
     with closing(folder), Steps(steps, first) as shown:
@@ -243,7 +247,7 @@ def train(
                 tell(f"after step {index + 1}: {scores(found)}")
             totals["wall_s"] = before + time.perf_counter() - started
             due = (index + 1) % config.checkpoint_every == 0 or index + 1 == steps
-            record = {"data": data.get_state(), "totals": totals} if due else None
+            record = {"data": data.get_state(), "totals": totals, "devices": device_words()} if due else None
             folder.keep(index, state, record, metrics, page)
             shown.step(metrics)
             if index == first:
@@ -352,21 +356,27 @@ def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any
     return v if found is None else jax.tree.unflatten(structure, [np.asarray(leaf, np.float32) for leaf in found])
 
 
-def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests, bool], dict[str, Any]]) -> dict[str, Any]:
+@contextmanager
+def command_line(
+    values: Any, run: Callable[[ConfigDict, Path, StopRequests, bool], dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], Path]]:
     """Runs a training command with parsed flags; a stop request ends the program.
 
     Args:
       values: values of the flags from `opening.define_run`.
       run: function from config, workdir, stop requests and `dry_run` to the summary.
 
-    Returns:
-      The summary; empty for a dry run.
+    Yields:
+      The summary, empty for a dry run, and the local folder of the run. What the `with` block writes there is part of
+      the run.
     """
     use_compilation_cache()
     if not values.workdir:
         fail("--workdir is empty; name a folder for the run")
-    workdir = Path(values.workdir)
+    workdir = workdir_of(values.workdir)
     with stoppable(workdir, "run") as stop:
         multihost.connect(values)
-        with use_fitting_mesh(values.config, parse(values.config).mesh):
-            return run(values.config, workdir, stop, values.dry_run)
+        with mirrored(values.workdir, workdir, values.dry_run):
+            with use_fitting_mesh(values.config, parse(values.config).mesh):
+                summary = run(values.config, workdir, stop, values.dry_run)
+            yield summary, workdir

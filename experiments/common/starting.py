@@ -39,10 +39,11 @@ def trained_words(config: ConfigDict, task: Task) -> str:
 
 
 def device_words() -> str:
-    """Names the devices and the mesh."""
+    """Names the devices, the mesh and the number of processes."""
     devices, mesh = jax.devices(), active_mesh()
     split = "" if mesh is None else f", mesh {named(dict(zip(AXES, describe(mesh), strict=True)))}"
-    return f"{len(devices)} × {devices[0].device_kind}{split}"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{len(devices)} × {devices[0].device_kind}{processes}{split}"
 
 
 def memory_words(config: ConfigDict, task: Task) -> str:

