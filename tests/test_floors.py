@@ -23,7 +23,7 @@ BELOW = {
     "training": {"adapters", "models"},
     "rl": {"adapters", "data", "models", "rewards", "rollout", "training"},
 }
-GROUND = {"files", "multihost"}  # two modules: one needs nothing, the other JAX alone
+GROUND = {"files", "hub", "multihost"}  # modules: one needs nothing, one huggingface_hub, one JAX alone
 # The library without what a floor above needs: all that `import tinylora_jax` may ask for is JAX and its own needs.
 FOR_OTHERS = (
     *("absl", "datasets", "etils", "flax", "gguf", "grain", "jinja2", "matplotlib", "ml_collections", "optax"),
