@@ -1,8 +1,8 @@
-"""The Hugging Face hub: requests that end within minutes, words for those that fail, and hashes of what arrived.
+"""Bounds requests to the Hugging Face hub, explains those that fail, and checks what arrived.
 
-The hub's cache stores each file once, as `blobs/<hash>`, and snapshots link to it. The hash is SHA-256 for a large file,
-and git's SHA-1 for a small one. Verified files are remembered by size and modification time, because hashing weights
-takes seconds.
+The hub's cache stores each file once, as `blobs/<hash>`, and snapshots link to it. The hash is SHA-256 for a large
+file, and git's SHA-1 for a small one. Verified files are remembered by size and modification time, because hashing
+weights takes seconds.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ def split_revision(source: str) -> tuple[str, str | None]:
     """
     name, _, revision = source.partition("@")
     return name, revision or None
+
+
+def join_revision(name: str, revision: str | None) -> str:
+    """The inverse of `split_revision`; the branch `main` is the default, and is left out.
+
+    >>> join_revision("Qwen/Qwen2.5-0.5B", "v1"), join_revision("Qwen/Qwen2.5-0.5B", None)
+    ('Qwen/Qwen2.5-0.5B@v1', 'Qwen/Qwen2.5-0.5B')
+    """
+    return name if revision in (None, "main") or not HUB_ID.fullmatch(f"{name}@{revision}") else f"{name}@{revision}"
 
 
 @contextmanager

@@ -317,6 +317,9 @@ def config_arguments() -> list[str]:
 
 
 def require_folder(flag: str, path: Path, fail: Callable[[str], NoReturn] = _fail) -> None:
-    """Ends the command with a message if the folder of a flag is missing; the message names the nearest one."""
-    if not path.exists():
+    """Ends the command with a message if the folder of a flag is missing; the message names the nearest one.
+
+    A name on the hub, `hub:owner/name`, is looked up when the adapter is read.
+    """
+    if not path.exists() and not str(path).startswith("hub:"):
         fail(f"--{flag}={path}: no such folder{nearest_path(path)}")

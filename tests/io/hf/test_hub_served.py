@@ -76,6 +76,7 @@ def fault(*args, **options):
     return lambda hub: hub.faults.append(Fault(*args, **options))
 
 
+BAD_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
 WEIGHTS = r"GET .*/resolve/.*\.safetensors"
 AT_ALL = r"/(api|resolve)/"
 FAILURES = {
@@ -84,8 +85,7 @@ FAILURES = {
     "no such repository": (None, "org/none", "no such model, or hides it from this account; check the id"),
     "no such revision": (None, "org/model@v9", "has the model, but not this revision; name a branch, a tag"),
     "no such commit": (None, f"org/model@{'0' * 40}", "has the model, but not this revision"),
-    "bad token": (fault("/api/", status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}),
-                  "org/model", "does not accept the token; log in again"),
+    "bad token": (fault("/api/", status=401, headers=BAD_TOKEN), "org/model", "does not accept the token; log in"),
     "forbidden": (fault("/api/", status=403), "org/model", r"refuses access with this token \(403\)"),
     "429": (fault("/api/", status=429), "org/model", "limits the rate.*429.*in a few minutes, or log in"),
     "429 for a file": (fault("GET .*/resolve/", status=429), "org/model", "limits the rate.*in a few minutes"),

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: `hub:owner/name` is found wherever a folder is, and a folder is uploaded."""
+"""Finds adapters on the Hugging Face hub, by `hub:owner/name`, and uploads their folders."""
 
 from __future__ import annotations
 
