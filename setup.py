@@ -57,6 +57,10 @@ setup(
         # The rewards `math` and `minerva`. Not in the base: its ANTLR runtime is one that hydra and omegaconf exclude.
         "eval": ["math-verify>=0.9"],
         "reasoning-gym": ["reasoning-gym>=0.1.19"],
+        # Dashboards of `config.logger`; TensorBoard's files need nothing beyond the base.
+        "wandb": ["wandb>=0.20"],
+        "trackio": ["trackio>=0.20"],
+        "tensorboard": ["tensorboard>=2.18"],  # shows the files
         # Oracles of the tests: transformers' own models run on torch. The pin keeps pip from
         # replacing a CPU build with the newest CUDA one.
         "test": [

@@ -103,7 +103,9 @@ def main(argv: Sequence[str]) -> None:
     summary = runs.command_line(FLAGS, run)
     if summary and is_first():
         workdir = Path(FLAGS.workdir)
-        text = run_block(summary, workdir, config_arguments(), try_plot(workdir))
+        picture = try_plot(workdir)
+        runs.show_picture(FLAGS.config, workdir, picture, summary["steps"])
+        text = run_block(summary, workdir, config_arguments(), picture)
         emit(summary, text, FLAGS.json)
 
 
