@@ -50,7 +50,9 @@ from experiments.common.meshes import find_devices
 from experiments.common.opening import parse_flags, require_folder
 from experiments.common.progress import tell
 from experiments.common.pushing import push
+from experiments.common.serving import vllm_command
 from tinylora_jax.adapters import Factors
+from tinylora_jax.files import read_json
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
 from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
@@ -190,12 +192,12 @@ def next_commands(to: str, output: Path, template: str | None) -> list[tuple[str
     """What can be done with an export; other formats than this project's do not keep the template of the training."""
     asked = [f"--template={template}"] if template else []
     generate = ["python", "-m", "experiments.generate"]
-    return {
-        "merged": [("ask it", [*generate, f"--model={output}", *asked]), ("serve it", ["vllm", "serve", str(output)])],
-        "tinylora": [("ask it", [*generate, f"--adapter={output}"])],
-        "peft-tinylora": [("ask it", [*generate, f"--adapter={output}", *asked])],
-        "peft-lora": [("serve it", ["vllm", "serve", "BASE", "--enable-lora", "--lora-modules", f"mine={output}"])],
-    }[to]
+    if to == "merged":
+        return [("ask it", [*generate, f"--model={output}", *asked]), ("serve it", ["vllm", "serve", str(output)])]
+    if to == "peft-lora":
+        config = read_json(output / "adapter_config.json", 2**20)
+        return [("serve it", vllm_command(config["base_model_name_or_path"], output, config["r"]))]
+    return [("ask it", [*generate, f"--adapter={output}", *(asked if to == "peft-tinylora" else [])])]
 
 
 if __name__ == "__main__":

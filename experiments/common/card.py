@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.common.serving import vllm_command
 from experiments.common.wording import counted, cut, percent
 from experiments.configs import base
 from tinylora_jax.files import is_number, read_json
@@ -114,7 +116,7 @@ def model_card(
         _table(rows),
         "## Training\n\n" + _table(training),
         "## Scores\n\n" + _scores(run),
-        "## How to load it\n\n" + _loading(repo, name, revision, on_hub, own_folder),
+        "## How to load it\n\n" + _loading(repo, name, revision, on_hub, own_folder, trained.spec.rank),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -176,20 +178,20 @@ def _score(found: Mapping[str, Any], grade: str) -> str:
     return f"{percent(value)} [{', '.join(f'{100 * x:.1f}' for x in interval) if known else UNKNOWN}]"
 
 
-def _loading(repo: str, name: str, revision: str | None, on_hub: str | None, own_folder: str) -> str:
+def _loading(repo: str, name: str, revision: str | None, on_hub: str | None, own_folder: str, rank: int) -> str:
     """Commands and code that load the adapter in this library, PEFT and vLLM."""
     model = on_hub or "<path of the base model>"
     at = f", revision={revision!r}" if revision else ""
     source = f"{on_hub}@{revision}" if on_hub and revision else model
     lines = [
         f"With tinylora_jax, from `{own_folder}/`, which holds the trained numbers:",
-        f"```bash\npython -m experiments.generate --model={source!r} --adapter=hub:{repo} --prompt='…'\n```",
+        f"```bash\npython -m experiments.generate --model={shlex.quote(source)} --adapter=hub:{repo} --prompt='…'\n```",
         "With PEFT, from the files at the top:",
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({model!r}{at})\n"
         f"model = PeftModel.from_pretrained(base, {repo!r})\n```",
         "With vLLM:",
-        f"```bash\nvllm serve {model} --enable-lora --max-lora-rank 8 --lora-modules mine={repo}\n```",
+        f"```bash\n{shlex.join(vllm_command(model, repo, rank))}\n```",
     ]
     if not on_hub:
         lines.insert(0, f"The base model was named {_cell(name) or UNKNOWN!r}, which is not an id on the hub.")

@@ -1,4 +1,4 @@
-"""Uploads an adapter to the Hugging Face hub: this project's format, PEFT's, and a model card, in one commit."""
+"""Uploads an adapter to the Hugging Face hub in both formats, with a model card, in one commit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Shows a run on dashboards of other projects: Weights & Biases and Trackio, each through its own library.
+"""Shows a run on the dashboards of other projects, each through its own library.
 
-A library is imported only for a run that names it. A dashboard that fails is left out for the rest of the run, with one
+They are Weights & Biases and Trackio. A library is imported only for a run that names it. A dashboard that fails is left out for the rest of the run, with one
 warning: it must not stop the training.
 """
 
