@@ -158,14 +158,17 @@ def _check_flags() -> None:
             fail(f"{' and '.join(missing)} missing: {FLAGS[missing[0][2:]].help} Or set --push. --help shows examples")
         if given := [f"--{name}" for name in ("private", "licence", "dry_run") if getattr(FLAGS, name)]:
             fail(f"{given[0]} needs --push, the repository to upload to")
-    elif given := [f"--{name}" for name, value in named.items() if value is not None]:
-        fail(f"--push uploads tinylora and peft-lora together; omit {' and '.join(given)}")
+        return
+    named |= {"quantize": FLAGS.quantize, "dtype": None if FLAGS.dtype == "float32" else FLAGS.dtype}
+    if given := [f"--{name}" for name, value in named.items() if value is not None]:
+        fail(f"--push uploads tinylora and peft-lora together, as they were trained; omit {' and '.join(given)}")
 
 
 def _push(adapter: Path) -> str:
     """Uploads the adapter as the flags say; returns the end of the command."""
     trained = open_adapter(adapter)
-    how = {"model": FLAGS.model, "download": FLAGS.allow_download, "name": trained.base}  # a path stays private
+    name = trained.base and (trained.base if not trained.base.startswith(("/", "~", ".")) else Path(trained.base).name)
+    how = {"model": FLAGS.model, "download": FLAGS.allow_download, "name": name}  # paths stay private
     write = lambda folder, to: export(adapter, to, folder, **how)
     options = {"private": FLAGS.private, "licence": FLAGS.licence, "dry_run": FLAGS.dry_run}
     return push(adapter, trained, FLAGS.push, write, **options)

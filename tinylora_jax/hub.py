@@ -165,7 +165,7 @@ def _explain_status(status: int, otherwise: str) -> str:
     if status == 429:
         return _too_many()
     if status == 401:
-        return "the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN to a valid token"
+        return "the hub does not accept this login (401); log in again with `hf auth login`, or set a valid HF_TOKEN"
     if status == 403:
         return "the hub refuses access with this token (403); use a token with the permission that this needs"
     if status >= 500:

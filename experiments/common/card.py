@@ -159,8 +159,7 @@ def _scores(run: RunRecord) -> str:
     """The accuracies before and after training with their 95 % intervals, as far as they are known."""
     lines = ["| | before | after |", "|---|---|---|"]
     for mode in ("greedy", "sampled"):
-        pick = lambda found, mode=mode: found if mode == "greedy" else found.get("sampled") or {}
-        before, after = pick(run.before), pick(run.after)
+        before, after = (_object_in(found, mode) for found in (run.before, run.after))
         if mode == "greedy" or before or after:
             for grade in ("strict", "lenient"):
                 lines.append(f"| {grade}, {mode} | {_score(before, grade)} | {_score(after, grade)} |")
@@ -168,6 +167,12 @@ def _scores(run: RunRecord) -> str:
     data = run.fields.get("eval_data.source", UNKNOWN)
     notes = f"Questions: {_cell(questions)}. Evaluation data: {_cell(data)}. In brackets: 95 % intervals."
     return "\n".join([*lines, "", notes])
+
+
+def _object_in(found: Mapping[str, Any], mode: str) -> Mapping[str, Any]:
+    """The scores of greedy or of sampled answers in a result."""
+    inner = found if mode == "greedy" else found.get("sampled")
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def _score(found: Mapping[str, Any], grade: str) -> str:

@@ -196,7 +196,8 @@ def test_the_commands_take_it_from_the_hub(adapter, processes, model_folder, tmp
     [
         (("--to=merged",), "--output missing"),
         ((), "--to and --output missing"),
-        (("--push=me/a", "--to=merged"), "--push uploads tinylora and peft-lora together; omit --to"),
+        (("--push=me/a", "--to=merged"), "as they were trained; omit --to"),
+        (("--push=me/a", "--dtype=bfloat16"), "as they were trained; omit --dtype"),
         (("--to=merged", "--output=/tmp/x", "--private"), "--private needs --push"),
     ],
 )
@@ -204,6 +205,7 @@ def test_flags_that_do_not_go_together(flags, said, monkeypatch, tmp_path):
     from types import SimpleNamespace
 
     given = dict.fromkeys(("to", "output", "push", "licence")) | {"private": False, "dry_run": False}
+    given |= {"quantize": None, "dtype": "float32"}
     given |= {key: value or True for key, _, value in (flag[2:].partition("=") for flag in flags)}
     help_of = SimpleNamespace(help="Format to write.")
     values = type("Flags", (SimpleNamespace,), {"__getitem__": lambda self, name: help_of})(**given)

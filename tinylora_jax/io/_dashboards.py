@@ -1,7 +1,7 @@
 """Shows a run on the dashboards of other projects, each through its own library.
 
-They are Weights & Biases and Trackio. A library is imported only for a run that names it. A dashboard that fails is left out for the rest of the run, with one
-warning: it must not stop the training.
+They are Weights & Biases and Trackio. A library is imported only for a run that names it. A dashboard that fails is
+left out for the rest of the run, with one warning: it must not stop the training.
 """
 
 from __future__ import annotations

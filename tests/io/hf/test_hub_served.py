@@ -85,7 +85,7 @@ FAILURES = {
     "no such repository": (None, "org/none", "no such model, or hides it from this account; check the id"),
     "no such revision": (None, "org/model@v9", "has the model, but not this revision; name a branch, a tag"),
     "no such commit": (None, f"org/model@{'0' * 40}", "has the model, but not this revision"),
-    "bad token": (fault("/api/", status=401, headers=BAD_TOKEN), "org/model", "does not accept the token; log in"),
+    "bad token": (fault("/api/", status=401, headers=BAD_TOKEN), "org/model", "does not accept this login"),
     "forbidden": (fault("/api/", status=403), "org/model", r"refuses access with this token \(403\)"),
     "429": (fault("/api/", status=429), "org/model", "limits the rate.*429.*in a few minutes, or log in"),
     "429 for a file": (fault("GET .*/resolve/", status=429), "org/model", "limits the rate.*in a few minutes"),
@@ -257,7 +257,7 @@ def test_a_folder_arrives_in_one_commit(hub, folder):
 
 PUSHES = {
     "no token may write": (None, "me/new", "refuses access with this token.*So far nothing was uploaded"),
-    "no login": (fault("repos/create", status=401), "me/new", "does not accept the token.*nothing was uploaded"),
+    "no login": (fault("repos/create", status=401), "me/new", "does not accept this login.*nothing was uploaded"),
     "conflict": (fault("/commit/", status=409), "me/old", "status 409.*exists, and its files are unchanged"),
     "conflicts without end": (
         fault("repos/create", status=409, body=b"Cannot create repo: another conflicting operation is in progress"),
