@@ -72,6 +72,10 @@ setup(
         "gcs": ["gcsfs>=2024.2"],
         "s3": ["s3fs>=2024.2"],
         "reasoning-gym": ["reasoning-gym>=0.1.19"],
+        # Dashboards of `config.logger`; TensorBoard's files need nothing beyond the base.
+        "wandb": ["wandb>=0.20"],
+        "trackio": ["trackio>=0.20"],
+        "tensorboard": ["tensorboard>=2.18"],  # shows the files
         # Clients and emulators of object stores. Apart from `test`, because they bring a hundred megabytes.
         "test-stores": ["s3fs>=2024.2", "gcsfs>=2024.2", "moto[server]>=5", "gcp-storage-emulator>=2024.8"],
         # Oracles of the tests: transformers' own models run on torch. The pin keeps pip from

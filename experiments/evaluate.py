@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     opening.define_config("Config with model, questions and grader: a name such as demo, or a file.")
-    opening.define_path("adapter", "Folder or URL of a trained adapter. Default: evaluate the base model.", url=True)
+    opening.define_path("adapter", "Folder, URL or hub:owner/name of an adapter. Default: the base model.", url=True)
     opening.define_path("output", "Write the result to this .json file, and all answers to a .jsonl file next to it.")
     opening.define_path("correct", "Write correct sampled answers to this .jsonl file, for experiments.sft.")
     flags.DEFINE_string("suite", None, "Evaluate on these sets: comma-separated names, files or hub ids.")

@@ -4,11 +4,15 @@
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=peft-tinylora --output=/tmp/peft
     python -m experiments.export --adapter=/tmp/peft --to=peft-lora --output=/tmp/lora
     python -m experiments.export --adapter=/tmp/peft --to=tinylora --output=/tmp/adapter
+    python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --push=me/sums --dry_run
 
 `merged` is a model folder with W + ΔW, config and tokenizer, for transformers, vLLM and SGLang. `peft-tinylora` is a
 folder that `PeftModel.from_pretrained` loads as TinyLoRA. `peft-lora` is plain LoRA of the same rank, for PEFT, vLLM
 and SGLang. `tinylora` is this project's format. All contain the same ΔW. The input may come from a run or be a PEFT
 TinyLoRA adapter. The base model is loaded by its name in the adapter, unless --model gives another.
+
+--push uploads the adapter to the Hugging Face hub as `tinylora` and as `peft-lora`, with a model card, in one commit.
+Every command then takes it as --adapter=hub:me/sums. Log in with `hf auth login`, or set HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     from experiments.common import opening
 
-    opening.define_path("adapter", "Folder or URL of an adapter, from a run or in PEFT's TinyLoRA format.", url=True)
+    opening.define_path("adapter", "Folder, URL or hub:owner/name of an adapter, also in PEFT's TinyLoRA.", url=True)
     flags.DEFINE_enum("to", None, ["merged", "tinylora", "peft-tinylora", "peft-lora"], "Format to write.")
     opening.define_path("output", "Folder or URL to create.", url=True)
     flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
@@ -26,7 +30,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of merged weights or of the vector.")
     _about = "Storage of the base model. Default: that of training."
     flags.DEFINE_enum("quantize", None, ["none", "int8", "int4"], _about)
-    flags.mark_flags_as_required(["adapter", "to", "output"])
+    flags.DEFINE_string("push", None, "Upload to this repository of the hub, <user>/<name>, instead of --to.")
+    flags.DEFINE_bool("private", False, "Make a new repository of --push private.")
+    flags.DEFINE_string("licence", None, "Licence for the model card of --push, such as apache-2.0.")
+    flags.DEFINE_bool("dry_run", False, "Show the model card and the files of --push, and upload nothing.")
+    flags.mark_flag_as_required("adapter")
     opening.begin(__doc__)
 
 from collections.abc import Sequence
@@ -36,13 +44,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.common.cli import NOT_IN_CACHE, reporting_errors, use_compilation_cache
+from experiments.common.cli import NOT_IN_CACHE, fail, reporting_errors, use_compilation_cache
 from experiments.common.closing import block, next_lines
 from experiments.common.meshes import find_devices
 from experiments.common.opening import parse_flags
 from experiments.common.places import adapter_of, new_folder_of
 from experiments.common.progress import tell
+from experiments.common.pushing import push
+from experiments.common.serving import vllm_command
 from tinylora_jax.adapters import Factors
+from tinylora_jax.files import read_json
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
 from tinylora_jax.io.adapter import base_fingerprint, save_adapter
 from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
@@ -61,11 +72,12 @@ def export(
     dtype: str = "float32",
     download: bool = False,
     quantize: str | None = None,
+    name: str | None = None,
 ) -> str | None:
     """Writes an adapter as a PEFT folder, in this project's format, or merged into its model.
 
     Args:
-      adapter: folder with `vector.bin` and `adapter.json`, or PEFT folder with `adapter_config.json`.
+      adapter: folder with `vector.bin` and `adapter.json`, PEFT folder with `adapter_config.json`, or `hub:owner/name`.
       to: output format: `merged`, `peft-tinylora`, `peft-lora` or `tinylora`.
       output: output folder, which must be absent or empty. After an error nothing is left there.
       model: source of the base model, as for `load_pretrained`; None uses the name in the adapter.
@@ -73,6 +85,7 @@ def export(
       download: whether a base model named only by the adapter, and so chosen by its author, may be downloaded.
       quantize: storage of the base model, as for `load_pretrained`; None for that in training. `none` merges an adapter
         that was trained on a quantized base into the original weights.
+      name: name of the base model in the output; None for the source from which it is loaded.
 
     Returns:
       The name of the prompt template of its training, if the adapter states it.
@@ -102,14 +115,14 @@ def export(
             raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
         tell("loading the adapter")
         if to == "tinylora":
-            _save(folder, trained, pretrained, base, dtype)
+            _save(folder, trained, pretrained, name or base, dtype)
         else:
             factors = trained.factors(pretrained.params, "auto")
             tell(f"writing {to}")
             if to == "merged":
                 _merge(folder, pretrained, trained, factors, dtype, quantize)
             else:
-                _PEFT[to](folder, factors, trained.v, base)
+                _PEFT[to](folder, factors, trained.v, name or base)
     return trained.template
 
 
@@ -138,28 +151,65 @@ def _save(folder: Path, trained: SavedAdapter, pretrained: Pretrained, base: str
     save_adapter(folder, factors, jnp.asarray(v), base, dtype, base_fingerprint(pretrained.params), **trained.about)
 
 
+def _check_flags() -> None:
+    """Ends the command unless the flags name an export or an upload."""
+    named = {name: getattr(FLAGS, name) for name in ("to", "output")}
+    if FLAGS.push is None:
+        if missing := [f"--{name}" for name, value in named.items() if value is None]:
+            fail(f"{' and '.join(missing)} missing: {FLAGS[missing[0][2:]].help} Or set --push. --help shows examples")
+        if given := [f"--{name}" for name in ("private", "licence", "dry_run") if getattr(FLAGS, name)]:
+            fail(f"{given[0]} needs --push, the repository to upload to")
+        return
+    named |= {"quantize": FLAGS.quantize, "dtype": None if FLAGS.dtype == "float32" else FLAGS.dtype}
+    if given := [f"--{name}" for name, value in named.items() if value is not None]:
+        fail(f"--push uploads tinylora and peft-lora together, as they were trained; omit {' and '.join(given)}")
+
+
+def _push(adapter: Path) -> str:
+    """Uploads the adapter as the flags say; returns the end of the command."""
+    trained = open_adapter(adapter)
+    name = trained.base and (trained.base if not trained.base.startswith(("/", "~", ".")) else Path(trained.base).name)
+    how = {"model": FLAGS.model, "download": FLAGS.allow_download, "name": name}  # paths stay private
+    write = lambda folder, to: export(adapter, to, folder, **how)
+    options = {"private": FLAGS.private, "licence": FLAGS.licence, "dry_run": FLAGS.dry_run}
+    return push(adapter, trained, FLAGS.push, write, **options)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
     use_compilation_cache()
+    _check_flags()
     adapter = adapter_of(FLAGS.adapter)
-    with reporting_errors(), new_folder_of(FLAGS.output) as output:
+    with reporting_errors():
         find_devices()
+        if FLAGS.push is not None:
+            print(_push(adapter))
+            return
         how = FLAGS.model, FLAGS.dtype, FLAGS.allow_download, FLAGS.quantize
-        template = export(adapter, FLAGS.to, output, *how)
-    print(block(f"written to {FLAGS.output}", next_lines(next_commands(FLAGS.to, FLAGS.output, template))))
+        with new_folder_of(FLAGS.output) as output:
+            template = export(adapter, FLAGS.to, output, *how)
+            commands = next_commands(FLAGS.to, output, template, FLAGS.output)
+    print(block(f"written to {FLAGS.output}", next_lines(commands)))
 
 
-def next_commands(to: str, output: Path | str, template: str | None) -> list[tuple[str, list[str]]]:
-    """What can be done with an export; other formats than this project's do not keep the template of the training."""
-    asked = [f"--template={template}"] if template else []
+def next_commands(to: str, folder: Path, template: str | None, name: str | None = None) -> list[tuple[str, list[str]]]:
+    """What can be done with an export; other formats than this project's do not keep the template of the training.
+
+    Args:
+      to: format of the export.
+      folder: local folder of the export.
+      template: name of the prompt template of the training; None if unknown.
+      name: name of the export in the commands, such as its URL; None for the folder.
+    """
+    asked, shown = [f"--template={template}"] if template else [], name or str(folder)
     generate = ["python", "-m", "experiments.generate"]
-    return {
-        "merged": [("ask it", [*generate, f"--model={output}", *asked]), ("serve it", ["vllm", "serve", str(output)])],
-        "tinylora": [("ask it", [*generate, f"--adapter={output}"])],
-        "peft-tinylora": [("ask it", [*generate, f"--adapter={output}", *asked])],
-        "peft-lora": [("serve it", ["vllm", "serve", "BASE", "--enable-lora", "--lora-modules", f"mine={output}"])],
-    }[to]
+    if to == "merged":
+        return [("ask it", [*generate, f"--model={shown}", *asked]), ("serve it", ["vllm", "serve", shown])]
+    if to == "peft-lora":
+        config = read_json(folder / "adapter_config.json", 2**20)
+        return [("serve it", vllm_command(config["base_model_name_or_path"], shown, config["r"]))]
+    return [("ask it", [*generate, f"--adapter={shown}", *(asked if to == "peft-tinylora" else [])])]
 
 
 if __name__ == "__main__":

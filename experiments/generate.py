@@ -19,7 +19,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     flags.DEFINE_string("model", None, "Model, as for `config.model`. Default: the first adapter's base model.")
-    opening.define_path("adapter", "Folder or URL of an adapter, or base; may be repeated.", several=True, url=True)
+    opening.define_path(
+        "adapter", "Folder, URL or hub:owner/name of an adapter, or base; may be repeated.", several=True, url=True
+    )
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
     flags.DEFINE_multi_string("prompt", [], "Question; may be repeated. Default: lines of standard input.")
     flags.DEFINE_string("template", None, "Prompt template. Default: each adapter's own, else plain.")

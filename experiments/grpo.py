@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
     text = None
     with runs.command_line(FLAGS, run) as (summary, workdir):
         if summary and is_first():
-            text = run_block(summary, workdir, config_arguments(), try_plot(workdir))
+            picture = try_plot(workdir)
+            runs.show_picture(FLAGS.config, workdir, picture, summary["steps"])
+            text = run_block(summary, workdir, config_arguments(), picture)
     if text is not None:
         emit(summary, text, FLAGS.json)
 

@@ -17,7 +17,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     from experiments.common import opening
 
     opening.define_config("Config with model, questions and samples: a name such as demo, or a file.")
-    opening.define_path("adapter", "Folder or URL of an adapter; a second one spans a plane.", several=True, url=True)
+    opening.define_path(
+        "adapter", "Folder, URL or hub:owner/name of an adapter; a second one spans a plane.", several=True, url=True
+    )
     opening.define_path("output", "Write the result to this .json file, and a .png file next to it.")
     flags.DEFINE_integer("points", 21, "Number of points on each axis.", lower_bound=2)
     flags.DEFINE_float("low", -1.0, "First coordinate, as a multiple of the vector.")

@@ -74,7 +74,7 @@ from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
 from tinylora_jax.adapters import retie
 from tinylora_jax.data import make_pipeline, padded_width
-from tinylora_jax.io import Checkpoints, RunLog
+from tinylora_jax.io import TENSORBOARD, Checkpoints, RunLog
 from tinylora_jax.io.adapter import base_fingerprint, read_adapter, save_adapter
 from tinylora_jax.multihost import to_host
 from tinylora_jax.training import TrainState
@@ -90,10 +90,13 @@ class Folder:
       path: folder of the sweep.
       config: configuration of the sweep.
       configs: configurations of the members, by name.
+      loggers: names of the loggers of a member besides metrics.jsonl.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], configs: Mapping[str, ConfigDict]):
-        self.path = path
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], configs: Mapping[str, ConfigDict], loggers: Sequence[str]
+    ):
+        self.path, self._loggers = path, loggers
         self.log = RunLog(path, config, claim=False)
         self._configs = configs
 
@@ -101,7 +104,8 @@ class Folder:
         """Reserves the folder for this sweep."""
         self.log.claim()
         self.members = {
-            name: RunLog(self.member(name), as_json(config, "grpo")) for name, config in self._configs.items()
+            name: RunLog(self.member(name), as_json(config, "grpo"), loggers=self._loggers)
+            for name, config in self._configs.items()
         }
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
@@ -201,10 +205,14 @@ def run(
     specs, started, is_new = parse(config), time.perf_counter(), not workdir.exists()
     if config.evaluate_every:
         raise ConfigError("config.evaluate_every: a sweep evaluates its members only at the end; set it to 0")
+    if others := set(specs.loggers) - {TENSORBOARD}:
+        raise ConfigError(
+            f"config.logger={config.logger!r}: a sweep has no {', '.join(others)}; set it to tensorboard or none"
+        )
     free = free_spec(config, specs)
     changes = combinations([parse_variation(text, config) for text in vary])
     configs = member_configs(config, [*changes, *(parse_member(text, config) for text in member)])
-    folder = Folder(workdir, {**as_json(config, "sweep"), "members": list(configs)}, configs)
+    folder = Folder(workdir, {**as_json(config, "sweep"), "members": list(configs)}, configs, specs.loggers)
     done = folder.log.read_json("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")

@@ -16,6 +16,7 @@ from experiments.common.progress import name_folder, tell
 from experiments.common.wording import nearest_path
 from tinylora_jax.files import expand
 from tinylora_jax.io import Mirror, WorkdirError, fetch_run
+from tinylora_jax.io.hf import HUB
 from tinylora_jax.multihost import on_first
 from tinylora_jax.stores import (
     Store,
@@ -54,6 +55,8 @@ def adapter_of(text: str) -> Path:
 
     Ends the command with a message if there is none; the message names the nearest one.
     """
+    if text.startswith(HUB):
+        return Path(text)  # looked up when the adapter is read
     if not is_url(text):
         return _adapter_in(Path(text))
     try:

@@ -36,7 +36,7 @@ from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
 from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
-from tinylora_jax.io import save_trained
+from tinylora_jax.io import log_picture, parse_loggers, save_trained
 from tinylora_jax.io.adapter import base_fingerprint
 from tinylora_jax.models import ModelConfig, abstract_everywhere, active_mesh, device_bytes
 from tinylora_jax.multihost import is_first, on_first, to_host
@@ -282,7 +282,7 @@ def run(
     """
     started, is_new = time.perf_counter(), not workdir.exists()
     specs = parse(config)
-    folder = Workdir(workdir, as_json(config, experiment))
+    folder = Workdir(workdir, as_json(config, experiment), specs.loggers)
     done = folder.read_json("summary.json")
     if done is not None:
         tell(f"{workdir} is complete; choose another --workdir to train again")
@@ -380,3 +380,9 @@ def command_line(
             with use_fitting_mesh(values.config, parse(values.config).mesh):
                 summary = run(values.config, workdir, stop, values.dry_run)
             yield summary, workdir
+
+
+def show_picture(config: ConfigDict, workdir: Path, picture: Path | None, steps: int) -> None:
+    """Shows the picture of a finished run on its dashboards, if it was drawn."""
+    if picture is not None:
+        log_picture(workdir, parse_loggers(config.logger), config.to_dict(), picture, steps)

@@ -13,7 +13,7 @@ from experiments.common.wording import suggestion
 from experiments.configs import base
 from tinylora_jax.adapters import SCHEMES, SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
 from tinylora_jax.data import DataSpec, get_template
-from tinylora_jax.io import flat
+from tinylora_jax.io import flat, parse_loggers
 from tinylora_jax.models import MeshSpec
 from tinylora_jax.rewards import BUILT_IN, Reward, load_reward
 from tinylora_jax.rollout import Sampling
@@ -46,6 +46,7 @@ class Specs:
     optimizer: Optimizer
     reward: Reward
     mesh: MeshSpec
+    loggers: tuple[str, ...]
 
 
 def parse(config: ConfigDict) -> Specs:
@@ -110,6 +111,7 @@ def parse(config: ConfigDict) -> Specs:
         build("optimizer", Optimizer, **config.optimizer, total_updates=2**31 - 1),
         build("reward", load_reward, config.reward),
         build("mesh", MeshSpec, **config.mesh),
+        build("logger", parse_loggers, config.logger),
     )
     if problems:
         raise ConfigError("\n  ".join(["the config has problems:", *problems]))

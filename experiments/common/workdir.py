@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinylora_jax.io import CheckpointError, Checkpoints, RunLog
+from tinylora_jax.io import TENSORBOARD, CheckpointError, Checkpoints, RunLog
 from tinylora_jax.multihost import on_first, several
 from tinylora_jax.training import TrainState
 
@@ -39,16 +39,17 @@ class Workdir:
     Args:
       path: folder of the run, see `RunLog`.
       config: run configuration.
+      loggers: names of the loggers besides metrics.jsonl, see `parse_loggers`.
     """
 
     _log: RunLog
     _checkpoints: Checkpoints
 
-    def __init__(self, path: Path, config: Mapping[str, Any]):
+    def __init__(self, path: Path, config: Mapping[str, Any], loggers: Sequence[str] = (TENSORBOARD,)):
         self.path = path
 
         def open_log() -> None:
-            self._log = RunLog(path, config, claim=False)
+            self._log = RunLog(path, config, claim=False, loggers=loggers)
 
         on_first(open_log)
 

@@ -61,5 +61,6 @@ def get_config() -> ConfigDict:
     config.eval_samples = 0  # sampled answers per question besides the greedy one (`evaluate`: at least 1)
     config.evaluate_every = 0  # steps between greedy evaluations during training; 0: only before and after it
     config.checkpoint_every = 1  # steps; the state of full fine-tuning is three times the weights in float32
+    config.logger = "tensorboard"  # besides metrics.jsonl: `wandb`, `trackio`, `tensorboard`, with commas, or `none`
     config.samples_kept = 2  # prompts per step whose completions are saved as readable pages
     return config.lock()  # other configs can change fields, but a misspelled one is an error

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tinylora_jax.files import open_regular, parse_json
+from tinylora_jax.hub import HubError, bounded_requests, check_blobs, explain
 
 # A small compressed file can contain many gigabytes, and parsed JSON takes up to 30 times its size.
 MAX_LINE_BYTES = 1 << 22
@@ -185,54 +186,64 @@ def _load_hub(source: str, split: str) -> Any:
 
     name, _, config = source.partition(":")
     load = lambda: datasets.load_dataset(name, config or None, split=split)
-    unreachable = f"the Hugging Face hub could not be reached for {source!r}"
     advice = "check the network and HF_HUB_OFFLINE, or pass a .jsonl, .jsonl.gz or .parquet file"
     try:
-        if _hub_answers(name):
-            return load()
+        with bounded_requests():
+            problem = _hub_problem(name)
+            if problem is None:
+                found = load()
+                _check_hashes(name, found)
+                return found
         # The library would retry for most of a minute before using its cache, and after a miss again.
         with _offline():
             try:
                 return load()
             except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
-                raise DataError(f"{unreachable} within {_PROBE_S} s, and its cache lacks it; {advice}") from error
+                raise DataError(f"the Hugging Face hub {problem}, and its cache lacks it; {advice}") from error
     except DataError:
         raise
     except ConnectionError as error:
-        raise DataError(f"{unreachable} ({error}); {advice}") from error
+        raise DataError(f"the Hugging Face hub could not be reached for {source!r} ({error}); {advice}") from error
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        advice = _advice(error) or "check the name, its config (owner/name:config) and the split"
-        raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {error!s:.500}; {advice}") from error
+        otherwise = "check the name, its config (owner/name:config) and the split, or pass a .jsonl or .parquet file"
+        why = explain(error, "data set", otherwise)
+        raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {why}") from error
 
 
-def _advice(error: BaseException) -> str:
-    """Advice for a hub failure whose cause is not the name."""
-    from huggingface_hub.errors import GatedRepoError, HTTPError
+def _check_hashes(name: str, dataset: Any) -> None:
+    """Raises an error if a file of a data set in the hub's cache is not what the hub states; `datasets` does not look.
 
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None and len(causes) < 8:
-        causes.append(cause)
-    if any(isinstance(each, GatedRepoError) or "gated" in str(each) for each in causes):
-        return "accept its licence on its page at huggingface.co, then log in with `hf auth login` or set HF_TOKEN"
-    if any(type(each).__name__ == "JSONDecodeError" for each in causes):
-        return "the response did not come from the hub but, for example, from a proxy or a network's login page"
-    if any(isinstance(each, HTTPError) for each in causes):
-        return "the connection broke; run the same command again, or pass a .jsonl, .jsonl.gz or .parquet file"
-    return ""
+    Raises:
+      DataError: the message says what to delete: the file, and the table that `datasets` made from it.
+    """
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "snapshots"
+    try:
+        check_blobs(snapshots)
+    except ValueError as error:
+        tables = sorted({str(Path(file["filename"]).parent) for file in dataset.cache_files})
+        raise DataError(f"{error}; delete {', '.join(tables) or 'its tables'} too, which were made from it") from error
 
 
-def _hub_answers(name: str) -> bool:
-    """Whether the hub responds to a query for a data set within seconds; not queried in offline mode."""
+def _hub_problem(name: str) -> str | None:
+    """Queries the hub for a data set; None if it responds within seconds, or in offline mode, else what is wrong."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
-        return True
+        return None
+    url = f"{constants.ENDPOINT}/api/datasets/{name}"
     try:
-        response = get_session().get(f"{constants.ENDPOINT}/api/datasets/{name}", timeout=_PROBE_S)
+        status = get_session().get(url, timeout=_PROBE_S, headers=build_hf_headers()).status_code
+    except HubError:
+        status = 429
     except (OSError, HTTPError):
-        return False
-    return response.status_code < 500
+        return f"could not be reached for {name!r} within {_PROBE_S} s"
+    if status == 429:
+        return f"limits the rate of requests and answered 429 (too many requests) for {name!r}: wait a few minutes"
+    return f"answered with status {status} for {name!r}" if status >= 500 else None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ Each format has a subpackage: `hf`, `gguf`, `peft`, and `adapter` for this proje
 
 from tinylora_jax.io._checkpoint import CheckpointError as CheckpointError
 from tinylora_jax.io._checkpoint import Checkpoints as Checkpoints
+from tinylora_jax.io._dashboards import TENSORBOARD as TENSORBOARD
+from tinylora_jax.io._dashboards import log_picture as log_picture
+from tinylora_jax.io._dashboards import parse_loggers as parse_loggers
 from tinylora_jax.io._mirror import Mirror as Mirror
 from tinylora_jax.io._model import Pretrained as Pretrained
 from tinylora_jax.io._new_folder import new_folder as new_folder

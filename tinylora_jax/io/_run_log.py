@@ -2,7 +2,8 @@
 
 config.json     the config; a different one is rejected
 metrics.jsonl   one line per step
-tensorboard/    the same metrics for TensorBoard
+tensorboard/    the same metrics for TensorBoard, unless another logger is chosen
+dashboards.json the id of the run on other dashboards, if there are any
 samples/        one readable page per step
 checkpoints/    see `checkpoint`
 adapter/        see `adapter_file`
@@ -27,6 +28,7 @@ from typing import Any
 from absl import logging
 
 from tinylora_jax.files import append, check_own, open_regular, parse_json, read_json, write_atomically, write_rows
+from tinylora_jax.io._dashboards import TENSORBOARD, Dashboards
 
 _MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # size limit of a step's metrics
@@ -48,8 +50,19 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _may_change(name: str) -> bool:
-    """Whether a field does not affect training: the placement on devices, or evaluations during it."""
-    return name in ("slots", "evaluate_every") or name.startswith("mesh.")
+    """Whether a field does not affect training: the placement on devices, evaluations during it, or dashboards."""
+    return name in ("slots", "evaluate_every", "logger") or name.startswith("mesh.")
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a step's metrics by name, without those that are not defined."""
+    scalars: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Sequence):
+            scalars |= {f"{name}/{i}": x for i, x in enumerate(value)}
+        elif value is not None:
+            scalars[name] = value
+    return scalars
 
 
 class RunLog:
@@ -60,14 +73,21 @@ class RunLog:
       config: JSON-serializable settings of the run.
       claim: whether to write the config immediately. A caller that may fail before training starts calls `claim`
         later, so that a corrected config can still use the folder.
+      loggers: names of the loggers besides metrics.jsonl, see `parse_loggers`.
 
     Raises:
       WorkdirError: the folder belongs to another config (the message names the fields), another process uses it, or it
         cannot be written.
     """
 
-    def __init__(self, workdir: Path, config: Mapping[str, Any], claim: bool = True):
-        self.workdir, self._config = workdir, json.loads(json.dumps(config))
+    def __init__(
+        self,
+        workdir: Path,
+        config: Mapping[str, Any],
+        claim: bool = True,
+        loggers: Sequence[str] = (TENSORBOARD,),
+    ):
+        self.workdir, self._config, self._loggers = workdir, json.loads(json.dumps(config)), loggers
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             check_own(workdir, ["lock", *_FOLDERS])
@@ -79,6 +99,7 @@ class RunLog:
         except OSError as error:
             raise WorkdirError(f"cannot write to workdir {workdir}: {error}; choose another --workdir") from error
         self._board: Any = None
+        self._dashboards: Dashboards | None = None
 
     def check(self) -> None:
         """Raises an error if the workdir was deleted or replaced, because new files there would seem complete.
@@ -153,13 +174,24 @@ class RunLog:
     def start(self, step: int) -> None:
         """Discards log entries from `step` on, because these steps are about to run (again)."""
         with self._writing():
-            write_atomically(self.workdir / "metrics.jsonl", "".join(self._logged_before(step)))
-            from tinylora_jax.io._tensorboard import Board  # imported here because it may import torch
+            lines, last = [], -1
+            for number, line in self._logged():
+                last = max(last, number)
+                if number < step:
+                    lines.append(line)
+            write_atomically(self.workdir / "metrics.jsonl", "".join(lines))
+            if TENSORBOARD in self._loggers:
+                from tinylora_jax.io._tensorboard import Board  # imported here because it may import torch
 
-            self._board = Board(self.workdir / "tensorboard", step)
+                self._board = Board(self.workdir / "tensorboard", step)
+            self._dashboards = Dashboards(self._loggers, self.workdir, self._config)
+            if (record := self._dashboards.record) is not None:
+                write_atomically(self.workdir / "dashboards.json", json.dumps(record) + "\n")
+        rows = (json.loads(line) for line in lines)
+        self._dashboards.start(((row.pop("step"), _scalars(row)) for row in rows), last)
 
-    def _logged_before(self, step: int) -> Iterator[str]:
-        """Yields the lines of metrics.jsonl before a step; a damaged line is reported and skipped.
+    def _logged(self) -> Iterator[tuple[int, str]]:
+        """Yields the steps and lines of metrics.jsonl; a damaged line is reported and skipped.
 
         An incomplete last line is skipped silently: a crash cut it short, and its step runs again.
         """
@@ -172,15 +204,15 @@ class RunLog:
                 number += 1
                 try:
                     row = parse_json(line)
-                    if row["step"] < step:
-                        yield json.dumps(row) + "\n"
+                    if row["step"] < math.inf:
+                        yield row["step"], json.dumps(row) + "\n"
                 except (ValueError, TypeError, KeyError) as error:
                     if line.endswith(b"\n") or len(line) == _MAX_LINE_BYTES:
                         what = f"{type(error).__name__}: {error}"
                         logging.warning("%s, line %d is damaged and was skipped (%.200s)", path, number, what)
 
     def metrics(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Appends one step's metrics; in TensorBoard the numbers of a sequence appear as `name/0`, ….
+        """Appends one step's metrics; on dashboards the numbers of a sequence appear as `name/0`, ….
 
         A number that is not finite, such as a mean over nothing, becomes null, because JSON cannot express it.
         """
@@ -190,13 +222,11 @@ class RunLog:
         }
         with self._writing():
             append(self.workdir / "metrics.jsonl", (json.dumps({"step": step, **defined}) + "\n").encode())
-            scalars: dict[str, float] = {}
-            for name, value in defined.items():
-                if isinstance(value, Sequence):
-                    scalars |= {f"{name}/{i}": x for i, x in enumerate(value)}
-                elif value is not None:
-                    scalars[name] = value
-            self._board.write(step, scalars)
+            scalars = _scalars(defined)
+            if self._board is not None:
+                self._board.write(step, scalars)
+        if self._dashboards is not None:
+            self._dashboards.step(step, scalars)
 
     def samples(self, step: int, text: str) -> None:
         """Writes a page of readable completions."""
@@ -206,6 +236,8 @@ class RunLog:
             # A completion may contain characters that UTF-8 cannot encode.
             page = text.encode("utf-8", "replace")
             write_atomically(self.workdir / "samples" / f"{step:06d}.txt", page, durable=False)
+        if self._dashboards is not None:
+            self._dashboards.page(page.decode("utf-8"))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a result atomically."""
@@ -231,8 +263,12 @@ class RunLog:
         return found
 
     def close(self) -> None:
-        """Closes the TensorBoard file; repeated calls have no effect."""
+        """Closes the TensorBoard file and the dashboards; repeated calls have no effect."""
         board, self._board = self._board, None
-        if board is not None:
-            with self._writing():
-                board.close()
+        try:
+            if board is not None:
+                with self._writing():
+                    board.close()
+        finally:
+            if self._dashboards is not None:
+                self._dashboards.close()

@@ -20,6 +20,7 @@ from tinylora_jax.io._pretrained import Pretrained, load_pretrained
 from tinylora_jax.io._trained import open_adapter
 from tinylora_jax.io.adapter._file import AdapterError, save_adapter
 from tinylora_jax.io.hf._export import write_model
+from tinylora_jax.io.hf._hub_adapters import adapter_folder
 from tinylora_jax.io.peft._lora import is_lora, read_lora, save_lora
 from tinylora_jax.multihost import to_host
 
@@ -106,16 +107,18 @@ def _write_weights(
     fresh.rename(folder)
 
 
-def open_trained(folder: Path, transfer: bool = False) -> SavedPolicy:
+def open_trained(folder: Path | str, transfer: bool = False) -> SavedPolicy:
     """Opens a folder written by `save_trained`, a PEFT folder of LoRA or TinyLoRA, or a model folder.
 
     Args:
-      folder: folder of the trained parameters.
+      folder: folder of the trained parameters, or their name on the hub, such as `hub:owner/name@revision`.
       transfer: whether parameters that were trained on a quantized base may be used with the same base in 16 bit.
 
     Raises:
       AdapterError, PeftError, ValueError: a file is absent, damaged, altered or of another kind.
+      FileNotFoundError: the hub has no such adapter, or cannot be reached.
     """
+    folder = adapter_folder(folder)
     if is_lora(folder):
         lora = read_lora(folder, transfer)
         return SavedPolicy(lora.v, lora.base, lora.policy)

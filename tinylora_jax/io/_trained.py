@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tinylora_jax.adapters import Factors, Policy, TinyLoRA, combine, factorize, own_triplets, retied
 from tinylora_jax.io.adapter._file import AdapterReader, factors_of, read_adapter
+from tinylora_jax.io.hf._hub_adapters import adapter_folder
 from tinylora_jax.io.hf._quantizing import as_trained
 from tinylora_jax.io.peft._tinylora import PeftError, is_peft, peft_factors, read_tinylora, written_spec
 
@@ -80,17 +81,19 @@ class SavedAdapter:
         return Policy(params, self.factors(params, method))
 
 
-def open_adapter(folder: Path, transfer: bool = False) -> SavedAdapter:
+def open_adapter(folder: Path | str, transfer: bool = False) -> SavedAdapter:
     """Reads an adapter without its base model; a folder with `adapter_config.json` is a PEFT folder.
 
     Args:
-      folder: folder of the adapter.
+      folder: folder of the adapter, or its name on the hub, such as `hub:owner/name@revision`.
       transfer: whether an adapter that was trained on a quantized base may be used with the same base in 16 bit. It
         gives the same ΔW there: its factors are computed from the weights quantized again.
 
     Raises:
       AdapterError, PeftError: a file is absent, damaged, altered or of another kind.
+      FileNotFoundError: the hub has no such adapter, or cannot be reached.
     """
+    folder = adapter_folder(folder)
     if is_peft(folder):
         adapter = read_tinylora(folder)
         factors = lambda params, method: peft_factors(adapter, params)

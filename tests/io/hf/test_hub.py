@@ -8,9 +8,9 @@ import os
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from tinylora_jax.hub import check_blobs
 from tinylora_jax.io.hf import _hub as huggingface
 from tinylora_jax.io.hf._hub import NotInCacheError, check_links, fetch_folder, read_json
-from tinylora_jax.io.hf._hub_cache import check_blobs
 
 http = importlib.import_module(huggingface.HTTPError.__module__.split(".")[0])
 
@@ -51,7 +51,7 @@ def test_what_was_right_is_not_hashed_again(cache, monkeypatch):
     snapshot, add = cache
     add("model.safetensors", b"right", True)
     check_blobs(snapshot)
-    monkeypatch.setattr("tinylora_jax.io.hf._hub_cache._hash", lambda _: pytest.fail("hashed again"))
+    monkeypatch.setattr("tinylora_jax.hub._hash", lambda _: pytest.fail("hashed again"))
     check_blobs(snapshot)
 
 
@@ -83,7 +83,7 @@ def refused(kind, status):
 )
 def test_every_failure_says_what_to_do(monkeypatch, error, said):
     monkeypatch.setattr(huggingface, "snapshot_download", raising(error))
-    with pytest.raises(FileNotFoundError, match=f"cannot get 'a/b' from the Hugging Face hub .*{said}"):
+    with pytest.raises(FileNotFoundError, match=f"cannot get 'a/b' from the Hugging Face hub: .*{said}"):
         fetch_folder("a/b")
 
 

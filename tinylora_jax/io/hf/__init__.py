@@ -5,6 +5,10 @@ from tinylora_jax.io.hf._export import export_merged as export_merged
 from tinylora_jax.io.hf._export import rounding_loss as rounding_loss
 from tinylora_jax.io.hf._export import write_model as write_model
 from tinylora_jax.io.hf._hub import NotInCacheError as NotInCacheError
+from tinylora_jax.io.hf._hub_adapters import HUB as HUB
+from tinylora_jax.io.hf._hub_adapters import OWN_FOLDER as OWN_FOLDER
+from tinylora_jax.io.hf._hub_adapters import adapter_folder as adapter_folder
+from tinylora_jax.io.hf._hub_adapters import push_folder as push_folder
 from tinylora_jax.io.hf._quantizing import quantize_maps as quantize_maps
 from tinylora_jax.io.hf._weights import LazyTensor as LazyTensor
 from tinylora_jax.io.hf._weights import Reading as Reading

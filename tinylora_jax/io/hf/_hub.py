@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,18 @@ from huggingface_hub import snapshot_download
 # The HTTP library of huggingface_hub depends on its major version; its errors module shows which one is in use.
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
 )
 
 from tinylora_jax.files import expand, kind_of, open_regular, parse_json
-from tinylora_jax.io.hf._hub_cache import check_blobs
+from tinylora_jax.hub import HUB_ID, bounded_requests, check_blobs, explain, split_revision
 from tinylora_jax.io.hf._safetensors import open_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]  # all files except the weights
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_JSON_BYTES = 2**24  # 100 times a large model's index; parsed JSON takes up to 30 times its size
 MAX_TOKENIZER_BYTES = 2**26  # the largest known ones have 33 MB
 
@@ -41,7 +38,7 @@ def fetch_folder(source: str, download: bool = True) -> Path:
     """Finds the folder of a model: `source` itself if it is a folder, else a snapshot of that hub id.
 
     Args:
-      source: folder or hub id.
+      source: folder or hub id; a revision follows the id after `@`.
       download: whether files that are not in the hub's cache may be downloaded.
 
     Raises:
@@ -52,59 +49,68 @@ def fetch_folder(source: str, download: bool = True) -> Path:
     folder = expand(source)
     if source and folder.is_dir():
         return folder
-    if folder.exists() or not _HUB_ID.fullmatch(source) or ".." in source:
+    if folder.exists() or not HUB_ID.fullmatch(source) or ".." in source:
         raise FileNotFoundError(
             f"{source!r} is not a model: expected a folder with config.json, "
             "a .gguf file or a hub id like 'Qwen/Qwen2.5-0.5B'"
         )
+    advice = "use a local folder with config.json and model.safetensors"
+    return fetch_snapshot(source, "model", advice, download, _model_files)
+
+
+Get = Callable[..., Path]
+
+
+def fetch_snapshot(source: str, what: str, otherwise: str, download: bool, files: Callable[[Get], Path]) -> Path:
+    """Fetches files of a repository into the hub's cache, and compares them with the hashes that the hub states.
+
+    Args:
+      source: hub id; a revision follows the id after `@`.
+      what: noun for messages, such as `model`.
+      otherwise: advice for a failure of unknown cause.
+      download: whether files that are not in the cache may be downloaded.
+      files: function that is given `get(patterns, **options)`, calls it at least once and returns the last folder.
+
+    Raises:
+      NotInCacheError: a file is not in the cache, and downloading is not allowed.
+      FileNotFoundError: the files cannot be downloaded now.
+      ValueError: the hash of a cached file is not the hub's.
+    """
+    name, revision = split_revision(source)
+
+    def get(patterns: Sequence[str], **options: Any) -> Path:
+        options = {"revision": revision, "local_files_only": not download} | options
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+
     try:
-        snapshot = _download(source, download)
+        with bounded_requests():
+            snapshot = files(get)
     except (OSError, EntryNotFoundError, HFValidationError, HTTPError, ValueError) as error:
         if not download and isinstance(error, LocalEntryNotFoundError):
             raise NotInCacheError(f"{source!r} is not in the cache of the Hugging Face hub") from error
-        reason = (str(error).strip().splitlines() or ["no detail"])[0]
         raise FileNotFoundError(
-            f"cannot get {source!r} from the Hugging Face hub ({type(error).__name__}: {reason}); {_advice(error)}"
+            f"cannot get {source!r} from the Hugging Face hub: {explain(error, what, otherwise)}"
         ) from error
+    if not snapshot.is_dir():  # the hub matched no file
+        raise FileNotFoundError(
+            f"{source!r} on the Hugging Face hub holds none of the files that are read here; {otherwise}"
+        )
     check_blobs(snapshot)
     return snapshot
 
 
-def _download(source: str, download: bool) -> Path:
-    """Fetches a snapshot of a hub id: first the small files, then only the weights that `load_pretrained` reads.
+def _model_files(get: Get) -> Path:
+    """Fetches first the small files, then only the weights that `load_pretrained` reads.
 
     Repositories may hold other formats of the same weights, in subfolders or next to them
-    (`consolidated.safetensors`).
+    (`consolidated.safetensors`), and pickles, which are never fetched.
     """
-    get = lambda patterns, **options: Path(
-        snapshot_download(
-            source, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not download, **options
-        )
-    )
-    folder = get([*_SMALL, _SINGLE])
+    top = {"ignore_patterns": ["*/*"]}
+    folder = get([*_SMALL, _SINGLE], **top)
     if (folder / _SINGLE).is_file() or not (folder / _INDEX).is_file():
         return folder
-    # The folder of a snapshot is named after its commit.
-    return get(
-        sorted({re.sub(r"([*?[])", r"[\1]", file) for file in _weight_map(folder).values()}), revision=folder.name
-    )
-
-
-def _advice(error: Exception) -> str:
-    """Advice for a failure of the hub."""
-    if isinstance(error, GatedRepoError):
-        return (
-            "accept the model's licence on its page at huggingface.co, then log in with `hf auth login` or set"
-            " HF_TOKEN to a token of that account"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return "check the id; for a private model log in with `hf auth login`, or set HF_TOKEN"
-    if type(error).__name__ == "JSONDecodeError":
-        return (
-            "the response did not come from the hub but, for example, from a proxy or a network's login page; open"
-            " https://huggingface.co in a browser, or use a local folder"
-        )
-    return "check the id and the network, or use a local folder with config.json and model.safetensors"
+    files = sorted({re.sub(r"([*?[])", r"[\1]", file) for file in _weight_map(folder).values()})
+    return get(files, revision=folder.name, **top)  # the folder of a snapshot is named after its commit
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Factors
 from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.files import write_atomically
+from tinylora_jax.hub import HUB_ID, split_revision
 from tinylora_jax.io.hf._safetensors import write_safetensors
 from tinylora_jax.io.hf._weights import LazyTensor
 from tinylora_jax.io.peft._tinylora import CONFIG, MODULES, PREFIX, SPEC, SPEC_FIELDS, WEIGHTS, PeftError, in_order
@@ -48,8 +49,10 @@ def write_folder(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a PEFT folder with the common fields and the given config, tensors and texts for their file's header."""
+    name, revision = split_revision(base) if HUB_ID.fullmatch(base) else (base, None)
     common = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "task_type": "CAUSAL_LM",
         "bias": "none",
         "fan_in_fan_out": False,

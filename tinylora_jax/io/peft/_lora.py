@@ -21,6 +21,7 @@ from tinylora_jax.adapters import LoRA, LoRAPolicy, Target
 from tinylora_jax.adapters.lora import Matrices
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.files import is_number, write_atomically
+from tinylora_jax.hub import join_revision
 from tinylora_jax.io.adapter._file import check_base
 from tinylora_jax.io.hf._hub import read_json
 from tinylora_jax.io.hf._quantizing import as_trained
@@ -130,6 +131,8 @@ def read_lora(folder: Path, transfer: bool = False) -> LoRAFolder:
         raise PeftError(f"{folder / CONFIG}: lora_alpha={alpha!r:.60}, expected a number above 0")
     if base is not None and not isinstance(base, str):
         raise PeftError(f"{folder / CONFIG}: base_model_name_or_path={base!r:.60}, expected a name or null")
+    revision = config.get("revision")
+    base = join_revision(base, revision) if isinstance(base, str) and isinstance(revision, str) else base
     extra = [name for name in _UNSUPPORTED if config.get(name)]
     if extra or config.get("bias", "none") != "none":
         raise PeftError(f"{folder / CONFIG}: {', '.join(extra) or 'bias'} set; only plain LoRA is supported")

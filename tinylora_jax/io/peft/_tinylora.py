@@ -23,6 +23,7 @@ from tinylora_jax.adapters.factors import LeafFactors
 from tinylora_jax.adapters.quantized import dense
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.files import parse_json
+from tinylora_jax.hub import join_revision
 from tinylora_jax.io.hf._hub import read_json
 from tinylora_jax.io.hf._safetensors import open_safetensors, read_metadata
 from tinylora_jax.io.hf._weights import LazyTensor
@@ -41,6 +42,7 @@ _DEFAULTS = {
     "save_projection": True,
     "bias": "none",
     "base_model_name_or_path": None,
+    "revision": None,
 }
 _MAX_CONFIG_BYTES = 2**20  # a list of all modules takes about 10 KB
 _MAX_PROJECTION = 2**20  # numbers of one module's P
@@ -95,7 +97,8 @@ class PeftTinyLoRA:
     @property
     def base(self) -> str | None:
         """The name of the base model, if the folder states it."""
-        return self.config["base_model_name_or_path"]
+        name, revision = self.config["base_model_name_or_path"], self.config["revision"]
+        return join_revision(name, revision) if isinstance(name, str) and isinstance(revision, str) else name
 
 
 def written_spec(folder: Path) -> TinyLoRA | None:
