@@ -152,6 +152,8 @@ class Learner:
         grpo, completions = self.plan.grpo, graded.completions
         shape = (len(graded.prompts), graded.samples, completions.tokens.shape[1])
         mask = np.arange(shape[2]) < completions.lengths[:, None]
+        if grpo.mask_truncated_completions:
+            mask &= completions.stopped[:, None]
         batch = Batch(
             prompts=graded.arrays.tokens,
             lengths=graded.arrays.lengths,
