@@ -40,7 +40,7 @@ SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "impor
 
 @dataclass(frozen=True)
 class GRPO:
-    """Settings of the GRPO algorithm and its variants. Options of TRL's `GRPOConfig` have its names and meanings.
+    """Settings of the GRPO algorithm and its variants; `experiments/README.md` has a table of them.
 
     Attributes:
       loss_type: averaging of the loss, see `losses.token_weights`; `cispo` also replaces the clipped surrogate. TRL's

@@ -67,10 +67,9 @@ def decoupled_advantages(
     Returns:
       Advantages, float32 `[prompts, samples]`; zero where all rewards of a prompt are equal.
     """
-    total = sum(
-        np.float32(weight) * group_advantages(part, True, epsilon)
-        for weight, part in zip(weights, rewards, strict=True)
-    )
+    total = np.zeros(rewards.shape[1:], np.float32)
+    for weight, part in zip(weights, rewards, strict=True):
+        total += np.float32(weight) * np.asarray(group_advantages(part, True, epsilon))
     return total / (np.std(total, ddof=1) + np.float32(epsilon))  # the mean of the batch is zero
 
 
