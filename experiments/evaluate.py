@@ -70,7 +70,7 @@ from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse
 from tinylora_jax.files import write_atomically, write_rows
 from tinylora_jax.io import open_trained
 from tinylora_jax.multihost import is_first
-from tinylora_jax.rewards import load_reward
+from tinylora_jax.rewards import accuracy_name, accuracy_of, load_reward
 from tinylora_jax.rollout import Sampling
 
 FLAGS = flags.FLAGS
@@ -88,6 +88,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Answers every question greedily, and `samples` times at the task's temperature.
 
+    Of several rewards only the first one grades the answers: it measures accuracy.
+
     Args:
       task: model with its reward and sampling settings.
       v: trained parameters.
@@ -101,6 +103,7 @@ def evaluate(
       The accuracies, and one row per completion.
     """
     rows: list[Row] = []
+    task = dataclasses.replace(task, reward=accuracy_of(task.reward))
     width, batch_size = padded_width(prompts), min(batch_size, len(prompts))
     for mode, sampling, count in _modes(task, samples):
         with phase(f"answering questions ({mode})") as work:
@@ -206,7 +209,7 @@ def run(
       ConfigError: the config's prompt does not request the format that the suite's graders need.
     """
     specs = parse(config)
-    sets = _limited(config, suite) or (EvalSet(specs.eval_data.source, specs.eval_data, config.reward),)
+    sets = _limited(config, suite) or (EvalSet(specs.eval_data.source, specs.eval_data, accuracy_name(config.reward)),)
     for each in sets:
         check_template(config.template, each.reward)
     rewards = [load_reward(each.reward) for each in sets]

@@ -63,5 +63,6 @@ def readable_page(prompts: Sequence[Prompt], graded: rl.GradedRollout, kept: int
         lines.append(f"=== question {prompt.id}: {prompt.question}\n=== answer: {prompt.answer}\n")
         for index in range(place * graded.samples, (place + 1) * graded.samples):
             grade = graded.grades[index]
-            lines.append(f"--- strict {grade.strict:g}, lenient {grade.lenient:g}\n{graded.texts[index]}\n")
+            parts = "".join(f", {name} {part:g}" for name, part in zip(graded.weights, grade.parts, strict=True))
+            lines.append(f"--- strict {grade.strict:g}, lenient {grade.lenient:g}{parts}\n{graded.texts[index]}\n")
     return "\n".join(lines)

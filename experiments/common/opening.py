@@ -38,7 +38,7 @@ FIELDS = (
     ("train_data.source", "openai/gsm8k:main", "hub id, .jsonl or .parquet file, or arithmetic"),
     ("eval_data.limit", None, "number of questions for evaluation; default: all"),
     ("template", "gsm8k", "prompt: gsm8k, boxed, arithmetic or plain"),
-    ("reward", "hash", "grader: hash, boxed, math, minerva or module:function"),
+    ("reward", "hash", "grader: hash, boxed, math, minerva or module:function; several: math:1,format:0.1"),
     ("seed", 0, "seed of the data order and the sampling noise"),
 )
 _SHARED = ("model", "max_new_tokens", "eval_data.limit", "template", "reward", "seed")

@@ -15,7 +15,7 @@ from tinylora_jax.adapters import SCHEMES, SVD_METHODS, Full, LoRA, Spec, Target
 from tinylora_jax.data import DataSpec, get_template
 from tinylora_jax.io import flat, parse_loggers
 from tinylora_jax.models import MeshSpec
-from tinylora_jax.rewards import BUILT_IN, Reward, load_reward
+from tinylora_jax.rewards import BUILT_IN, Reward, accuracy_name, load_reward
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
 
@@ -129,7 +129,7 @@ def check_template(template: str, reward: str) -> None:
     Raises:
       ConfigError: no completion that follows the prompt would be rewarded.
     """
-    text, own = get_template(template).text, BUILT_IN.get(reward)
+    text, own = get_template(template).text, BUILT_IN.get(accuracy_name(reward))
     asked = {built_in.marker for built_in in BUILT_IN.values() if built_in.marker in text}
     if own and asked and own.marker not in asked:
         fitting = ", ".join(name for name, built_in in BUILT_IN.items() if built_in.marker in asked)

@@ -10,6 +10,11 @@ def even(completion, answer, question):
     return Grade(float(len(completion) % 2 == 0), float(len(completion) % 3 > 0))
 
 
+async def shortest(completions, answer, question):
+    """A reward of the whole group: is the completion the shortest one?"""
+    return [float(len(each) == min(map(len, completions))) for each in completions]
+
+
 def raises(completion, answer, question):
     raise KeyError("no such grade")
 

@@ -122,7 +122,7 @@ def test_cause_of_a_user_error_is_kept_and_interrupts_pass(user_module):
     ("name", "said"),
     [
         ("hsah", "did you mean 'hash'"),
-        ("", f"expected {', '.join(rewards.BUILT_IN)} or module:function"),
+        ("", f"expected {', '.join((*rewards.BUILT_IN, *rewards.SHAPING))} or module:function"),
         ("my_user_rewards.py:length", "without `.py`"),
         ("./my_user_rewards:length", "without its folder"),
         ("my_user_rewards:two_arguments", "takes .completion, answer.; expected three positional arguments"),

@@ -11,6 +11,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import dataclasses  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -29,6 +30,7 @@ from tinylora_jax.rollout import Sampling, generate  # noqa: E402
 from tinylora_jax.training import GRPO, Batch, Bounds, Optimizer, Plan, Update, init_state, plan_sequences  # noqa: E402
 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
+SEQUENCE_LEVEL = GRPO(importance_sampling_level="sequence", tis_mode="sequence_truncate")
 
 
 def rollout(config, policy, v, greedy, slots=0):
@@ -72,6 +74,10 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
     state, metrics = step(state, policy, batch)
     state, _ = step(state, policy, batch)
     counts = {"compiled": step.accumulate._cache_size(), "shapes": len(shapes)}
+    # The rollout is no longer on-policy: the sequence-level ratios of two updates ago differ from 1.
+    sequence_level = Update(dataclasses.replace(plan, grpo=SEQUENCE_LEVEL), optimizer)
+    _, sums, gradient = sequence_level.gradient(state.v, policy, batch)
+    counts |= {"importance": float(sums["importance"]), "sequence_level": gradient.tolist()}
     return {"v": state.v.tolist(), "grad_norm": float(metrics["grad_norm"]), "sequences": sequences} | counts
 
 

@@ -46,6 +46,9 @@ def check(alone, family, modes, mesh):
         assert got[mode] == expected[mode], mode
     np.testing.assert_allclose(got["v"], expected["v"], atol=1e-5)
     np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(got["importance"], expected["importance"], rtol=1e-4)
+    np.testing.assert_allclose(got["sequence_level"], expected["sequence_level"], rtol=1e-3, atol=1e-4)
+    assert np.abs(expected["sequence_level"]).max() > 1e-2
     assert expected["sequences"] == 1 and got["sequences"] > 1, "the sequences must be split too"
     assert got["compiled"] == got["shapes"], "a second update must not compile again"
     assert len(set(expected["sampled"]["lengths"])) > 1 and expected["grad_norm"] > 1e-3

@@ -231,6 +231,15 @@ def test_a_batch_without_any_signal_is_a_step_of_zero_gradient(qwen2, policy, v,
     assert all(np.isfinite(x) for x in metrics.values())
 
 
+def test_a_batch_whose_completions_are_all_masked_is_a_step_of_zero_gradient(qwen2, policy, v, scored, sgd_step):
+    """As `mask_truncated_completions` leaves it when every completion was cut off."""
+    state, metrics = sgd_step(
+        init_state(v, SGD), policy, dataclasses.replace(scored[0], mask=np.zeros((N, G, T), bool))
+    )
+    np.testing.assert_array_equal(state.v, v)
+    assert metrics["loss"] == 0 and all(np.isfinite(x) for x in metrics.values())
+
+
 def test_nothing_to_learn_moves_nothing(qwen2, policy, v, scored, sgd_step):
     batch, now = scored
     # Equal rewards, and a policy that still is its reference: k3 and its gradient vanish.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tinylora_jax.data.pipeline import Prompt
 from tinylora_jax.data.prompts import Tokenizer, encode
 from tinylora_jax.data.sources import DataError
-from tinylora_jax.rewards import BUILT_IN
+from tinylora_jax.rewards import BUILT_IN, accuracy_name
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 MAX_REPORTED = 5
@@ -27,6 +27,7 @@ def solution_text(solution: str, answer: str, reward: str) -> str:
     '48/2 = 24 clips\n#### 24'
     """
     text = _CALCULATOR.sub("", solution).strip()
+    reward = accuracy_name(reward)
     if reward not in BUILT_IN or BUILT_IN[reward].marker in text:
         return text
     return f"{text}\n{BUILT_IN[reward].ending.format(answer)}"

@@ -85,6 +85,15 @@ def to_sequences(x: Float[Array, "rows places ..."], packing: Packing) -> Float[
     return gather(x.reshape(sequences, rows * places, *x.shape[2:]), first, owner[..., None])
 
 
+def row_sums(x: Float[Array, "sequences tokens"], packing: Packing) -> Float[Array, "sequences tokens"]:
+    """The sum over each token's first row: over its completion, if `x` is zero elsewhere.
+
+    A row holds one completion, so no segments are needed. Both directions are gathers, as in `gather`.
+    """
+    rows = to_rows(x, packing)
+    return to_sequences(jnp.broadcast_to(rows.sum(axis=1, keepdims=True), rows.shape), packing)
+
+
 def before(x: Float[Array, "sequences tokens ..."], packing: Packing) -> Float[Array, "sequences tokens ..."]:
     """The entry of the previous token in each token's first row; zeros for the first token of a row."""
     sequences, _, places = packing.tokens_at.shape

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tinylora_jax.rewards.answers import normalize
 from tinylora_jax.rewards.grade import BatchReward
 from tinylora_jax.rewards.reward import BUILT_IN, load_reward
+from tinylora_jax.rewards.weighted import accuracy_name
 
 
 def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
@@ -15,7 +16,8 @@ def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
     One example is `5/2` under `hash`, whose format allows only plain numbers. With many of these, a run stays at 0 %.
 
     Args:
-      reward: name of the reward, see `load_reward`. A user's function has an unknown format and is not checked.
+      reward: name of the reward, see `load_reward`; of several, the first. A user's function has an unknown format and
+        is not checked.
       answers: gold answers to check.
 
     Returns:
@@ -27,6 +29,7 @@ def unpayable(reward: str, answers: Sequence[str]) -> tuple[int, ...]:
     >>> unpayable("hash", ["72", "5/2", "yes", "$1,000", "9 (apples)"]), unpayable("boxed", ["5/2", "yes"])
     ((1, 2), ())
     """
+    reward = accuracy_name(reward)
     if reward not in BUILT_IN:
         return ()
     distinct = [*dict.fromkeys(answers)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -18,14 +18,16 @@ class Grade:
     """The grade of one completion.
 
     Attributes:
-      strict: reward used in training: for a right answer in the required format.
+      strict: reward used in training, if it is the only one: for a right answer in the required format.
       lenient: reward for a right answer in any format; at least `strict` for the built-in graders.
       answer: extracted answer as written: the formatted one if there is one, else the last number.
+      parts: strict grade by each of several rewards, in order; empty for one reward.
     """
 
     strict: float
     lenient: float
     answer: str | None = None
+    parts: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         if not (is_finite(self.strict) and is_finite(self.lenient)):

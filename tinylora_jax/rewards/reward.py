@@ -10,33 +10,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
 
 from tinylora_jax.rewards.answers import extract_boxed, extract_hash, extract_last_number, is_equal
-from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError, is_finite, shown
+from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError
 from tinylora_jax.rewards.math_reward import MathReward
-
-
-@runtime_checkable
-class Gradable(Protocol):
-    """The attributes of a prompt that grading needs, as in `tinylora_jax.data.Prompt` and `Question`."""
-
-    @property
-    def id(self) -> int:
-        """The stable id of the question."""
-
-    @property
-    def question(self) -> str:
-        """The text of the question."""
-
-    @property
-    def answer(self) -> str:
-        """The gold answer."""
+from tinylora_jax.rewards.shaping import FormatReward, extract_any, relative_brevity
+from tinylora_jax.rewards.user import Gradable, UserReward
+from tinylora_jax.rewards.weighted import WeightedRewards, join, parse_weights
 
 
 def grade_hash(completion: str, answer: str, question: str = "") -> Grade:
@@ -57,39 +41,6 @@ def grade_boxed(completion: str, answer: str, question: str = "") -> Grade:
     Grade(strict=1.0, lenient=1.0, answer='\\frac{6}{4}')
     """
     return _grade(extract_boxed(completion), completion, answer)
-
-
-@dataclass(frozen=True)
-class UserReward:
-    """Wraps a user's function as a `Reward`; failures and invalid results become one clear error.
-
-    Attributes:
-      name: name `module:function`, for messages.
-      function: function of (completion, answer, question) that returns a `Grade`, or a number for both the strict and
-        the lenient grade.
-    """
-
-    name: str
-    function: Callable[..., object]
-
-    def __call__(self, completion: str, answer: str, question: str) -> Grade:
-        """Grades one completion; a failure raises `RewardError`, which names the function and the question."""
-        asked = question if len(question) <= 80 else f"{question[:77]}..."
-        try:
-            value = self.function(completion, answer, question)
-        except KeyboardInterrupt as error:  # raised by the user or by the code
-            error.add_note(f"in reward {self.name}")
-            raise
-        except BaseException as error:  # SystemExit would end the run as if it had succeeded
-            problem = f"raised {type(error).__name__}: {error!s:.200}"
-            advice = "return 0.0 for completions that it cannot grade"
-            raise RewardError(f"reward {self.name} {problem} on question {asked!r}; {advice}") from error
-        if isinstance(value, Grade):
-            return value
-        if not is_finite(value):
-            advice = "return a finite float of at most 1e6 in size, or a tinylora_jax.rewards.Grade"
-            raise RewardError(f"reward {self.name} returned {shown(value)} on question {asked!r}; {advice}")
-        return Grade(float(value), float(value))
 
 
 @dataclass(frozen=True)
@@ -119,24 +70,53 @@ BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
     }
 )
 """The built-in rewards by name. A new one needs only a line here."""
+SHAPING = ("format", "length")
+"""The names of rewards that are meant to be added to another one."""
 _MODULE_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def load_reward(name: str) -> Reward:
-    """Finds a reward by name.
+    """Finds a reward by name, or several with weights: `math:1,format:0.1,my_rewards:short:0.05`.
+
+    The functions that a name `module:function` can refer to get three positional arguments. The names of the first two
+    say what these are:
+
+    | parameters | called with | returns |
+    |---|---|---|
+    | completion, answer, question | texts, for one completion at a time | a number or a `Grade` |
+    | completions, answer, question | all completions of one prompt | one of them per completion |
+    | completions, answers, questions | equally long lists of texts | one of them per completion |
+
+    The calls of an `async` function run concurrently. A function must be deterministic.
 
     Args:
       name: name of the reward: `hash` (`#### n`); `boxed`, compared as text and number; `math`, boxed and compared by
-        algebra; `minerva`, the same with a tolerance of 1 % for numbers (see `MathReward`); or `module:function`,
-        imported from the Python path. The function gets (completion, answer, question) as positional strings and
-        returns a number or a `Grade`. It is called for one completion at a time and must be fast and deterministic.
+        algebra; `minerva`, the same with a tolerance of 1 % for numbers (see `MathReward`); `format`, 1 for an answer
+        in the format of the first reward; `length`, see `relative_brevity`; or `module:function`, imported from the
+        Python path. Several names are separated by commas. A weight may follow each name, and is 1 by default.
 
     Returns:
-      The reward function.
+      The reward function; `WeightedRewards` for several names. The first one measures accuracy.
 
     Raises:
-      RewardError: the name is unknown, its module cannot be imported, or the module has no such function.
+      RewardError: a name is unknown, its module cannot be imported, the module has no such function, or a weight is
+        invalid.
     """
+    weights = parse_weights(name) if name else {name: 1.0}
+    first = next(iter(weights))
+    rewards = {part: _load_one(part, first) for part in weights}
+    if list(weights.values()) == [1.0]:
+        return rewards[first]
+    return WeightedRewards(MappingProxyType(rewards), MappingProxyType(weights))
+
+
+def _load_one(name: str, first: str) -> Reward:
+    """Finds one reward; `first` is the name of the first of several."""
+    if name == "format":
+        marker = BUILT_IN[first].marker if first in BUILT_IN else ""
+        return FormatReward({"####": extract_hash, "\\boxed": extract_boxed}.get(marker, extract_any))
+    if name == "length":
+        return UserReward(name, relative_brevity, "group")
     if name in BUILT_IN:
         package = BUILT_IN[name].package
         if package and importlib.util.find_spec(package) is None:
@@ -145,11 +125,11 @@ def load_reward(name: str) -> Reward:
             )
         return BUILT_IN[name].reward
     if not _MODULE_FUNCTION.fullmatch(name):
-        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        close = difflib.get_close_matches(name, (*BUILT_IN, *SHAPING), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         if "/" in name:  # ./my_rewards:f
             hint = "; name the module without its folder, which is the current one or on PYTHONPATH"
-        expected = f"{', '.join(BUILT_IN)} or module:function"
+        expected = f"{', '.join((*BUILT_IN, *SHAPING))} or module:function"
         raise RewardError(f"unknown reward {name!r}: expected {expected}{hint}")
     module_name, function_name = name.split(":")
     try:
@@ -165,43 +145,36 @@ def load_reward(name: str) -> Reward:
         found = "it is not callable" if hasattr(module, function_name) else "there is no such function"
         close = difflib.get_close_matches(function_name, dir(module), n=1)
         hint = f"; did you mean {module_name}:{close[0]}?" if close and function is None else ""
-        raise RewardError(f"reward {name}: {found} in {module.__file__ or module_name}{hint}")
-    _check_signature(name, function)
-    return UserReward(name, function)
+        raise RewardError(f"reward {name}: {found} in {getattr(module, '__file__', None) or module_name}{hint}")
+    return UserReward.of(name, function)
 
 
-def _check_signature(name: str, function: Callable[..., object]) -> None:
-    """Refuses a function that cannot be called with (completion, answer, question), before a model is loaded."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a function written in C may have no signature
-        return
-    try:
-        signature.bind("completion", "answer", "question")
-    except TypeError as error:
-        raise RewardError(
-            f"reward {name} takes {signature}; expected three positional arguments: completion, answer, question"
-        ) from error
-
-
-def grade_batch(reward: Reward, completions: Sequence[str], prompts: Sequence[Gradable]) -> tuple[Grade, ...]:
+def grade_batch(
+    reward: Reward, completions: Sequence[str], prompts: Sequence[Gradable], samples: int = 1
+) -> tuple[Grade, ...]:
     """Grades each completion against its prompt.
 
     Args:
       reward: reward function from `load_reward`.
       completions: completions, decoded without special tokens.
       prompts: prompt of each completion, in the same order; a group's prompt is repeated for each sample.
+      samples: number of consecutive completions that form the group of one prompt.
 
     Returns:
       One grade per completion, in order.
 
     Raises:
-      RewardError: the reward failed; the message gives the completion's index and the question's id.
+      RewardError: the reward failed; the message names the question, or says that a whole batch was graded.
       ValueError: the counts differ.
     """
-    if len(completions) != len(prompts):
-        counts = f"{len(completions)} completions for {len(prompts)} prompts"
+    if len(completions) != len(prompts) or len(completions) % samples:
+        counts = f"{len(completions)} completions for {len(prompts)} prompts in groups of {samples}"
         raise ValueError(f"{counts}; repeat each prompt once per sample")
+    if isinstance(reward, WeightedRewards):
+        graded = [grade_batch(part, completions, prompts, samples) for part in reward.rewards.values()]
+        return tuple(join(grades) for grades in zip(*graded, strict=True))
+    if isinstance(reward, UserReward):
+        return reward.grade_groups(completions, prompts, samples)
     if isinstance(reward, BatchReward):
         return reward.grade_all(completions, [prompt.answer for prompt in prompts])
     grades = []

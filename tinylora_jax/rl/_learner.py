@@ -26,6 +26,7 @@ from tinylora_jax.training import (
     Plan,
     TrainState,
     Update,
+    decoupled_advantages,
     finite_metrics,
     group_advantages,
     init_state,
@@ -152,13 +153,15 @@ class Learner:
         grpo, completions = self.plan.grpo, graded.completions
         shape = (len(graded.prompts), graded.samples, completions.tokens.shape[1])
         mask = np.arange(shape[2]) < completions.lengths[:, None]
+        if grpo.mask_truncated_completions:
+            mask &= completions.stopped[:, None]
         batch = Batch(
             prompts=graded.arrays.tokens,
             lengths=graded.arrays.lengths,
             completions=np.reshape(completions.tokens, shape),
             mask=mask.reshape(shape),
             rollout_logprobs=np.reshape(completions.logprobs, shape),
-            advantages=np.asarray(group_advantages(graded.rewards(), grpo.normalize_std)),
+            advantages=_advantages(graded, grpo),
         )
         scores = lambda v: score(self.plan, policy, v, batch)
         if grpo.updates_per_rollout > 1:
@@ -166,6 +169,13 @@ class Learner:
         if grpo.kl_coef:
             batch = dataclasses.replace(batch, ref_logprobs=scores(policy.init()))
         return batch
+
+
+def _advantages(graded: GradedRollout, grpo: GRPO) -> np.ndarray:
+    """The advantage of each completion, float32 `[prompts, samples]`."""
+    if grpo.multi_objective_aggregation == "normalize_then_sum":
+        return decoupled_advantages(graded.part_rewards(), tuple(graded.weights.values()) or (1.0,))
+    return np.asarray(group_advantages(graded.rewards(), grpo.normalize_std))
 
 
 def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
@@ -180,4 +190,8 @@ def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
         "length": float(graded.completions.lengths.mean()),
         "truncated": float(1 - graded.completions.stopped.mean()),
         "slot_efficiency": graded.num_tokens / int(graded.completions.slot_steps),
+        **{
+            f"reward/{name}": float(part.mean())
+            for name, part in zip(graded.weights, graded.part_rewards(), strict=False)
+        },
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, PromptArrays, pad_prompts
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.multihost import collect, share, to_host
-from tinylora_jax.rewards import Grade, Reward, grade_batch
+from tinylora_jax.rewards import Grade, Reward, WeightedRewards, grade_batch
 from tinylora_jax.rollout import Completions, Sampling, generate
 
 
@@ -95,15 +95,32 @@ class GradedRollout(Rollout):
       texts: completions, decoded without special tokens.
       grades: grade of each completion.
       grading_seconds: wall-clock time of decoding and grading, in seconds.
+      weights: weights of several rewards, by name; empty for one reward.
     """
 
     texts: tuple[str, ...]
     grades: tuple[Grade, ...]
     grading_seconds: float
+    weights: Mapping[str, float] = field(default_factory=dict)
 
-    def rewards(self, which: str = "strict") -> Float[np.ndarray, "prompts samples"]:
-        """The `strict` or `lenient` grades of all completions, float32 `[prompts, samples]`."""
-        return np.array([getattr(grade, which) for grade in self.grades], np.float32).reshape(-1, self.samples)
+    def rewards(self, which: str = "") -> Float[np.ndarray, "prompts samples"]:
+        """The rewards of all completions, float32 `[prompts, samples]`.
+
+        Args:
+          which: `strict` or `lenient` for these grades. By default the rewards of training: the strict grades, or the
+            weighted sum of several rewards.
+        """
+        if not which and self.weights:
+            weighted = zip(self.weights.values(), self.part_rewards(), strict=True)
+            return sum(np.float32(weight) * part for weight, part in weighted)
+        grades = [getattr(grade, which or "strict") for grade in self.grades]
+        return np.array(grades, np.float32).reshape(-1, self.samples)
+
+    def part_rewards(self) -> Float[np.ndarray, "parts prompts samples"]:
+        """The strict grades by each of several rewards, or by the one, float32 `[parts, prompts, samples]`."""
+        values = [grade.parts if self.weights else (grade.strict,) for grade in self.grades]
+        parts = np.array(values, np.float32)
+        return np.moveaxis(parts.reshape(-1, self.samples, parts.shape[1]), 2, 0)
 
 
 def rollout(
@@ -156,11 +173,16 @@ def grade(drawn: Rollout, reward: Reward, tokenizer: Decoder) -> GradedRollout:
         tokenizer.decode(row[:length], skip_special_tokens=True)
         for row, length in zip(completions.tokens, completions.lengths, strict=True)
     )
-    own = share(len(texts))  # grading may be slow, so each process grades its share
-    grades = grade_batch(reward, [texts[i] for i in own], [drawn.prompts[i // drawn.samples] for i in own])
-    everyone = tuple(Grade(*fields) for fields in collect([dataclasses.astuple(grade) for grade in grades]))
+    # Grading may be slow, so each process grades its share. A group stays together: a reward may see all of it.
+    own = [prompt * drawn.samples + sample for prompt in share(len(drawn.prompts)) for sample in range(drawn.samples)]
+    prompts = [drawn.prompts[index // drawn.samples] for index in own]
+    grades = grade_batch(reward, [texts[index] for index in own], prompts, drawn.samples)
+    gathered = collect([dataclasses.astuple(grade) for grade in grades])
+    everyone = tuple(Grade(strict, lenient, found, tuple(parts)) for strict, lenient, found, parts in gathered)
+    weights = reward.weights if isinstance(reward, WeightedRewards) else {}
     fields = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(Rollout)}
-    return GradedRollout(**fields, texts=texts, grades=everyone, grading_seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return GradedRollout(**fields, texts=texts, grades=everyone, grading_seconds=seconds, weights=weights)
 
 
 def step_key(seed: int, purpose: str, step: int) -> jax.Array:

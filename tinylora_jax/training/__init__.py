@@ -12,6 +12,7 @@ from tinylora_jax.training.grpo import Plan as Plan
 from tinylora_jax.training.grpo import grpo_loss as grpo_loss
 from tinylora_jax.training.grpo import score as score
 from tinylora_jax.training.logprobs import packed_logprobs as packed_logprobs
+from tinylora_jax.training.losses import decoupled_advantages as decoupled_advantages
 from tinylora_jax.training.losses import group_advantages as group_advantages
 from tinylora_jax.training.plan import Bounds as Bounds
 from tinylora_jax.training.plan import plan_sequences as plan_sequences

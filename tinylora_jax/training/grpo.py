@@ -14,26 +14,50 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import Adapted
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.models import ModelConfig
+from tinylora_jax.models.packing import row_sums
 from tinylora_jax.models.sharding import split_microbatch
 from tinylora_jax.training.batch import Batch, Microbatch, SequenceShape, pack, unpack
 from tinylora_jax.training.logprobs import packed_logprobs
-from tinylora_jax.training.losses import clipped_surrogate, importance_weights, k3
+from tinylora_jax.training.losses import (
+    LOSS_TYPES,
+    cispo,
+    clipped_surrogate,
+    importance_weights,
+    k3,
+    sequence_log_ratio,
+)
 
 Metrics = dict[str, Float[Array, ""]]
+_CHOICES = {
+    "loss_type": LOSS_TYPES,
+    "importance_sampling_level": ("token", "sequence"),
+    "tis_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "remat": ("auto", "on", "off"),
+}
 SUMS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "delta_prob", "importance")
 
 
 @dataclass(frozen=True)
 class GRPO:
-    """Settings of the GRPO algorithm.
+    """Settings of the GRPO algorithm and its variants; `experiments/README.md` has a table of them.
 
     Attributes:
-      loss_type: averaging of the loss: `grpo`, `dapo` or `dr_grpo`; see `losses.token_weights`.
+      loss_type: averaging of the loss, see `losses.token_weights`; `cispo` also replaces the clipped surrogate. TRL's
+        `bnpo` is `dapo` here, because weights cover the whole batch.
+      importance_sampling_level: ratio that is clipped: that of each `token`, or of the `sequence` (GSPO, which needs
+        `loss_type="grpo"` and far smaller bounds, such as 3e-4 and 4e-4).
       normalize_std: whether to divide a group's advantages by their standard deviation.
+      multi_objective_aggregation: advantages of several rewards: those of the weighted sum (`sum_then_normalize`), or
+        the weighted sum of each reward's own advantages (`normalize_then_sum`, GDPO); see `decoupled_advantages`.
       clip_low: distance of the ratio's lower bound from 1.
       clip_high: distance of the ratio's upper bound from 1.
       kl_coef: coefficient of the KL divergence from the untrained model.
       tis_cap: cap of truncated importance sampling; 0 turns it off.
+      tis_mode: what the cap bounds, the ratio of each `token` or of the `sequence`, and whether larger ratios are
+        lowered to it (`_truncate`) or dropped (`_mask`); see `losses.importance_weights`.
+      mask_truncated_completions: whether to ignore the tokens of completions that were cut off before a stop token.
+        Their rewards still count in their group.
       updates_per_rollout: number of optimizer updates per rollout.
       stream_tokens: number of tokens in a packed sequence, which are differentiated at once.
       remat: recomputation of activations in the backward pass: `on`, `off`, or `auto` to recompute only if they would
@@ -43,19 +67,30 @@ class GRPO:
     """
 
     loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
     normalize_std: bool = True
+    multi_objective_aggregation: str = "sum_then_normalize"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0
     tis_cap: float = 2.0
+    tis_mode: str = "token_truncate"
+    mask_truncated_completions: bool = False
     updates_per_rollout: int = 1
     stream_tokens: int = 8192
     remat: str = "auto"
     skip_without_signal: bool = True
 
     def __post_init__(self):
-        if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
-            raise ValueError(f"GRPO: loss_type {self.loss_type!r}: expected 'grpo', 'dapo' or 'dr_grpo'")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                expected = " or ".join(map(repr, known))
+                raise ValueError(f"GRPO: {name} {getattr(self, name)!r}: expected {expected}")
+        if self.multi_objective_aggregation == "normalize_then_sum" and not self.normalize_std:
+            raise ValueError(
+                "GRPO: multi_objective_aggregation 'normalize_then_sum' divides by standard deviations, but"
+                " normalize_std is False; set it to True"
+            )
         for name in ("clip_low", "clip_high", "kl_coef", "tis_cap"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -64,8 +99,6 @@ class GRPO:
             raise ValueError(f"GRPO: updates_per_rollout must be >= 1, got {self.updates_per_rollout}")
         if self.stream_tokens < 1:
             raise ValueError(f"GRPO: stream_tokens must be >= 1, got {self.stream_tokens}")
-        if self.remat not in ("auto", "on", "off"):
-            raise ValueError(f"GRPO: remat {self.remat!r}: expected 'auto', 'on' or 'off'")
 
 
 @dataclass(frozen=True)
@@ -153,15 +186,40 @@ def grpo_loss(v: Trained, plan: Plan, policy: Adapted, batch: Microbatch) -> tup
     Returns:
       The loss, and the sum of each metric over the tokens in the mask.
     """
-    grpo = plan.grpo
-    logprobs, entropy = policy_logprobs(v, plan, policy, batch)
+    return loss_of_logprobs(plan.grpo, *policy_logprobs(v, plan, policy, batch), batch)
+
+
+def loss_of_logprobs(
+    grpo: GRPO,
+    logprobs: Float[Array, "sequences tokens"],
+    entropy: Float[Array, "sequences tokens"],
+    batch: Microbatch,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Computes the result of `grpo_loss` from `policy_logprobs`.
+
+    Args:
+      grpo: GRPO settings.
+      logprobs: log-probabilities of the tokens, float32 `[B, T]`; undefined outside the mask.
+      entropy: entropies of the policy at the tokens, float32 `[B, T]`; undefined outside the mask.
+      batch: packed microbatch of a rollout.
+    """
     # Entries outside the mask are undefined: zero them before exp(), so that they cannot overflow.
     quiet = lambda x: jnp.where(batch.mask, x, 0.0)
+    total = lambda x: row_sums(x, batch.packing)
     logprobs = quiet(logprobs)
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else quiet(batch.old_logprobs)
     rollout = quiet(batch.rollout_logprobs)
-    importance = importance_weights(old, rollout, grpo.tis_cap)
-    surrogate, low, high = clipped_surrogate(logprobs, old, batch.advantages, grpo.clip_low, grpo.clip_high)
+    if grpo.tis_cap:
+        importance = importance_weights(old - rollout, grpo.tis_cap, grpo.tis_mode, total)
+    else:
+        importance = jnp.ones_like(old)
+    log_ratio = logprobs - old
+    if grpo.importance_sampling_level == "sequence":
+        log_ratio = sequence_log_ratio(log_ratio, batch.mask, total)
+    if grpo.loss_type == "cispo":
+        surrogate, low, high = cispo(logprobs, log_ratio, batch.advantages, grpo.clip_high)
+    else:
+        surrogate, low, high = clipped_surrogate(log_ratio, batch.advantages, grpo.clip_low, grpo.clip_high)
     loss = importance * surrogate
     kl = jnp.zeros_like(loss)
     if batch.ref_logprobs is not None:
