@@ -31,7 +31,7 @@ from tinylora_jax.files import append, check_own, open_regular, parse_json, read
 _MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # size limit of a step's metrics
 _MOST_TOLD = 100  # largest number of differing fields to list
-_ADDED = {"quantize": "none"}  # fields that older runs lack, with the values that these runs had
+_ADDED = dict.fromkeys(("quantize", "quantize_cache"), "none")  # what older runs lack, with the values that they had
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "adapter")
 
 
