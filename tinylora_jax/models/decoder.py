@@ -176,7 +176,9 @@ class Decoder(nnx.Module):
         if tokens.shape[1] > 1 and (remat or cache is not None) and _in_one_loop(layers):
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
             x, stacked = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
-            caches = list(zip(*stacked, strict=True)) if cache is not None else caches
+            caches = (
+                caches if cache is None else [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(layers))]
+            )
         else:
             for i, layer in enumerate(zip(layers, caches, strict=True)):
                 x, caches[i] = run(x, *layer)
