@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _modes(task: Task, samples: int) -> list[tuple[str, Sampling, int]]:
-    greedy = Sampling(task.sampling.max_new_tokens, temperature=0.0, stop_tokens=task.sampling.stop_tokens)
+    greedy = dataclasses.replace(task.sampling, temperature=0.0, top_k=0, top_p=1.0)
     return [("greedy", greedy, 1)] + ([("sampled", task.sampling, samples)] if samples else [])
 
 

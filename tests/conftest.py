@@ -25,7 +25,16 @@ import pytest  # noqa: E402
 from tinylora_jax import AdaptedKernel, Factors, Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy, QuantizedKernel  # noqa: E402
 from tinylora_jax.adapters.factors import LeafFactors  # noqa: E402
-from tinylora_jax.models import KVCache, ModelConfig, Packing, Rope, forward, init_params, logits  # noqa: E402
+from tinylora_jax.models import (  # noqa: E402
+    KVCache,
+    ModelConfig,
+    Packing,
+    QuantizedEntries,
+    Rope,
+    forward,
+    init_params,
+    logits,
+)
 from tinylora_jax.rollout import Completions  # noqa: E402
 from tinylora_jax.training import Batch, Microbatch, TrainState  # noqa: E402
 
@@ -47,6 +56,7 @@ for _pytree in (
         LoRAPolicy,
         Packing,
         Policy,
+        QuantizedEntries,
         QuantizedKernel,
         Microbatch,
         TrainState,

@@ -9,8 +9,9 @@ import jax
 
 from experiments.aot.chips import Chip
 from experiments.aot.hlo import Collective, Kernel
-from experiments.aot.programs import Case, Compiled
+from experiments.aot.programs import Case, Compiled, decoding_state
 from experiments.common import fitting
+from tinylora_jax.models import heads_axes
 
 _KERNEL_SHARE = 0.5  # share of the peak rate that a Pallas kernel is assumed to reach
 _GRID_STEP_S = 0.35e-6  # minimum time of one grid step of a Pallas kernel
@@ -87,13 +88,29 @@ def weight_bytes(case: Case) -> float:
 
 def cache_bytes(case: Case, positions: int) -> float:
     """Bytes per device of keys and values for a number of positions in every slot."""
-    return fitting.cache_bytes(case.model, case.mesh, case.slots, positions, case.dtype.itemsize)
+    head = fitting.head_bytes(case.model, case.dtype, case.config.quantize_cache)
+    return fitting.cache_bytes(case.model, case.mesh, case.slots, positions, head)
 
 
 def decode_floor(case: Case, chip: Chip) -> float:
     """Seconds to read the weights and the whole cache once, as a decoding step of plain XLA does."""
     positions = case.config.max_prompt_tokens + case.config.max_new_tokens
     return (weight_bytes(case) + cache_bytes(case, positions)) / chip.bandwidth
+
+
+def wide_copies(compiled: Compiled, case: Case) -> list[tuple[int, ...]]:
+    """The floating-point arrays of the size of a layer's whole int8 cache that a program writes.
+
+    Returns:
+      Their shapes, without axes of size 1; none if the cache is not quantized.
+    """
+    if case.config.quantize_cache == "none":
+        return []
+    rows, capacity, kv_heads, head_dim = decoding_state(case).slots.cache.keys[0].shape
+    split = heads_axes(case.mesh, rows, kv_heads)
+    here = rows * capacity * head_dim // math.prod(case.mesh.shape[axis] for axes in split for axis in axes)
+    sizes = {here * kv_heads, here * case.model.num_heads}  # as stored, or repeated for every query head
+    return sorted(shape for _, shape in compiled.cost.written if math.prod(shape) in sizes)
 
 
 def weights_gathered(compiled: Compiled, case: Case) -> int:

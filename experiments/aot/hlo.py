@@ -16,6 +16,8 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16}  # other names contain the width
 _SHAPE = re.compile(r"\b(pred|bf16|f\d+|[su]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%([\w.\-]+) = ((?:\(.*?\)|\S+)) ([\w\-]+)\((.*)$", re.DOTALL)
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional")  # write no new array
+_FLOATS = ("bf16", "f16", "f32", "f64")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -60,12 +62,15 @@ class Cost:
       collectives: collectives, each listed once, with bytes multiplied by the rounds of its loop.
       open_loops: number of loops without a known number of rounds; their bodies count once.
       kernels: operations without an estimate.
+      written: dtype and shape, without axes of size 1, of every floating-point array that is written to memory. What
+        stays inside a fusion is not written.
     """
 
     cycles: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
     open_loops: int = 0
     kernels: list[Kernel] = field(default_factory=list)
+    written: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of collectives, summed by kind."""
@@ -158,6 +163,14 @@ def _kernel(instruction: _Instruction, rounds: int) -> Kernel | None:
     return Kernel(name, shapes, sum(shape_bytes(instruction.result)), rounds)
 
 
+def _written(instruction: _Instruction) -> set[tuple[str, tuple[int, ...]]]:
+    """The floating-point arrays that an instruction writes."""
+    if instruction.op in _FREE:
+        return set()
+    shapes = ((kind, map(int, filter(None, dims.split(",")))) for kind, dims in _SHAPE.findall(instruction.result))
+    return {(kind, tuple(n for n in dims if n != 1)) for kind, dims in shapes if kind in _FLOATS}
+
+
 def read(text: str) -> Cost:
     """Reads the text of a compiled TPU program (`compiled.as_text()`).
 
@@ -174,6 +187,7 @@ def read(text: str) -> Cost:
             cost.cycles += rounds * int(cycles.group(1)) if cycles else 0
             kernel = None if cycles else _kernel(instruction, rounds)
             cost.kernels += [kernel] if kernel else []
+            cost.written |= _written(instruction)
         collective = _collective(instruction, rounds)
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         key = channel.group(1) if channel else instruction.name

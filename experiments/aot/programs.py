@@ -255,14 +255,19 @@ def rollout(case: Case) -> Program:
     return Program("rollout (prefill and decode loop)", lower, flops, case.rows * c.max_new_tokens)
 
 
+def decoding_state(case: Case) -> Any:
+    """The shapes of the decoding loop's state with the full pool."""
+    width = case.config.max_prompt_tokens
+    return jax.eval_shape(
+        lambda: empty_state(case.model, None, case.rows, case.slots, width, case.sampling, case.dtype)
+    )
+
+
 def step(case: Case) -> Program:
     """One decoding step of the full pool: the body of the rollout's loop, in the layout that XLA chooses."""
 
     def lower() -> jax.stages.Lowered:
-        width, capacity = case.config.max_prompt_tokens, case.config.max_new_tokens
-        state = jax.eval_shape(
-            lambda: empty_state(case.model, None, case.rows, case.slots, width, case.sampling, case.dtype)
-        )
+        state = decoding_state(case)
         rows, heads = heads_axes(case.mesh, case.slots, case.model.num_kv_heads)
         cache = NamedSharding(case.mesh, P(rows or None, None, heads or None, None))
         whole = NamedSharding(case.mesh, P())
@@ -270,7 +275,7 @@ def step(case: Case) -> Program:
         places = jax.tree.map(
             lambda x: jax.tree.map(lambda _: cache, x) if is_cache(x) else whole, state, is_leaf=is_cache
         )
-        noise = jax.ShapeDtypeStruct((case.rows, capacity), jnp.float32)
+        noise = jax.ShapeDtypeStruct((case.rows, case.config.max_new_tokens), jnp.float32)
 
         def run(policy, v, noise, state):
             state = replace(state, slots=replace(state.slots, params=policy(v)))

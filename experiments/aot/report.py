@@ -54,6 +54,7 @@ def _decode(case: Case, topology: Topology, compiled: Compiled) -> dict[str, Any
         "over_floor_without_exchange": (seconds.xla + seconds.kernels) / floor,
         "tokens_per_s": case.slots / seconds.total,
         "weight_bytes_gathered": estimate.weights_gathered(compiled, case),
+        "wide_copies_of_the_cache": len(estimate.wide_copies(compiled, case)),
     }
 
 
@@ -94,6 +95,7 @@ def summary(case: Case, topology: Topology, build: Build) -> dict[str, Any]:
         "model": case.name or case.config.model,
         "dtype": str(case.dtype),
         "quantize": case.config.quantize,
+        "quantize_cache": case.config.quantize_cache,
         "parameters": case.vector().size,
         "prompts": case.config.batch_size,
         "samples": case.config.samples,

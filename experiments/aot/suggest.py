@@ -40,7 +40,8 @@ def predict(case: Case, topology: Topology) -> tuple[float, float]:
     shared = case.mesh.size // case.mesh.shape["data"]
     reduced = 16.0 * model.num_layers * case.slots / case.mesh.shape["data"] * model.hidden_size * (1 - 1 / shared)
     step = (weights + cache) / topology.chip.bandwidth + reduced / topology.chip.ici
-    return rollout_bytes(model, c, case.mesh, case.slots, joined=False), case.slots / step
+    refilled = case.slots < case.rows
+    return rollout_bytes(model, c, case.mesh, case.slots, joined=False, refilled=refilled), case.slots / step
 
 
 def candidates(topologies: Sequence[Topology], make: MakeCase, rows: int, stream_tokens: int) -> Iterator[Candidate]:

@@ -14,9 +14,10 @@ from absl import app, flags
 
 from experiments.benchmarks import common
 from experiments.common.cli import use_compilation_cache
-from experiments.common.fitting import cache_bytes
+from experiments.common.fitting import cache_bytes, head_bytes
 from experiments.common.opening import parse_flags
 from tinylora_jax.adapters import merge
+from tinylora_jax.models import CACHE_SCHEMES
 from tinylora_jax.rollout import Sampling, generate
 
 FLAGS = flags.FLAGS
@@ -25,7 +26,7 @@ ADAPTERS = ("unmerged", "merged", "none", "per_row")
 
 def rollout(model: common.Model, prompts: tuple[jax.Array, ...], adapter: str, samples: int, new_tokens: int) -> Any:
     """Builds the function that generates, given a run's index."""
-    policy, v, sampling = model.policy, model.v, Sampling(new_tokens)
+    policy, v, sampling = model.policy, model.v, Sampling(new_tokens, quantize_cache=FLAGS.quantize_cache)
     if adapter == "per_row":
         v = v * jnp.linspace(0.5, 1.5, prompts[0].shape[0])[:, None, None]
     weights = {
@@ -56,7 +57,8 @@ def floor_s(model: common.Model, rows: int, prompt_tokens: int, new_tokens: int,
     mesh, config = common.mesh_of_devices(), model.config
     read = common.weight_bytes(model.policy.params, config.tie_embeddings)
     weights = read / (mesh.size // mesh.shape["data"])
-    cache = cache_bytes(config, mesh, rows, 1, common.dtype().itemsize) * (prompt_tokens + new_tokens / 2)
+    head = head_bytes(config, common.dtype(), FLAGS.quantize_cache)
+    cache = cache_bytes(config, mesh, rows, 1, head) * (prompt_tokens + new_tokens / 2)
     return new_tokens * (weights + cache) / rate
 
 
@@ -79,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
             "layers": model.config.num_layers,
             "dtype": str(common.dtype()),
             "quantize": FLAGS.quantize,
+            "quantize_cache": FLAGS.quantize_cache,
             "weights read per step, GB": common.weight_bytes(model.policy.params, model.config.tie_embeddings) / 1e9,
             "parameters": model.policy.factors.num_params,
             "completions": rows,
@@ -114,6 +117,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prompt_tokens", 128, "Length of every prompt, in tokens.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 64, "Tokens generated per completion; none stops early.", lower_bound=1)
     flags.DEFINE_integer("slots", 0, "Number of completions decoded at once; 0 for all.", lower_bound=0)
+    flags.DEFINE_enum("quantize_cache", "none", list(CACHE_SCHEMES), "Storage of the KV cache.")
     flags.DEFINE_list("adapters", ["unmerged"], f"Some of {', '.join(ADAPTERS)}; per_row: one per prompt.")
     flags.DEFINE_bool("prefill", False, "Also time the prefill.")
     app.run(main, flags_parser=parse_flags)

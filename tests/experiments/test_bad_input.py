@@ -54,6 +54,7 @@ OUT_OF_RANGE = {
     "reward": ["hesh", "no_such_module:f", "tiny_rewards:no_such", "tiny_rewards:NOT_CALLABLE", "os.system('x')"],
     "dtype": ["int8", "float8", ""],
     "quantize": ["int3", "INT8", ""],
+    "quantize_cache": ["int4", "INT8", ""],
     "save_dtype": ["float16"],
     "svd": ["fast"],
     "on_too_long": ["ignore"],

@@ -219,7 +219,9 @@ def test_a_run_from_before_a_field_existed_goes_on_with_the_value_it_had(tmp_pat
     RunLog(tmp_path, {"seed": 0}).close()
     with pytest.raises(WorkdirError, match=r"config.quantize: 'none' there, 'int8' now"):
         RunLog(tmp_path, {"seed": 0, "quantize": "int8"})
-    RunLog(tmp_path, {"seed": 0, "quantize": "none"}).close()
+    with pytest.raises(WorkdirError, match=r"config.quantize_cache: 'none' there, 'int8' now"):
+        RunLog(tmp_path, {"seed": 0, "quantize": "none", "quantize_cache": "int8"})
+    RunLog(tmp_path, {"seed": 0, "quantize": "none", "quantize_cache": "none"}).close()
 
 
 def test_a_run_may_go_on_with_another_mesh_and_other_slots(tmp_path):

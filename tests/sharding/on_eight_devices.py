@@ -2,8 +2,8 @@
 
     python tests/sharding/on_eight_devices.py MODEL MODES DATA FSDP TENSOR
 
-MODEL is a family of tests/conftest.py, perhaps with `:int8` or `:int4`, MODES `sampled` or `greedy,sampled`. Other
-tests share a process in which there is one device.
+MODEL is a family of tests/conftest.py, perhaps with the storage of the weights and of the cache, as in `llama:int4` or
+`qwen2:none:int8`. MODES is `sampled` or `greedy,sampled`. Other tests share a process in which there is one device.
 """
 
 import os
@@ -33,11 +33,12 @@ PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
 SEQUENCE_LEVEL = GRPO(importance_sampling_level="sequence", tis_mode="sequence_truncate")
 
 
-def rollout(config, policy, v, greedy, slots=0):
+def rollout(config, policy, v, greedy, slots=0, cache="none"):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (PROMPTS, WIDTH)).astype(np.int32)
     lengths = np.array([3, 5, 1, 6, 2, 6, 4, 1], np.int32)
-    sampling = Sampling(NEW, temperature=0.0 if greedy else 1.0, stop_tokens=tuple(range(0, 97, 9)))
+    stops = tuple(range(0, 97, 9))
+    sampling = Sampling(NEW, temperature=0.0 if greedy else 1.0, stop_tokens=stops, quantize_cache=cache)
     run = jax.jit(
         lambda policy, v: generate(
             config,
@@ -83,24 +84,24 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
 
 def run(family, modes, sizes):
     """Everything on one mesh; (1, 1, 1) is one device without a mesh."""
-    family, _, scheme = family.partition(":")
+    family, scheme, cache = [*family.split(":"), "none", "none"][:3]
     config = FAMILIES[family]
-    params = quantize_maps(_randomized(config, seed=3), scheme or "none")
+    params = quantize_maps(_randomized(config, seed=3), scheme)
     policy = Policy(params, factorize(params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))
     v = jnp.asarray(0.3 * np.random.default_rng(5).standard_normal((policy.factors.num_groups, 2)), jnp.float32)
     mesh = None if sizes == (1, 1, 1) else MeshSpec(*sizes).make(jax.devices())
     if mesh is None:
-        return measure(config, policy, v, None, modes)
+        return measure(config, policy, v, None, modes, cache)
     with jax.set_mesh(mesh):
-        return measure(config, jax.device_put(policy, policy_shardings(mesh, policy)), v, mesh, modes)
+        return measure(config, jax.device_put(policy, policy_shardings(mesh, policy)), v, mesh, modes, cache)
 
 
-def measure(config, policy, v, mesh, modes):
+def measure(config, policy, v, mesh, modes, cache):
     found = {}
     for mode in modes:
-        tokens, lengths, completions = rollout(config, policy, v, mode == "greedy")
+        tokens, lengths, completions = rollout(config, policy, v, mode == "greedy", cache=cache)
         found[mode] = {"tokens": completions.tokens.tolist(), "lengths": completions.lengths.tolist()}
-        _, _, waiting = rollout(config, policy, v, mode == "greedy", slots=8)  # half of them wait for a slot
+        _, _, waiting = rollout(config, policy, v, mode == "greedy", 8, cache)  # half of them wait for a slot
         assert (waiting.tokens == completions.tokens).all() and (waiting.lengths == completions.lengths).all(), mode
     return found | update(config, policy, v, mesh, tokens, lengths, completions)
 

@@ -14,6 +14,7 @@ TEXT = """HloModule jit_f, is_scheduled=true
 
 %fused (p: bf16[64,512]) -> bf16[512,512] {
   %p = bf16[64,512]{1,0} parameter(0)
+  %wide = bf16[64,513]{1,0} convert(%p)
   ROOT %gathered.1 = bf16[512,512]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, dimensions={0}, metadata={op_name="jit(f)/weight"}
 }
 
@@ -67,6 +68,11 @@ def test_a_kernel_without_an_estimate_is_listed_with_its_shapes():
     (kernel,) = read(TEXT).kernels
     assert (kernel.name, kernel.rounds, kernel.result_bytes) == ("kernel", 28, 1024)
     assert kernel.shapes == ((4, 128), (8, 128))
+
+
+def test_what_stays_inside_a_fusion_is_not_written():
+    assert ("bf16", (64, 513)) not in read(TEXT).written and ("f32", (8, 128)) in read(TEXT).written
+    assert ("bf16", (4, 128)) in read(TEXT).written, "the result of a kernel"
 
 
 @pytest.mark.parametrize("limit", ["get-tuple-element(%t.1), index=2", "constant(28)\n  %second = s32[] constant(3)"])

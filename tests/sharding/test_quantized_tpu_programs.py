@@ -1,7 +1,9 @@
-"""Quantized programs, compiled for real TPUs: no matrix of weights exists in more bits than it is stored in."""
+"""Quantized programs, compiled for real TPUs: no matrix of weights exists in more bits than it is stored in.
+
+Nor does a layer's cache.
+"""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -18,12 +20,7 @@ from experiments.common.fitting import rollout_bytes  # noqa: E402
 from experiments.common.specs import parse  # noqa: E402
 from experiments.configs import base  # noqa: E402
 from tinylora_jax.adapters import dense, kernel, leaves_by_path  # noqa: E402
-from tinylora_jax.models import MeshSpec  # noqa: E402
-
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_RESULT = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
-_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while")
+from tinylora_jax.models import MeshSpec, attention  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,8 +30,9 @@ def standard_promotion():
         yield
 
 
-def make_case(name, scheme, layers, prompts, new_tokens, width, slots):
+def make_case(name, scheme, layers, prompts, new_tokens, width, slots, cache="none"):
     config = base.get_config()
+    config.quantize_cache = cache
     config.quantize, config.batch_size, config.slots = scheme, prompts, slots
     config.max_prompt_tokens, config.max_new_tokens = width, new_tokens
     config.grpo.stream_tokens = width + new_tokens
@@ -44,29 +42,15 @@ def make_case(name, scheme, layers, prompts, new_tokens, width, slots):
     return Case(config, parse(config), model, MeshSpec().make(target.devices), target.chip.hbm_bytes)
 
 
-def written(text):
-    """The shapes that instructions write to memory, with their dtypes: all but those inside fusions."""
-    fused, inside, found = set(_CALLED.findall(text)), None, set()
-    for line in text.splitlines():
-        if name := _COMPUTATION.match(line):
-            inside = name[1]
-        result = _RESULT.match(line)
-        if result and inside not in fused and result[2] not in _FREE:
-            shapes = re.findall(r"(bf16|f16|f32)\[([\d,]+)\]", result[1])
-            found |= {(dtype, tuple(n for n in map(int, dims.split(",")) if n != 1)) for dtype, dims in shapes}
-    return found
-
-
 def widened(case, program):
     """Matrices of weights that a program writes in 16 bits or more."""
-    with jax.set_mesh(case.mesh):
-        text = program.lower().compile().as_text()
+    cost = compile_program(program, case.mesh).cost
     leaves = leaves_by_path(case.policy().params).items()
     sizes = {math.prod(leaf.shape) for path, leaf in leaves if "layers" in path and path.endswith("kernel")}
     shapes = {leaf.shape for path, leaf in leaves if "layers" in path and path.endswith("kernel")}
     whole = sizes | {case.model.num_layers * size for size in sizes}
     rows = {n for shape in shapes for n in shape}
-    return [found for found in written(text) if math.prod(found[1]) in whole and set(found[1][-2:]) <= rows]
+    return [found for found in cost.written if math.prod(found[1]) in whole and set(found[1][-2:]) <= rows]
 
 
 @pytest.fixture
@@ -107,3 +91,24 @@ def test_seven_billion_weights_fit_one_chip_of_16_gb(which):
         chip = topology("v5e:1x1").chip
         assert estimate.seconds(compiled, chip).total <= 2 * estimate.decode_floor(case, chip)
         assert rollout_bytes(case.model, case.config, case.mesh, 64, joined=False) <= 16e9
+
+
+def of_two_layers():
+    return make_case("qwen2.5-7b", "int8", 2, 4, 256, 128, 16, cache="int8")
+
+
+@pytest.mark.slow
+def test_no_step_writes_a_wide_copy_of_the_cache():
+    case = of_two_layers()
+    assert estimate.wide_copies(compile_program(step(case), case.mesh), case) == []
+
+
+@pytest.mark.slow
+def test_a_wide_copy_of_the_cache_would_be_seen(monkeypatch, retraced):
+    def copied(q, keys, values, visible):
+        wide = lambda x: jax.lax.optimization_barrier((x.values * x.scale).astype(q.dtype))
+        return attention._plain(q, wide(keys), wide(values), mask=visible)
+
+    monkeypatch.setattr(attention, "_scaled", copied)
+    case = of_two_layers()
+    assert estimate.wide_copies(compile_program(step(case), case.mesh), case)

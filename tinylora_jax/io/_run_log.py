@@ -33,7 +33,7 @@ from tinylora_jax.io._dashboards import TENSORBOARD, Dashboards
 _MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # size limit of a step's metrics
 _MOST_TOLD = 100  # largest number of differing fields to list
-_ADDED = {"quantize": "none"}  # fields that older runs lack, with the values that these runs had
+_ADDED = dict.fromkeys(("quantize", "quantize_cache"), "none")  # what older runs lack, with the values that they had
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "adapter")
 
 

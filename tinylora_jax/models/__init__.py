@@ -1,6 +1,8 @@
 """One Flax (NNX) decoder for the Qwen and Llama families."""
 
+from tinylora_jax.models.cache import CACHE_SCHEMES as CACHE_SCHEMES
 from tinylora_jax.models.cache import KVCache as KVCache
+from tinylora_jax.models.cache import QuantizedEntries as QuantizedEntries
 from tinylora_jax.models.config import ModelConfig as ModelConfig
 from tinylora_jax.models.config import Rope as Rope
 from tinylora_jax.models.decoder import forward as forward

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters import AdaptedKernel, FusedKernel, can_fuse, fuse, fused_matmul, matmul, scheme_of
 from tinylora_jax.models.attention import cached_attention, causal_attention
-from tinylora_jax.models.cache import KVCache
+from tinylora_jax.models.cache import Entries, KVCache, stored_as
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_sequences
 from tinylora_jax.models.rope import cos_sin, rotate
@@ -36,7 +36,7 @@ from tinylora_jax.models.sharding import (
 from tinylora_jax.models.tpu import ATTENTION, on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
-Layer = tuple[jax.Array, jax.Array]  # the cache of one layer
+Layer = tuple[Entries, Entries]  # the cache of one layer
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer | None], tuple[jax.Array, Layer | None]]
 
 
@@ -176,7 +176,9 @@ class Decoder(nnx.Module):
         if tokens.shape[1] > 1 and (remat or cache is not None) and _in_one_loop(layers):
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(layers, caches, strict=True))
             x, stacked = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
-            caches = list(zip(*stacked, strict=True)) if cache is not None else caches
+            caches = (
+                caches if cache is None else [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(layers))]
+            )
         else:
             for i, layer in enumerate(zip(layers, caches, strict=True)):
                 x, caches[i] = run(x, *layer)
@@ -265,12 +267,12 @@ def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
 
     def after_the_cached(q, k, v, layer):
         mixed, *layer = cached_attention(q, k, v, *layer, start)
-        return mixed, tuple(split_heads(x, k.shape[2]) for x in layer)
+        return mixed, jax.tree.map(lambda x: split_heads(x, k.shape[2]), tuple(layer))
 
     def from_the_beginning(q, k, v, layer):
         if layer is not None:
-            place = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), 0, axis=1)
-            layer = place(layer[0], k), place(layer[1], v)
+            place = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, 0, axis=1)
+            layer = jax.tree.map(place, layer, (stored_as(layer[0], k), stored_as(layer[1], v)))
         return causal_attention(q, k, v), layer
 
     if packing is not None:
@@ -290,8 +292,9 @@ def forward(
     """Computes final hidden states of right-padded rows of tokens, or of packed streams.
 
     Without `start` the tokens have positions 0, 1, … and attend causally; a cache, if given, is filled from its
-    beginning. With `start` they have positions `start`, `start + 1`, …, are written to the cache, and attend to all
-    earlier positions in it. With `packing` each row of `tokens` is a stream.
+    beginning. These tokens attend to keys and values as computed, even if the cache stores them in int8. With `start`
+    they have positions `start`, `start + 1`, …, are written to the cache, and attend to all earlier positions in it.
+    With `packing` each row of `tokens` is a stream.
 
     Args:
       config: architecture of the model.

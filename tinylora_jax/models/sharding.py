@@ -230,20 +230,21 @@ def look_up(table: jax.Array, tokens: jax.Array, tied: bool) -> jax.Array:
     return jax.shard_map(own, in_specs=(place, own_rows), out_specs=own_rows, check_vma=False)(table, tokens)
 
 
-def over_heads(call: Callable[..., Any], *arrays: jax.Array) -> Any:
+def over_heads(call: Callable[..., Any], *arrays: Any) -> Any:
     """Calls a kernel on every device with its own rows and heads; XLA cannot split such a call and would gather.
 
     Args:
       call: kernel whose results all have axes (rows, …, heads, …).
-      *arrays: arguments of the kernel, `[rows, seq, heads, head_dim]` or `[rows]`.
+      *arrays: arguments of the kernel, trees of arrays `[rows, seq, heads, head_dim]` or `[rows]`.
     """
     mesh = current_mesh()
     if mesh is None:
         return call(*arrays)
-    kv_heads = min(x.shape[2] for x in arrays if x.ndim == 4)
-    rows, heads = (axes or None for axes in heads_axes(mesh, arrays[0].shape[0], kv_heads))
+    leaves = jax.tree.leaves(arrays)
+    kv_heads = min(x.shape[2] for x in leaves if x.ndim == 4)
+    rows, heads = (axes or None for axes in heads_axes(mesh, leaves[0].shape[0], kv_heads))
     split = P(rows, None, heads, None)
-    places = tuple(split if x.ndim == 4 else P(rows) for x in arrays)
+    places = jax.tree.map(lambda x: split if x.ndim == 4 else P(rows), arrays)
     return jax.shard_map(call, in_specs=places, out_specs=split, check_vma=False)(*arrays)
 
 

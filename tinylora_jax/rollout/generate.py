@@ -97,7 +97,9 @@ class _State:
     slot_steps: jax.Array
 
 
-def _prefill(config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.Array) -> _Prefilled:
+def _prefill(
+    config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.Array, quantize_cache: str
+) -> _Prefilled:
     prompts, width = tokens.shape
     part = max(1, min(prompts, _PREFILL_TOKENS // width))
     padded = -(-prompts // part) * part
@@ -107,7 +109,8 @@ def _prefill(config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.A
     def one(args):
         tokens, lengths, rows = args
         own = select_rows(params, rows)
-        hidden, cache = forward(config, own, tokens, cache=KVCache.empty(config, part, width, dtype))
+        cache = KVCache.empty(config, part, width, dtype, quantize_cache)
+        hidden, cache = forward(config, own, tokens, cache=cache)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         return cache, jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
@@ -135,7 +138,7 @@ def prepare(
         params = fused(params)
     keys = completion_keys(key, ids, samples)
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
-    return params, _prefill(config, params, tokens, lengths), noise
+    return params, _prefill(config, params, tokens, lengths, sampling.quantize_cache), noise
 
 
 def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
@@ -153,7 +156,7 @@ def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _
     completion = jnp.where(taken, (candidate + group * share).reshape(-1), slots.completion).astype(jnp.int32)
     prompt_of = jnp.clip(completion.reshape(groups, -1) - group * share, 0, share - 1) // samples
     prompt = (prompt_of + group * (share // samples)).reshape(-1)
-    width = prefilled.cache.keys[0].shape[1]
+    width = prefilled.cache.capacity
 
     def pick(prompts: jax.Array) -> jax.Array:
         parts = prompts.reshape(groups, -1, *prompts.shape[1:])
@@ -273,7 +276,7 @@ def empty_state(
         index=zeros(slots),
         position=zeros(slots),
         hidden=zeros(slots, config.hidden_size, dtype=dtype),
-        cache=KVCache.empty(config, slots, capacity, dtype),
+        cache=KVCache.empty(config, slots, capacity, dtype, sampling.quantize_cache),
         params=select_rows(params, zeros(slots)),
     )
     return _State(

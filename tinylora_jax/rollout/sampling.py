@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from tinylora_jax.models import CACHE_SCHEMES
+
 _BLOCK = 128  # block size of the two-level search; a vocabulary of 151,936 becomes 1,187 partial sums
 
 
@@ -22,6 +24,8 @@ class Sampling:
       top_k: number of most likely tokens to sample from; 0 for all.
       top_p: probability mass of the most likely tokens to sample from; 1 for all.
       stop_tokens: ids of the tokens that end a completion.
+      quantize_cache: storage of the KV cache: `none` keeps the dtype of the weights; `int8` has one scale per position
+        and head. In int8 the log-probabilities are those of the rounded cache, not exactly the trainer's.
 
     >>> Sampling(max_new_tokens=8, temperature=-1.0)
     Traceback (most recent call last):
@@ -34,6 +38,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
+    quantize_cache: str = "none"
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -44,6 +49,9 @@ class Sampling:
             raise ValueError(f"Sampling: top_k must be >= 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling: top_p must be in (0, 1], got {self.top_p}")
+        if self.quantize_cache not in CACHE_SCHEMES:
+            expected = " or ".join(CACHE_SCHEMES)
+            raise ValueError(f"Sampling: quantize_cache must be {expected}, got {self.quantize_cache!r}")
 
     @property
     def truncates(self) -> bool:
