@@ -20,6 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experiments import generate as command
+from experiments.common.prompting import short_names
 from experiments.common.terminal import Blocks, TextStream
 from tinylora_jax.adapters import Policy, TinyLoRA, factorize, init
 from tinylora_jax.data import Prompt, get_template, pad_prompts, render
@@ -219,7 +220,7 @@ def test_many_adapters_and_samples_stay_within_the_terminal():
 
 
 def test_names_are_what_differs():
-    short = command.short_names
+    short = short_names
     assert short(["/r/a/adapter", "base", "/r/b/adapter"]) == ("a", "base", "b")
     assert short(["/r/a", "/r/a/b"]) == ("/r/a", "b")
     assert short(["/r/a/x", "/q/a/x"]) == ("r", "q")
@@ -261,7 +262,7 @@ def test_a_peft_folder_answers_alone_and_beside_ours(adapters, other_spec, peft,
         peft: theirs,
         other_spec: alone(answering, Policy(params, factorize(params, spec)), own),
     }
-    shown = command.short_names(expected)
+    shown = short_names(expected)
     assert found == {
         f"{number + 1} {name}": texts[number]
         for name, texts in zip(shown, expected.values(), strict=True)
