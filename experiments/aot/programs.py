@@ -23,6 +23,7 @@ from experiments.common.abstract import abstract_policy
 from experiments.common.architectures import matrix_params
 from experiments.common.progress import tell
 from experiments.common.specs import Specs, sampling_of
+from experiments.common.wording import size
 from tinylora_jax.adapters import (
     BATCH_BYTES,
     Policy,
@@ -207,7 +208,9 @@ def compile_all(case: Case, only: Sequence[str] = (), at_once: int | None = None
 
     def build(program: Program) -> Compiled:
         tell(f"compiling {program.name}")
-        return compile_program(program, case.mesh)
+        compiled = compile_program(program, case.mesh)
+        tell(f"{compiled.name}: {size(compiled.total)} per chip, after {compiled.seconds:.0f} s")
+        return compiled
 
     with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:  # XLA compiles one program on about one core
         programs = list(pool.map(build, wanted))

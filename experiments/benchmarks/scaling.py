@@ -18,6 +18,7 @@ from experiments.benchmarks.grpo_step import timed_steps
 from experiments.common.cli import reporting_errors, use_compilation_cache
 from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
+from experiments.common.wording import counted
 from tinylora_jax.models import AXES, MeshSpec
 
 FLAGS = flags.FLAGS
@@ -34,7 +35,7 @@ def measure(config: ConfigDict, axis: str, count: int, work: str) -> dict[str, f
     """Seconds of a step and its phases on a number of devices."""
     config = config.copy_and_resolve_references()
     config.batch_size *= count // min(map(int, FLAGS.devices)) if work == "n-fold" else 1
-    tell(f"{count} devices, {config.batch_size} x {config.samples} completions")
+    tell(f"{counted(count, 'device')}, {config.batch_size} x {config.samples} completions")
     chosen = jax.devices()[:count]
     with common.use_devices(adapter_spec(axis, count), chosen):
         median = timed_steps(config, FLAGS.steps, FLAGS.questions).median
@@ -46,7 +47,7 @@ def table(found: dict[tuple[str, int], dict[str, float]]) -> dict[str, Any]:
     """Builds the table: seconds, and speed-up and efficiency relative to the fewest devices."""
     rows: dict[str, Any] = {}
     for (work, count), phases in found.items():
-        name, least = f"{count} devices, {WORK[work]}", min(n for w, n in found if w == work)
+        name, least = f"{counted(count, 'device')}, {WORK[work]}", min(n for w, n in found if w == work)
         one, more = found[work, least], count / least
         for phase, said in _PHASES.items():
             rows[f"{name}: {said}"] = phases[phase]

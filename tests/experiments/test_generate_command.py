@@ -400,7 +400,7 @@ def test_eight_devices_answer_as_one(processes, adapters, answering, mesh):
 
 
 def test_a_mesh_must_fit_the_devices(adapters, capsys):
-    with pytest.raises(ValueError, match="mesh data=3, fsdp=1, tensor=1 does not fit 1 devices"):
+    with pytest.raises(ValueError, match="mesh data=3, fsdp=1, tensor=1 does not fit the number of devices, 1"):
         command.run(flags(adapter=adapters[:1], mesh="3,1,1"))
     with pytest.raises(ValueError, match="--mesh=8: expected data,fsdp,tensor"):
         command.run(flags(adapter=adapters[:1], mesh="8"))

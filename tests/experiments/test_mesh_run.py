@@ -32,7 +32,9 @@ def test_a_run_on_a_mesh_is_the_run_of_one_device(processes, finished, tmp_path,
 def test_a_mesh_that_does_not_fit_is_one_message(processes, tmp_path):
     result = processes.run("grpo", f"--workdir={tmp_path / 'run'}", "--config.mesh.tensor=3")
     assert result.code == 1
-    assert result.err.strip().startswith("error: mesh data=0, fsdp=1, tensor=3 does not fit 1 devices")
+    assert result.err.strip().startswith(
+        "error: mesh data=auto, fsdp=1, tensor=3 does not fit the number of devices, 1"
+    )
 
 
 def test_a_size_that_is_none_is_among_the_configs_problems(make_config):

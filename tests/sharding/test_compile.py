@@ -62,7 +62,7 @@ def test_an_unknown_topology_is_one_message():
 @pytest.mark.parametrize(
     ("mesh", "model", "message"),
     [
-        ("1,1,3", None, "does not fit 8 devices"),
+        ("1,1,3", None, "does not fit the number of devices, 8"),
         ("8", None, "--mesh=8: expected data,fsdp,tensor as three integers, such as 1,1,8"),
         (None, "gpt-5", "the architecture of 'gpt-5' is unknown: expected one of qwen2.5-0.5b"),
     ],

@@ -132,9 +132,9 @@ def test_of_a_file_each_device_gets_its_shards_and_no_more_is_read(mesh, tmp_pat
 @pytest.mark.parametrize(
     ("sizes", "devices", "message"),
     [
-        ((3, 1, 1), 8, "choose data = 8 / 1"),
-        ((0, 1, 3), 8, "a divisor of 8"),
-        ((2, 2, 4), 8, "does not fit 8 devices"),
+        ((3, 1, 1), 8, "choose data = 8"),
+        ((0, 1, 3), 8, "fsdp × tensor that divides 8"),
+        ((2, 2, 4), 8, "does not fit the number of devices, 8"),
     ],
 )
 def test_a_mesh_that_does_not_fit_says_what_does(sizes, devices, message):

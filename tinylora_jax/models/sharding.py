@@ -71,10 +71,12 @@ class MeshSpec:
         inner = self.fsdp * tensor
         data = self.data or devices // inner
         if data * inner != devices:
-            left = f"data = {devices} / {inner}" if devices % inner == 0 else f"fsdp × tensor = a divisor of {devices}"
+            fixed = self.fsdp * (self.tensor or 1)
+            choice = f"data = {devices // fixed}" if self.tensor else f"a data that divides {devices // fixed}"
+            advice = choice if devices % fixed == 0 else f"an fsdp × tensor that divides {devices}"
+            shown = ", ".join(f"{name}={getattr(self, name) or 'auto'}" for name in AXES)
             raise ValueError(
-                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit {devices} devices;"
-                f" choose {left}, or data=0 for all remaining devices"
+                f"mesh {shown} does not fit the number of devices, {devices}; choose {advice}, or data=0 for the rest"
             )
         return replace(self, data=data, tensor=tensor)
 
