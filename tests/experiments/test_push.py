@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments import export
 from experiments.common.card import UNKNOWN, read_run
-from experiments.common.opening import require_folder
+from experiments.common.places import adapter_of
 from experiments.common.pushing import push
 from tinylora_jax.io import open_adapter, open_trained
 from tinylora_jax.io.hf import HUB
@@ -158,9 +158,9 @@ def test_a_dry_run_shows_the_card_and_uploads_nothing(hub, pushed):
 
 
 def test_the_word_for_the_hub_is_one():
-    require_folder("adapter", Path(f"{HUB}me/sums"), pytest.fail)
+    assert adapter_of(f"{HUB}me/sums") == Path(f"{HUB}me/sums")
     with pytest.raises(SystemExit):
-        require_folder("adapter", Path("hab:me/sums"))
+        adapter_of("hab:me/sums")
 
 
 @pytest.mark.slow  # three processes

@@ -64,11 +64,6 @@ def test_a_mesh_changes_nothing_of_a_quantized_model(alone):
     check(alone, "qwen3:int8", ("sampled",), (2, 2, 2))
 
 
-def test_a_mesh_changes_nothing_of_a_quantized_cache(alone):
-    """A scale that was not split like its heads would give other completions."""
-    check(alone, "qwen2:none:int8", ("sampled",), (2, 2, 2))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "smollm", "llama:int4", "qwen2:int8", "qwen2:none:int8"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -10,7 +10,7 @@ multiply the weights, so that no wide copy of the cache exists: (q·k₈)·s_k, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +97,8 @@ def cached_attention(
     position = start[:, None] + jnp.arange(q.shape[1])
     visible = jnp.arange(keys.shape[1]) <= position[:, None, :, None]
     if isinstance(keys, QuantizedEntries):
-        return _scaled(q, keys, values, visible), keys, values
-    return _plain(q, keys, values, mask=visible), keys, values
+        return _scaled(q, keys, cast(QuantizedEntries, values), visible), keys, values
+    return _plain(q, keys, cast(jax.Array, values), mask=visible), keys, values
 
 
 def _scaled(

@@ -72,14 +72,16 @@ def decode_kernel(
     capacity, kv_heads = keys.shape[1:3]
     groups = num_heads // kv_heads
     tile = max(16, pl.next_power_of_2(groups + 2))  # the matrix units need at least 16 rows
-    k, v = stored_as(keys, k), stored_as(values, v)
-    parts, caches, scales = [q, k, v], [keys, values], []
+    entries: list[Any] = [stored_as(keys, k), stored_as(values, v)]
+    caches: list[Any] = [keys, values]
+    scales: list[jax.Array] = []
     if isinstance(keys, QuantizedEntries):
         # 16 bits represent the numbers of int8 exactly, so the new entries can share an array with the queries.
-        parts = [q, k.values, v.values]
-        caches, scales = [keys.values, values.values, keys.scale, values.scale], [k.scale, v.scale]
+        scales = [x.scale for x in entries]
+        entries = [x.values for x in entries]
+        caches = [*(x.values for x in caches), *(x.scale for x in caches)]
     # One array for q, k and v: XLA then rotates them and adds biases and adapters in a single kernel.
-    new = jnp.concatenate([x.astype(q.dtype).reshape(rows, kv_heads, -1, head_dim) for x in parts], axis=2)
+    new = jnp.concatenate([x.astype(q.dtype).reshape(rows, kv_heads, -1, head_dim) for x in (q, *entries)], axis=2)
     block = pl.BlockSpec((None, None, tile, head_dim), lambda i, j: (i, j, 0, 0))
     numbers = pl.BlockSpec((None, capacity, None, head_dim), lambda i, j: (i, 0, j, 0))
     scale = pl.BlockSpec((None, capacity, None, None), lambda i, j: (i, 0, j, 0))
@@ -99,5 +101,5 @@ def decode_kernel(
         interpret=interpret,
         name="decode_attention",
     )(new, start, *caches, *scales)
-    keys, values = map(QuantizedEntries, caches[:2], caches[2:]) if scales else caches
-    return mixed.reshape(q.shape), keys, values
+    written = map(QuantizedEntries, caches[:2], caches[2:]) if scales else caches
+    return mixed.reshape(q.shape), *written
