@@ -74,6 +74,8 @@ class _PathParser(flags.ArgumentParser):
         self._url = url
 
     def parse(self, argument: str) -> str:
+        if re.match(r"(gs|s3):/?[^/]", argument):
+            raise ValueError(f"{argument} lacks a slash; write {argument.partition(':')[0]}://bucket/run")
         if "://" not in argument:
             return str(_expand(argument)) if argument else argument
         if not self._url:

@@ -62,7 +62,7 @@ def push(
         listed = [f"  {path.relative_to(folder)}, {size(path.stat().st_size)}" for path in files]
         if dry_run:
             kind = "private" if private else "public"
-            return block(card, [f"nothing was uploaded; without --dry_run to {repo} ({kind}):", *listed])
+            return block(card, [f"nothing was uploaded; without --dry_run these would go to {repo} ({kind}):", *listed])
         tell(f"uploading {len(files)} files to {repo}")
         commit = push_folder(folder, repo, f"Adapter with {trained.v.size} trained numbers", private)
     ask = ["python", "-m", "experiments.generate", f"--adapter={HUB}{repo}"]

@@ -283,3 +283,12 @@ def test_a_long_error_is_folded_on_a_terminal_alone(monkeypatch):
     lines = progress.folded(text).splitlines()
     assert max(map(len, lines)) <= 80 and lines[-1] == "  [Errno 2]"
     assert " ".join(progress.folded(text).split()) == " ".join(text.split())
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/run", "gs:bucket/run"])
+def test_a_url_without_its_slashes_is_no_folder(url):
+    """A run in a folder named `s3:` would be lost with its machine."""
+    parser = opening._PathParser(url=True)
+    with pytest.raises(ValueError, match="lacks a slash"):
+        parser.parse(url)
+    assert parser.parse("s3://bucket/run") == "s3://bucket/run" and parser.parse("/tmp/s3") == "/tmp/s3"
