@@ -50,12 +50,12 @@ from experiments.aot.suggest import search
 from experiments.common.architectures import architecture
 from experiments.common.cli import reporting_errors
 from experiments.common.fitting import fit
-from experiments.common.meshes import describe, parse_mesh
+from experiments.common.meshes import mesh_words, parse_mesh
 from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
 from experiments.common.specs import parse
 from tinylora_jax.files import write_atomically
-from tinylora_jax.models import AXES, MeshSpec
+from tinylora_jax.models import MeshSpec
 
 FLAGS = flags.FLAGS
 
@@ -83,8 +83,7 @@ def run(
     results = []
     for target in targets:
         case = make_case(config, model, target, spec)
-        sizes = ", ".join(f"{name}={n}" for name, n in zip(AXES, describe(case.mesh), strict=True))
-        tell(f"{target.name}: mesh {sizes}; {case.slots} completions at once")
+        tell(f"{target.name}: mesh {mesh_words(case.mesh)}; {case.slots} completions at once")
         results.append(summary(case, target, compile_all(case, only, target.chip.at_once)))
         print_table(results[-1])
         if not results[-1]["fits"]:

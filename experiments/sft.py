@@ -29,15 +29,12 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments.common import runs
-from experiments.common.closing import emit, run_block
-from experiments.common.opening import config_arguments, parse_flags
+from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
 from experiments.common.specs import Specs
 from experiments.common.task import Task
-from experiments.plot import try_plot
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
-from tinylora_jax.multihost import is_first
 from tinylora_jax.training import SFT_OBJECTIVE, TrainState, Update, finite_metrics, solutions_batch
 
 FLAGS = flags.FLAGS
@@ -100,14 +97,7 @@ def run(config: ConfigDict, workdir: Path, stop: StopRequests, dry_run: bool = F
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     del argv
-    text = None
-    with runs.command_line(FLAGS, run) as (summary, workdir):
-        if summary and is_first():
-            picture = try_plot(workdir)
-            runs.show_picture(FLAGS.config, workdir, picture, summary["steps"])
-            text = run_block(summary, workdir, config_arguments(), picture)
-    if text is not None:
-        emit(summary, text, FLAGS.json)
+    runs.command_line(FLAGS, run)
 
 
 if __name__ == "__main__":

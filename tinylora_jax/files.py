@@ -49,6 +49,11 @@ def expand(text: str | os.PathLike[str]) -> Path:
     return Path(found)
 
 
+def user_cache() -> Path:
+    """The folder for files of this project that can be made again, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinylora_jax"
+
+
 def kind_of(mode: int) -> str:
     """Describes a file mode in words."""
     return next((words for is_kind, words in _KINDS if is_kind(mode)), "a file")

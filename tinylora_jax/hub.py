@@ -8,7 +8,6 @@ weights takes seconds.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tinylora_jax.files import open_regular, write_atomically
+from tinylora_jax.files import open_regular, user_cache, write_atomically
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w][\w./-]*)?")
 """An id such as `owner/name`, with a branch, tag or commit after `@` if one is named."""
@@ -190,7 +189,7 @@ def check_blobs(snapshot: Path) -> None:
             continue  # `check_links` reports broken links
         about = blob.stat()
         stamp = f"{about.st_size} {about.st_mtime_ns}"
-        known = _known_folder() / blob.name
+        known = user_cache() / "verified" / blob.name
         if _read_stamp(known) == stamp:
             continue
         if _hash(blob) != blob.name:
@@ -201,11 +200,6 @@ def check_blobs(snapshot: Path) -> None:
         with suppress(OSError):  # without this record, it is hashed again next time
             known.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(known, stamp, durable=False)
-
-
-def _known_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "tinylora_jax" / "verified"
 
 
 def _read_stamp(path: Path) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinylora_jax.files import user_cache
+
 # Scheme -> (package, extra of this project's setup.py, how to log in).
 _SCHEMES = {
     "gs": ("gcsfs", "gcs", "log in with `gcloud auth application-default login`"),
@@ -56,8 +58,7 @@ def is_url(text: str | os.PathLike[str]) -> bool:
 
 def cache_folder() -> Path:
     """The folder of local copies, in the user's cache; it may be deleted while no command runs."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "tinylora_jax" / "stores"
+    return user_cache() / "stores"
 
 
 def local_name(url: str) -> str:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import jax
 
 from experiments.common import multihost, progress
-from tinylora_jax.files import write_atomically
+from tinylora_jax.files import user_cache, write_atomically
 from tinylora_jax.io import CheckpointError, WorkdirError
 from tinylora_jax.multihost import HostError, is_first, several
 from tinylora_jax.training import DivergenceError
@@ -44,8 +44,7 @@ def use_compilation_cache() -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # share of GPU memory; JAX's default is 0.75
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "tinylora_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
 
 
 def fail(problem: str, code: int = 1) -> NoReturn:

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from experiments.common.fitting import fit, open_model
 from experiments.common.progress import tell, without_chatter
+from experiments.common.wording import named
 from experiments.configs import base
-from tinylora_jax.models import MeshSpec, ModelConfig, active_mesh, device_bytes
+from tinylora_jax.models import AXES, MeshSpec, ModelConfig, active_mesh, device_bytes
 
 
 def parse_mesh(text: str) -> MeshSpec:
@@ -124,6 +125,11 @@ def replicate(tree: Any) -> Any:
     """Copies arrays from the host or one device to every device of the current mesh."""
     mesh = active_mesh()
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def mesh_words(mesh: Mesh) -> str:
+    """The sizes of a mesh by axis, such as `data=2 fsdp=1 tensor=4`."""
+    return named(dict(zip(AXES, describe(mesh), strict=True)))
 
 
 def describe(mesh: Mesh | None) -> Sequence[int]:

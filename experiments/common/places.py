@@ -37,8 +37,7 @@ def workdir_of(text: str) -> Path:
     """The folder in which a run works: the folder itself, or a local copy that messages call by its URL."""
     if not is_url(text):
         return Path(text)
-    name_folder(run_folder(text), text.rstrip("/"))
-    return run_folder(text)
+    return _called(run_folder(text), text)
 
 
 def run_of(text: str) -> Path:

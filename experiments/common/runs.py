@@ -21,9 +21,11 @@ from ml_collections import ConfigDict
 
 from experiments.common import multihost
 from experiments.common.cli import TrainingError, fail, reporting_errors, use_compilation_cache
+from experiments.common.closing import emit, run_block
 from experiments.common.eval_metrics import GRADES, scores
 from experiments.common.launch import launch
 from experiments.common.meshes import replicate, use_fitting_mesh
+from experiments.common.opening import config_arguments
 from experiments.common.places import mirrored, workdir_of
 from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.progress import Steps, clear, tell, with_names
@@ -34,6 +36,7 @@ from experiments.common.untrained import evaluate_untrained
 from experiments.common.wording import WIDTH
 from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
+from experiments.plot import try_plot
 from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
 from tinylora_jax.io import log_picture, parse_loggers, save_trained
@@ -356,33 +359,31 @@ def _save(folder: Path, task: Task, v: Trained, dtype: str, about: dict[str, Any
     return v if found is None else jax.tree.unflatten(structure, [np.asarray(leaf, np.float32) for leaf in found])
 
 
-@contextmanager
-def command_line(
-    values: Any, run: Callable[[ConfigDict, Path, StopRequests, bool], dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Runs a training command with parsed flags; a stop request ends the program.
+def command_line(values: Any, run: Callable[[ConfigDict, Path, StopRequests, bool], dict[str, Any]]) -> None:
+    """Runs a training command with parsed flags, from the run to its ending; a stop request ends the program.
 
     Args:
       values: values of the flags from `opening.define_run`.
-      run: function from config, workdir, stop requests and `dry_run` to the summary.
-
-    Yields:
-      The summary, empty for a dry run, and the local folder of the run. What the `with` block writes there is part of
-      the run.
+      run: function from config, workdir, stop requests and `dry_run` to the summary, which is empty for a dry run.
     """
     use_compilation_cache()
     if not values.workdir:
         fail("--workdir is empty; name a folder for the run")
-    workdir = workdir_of(values.workdir)
+    workdir, text = workdir_of(values.workdir), None
     with stoppable(workdir, "run") as stop:
         multihost.connect(values)
         with mirrored(values.workdir, workdir, values.dry_run):
             with use_fitting_mesh(values.config, parse(values.config).mesh):
                 summary = run(values.config, workdir, stop, values.dry_run)
-            yield summary, workdir
+            if summary and is_first():
+                text = _ending(summary, workdir, values.config)
+    if text is not None:
+        emit(summary, text, values.json)
 
 
-def show_picture(config: ConfigDict, workdir: Path, picture: Path | None, steps: int) -> None:
-    """Shows the picture of a finished run on its dashboards, if it was drawn."""
+def _ending(summary: dict[str, Any], workdir: Path, config: ConfigDict) -> str:
+    """Draws a finished run, shows the picture on its dashboards, and returns the text at the end of the command."""
+    picture = try_plot(workdir)
     if picture is not None:
-        log_picture(workdir, parse_loggers(config.logger), config.to_dict(), picture, steps)
+        log_picture(workdir, parse_loggers(config.logger), config.to_dict(), picture, summary["steps"])
+    return run_block(summary, workdir, config_arguments(), picture)

@@ -10,13 +10,13 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.common.fitting import rollout_bytes
-from experiments.common.meshes import describe, joins_kernels
+from experiments.common.meshes import joins_kernels, mesh_words
 from experiments.common.task import Task
 from experiments.common.wording import counted, entries, named, size
 from experiments.configs import base
 from tinylora_jax.adapters import Policy
 from tinylora_jax.io import flat
-from tinylora_jax.models import AXES, MeshSpec, active_mesh
+from tinylora_jax.models import MeshSpec, active_mesh
 
 
 def changed_fields(config: ConfigDict) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def trained_words(config: ConfigDict, task: Task) -> str:
 def device_words() -> str:
     """Names the devices, the mesh and the number of processes."""
     devices, mesh = jax.devices(), active_mesh()
-    split = "" if mesh is None else f", mesh {named(dict(zip(AXES, describe(mesh), strict=True)))}"
+    split = "" if mesh is None else f", mesh {mesh_words(mesh)}"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{len(devices)} × {devices[0].device_kind}{processes}{split}"
 

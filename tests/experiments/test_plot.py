@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
 
-from experiments import grpo, plot
+from experiments import plot
+from experiments.common import runs
 from experiments.plot import PlotError, read_run
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import CurveError
@@ -270,8 +271,8 @@ def test_a_run_that_cannot_be_drawn_keeps_its_result(finished, config, command_l
 
 
 def test_of_several_processes_the_first_draws(finished, config, command_line, monkeypatch):
-    monkeypatch.setattr(grpo, "is_first", lambda: False)
-    monkeypatch.setattr(grpo, "try_plot", lambda _: pytest.fail("drawn"))
+    monkeypatch.setattr(runs, "is_first", lambda: False)
+    monkeypatch.setattr(runs, "try_plot", lambda _: pytest.fail("drawn"))
     assert command_line(config, finished.workdir).out == ""
 
 

@@ -88,12 +88,18 @@ def test_a_finished_run_is_all_there_and_only_its_newest_checkpoints(fake, machi
         assert there.is_dir() if path.is_dir() else there.read_text() == path.read_text()
 
 
-def test_an_unchanged_folder_costs_no_request(fake, machine):
-    mirror = machine()
+def half_uploaded(mirror):
+    """The rest of a run whose first nine events are uploaded."""
     life = run_of(mirror.folder)
     for _ in range(9):
         next(life)
     mirror.sync()
+    return life
+
+
+def test_an_unchanged_folder_costs_no_request(fake, machine):
+    mirror = machine()
+    half_uploaded(mirror)
     before = len(fake.log)
     mirror.sync()
     assert len(fake.log) == before
@@ -206,10 +212,7 @@ def test_a_store_that_is_down_for_a_minute_loses_nothing(fake, machine, clock):
 
 def test_what_cannot_be_uploaded_is_said_and_uploaded_by_the_next_command(fake, machine, clock):
     mirror = machine("one")
-    life = run_of(mirror.folder)
-    for _ in range(9):
-        next(life)
-    mirror.sync()
+    life = half_uploaded(mirror)
     for _ in life:
         pass
     fake.before = lambda name, path: (_ for _ in ()).throw(OSError("down"))
@@ -226,10 +229,7 @@ def test_what_cannot_be_uploaded_is_said_and_uploaded_by_the_next_command(fake, 
 
 def test_what_was_left_is_dropped_if_another_machine_has_continued(fake, machine):
     mirror = machine("one")
-    life = run_of(mirror.folder)
-    for _ in range(9):
-        next(life)
-    mirror.sync()
+    half_uploaded(mirror)
     write(mirror.folder / "summary.json", "of a process that was replaced")
     fake.before = lambda name, path: (_ for _ in ()).throw(OSError("down"))
     assert mirror.close(0.0)
@@ -249,10 +249,7 @@ def test_an_old_local_folder_is_not_trusted(fake, machine):
 
 def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     first = machine()
-    life = run_of(first.folder)
-    for _ in range(9):
-        next(life)
-    first.sync()
+    life = half_uploaded(first)
     second = machine()
     assert "was not closed by" in second.said[0]
     next(life)
@@ -271,10 +268,7 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
 
 def test_a_run_that_was_removed_from_the_store_is_not_completed(fake, machine):
     mirror = machine()
-    life = run_of(mirror.folder)
-    for _ in range(9):
-        next(life)
-    mirror.sync()
+    life = half_uploaded(mirror)
     fake.memory.store.clear()
     next(life)
     next(life)

@@ -27,22 +27,23 @@ def fake(monkeypatch, cache):
     return filesystem
 
 
-@pytest.fixture
-def s3(monkeypatch, cache):
-    """An empty bucket of an emulated S3: its URL."""
-    with emulated_s3() as (environment, url):
+def emulated(emulator, monkeypatch):
+    with emulator() as (environment, url):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         yield url
+
+
+@pytest.fixture
+def s3(monkeypatch, cache):
+    """An empty bucket of an emulated S3: its URL."""
+    yield from emulated(emulated_s3, monkeypatch)
 
 
 @pytest.fixture
 def gs(monkeypatch, cache):
     """An empty bucket of an emulated GCS: its URL."""
-    with emulated_gcs() as (environment, url):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield url
+    yield from emulated(emulated_gcs, monkeypatch)
 
 
 @pytest.fixture(params=["fake", "s3", "gs"])

@@ -184,6 +184,7 @@ class Mirror:
         """
         with self._lock:
             step = newest_step(self.folder)
+            # Two looks, the marks first: what a mark refers to was complete before it, so the second look finds it.
             marks = {name: stat for name, stat in self._changed().items() if is_mark(name)}
             files = {name: stat for name, stat in self._changed().items() if not is_mark(name)}
             if not self._owns and CONFIG not in files:

@@ -54,8 +54,8 @@ class GRPO:
       clip_high: distance of the ratio's upper bound from 1.
       kl_coef: coefficient of the KL divergence from the untrained model.
       tis_cap: cap of truncated importance sampling; 0 turns it off.
-      tis_mode: what the cap bounds, the ratio of each `token` or of the `sequence`, and whether larger ratios are
-        lowered to it (`_truncate`) or dropped (`_mask`); see `losses.importance_weights`.
+      tis_mode: ratio that `tis_cap` bounds, that of each `token` or of the `sequence`, followed by the treatment of
+        larger ones: `_truncate` lowers them to the cap, `_mask` drops them; see `losses.importance_weights`.
       mask_truncated_completions: whether to ignore the tokens of completions that were cut off before a stop token.
         Their rewards still count in their group.
       updates_per_rollout: number of optimizer updates per rollout.
