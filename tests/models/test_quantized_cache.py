@@ -9,7 +9,9 @@ import pytest
 
 from tinylora_jax.models import KVCache, QuantizedEntries, decoder, forward, logits
 from tinylora_jax.models.attention import cached_attention, causal_attention, decode_kernel, write
-from tinylora_jax.models.cache import quantized_entries
+from tinylora_jax.models.cache import KeyBias, quantized_entries
+from tinylora_jax.models.config import Rope
+from tinylora_jax.models.rope import Angles, cos_sin, rotate
 from tinylora_jax.models.tpu import write_entry
 from tinylora_jax.rollout import Sampling, generate, stream
 
@@ -66,12 +68,45 @@ START = np.array([0, 1, 63, 64, 65, 150, 189], np.int32)
 _kernel = partial(decode_kernel, interpret=True)
 
 
-def _through_products(q, k, v, keys, values, start):
+def _through_products(q, k, v, keys, values, start, bias=None):
     """The path of a TPU, on which a single query takes part in products too."""
     twice = lambda x: jnp.concatenate([x, x], axis=1)
-    mixed, *_ = cached_attention(twice(q), twice(k), twice(v), keys, values, start)
-    _, *cache = cached_attention(q, k, v, keys, values, start)
+    both = bias and bias._replace(rotated=twice(bias.rotated))
+    mixed, *_ = cached_attention(twice(q), twice(k), twice(v), keys, values, start, both)
+    _, *cache = cached_attention(q, k, v, keys, values, start, bias)
     return mixed[:, :1], *cache
+
+
+def _through_the_kernel(q, k, v, keys, values, start, bias):
+    return _kernel(q, k, v, keys, values, start, bias.rotated, bias.queries(q), bias.table)
+
+
+@pytest.mark.parametrize(
+    "attend", [cached_attention, _through_products, _through_the_kernel], ids=["sums", "products", "kernel"]
+)
+def test_large_biases_of_the_keys_do_not_coarsen_their_rounding(attend):
+    """Qwen2.5: a few numbers of the bias are in the hundreds, and what the keys say is in the others."""
+    heads, kv_heads, size = 14, 2, 64
+    rows, capacity, start = len(START), 192, jnp.asarray(START)
+    q, content = normals(0, rows, 1, heads, size), normals(1, rows, capacity, kv_heads, size)
+    b = normals(2, kv_heads, size).at[0, 3].set(300.0).at[1, size - 2].set(-170.0)
+    v = normals(3, rows, capacity, kv_heads, size)
+    angles = cos_sin(Rope(theta=1e4), size, jnp.arange(capacity)[None].repeat(rows, 0))
+    rotated = rotate(jnp.broadcast_to(b, content.shape), *angles)
+    keys = rotate(content, *angles) + rotated  # whole keys of all positions
+    cached = quantized_entries(keys - rotated), quantized_entries(v)
+    at = lambda x: x[np.arange(rows), START][:, None]
+    bias = KeyBias(b, at(rotated), jnp.concatenate(angles, axis=-1)[0])
+    mixed, new_keys, _ = attend(q, at(keys), at(v), *cached, start, bias)
+    np.testing.assert_allclose(wide(new_keys), keys - rotated, atol=0.03)  # half of a scale
+    whole = quantized_entries(keys)
+    for row, last in enumerate(START.tolist()):
+        seen = wide(cached[1])[row, : last + 1]
+        exact = attention(q[row, 0], np.asarray(keys[row, : last + 1], np.float64), seen)
+        np.testing.assert_allclose(mixed[row, 0], exact, atol=0.06)
+        if last:  # rounding whole keys, the bias among them, is what this avoids
+            coarse = attention(q[row, 0], wide(whole)[row, : last + 1], seen)
+            assert np.abs(coarse - exact).max() > 5 * np.abs(mixed[row, 0] - exact).max()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(14, 2, 64), (4, 4, 64), (8, 2, 128)])
@@ -111,11 +146,14 @@ def test_the_tpu_writes_numbers_and_scales_where_the_scatter_writes_them(head_di
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from jax 0.12 on
-def test_the_kernel_lowers_for_an_nvidia_gpu():
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_kernel_lowers_for_an_nvidia_gpu(has_bias):
     like = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     cache = QuantizedEntries(like(4, 128, 2, 64, dtype=jnp.int8), like(4, 128, 2, 1, dtype=jnp.float32))
     new = like(4, 1, 14, 64), like(4, 1, 2, 64), like(4, 1, 2, 64)
-    traced = jax.jit(decode_kernel).trace(*new, cache, cache, like(4, dtype=jnp.int32))
+    wide = partial(like, dtype=jnp.float32)
+    bias = (wide(4, 1, 2, 64), wide(4, 1, 14, 64), wide(128, 64)) if has_bias else ()
+    traced = jax.jit(decode_kernel).trace(*new, cache, cache, like(4, dtype=jnp.int32), *bias)
     try:
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     except RuntimeError as error:
@@ -136,9 +174,10 @@ def arrays(qwen2):
     return ids, jnp.asarray(tokens, jnp.int32), jnp.asarray(LENGTHS, jnp.int32), jax.random.key(0)
 
 
-def rounded(x):
-    entries = quantized_entries(x)
-    return entries.values.astype(jnp.float32) * entries.scale
+def rounded(x, bias=None):
+    center = 0.0 if bias is None else bias.rotated
+    entries = quantized_entries(x - center)
+    return entries.values.astype(jnp.float32) * entries.scale + center
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -147,12 +186,18 @@ def test_greedy_decoding_is_the_full_forward_with_the_same_rounding(tiny, name, 
     config, params = tiny(name)
     got = generate(config, params, *arrays, INT8)
 
-    def attend(q, k, v):
+    def attend(q, k, v, layer, bias):
         of_prompt = (np.arange(q.shape[1]) < LENGTHS[:, None])[:, :, None, None]
-        return jnp.where(of_prompt, causal_attention(q, k, v), causal_attention(q, rounded(k), rounded(v)))
+        of_cache = causal_attention(q, rounded(k, bias), rounded(v))
+        return jnp.where(of_prompt, causal_attention(q, k, v), of_cache), layer
+
+    def angles(model, positions, cache):
+        found = cos_sin(config.rope, config.head_dim, positions)
+        return Angles(*found, jnp.zeros(1) if config.qkv_bias else None)
 
     block = decoder._block.__wrapped__
-    monkeypatch.setattr(decoder, "causal_attention", attend)
+    monkeypatch.setattr(decoder, "_attend", lambda start, packing: attend)
+    monkeypatch.setattr(decoder.Decoder, "_angles", angles)
     monkeypatch.setattr(decoder, "_block", lambda *arguments: block(*arguments))  # a block traced before would be kept
     generated = LENGTHS[:, None] + np.arange(10)
     tokens = np.pad(np.asarray(arrays[1]), ((0, 0), (0, 10)))

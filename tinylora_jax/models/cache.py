@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,43 @@ def quantized_entries(x: Float[Array, "rows seq kv_heads head_dim"]) -> Quantize
     return QuantizedEntries(values.astype(jnp.int8), scale)
 
 
-def stored_as(buffer: Entries, x: jax.Array) -> Entries:
-    """Converts keys or values to the form in which `buffer` stores them."""
-    return quantized_entries(x) if isinstance(buffer, QuantizedEntries) else x.astype(buffer.dtype)
+def stored_as(buffer: Entries, x: jax.Array, center: jax.Array | None = None) -> Entries:
+    """Converts keys or values to the form in which `buffer` stores them.
+
+    Args:
+      buffer: buffer of the cache.
+      x: keys or values, `[rows, seq, kv_heads, head_dim]`.
+      center: float32 array to subtract before rounding to int8, in the shape of `x`; see `KeyBias`.
+    """
+    if not isinstance(buffer, QuantizedEntries):
+        return x.astype(buffer.dtype)
+    return quantized_entries(x if center is None else x.astype(jnp.float32) - center)
+
+
+class KeyBias(NamedTuple):
+    """The bias of the keys, which an int8 cache leaves out.
+
+    Qwen2.5 has biases that make a few numbers of each key a hundred times as large as the others, so one scale for all
+    would round the others to zero. The cache stores k − R(n)·b, where R(n) is the rotation at position n. The missing
+    part of a score is exact, with one table for all rows, heads and layers:
+
+        q·R(n)·b = c(n)·(q₁b₁ + q₂b₂) + s(n)·(q₂b₁ − q₁b₂)        c, s: cosines and sines; 1, 2: halves of a head
+
+    Attributes:
+      bias: b, `[kv_heads, head_dim]`.
+      rotated: R(n)·b at the new positions, float32 `[rows, seq, kv_heads, head_dim]`.
+      table: c(n) and s(n) of every position in the cache, float32 `[capacity, head_dim]`.
+    """
+
+    bias: jax.Array
+    rotated: jax.Array
+    table: jax.Array
+
+    def queries(self, q: Float[Array, "rows seq heads head_dim"]) -> Float[Array, "rows seq heads head_dim"]:
+        """The factors of `table` in the missing part of the scores, float32."""
+        grouped = q.astype(jnp.float32).reshape(*q.shape[:2], len(self.bias), -1, q.shape[-1])
+        (q1, q2), (b1, b2) = (jnp.split(x, 2, axis=-1) for x in (grouped, self.bias[:, None].astype(jnp.float32)))
+        return jnp.concatenate([q1 * b1 + q2 * b2, q2 * b1 - q1 * b2], axis=-1).reshape(q.shape)
 
 
 @jax.tree_util.register_dataclass

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from tinylora_jax.adapters import AdaptedKernel, FusedKernel, can_fuse, fuse, fused_matmul, matmul, scheme_of
 from tinylora_jax.models.attention import cached_attention, causal_attention
-from tinylora_jax.models.cache import Entries, KVCache, stored_as
+from tinylora_jax.models.cache import Entries, KeyBias, KVCache, QuantizedEntries, stored_as
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.models.packing import Packing, to_rows, to_sequences
-from tinylora_jax.models.rope import cos_sin, rotate
+from tinylora_jax.models.rope import Angles, cos_sin, rotate
 from tinylora_jax.models.sharding import (
     current_mesh,
     look_up,
@@ -37,7 +37,7 @@ from tinylora_jax.models.tpu import ATTENTION, on_tpu
 
 Hidden = Float[Array, "rows seq hidden"]
 Layer = tuple[Entries, Entries]  # the cache of one layer
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer | None], tuple[jax.Array, Layer | None]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer | None, KeyBias | None], tuple[jax.Array, Layer | None]]
 
 
 class RMSNorm(nnx.Module):
@@ -89,18 +89,25 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
         self.head_dim, self.num_kv_heads = c.head_dim, c.num_kv_heads
 
-    def __call__(
-        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
-    ) -> tuple[Hidden, Layer | None]:
+    def __call__(self, x: Hidden, angles: Angles, attend: Attend, layer: Layer | None) -> tuple[Hidden, Layer | None]:
         q, k, v = (
             split_heads(split_features(y), self.num_kv_heads).reshape(*y.shape[:2], -1, self.head_dim)
             for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed, layer = attend(rotate(q, *angles), rotate(k, *angles), v, layer)
+        at = angles.cos, angles.sin
+        mixed, layer = attend(rotate(q, *at), rotate(k, *at), v, layer, self._key_bias(angles))
         mixed = split_heads(mixed.reshape(*x.shape[:2], -1), self.num_kv_heads)
         return self.o_proj(split_features(mixed)), layer
+
+    def _key_bias(self, angles: Angles) -> KeyBias | None:
+        """The bias that a quantized cache leaves out of the keys; None if it stores whole keys."""
+        if angles.table is None:
+            return None
+        bias = self.k_proj.bias.get_value().reshape(self.num_kv_heads, self.head_dim)
+        wide = jnp.broadcast_to(bias.astype(jnp.float32), (*angles.cos.shape[:2], *bias.shape))
+        return KeyBias(bias, rotate(wide, angles.cos, angles.sin), angles.table)
 
 
 class MLP(nnx.Module):
@@ -126,9 +133,7 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
 
-    def __call__(
-        self, x: Hidden, angles: tuple[jax.Array, jax.Array], attend: Attend, layer: Layer | None
-    ) -> tuple[Hidden, Layer | None]:
+    def __call__(self, x: Hidden, angles: Angles, attend: Attend, layer: Layer | None) -> tuple[Hidden, Layer | None]:
         mixed, layer = self.self_attn(self.input_layernorm(x), angles, attend, layer)
         x = split_rows(x + mixed)
         return split_rows(x + self.mlp(self.post_attention_layernorm(x))), layer
@@ -166,7 +171,7 @@ class Decoder(nnx.Module):
         packing: Packing | None,
         remat: bool,
     ) -> tuple[Hidden, KVCache | None]:
-        angles = cos_sin(self.config.rope, self.config.head_dim, positions)
+        angles = self._angles(positions, cache)
         x = split_rows(self.embed_tokens(tokens))
         graph = nnx.split(self.layers[0])[0]
         run = lambda x, weights, layer: _block(graph, weights, x, angles, start, packing, layer)
@@ -184,6 +189,14 @@ class Decoder(nnx.Module):
                 x, caches[i] = run(x, *layer)
         return self.norm(x), None if cache is None else KVCache(*zip(*caches, strict=True))
 
+    def _angles(self, positions: jax.Array, cache: KVCache | None) -> Angles:
+        c = self.config
+        found = cos_sin(c.rope, c.head_dim, positions)
+        if cache is None or not isinstance(cache.keys[0], QuantizedEntries) or not c.qkv_bias or c.qk_norm:
+            return Angles(*found)
+        everywhere = cos_sin(c.rope, c.head_dim, jnp.arange(cache.capacity)[None])
+        return Angles(*found, jnp.concatenate(everywhere, axis=-1)[0])
+
 
 def _in_one_loop(layers: Sequence[Any]) -> bool:
     """Whether many tokens go through one loop over stacked weights, so that XLA compiles a single block.
@@ -200,7 +213,7 @@ def _block(
     graph: Any,
     weights: Any,
     x: Hidden,
-    angles: tuple[jax.Array, jax.Array],
+    angles: Angles,
     start: Int[Array, " rows"] | None,
     packing: Packing | None,
     layer: Layer | None,
@@ -261,18 +274,19 @@ def fused(params: Any) -> Any:
 def _attend(start: jax.Array | None, packing: Packing | None) -> Attend:
     """Chooses the form of attention: in packed rows, in a cache from `start` on, or from the beginning of each row."""
 
-    def in_packed_rows(q, k, v, layer):
+    def in_packed_rows(q, k, v, layer, bias):
         rows = (to_rows(x, packing) for x in (q, k, v))
         return to_sequences(causal_attention(*rows, packing.lengths.reshape(-1)), packing), layer
 
-    def after_the_cached(q, k, v, layer):
-        mixed, *layer = cached_attention(q, k, v, *layer, start)
+    def after_the_cached(q, k, v, layer, bias):
+        mixed, *layer = cached_attention(q, k, v, *layer, start, bias)
         return mixed, jax.tree.map(lambda x: split_heads(x, k.shape[2]), tuple(layer))
 
-    def from_the_beginning(q, k, v, layer):
+    def from_the_beginning(q, k, v, layer, bias):
         if layer is not None:
             place = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, 0, axis=1)
-            layer = jax.tree.map(place, layer, (stored_as(layer[0], k), stored_as(layer[1], v)))
+            keys = stored_as(layer[0], k, None if bias is None else bias.rotated)
+            layer = jax.tree.map(place, layer, (keys, stored_as(layer[1], v)))
         return causal_attention(q, k, v), layer
 
     if packing is not None:

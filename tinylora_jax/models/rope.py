@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -57,6 +59,21 @@ def _attention_factor(rope: Rope) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of the positions of a forward pass.
+
+    Attributes:
+      cos: cosines at the tokens' positions, float32 `[rows, seq, head_dim / 2]`.
+      sin: sines at the tokens' positions, in the shape of `cos`.
+      table: cosines, then sines, at every position of the cache, float32 `[capacity, head_dim]`; None if it is not
+        needed, see `KeyBias`.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    table: jax.Array | None = None
 
 
 def cos_sin(

@@ -237,7 +237,8 @@ def over_heads(call: Callable[..., Any], *arrays: Any) -> Any:
 
     Args:
       call: kernel whose results all have axes (rows, …, heads, …).
-      *arrays: arguments of the kernel, trees of arrays `[rows, seq, heads, head_dim]` or `[rows]`.
+      *arrays: arguments of the kernel, trees of arrays `[rows, seq, heads, head_dim]`, `[rows]`, or of two axes, which
+        every device gets whole.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -246,7 +247,7 @@ def over_heads(call: Callable[..., Any], *arrays: Any) -> Any:
     kv_heads = min(x.shape[2] for x in leaves if x.ndim == 4)
     rows, heads = (axes or None for axes in heads_axes(mesh, leaves[0].shape[0], kv_heads))
     split = P(rows, None, heads, None)
-    places = jax.tree.map(lambda x: split if x.ndim == 4 else P(rows), arrays)
+    places = jax.tree.map(lambda x: {4: split, 2: P()}.get(x.ndim, P(rows)), arrays)
     return jax.shard_map(call, in_specs=places, out_specs=split, check_vma=False)(*arrays)
 
 

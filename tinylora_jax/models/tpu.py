@@ -110,7 +110,13 @@ def _write(old: list[jax.Array], new: list[jax.Array], start: jax.Array, interpr
 
 
 def write_entry(
-    keys: Entries, values: Entries, k: jax.Array, v: jax.Array, start: jax.Array, interpret: bool = False
+    keys: Entries,
+    values: Entries,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    center: jax.Array | None = None,
+    interpret: bool = False,
 ) -> tuple[Entries, Entries]:
     """Writes one new position of every row into the cache, in place.
 
@@ -122,10 +128,11 @@ def write_entry(
       k: new keys, `[rows, 1, kv_heads, head_dim]`.
       v: new values, in the shape of `k`.
       start: position of each row's new entry, int32 `[rows]`.
+      center: float32 array that a quantized cache subtracts from `k`; None for none.
       interpret: whether to run the kernel in Python, for tests.
     """
     old, structure = jax.tree.flatten((keys, values))
-    new = jax.tree.leaves((stored_as(keys, k), stored_as(values, v)))
+    new = jax.tree.leaves((stored_as(keys, k, center), stored_as(values, v)))
     return structure.unflatten(over_heads(partial(_write, interpret=interpret), old, new, start))
 
 
