@@ -26,7 +26,7 @@ def whole(config, policy, v, prompts, sampling=STOPS):
     return jax.device_get(generate(config, policy(v), IDS, prompts, LENGTHS, KEY, sampling, SAMPLES))
 
 
-def arriving(config, policy, v, prompts, chunk, slots, every, sampling=STOPS, key=KEY):
+def arriving(config, policy, v, prompts, chunk, slots, every, sampling=STOPS, key=KEY, may_shrink=False):
     """Adds a chunk as soon as none waits; the progress at the end, and the counts of tokens on the way."""
     batch = ContinuousBatch(config, policy, v, key, sampling, QueueSizes(PROMPTS, chunk, SAMPLES, slots, WIDTH))
     counts, progress = [0], None
@@ -34,7 +34,7 @@ def arriving(config, policy, v, prompts, chunk, slots, every, sampling=STOPS, ke
         if batch.num_added < PROMPTS and (progress is None or not progress.waiting):
             part = slice(batch.num_added, batch.num_added + chunk)
             batch.add(IDS[part], prompts[part], LENGTHS[part])
-        batch.advance(every, batch.num_added < PROMPTS)
+        batch.advance(every, batch.num_added < PROMPTS, may_shrink)
         progress = batch.progress()
         counts.append(int(progress.num_tokens))
     return progress, counts
@@ -68,6 +68,19 @@ def test_slots_do_not_idle_while_prompts_may_be_added(qwen2, policy, v, prompts)
     progress, _ = arriving(qwen2.config, policy, v, prompts, 4, 5, 100)
     idle = progress.slot_steps - progress.lengths.sum()
     assert idle < 4 * STOPS.max_new_tokens, "only the end may have empty slots"
+
+
+def test_a_pool_that_shrinks_saves_steps_of_empty_slots(qwen2, policy, v, prompts):
+    large, _ = arriving(qwen2.config, policy, v, prompts, 4, 64, 4)
+    small, _ = arriving(qwen2.config, policy, v, prompts, 4, 64, 4, may_shrink=True)
+    check(small, large)
+    check(small, whole(qwen2.config, policy, v, prompts))
+    longest, lengths = large.lengths.max(), large.lengths
+    assert large.slot_steps == 64 * longest
+    in_use = [int((lengths > step).sum()) for step in range(longest)]
+    # All 24 completions begin together in 64 slots. At the end of a part they go on in 32, and in 8 if so few are left.
+    assert max(in_use) == 24 and min(in_use) < 8
+    assert small.slot_steps < 40 * longest
 
 
 def test_of_quantized_weights_and_a_quantized_cache(qwen2, v, prompts):
@@ -106,6 +119,8 @@ def test_all_programs_can_be_lowered_from_shapes(qwen2, policy, v):
     shapes = jax.eval_shape(lambda policy, v: (policy, v), policy, v)
     lowered = list(lower_continuous(qwen2.config, *shapes, STOPS, sizes))
     assert len(lowered) == 3
+    shrinking = QueueSizes(PROMPTS, 4, SAMPLES, 64, WIDTH)  # to 32, then to 8 slots
+    assert len(list(lower_continuous(qwen2.config, *shapes, STOPS, shrinking))) == 3 + 2 * 2
 
 
 def test_wrong_chunks_are_refused(qwen2, policy, v, prompts):

@@ -1,4 +1,4 @@
-"""A resumable queue of prompts, of which a step takes as many as it needs, and which remembers pass rates.
+"""A resumable queue of prompts that remembers pass rates; a step takes as many as it needs.
 
 The queue runs through the same shuffled epochs as `make_pipeline`, one prompt after the other. With `min_draw < 1`, a
 prompt whose completions were nearly always right, or nearly always wrong, is often skipped at its turn: it would

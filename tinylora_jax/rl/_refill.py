@@ -189,16 +189,17 @@ class _Refill:
             self.running.add(*pad_prompts(prompts, self.sizes.width))
             self.prompts += prompts
             self.signals += [None] * len(prompts)
-        self.running.advance(_STEPS, self._wants_more())
+        # A pool that has shrunk would be slow if many more were needed after all, so it shrinks a little later.
+        self.running.advance(_STEPS, self._wants_more(), may_shrink=not self._wants_more(deviations=2.0))
 
-    def _wants_more(self) -> bool:
-        """Whether the groups under way will probably not complete the batch."""
+    def _wants_more(self, deviations: float = 1.0) -> bool:
+        """Whether the groups under way might not complete the batch, by estimates this many deviations below."""
         if len(self.prompts) == self.sizes.prompts:
             return False
         useful, pending = self.signals.count(True), len(self.prompts) - len(self.graded)
         rate = (useful + 1) / (len(self.graded) + 2)
-        spread = math.sqrt(pending * rate * (1 - rate))  # one standard deviation of the number of signals to come
-        return useful + pending * rate - spread < self.batch_size
+        spread = math.sqrt(pending * rate * (1 - rate))  # standard deviation of the number of signals to come
+        return useful + pending * rate - deviations * spread < self.batch_size
 
     def _ended(self, progress: Progress) -> list[int]:
         """The places of groups that have ended and are not graded."""

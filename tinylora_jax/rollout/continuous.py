@@ -1,7 +1,8 @@
-"""Generation whose prompts arrive while earlier ones decode: the completions of `generate`, from an open queue.
+"""Generation whose prompts arrive while earlier ones decode.
 
 The host adds prompts in chunks of one size. A chunk is prefilled into a waiting room, and its completions take slots
-that become free. So slots stay busy as long as the host has prompts to add, and a caller may stop at any time.
+that become free. So slots stay busy as long as the host has prompts to add, and a caller may stop at any time. Once no
+more prompts are to come, the pool of slots shrinks as in `generate`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from tinylora_jax.rollout.generate import (
     decode_step,
     decoding_layout,
     empty_state,
+    pool_sizes,
     prepare,
+    shrink,
     worth_an_admission,
 )
 from tinylora_jax.rollout.sampling import Sampling
@@ -97,6 +100,7 @@ class Progress:
       waiting: number of added completions without a slot, int32 scalar.
       num_tokens: number of tokens generated so far, int32 scalar, including those of completions that have not ended.
       slot_steps: slots × decoding steps so far, int32 scalar, as in `Completions`.
+      crowded: number of slots in use if every device were as full as the fullest, int32 scalar.
     """
 
     tokens: jax.Array
@@ -106,6 +110,7 @@ class Progress:
     waiting: jax.Array
     num_tokens: jax.Array
     slot_steps: jax.Array
+    crowded: jax.Array
 
 
 def _groups(config: ModelConfig, sizes: QueueSizes) -> int:
@@ -164,19 +169,21 @@ def _add(config, sampling, sizes, policy, v, key, first_prompt, ids, tokens, len
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "sizes"), donate_argnames="buffers")
-def _advance(config, sampling, sizes, policy, v, most_steps, more, buffers):
-    """Admits and decodes at most `most_steps` tokens, until nothing is left, or another chunk is wanted."""
+def _advance(config, sampling, sizes, policy, v, most_steps, more, least, buffers):
+    """Admits and decodes at most `most_steps` tokens, until `least` slots suffice, or another chunk is wanted."""
     params, room = decoding_layout(policy(v)), buffers.room
-    groups = buffers.state.waiting.shape[0]
-    enough, share = worth_an_admission(sizes.slots, groups), _share(sizes, groups)
+    size, groups = buffers.state.slots.completion.shape[0], buffers.state.waiting.shape[0]
+    shards = cache_shards(size, config.num_kv_heads)
+    enough, share = worth_an_admission(size, groups), _share(sizes, groups)
     without = lambda state: replace(state, slots=replace(state.slots, params=None))
 
     def waits(state: _State) -> jax.Array:
         return state.waiting < share
 
-    def wants_more(state: _State) -> jax.Array:
+    def is_over(state: _State) -> jax.Array:
         empty = jnp.sum(state.slots.completion == sizes.rows)
-        return more & ~jnp.any(waits(state)) & (empty >= enough)
+        few = _crowded(state, sizes, shards) <= jnp.where(more, 0, least)
+        return ~jnp.any(waits(state)) & (few | more & (empty >= enough))
 
     def has_room(state: _State) -> jax.Array:
         empty = jnp.sum((state.slots.completion == sizes.rows).reshape(groups, -1), axis=1)
@@ -184,13 +191,11 @@ def _advance(config, sampling, sizes, policy, v, most_steps, more, buffers):
 
     def decodes_on(carry) -> jax.Array:
         count, state = carry
-        active = jnp.any(state.slots.completion < sizes.rows)
-        return (count < most_steps) & active & ~has_room(state) & ~wants_more(state)
+        return (count < most_steps) & ~has_room(state) & ~is_over(state)
 
     def goes_on(carry) -> jax.Array:
         count, state = carry
-        left = jnp.any(state.slots.completion < sizes.rows) | jnp.any(waits(state))
-        return (count < most_steps) & left & ~wants_more(state)
+        return (count < most_steps) & ~is_over(state)
 
     def step(carry):
         count, state = carry
@@ -203,10 +208,23 @@ def _advance(config, sampling, sizes, policy, v, most_steps, more, buffers):
         return jax.lax.while_loop(decodes_on, step, (count, state))
 
     _, state = jax.lax.while_loop(goes_on, fill_and_decode, (jnp.int32(0), buffers.state))
-    return _placed(replace(buffers, state=state)), _progress(state, sizes, share)
+    return _placed(replace(buffers, state=state)), _progress(state, sizes, share, shards)
 
 
-def _progress(state: _State, sizes: QueueSizes, share: int) -> Progress:
+def _crowded(state: _State, sizes: QueueSizes, shards: int) -> jax.Array:
+    """Number of slots in use if every shard were as full as the fullest."""
+    return shards * jnp.max(jnp.sum((state.slots.completion < sizes.rows).reshape(shards, -1), axis=1))
+
+
+@partial(jax.jit, static_argnames=("config", "sizes", "size"))
+def _shrunk(config: ModelConfig, sizes: QueueSizes, size: int, buffers: _Buffers) -> _Buffers:
+    """Keeps only `size` slots, those in use first."""
+    shards = cache_shards(buffers.state.slots.completion.shape[0], config.num_kv_heads)
+    state = replace(buffers.state, slots=shrink(buffers.state.slots, size, sizes.rows, shards))
+    return _placed(replace(buffers, state=state))
+
+
+def _progress(state: _State, sizes: QueueSizes, share: int, shards: int) -> Progress:
     """The progress of a state, as arrays of its own."""
     slots = state.slots
     ongoing = jnp.sum(jnp.where(slots.completion < sizes.rows, slots.index, 0))
@@ -218,6 +236,7 @@ def _progress(state: _State, sizes: QueueSizes, share: int) -> Progress:
         waiting=jnp.sum(share - state.waiting),
         num_tokens=jnp.sum(state.lengths) + ongoing,
         slot_steps=state.slot_steps,
+        crowded=_crowded(state, sizes, shards),
     )
     if current_mesh() is None:
         return progress
@@ -252,6 +271,8 @@ class ContinuousBatch:
         self._static, self._model, self._key = (config, sampling, sizes), (policy, v), key
         self._buffers = _open(*self._static, dtype=_dtype(policy))
         self._progress: Progress | None = None
+        self._smaller = _smaller(config, sizes)
+        self._crowded = sizes.slots
 
     def add(
         self,
@@ -274,24 +295,37 @@ class ContinuousBatch:
             raise ValueError(f"a chunk has prompts of shape {expected}, got {list(tokens.shape)}")
         if self.num_added == self.sizes.prompts:
             raise ValueError(f"all {self.sizes.prompts} prompts were added; make `sizes.prompts` larger")
-        first = jnp.int32(self.num_added)
-        arrays = self._key, first, *map(jnp.asarray, (ids, tokens, lengths))
+        arrays = self._key, np.int32(self.num_added), ids, tokens, lengths
         self._buffers = _add(*self._static, *self._model, *arrays, self._buffers)
         self.num_added += self.sizes.chunk
+        self._crowded = self.sizes.slots
 
-    def advance(self, most_steps: int, more: bool) -> None:
+    def advance(self, most_steps: int, more: bool, may_shrink: bool = False) -> None:
         """Decodes without waiting, until all added completions have ended, or `most_steps` tokens were sampled.
 
         Args:
           most_steps: largest number of decoding steps.
           more: whether to end as soon as slots are free for another chunk.
+          may_shrink: whether to drop most empty slots, once many are empty; later chunks then have fewer slots.
         """
-        arguments = jnp.int32(most_steps), jnp.asarray(more)
+        may_shrink = may_shrink and not more
+        while may_shrink and self._smaller and self._crowded <= self._smaller[0]:
+            config, _, sizes = self._static
+            self._buffers = _shrunk(config, sizes, self._smaller.pop(0), self._buffers)
+        least = self._smaller[0] if may_shrink and self._smaller else 0
+        arguments = np.int32(most_steps), np.bool_(more), np.int32(least)
         self._buffers, self._progress = _advance(*self._static, *self._model, *arguments, self._buffers)
 
     def progress(self) -> Progress:
         """Waits for the last `advance`; returns its results as NumPy arrays."""
-        return to_host(self._progress)
+        progress = to_host(self._progress)
+        self._crowded = int(progress.crowded) if not progress.waiting else self.sizes.slots
+        return progress
+
+
+def _smaller(config: ModelConfig, sizes: QueueSizes) -> list[int]:
+    """The sizes to which the pool shrinks, largest first."""
+    return pool_sizes(sizes.slots, cache_shards(sizes.slots, config.num_kv_heads))[1:]
 
 
 def _dtype(policy: Adapted) -> jnp.dtype:
@@ -307,11 +341,14 @@ def lower_continuous(
     yield _open.lower(*static, dtype=_dtype(policy))
     buffers = _abstract(jax.eval_shape(partial(_open, *static, dtype=_dtype(policy))))
     key = abstract_everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-    number = jnp.int32(0)
-    prompts = jnp.zeros((sizes.chunk, sizes.width), jnp.int32)
-    arrays = key, number, jnp.zeros(sizes.chunk, jnp.uint32), prompts, jnp.ones(sizes.chunk, jnp.int32)
+    prompts = np.zeros((sizes.chunk, sizes.width), np.int32)
+    arrays = key, np.int32(0), np.zeros(sizes.chunk, np.uint32), prompts, np.ones(sizes.chunk, np.int32)
     yield _add.lower(*static, *model, *arrays, buffers)
-    yield _advance.lower(*static, *model, number, jnp.asarray(True), buffers)
+    for size in (sizes.slots, *_smaller(config, sizes)):
+        if size < sizes.slots:
+            yield _shrunk.lower(config, sizes, size, buffers)
+            buffers = _abstract(jax.eval_shape(partial(_shrunk, config, sizes, size), buffers))
+        yield _advance.lower(*static, *model, np.int32(0), np.bool_(True), np.int32(0), buffers)
 
 
 def _abstract(buffers: _Buffers) -> _Buffers:

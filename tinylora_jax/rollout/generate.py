@@ -214,7 +214,7 @@ def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -
     return replace(state, slots=slots, waiting=jnp.full_like(state.waiting, total // state.waiting.shape[0]))
 
 
-def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
+def shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
     """Shrinks the pool to `size` slots, those in use first, with equally many from every shard."""
     empty = (slots.completion == total).reshape(shards, -1)
     order = jnp.argsort(empty, axis=1, stable=True)[:, : size // shards]
@@ -303,7 +303,7 @@ def empty_state(
     )
 
 
-def _sizes(slots: int, shards: int) -> list[int]:
+def pool_sizes(slots: int, shards: int) -> list[int]:
     """The successive sizes of the pool; only a few, because each needs a compiled loop.
 
     Pools of at least 64 slots shrink to a half, then to a quarter of that. Large pools, whose steps take time in
@@ -416,10 +416,10 @@ def generate(
     fill = partial(admit, prefilled=prefilled, params=params, samples=samples)
     fill = (lambda state: state) if slots == total else fill
     step = partial(decode_step, config, sampling, noise)
-    sizes = _sizes(slots, shards)
+    sizes = pool_sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         if state.slots.completion.shape[0] != size:
-            state = replace(state, slots=_shrink(state.slots, size, total, shards))
+            state = replace(state, slots=shrink(state.slots, size, total, shards))
         state = _Pool(total, groups, shards, size, next_size).drain(state, fill, step)
     return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)
 
