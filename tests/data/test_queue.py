@@ -119,6 +119,7 @@ def test_the_probability_is_that_of_a_signal(samples):
 
 
 def test_the_state_is_small():
+    """After an epoch of GSM8K, with a batch of 64 questions."""
     queue = PromptQueue(make_prompts(7473), 64, seed=0, samples=4, min_draw=0.1)
     rng = random.Random(0)
     for _ in range(117):
