@@ -54,8 +54,8 @@ class Trainer(runs.Trainer):
     ):
         super().__init__(config, specs, prompts, steps, stop)
         self.learner = rl.Learner(plan_of(config, specs, task.model, self.width), self.optimizer)
-        most = (config.batch_size, config.refill, len(prompts), config.samples, self.width, task.slots)
-        self.sizes = rl.refill_sizes(*most) if config.refill else None
+        counts = config.batch_size, config.refill, len(prompts), config.samples
+        self.sizes = rl.refill_sizes(*counts, self.width, task.slots) if config.refill else None
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """Lowers the programs of a step, to compile them in advance."""

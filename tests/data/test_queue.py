@@ -7,7 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from tinylora_jax.data import DataError, Prompt, PromptQueue, draw_probability, make_pipeline
+from tinylora_jax.data import DataError, Prompt, PromptQueue, make_pipeline
+from tinylora_jax.data.queue import draw_probability
 
 
 def make_prompts(count):

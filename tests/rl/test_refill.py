@@ -73,7 +73,7 @@ def test_the_choice_is_that_of_the_rule_at_the_first_moment_it_can_be_made():
         for place in rng.sample(range(most), most):  # groups end in any order
             known[place] = signals[place]
             complete = None not in known[:needed]
-            assert rl.choose(known, batch_size, most) == ((needed, expected) if complete else None)
+            assert _refill.choose(known, batch_size, most) == ((needed, expected) if complete else None)
 
 
 def check(found, everything, reward, most):

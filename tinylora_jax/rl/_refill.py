@@ -137,6 +137,9 @@ def refill(
 
     Returns:
       The batch, and all groups that were consumed.
+
+    Raises:
+      ValueError: the queue ended too early, or a prompt is longer than `sizes.width`.
     """
     running = ContinuousBatch(config, policy, v, key, sampling, sizes)
     return _Refill(running, queue, batch_size, reward, tokenizer).run()
@@ -185,7 +188,8 @@ class _Refill:
         if not self.waiting and self._wants_more():
             prompts = list(islice(self.queue, self.sizes.chunk))
             if len(prompts) < self.sizes.chunk:
-                raise ValueError(f"the queue ended after {len(self.prompts) + len(prompts)} prompts")
+                count = len(self.prompts) + len(prompts)
+                raise ValueError(f"the queue ended after {count} prompts, expected at least {self.sizes.prompts}")
             self.running.add(*pad_prompts(prompts, self.sizes.width))
             self.prompts += prompts
             self.signals += [None] * len(prompts)
