@@ -23,10 +23,17 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from grain import DatasetIterator
 from ml_collections import ConfigDict
 
 from experiments.common import runs
-from experiments.common.answering import answer, lower_answer, readable_page
+from experiments.common.answering import (
+    answer,
+    answer_until_signal,
+    lower_answer,
+    lower_answer_until_signal,
+    readable_page,
+)
 from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
@@ -47,23 +54,39 @@ class Trainer(runs.Trainer):
     ):
         super().__init__(config, specs, prompts, steps, stop)
         self.learner = rl.Learner(plan_of(config, specs, task.model, self.width), self.optimizer)
+        counts = config.batch_size, config.refill, len(prompts), config.samples
+        self.sizes = rl.refill_sizes(*counts, self.width, task.slots) if config.refill else None
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:
         """Lowers the programs of a step, to compile them in advance."""
-        yield lower_answer(task, state.v, self.config.batch_size, self.width, task.sampling, self.config.samples)
+        if self.sizes is not None:
+            yield from lower_answer_until_signal(task, state.v, self.sizes)
+        else:
+            yield lower_answer(task, state.v, self.config.batch_size, self.width, task.sampling, self.config.samples)
         yield from self.learner.lower(state, task.policy)
 
-    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
+    def step(self, task: Task, state: TrainState, index: int, data: DatasetIterator) -> Stepped:
         """Runs one rollout of a batch of prompts, and the updates on it.
+
+        The data is a `PromptQueue` if the config refills batches or remembers pass rates.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
         """
         key = rl.step_key(self.config.seed, "train", index)
-        graded = answer(task, state.v, prompts, key, task.sampling, self.config.samples, self.width)
+        if self.sizes is not None:
+            found = answer_until_signal(task, state.v, data.ahead(), key, self.sizes, self.config.batch_size)
+            graded, consumed, told, tokens = found.batch, found.consumed, found.metrics(), found.num_tokens
+            data.take(len(consumed.prompts))
+        else:
+            graded = answer(task, state.v, next(data), key, task.sampling, self.config.samples, self.width)
+            consumed, told, tokens = graded, {}, graded.num_tokens
+        if self.config.min_draw < 1:
+            data.observe([prompt.id for prompt in consumed.prompts], consumed.num_right(), self.config.samples)
         self.stop.check()
         state, metrics = self.learner.update(state, task.policy, graded)
-        return Stepped(state, metrics, readable_page(prompts, graded, self.config.samples_kept), graded.num_tokens)
+        page = readable_page(graded.prompts, graded, self.config.samples_kept)
+        return Stepped(state, metrics | told, page, tokens)
 
 
 def run(config: ConfigDict, workdir: Path, stop: StopRequests, dry_run: bool = False) -> dict[str, Any]:

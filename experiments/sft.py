@@ -26,13 +26,14 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from grain import DatasetIterator
 from ml_collections import ConfigDict
 
 from experiments.common import runs
 from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
-from experiments.common.specs import Specs
+from experiments.common.specs import Specs, check_plain_draws
 from experiments.common.task import Task
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
 from tinylora_jax.training import SFT_OBJECTIVE, TrainState, Update, finite_metrics, solutions_batch
@@ -52,6 +53,7 @@ class Trainer(runs.Trainer):
     def __init__(
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
     ):
+        check_plain_draws(config, "experiments.sft")
         grpo = dataclasses.replace(
             specs.grpo, loss_type="dapo", kl_coef=0.0, updates_per_rollout=1, skip_without_signal=False
         )
@@ -70,13 +72,13 @@ class Trainer(runs.Trainer):
         """Lowers the programs of a step, to compile them in advance."""
         yield from self.update.lower(state, task.policy)
 
-    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
-        """Runs one update on the solutions of a batch of prompts.
+    def step(self, task: Task, state: TrainState, index: int, data: DatasetIterator) -> Stepped:
+        """Runs one update on the solutions of the next batch of prompts.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
         """
-        started = time.perf_counter()
+        started, prompts = time.perf_counter(), next(data)
         arrays, solutions = pad_prompts(prompts, self.width), [self.solutions[prompt.id] for prompt in prompts]
         batch = solutions_batch(arrays.tokens, arrays.lengths, solutions, self.longest)
         state, device_metrics = self.update(state, task.policy, batch)

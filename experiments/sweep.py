@@ -64,7 +64,7 @@ from experiments.common.population import (
 from experiments.common.preemption import StopRequests
 from experiments.common.progress import Steps, tell
 from experiments.common.runs import num_steps, questions_of, stoppable, summary_of_config
-from experiments.common.specs import ConfigError, as_json, parse
+from experiments.common.specs import ConfigError, as_json, check_plain_draws, parse
 from experiments.common.starting import start_block
 from experiments.common.task import Task, make_prompts
 from experiments.common.untrained import evaluate_untrained
@@ -203,6 +203,7 @@ def run(
       The summary; empty for a dry run.
     """
     specs, started, is_new = parse(config), time.perf_counter(), not workdir.exists()
+    check_plain_draws(config, "experiments.sweep")
     if config.evaluate_every:
         raise ConfigError("config.evaluate_every: a sweep evaluates its members only at the end; set it to 0")
     if others := set(specs.loggers) - {TENSORBOARD}:

@@ -35,7 +35,7 @@ from tinylora_jax.models import (  # noqa: E402
     init_params,
     logits,
 )
-from tinylora_jax.rollout import Completions  # noqa: E402
+from tinylora_jax.rollout import Completions, Progress, continuous  # noqa: E402
 from tinylora_jax.training import Batch, Microbatch, TrainState  # noqa: E402
 
 generate_module = importlib.import_module("tinylora_jax.rollout.generate")
@@ -61,7 +61,7 @@ for _pytree in (
         Microbatch,
         TrainState,
     ),
-    *(generate_module._Prefilled, generate_module._Slots, generate_module._State),
+    *(generate_module._Prefilled, generate_module._Slots, generate_module._State, Progress, continuous._Buffers),
 ):
     _pytree.__init__ = getattr(_pytree.__init__, "__wrapped__", _pytree.__init__)
 

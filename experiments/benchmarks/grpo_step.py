@@ -23,10 +23,11 @@ from experiments.common.cli import use_compilation_cache
 from experiments.common.launch import launch
 from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
+from experiments.common.runs import data_of
 from experiments.common.specs import parse
 from experiments.common.task import Task, make_prompts
 from experiments.grpo import Trainer
-from tinylora_jax.data import load_questions, make_pipeline
+from tinylora_jax.data import load_questions
 
 FLAGS = flags.FLAGS
 _EVENTS = {
@@ -98,11 +99,11 @@ def timed_steps(config: ConfigDict, steps: int, questions: int | None) -> Timed:
         with compile_events() as events:
             task = start.finish(trainer.lower(start.abstract, trainer.abstract_state(start.abstract.policy)))
     ready = first = seconds_since_launch()
-    data = make_pipeline(prompts, config.batch_size, config.seed, epochs=1 + steps)
+    data = data_of(config, prompts, epochs=1 + steps)
     state, found = trainer.initial_state(task.policy), []
     for index in range(1 + steps):
         started = time.perf_counter()
-        state, metrics, _, generated = trainer.step(task, state, index, next(data))
+        state, metrics, _, generated = trainer.step(task, state, index, data)
         found.append(metrics | {"step_s": time.perf_counter() - started, "tokens": generated})
         first = seconds_since_launch() if index == 0 else first
     median = {name: statistics.median(step[name] for step in found[1:]) for name in found[0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from tinylora_jax import rl
 from tinylora_jax.adapters import Trained
 from tinylora_jax.data import Prompt, PromptArrays
 from tinylora_jax.models import abstract_everywhere
-from tinylora_jax.rollout import Sampling
+from tinylora_jax.rollout import QueueSizes, Sampling, lower_continuous
 
 
 def answer(
@@ -27,6 +27,24 @@ def answer(
     """Runs `rl.rollout` and `rl.grade` with the task's model, slots and reward."""
     drawn = rl.rollout(task.model, task.policy, v, prompts, key, sampling, samples, width, task.slots)
     return rl.grade(drawn, task.reward, task.tokenizer)
+
+
+def answer_until_signal(
+    task: Task,
+    v: Trained,
+    queue: Iterator[Prompt],
+    key: jax.Array,
+    sizes: QueueSizes,
+    batch_size: int,
+) -> rl.Refilled:
+    """Runs `rl.refill` with the task's model, sampling settings and reward."""
+    graders = task.reward, task.tokenizer
+    return rl.refill(task.model, task.policy, v, queue, key, task.sampling, sizes, batch_size, *graders)
+
+
+def lower_answer_until_signal(task: Task, v: Trained, sizes: QueueSizes) -> Iterator[jax.stages.Lowered]:
+    """Lowers the programs of `answer_until_signal`, to compile them in advance."""
+    yield from lower_continuous(task.model, task.policy, v, task.sampling, sizes)
 
 
 def lower_answer(

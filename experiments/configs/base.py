@@ -47,6 +47,8 @@ def get_config() -> ConfigDict:
     config.max_steps = 0  # number of steps; 0: all epochs
     config.batch_size = 64  # prompts per step
     config.samples = 4  # completions per prompt
+    config.refill = 0  # draw up to this many batches per step, until a batch has only groups with a signal; 0: off
+    config.min_draw = 1.0  # lowest chance of drawing a question that was always right or wrong; 1.0: draw them all
     config.temperature = 1.0
     config.top_k = 0
     config.top_p = 1.0

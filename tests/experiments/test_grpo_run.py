@@ -212,8 +212,10 @@ def test_each_rollout_uses_the_vector_of_the_update_before(config, stop, tmp_pat
 
 def test_batches_cover_an_epoch_without_repeats(config, stop, tmp_path, monkeypatch):
     config.max_steps, config.epochs, config.train_data.limit = 0, 2, 9  # two batches of four an epoch, one is left
-    asked, step = [], grpo.Trainer.step
-    monkeypatch.setattr(grpo.Trainer, "step", lambda *args: (asked.append(args[-1]), step(*args))[1])
+    asked = []
+    monkeypatch.setattr(
+        grpo, "answer", lambda task, v, prompts, *args: (asked.append(prompts), answer(task, v, prompts, *args))[1]
+    )
     assert grpo.run(config, tmp_path / "run", stop)["steps"] == 4
     epochs = [[prompt.id for batch in asked[i : i + 2] for prompt in batch] for i in (0, 2)]
     assert all(len(set(ids)) == 8 for ids in epochs) and epochs[0] != epochs[1]

@@ -167,9 +167,9 @@ def test_rollout_logprobs_are_the_trainers(demo_run):
 @pytest.mark.slow
 def test_one_grpo_step_of_the_demo(demo_run):
     config, specs, task, prompts = demo_run
-    trainer = Trainer(config, specs, task, prompts, 2, Never())
-    state, _, _, _ = trainer.step(task, trainer.initial_state(task.policy), 0, prompts)
+    trainer, data = Trainer(config, specs, task, prompts, 2, Never()), iter([prompts, prompts])
+    state, _, _, _ = trainer.step(task, trainer.initial_state(task.policy), 0, data)
     assert np.abs(state.v).max() == pytest.approx(config.optimizer.learning_rate, rel=1e-2)
-    _, metrics, _, _ = trainer.step(task, state, 1, prompts)
+    _, metrics, _, _ = trainer.step(task, state, 1, data)
     assert metrics["delta_prob"] < 1e-5 and abs(metrics["importance"] - 1) < 1e-4
     assert metrics["grad_norm"] > 0

@@ -284,5 +284,5 @@ def test_long_prompts_are_prefilled_in_parts(qwen2, adapted, prompts, reference,
 @pytest.mark.parametrize("slots_of_a_group", [1, 2, 16])
 def test_the_last_group_that_waits_can_have_enough_empty_slots(groups, slots_of_a_group):
     """Else a loop would decode empty slots for ever."""
-    enough = importlib.import_module("tinylora_jax.rollout.generate")._worth_an_admission
+    enough = importlib.import_module("tinylora_jax.rollout.generate").worth_an_admission
     assert 1 <= enough(groups * slots_of_a_group, groups) <= slots_of_a_group

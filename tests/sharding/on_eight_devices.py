@@ -26,22 +26,32 @@ from conftest import FAMILIES, _randomized  # noqa: E402
 from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
 from tinylora_jax.io.hf import quantize_maps  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
-from tinylora_jax.rollout import Sampling, generate  # noqa: E402
+from tinylora_jax.rollout import ContinuousBatch, QueueSizes, Sampling, generate  # noqa: E402
 from tinylora_jax.training import GRPO, Batch, Bounds, Optimizer, Plan, Update, init_state, plan_sequences  # noqa: E402
 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
 SEQUENCE_LEVEL = GRPO(importance_sampling_level="sequence", tis_mode="sequence_truncate")
 
 
-def rollout(config, policy, v, greedy, slots=0, cache="none"):
+def noise(cache):
+    """The key of a rollout.
+
+    Rounding to int8 is not continuous: one number in 10,000 rounds to its other neighbor where the order of a sum
+    differs. With key 0 a uniform number lies on the border of two tokens.
+    """
+    return jax.random.key(0 if cache == "none" else 1)
+
+
+def arguments(config, greedy, cache):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (PROMPTS, WIDTH)).astype(np.int32)
     lengths = np.array([3, 5, 1, 6, 2, 6, 4, 1], np.int32)
     stops = tuple(range(0, 97, 9))
-    # Rounding to int8 is not continuous: one number in 10,000 rounds to its other neighbor where the order of a sum
-    # differs. With key 0 a uniform number lies on the border of two tokens.
-    key = jax.random.key(0 if cache == "none" else 1)
-    sampling = Sampling(NEW, temperature=0.0 if greedy else 1.0, stop_tokens=stops, quantize_cache=cache)
+    return tokens, lengths, Sampling(NEW, temperature=0.0 if greedy else 1.0, stop_tokens=stops, quantize_cache=cache)
+
+
+def rollout(config, policy, v, greedy, slots=0, cache="none"):
+    tokens, lengths, sampling = arguments(config, greedy, cache)
     run = jax.jit(
         lambda policy, v: generate(
             config,
@@ -49,13 +59,29 @@ def rollout(config, policy, v, greedy, slots=0, cache="none"):
             jnp.arange(PROMPTS, dtype=jnp.uint32),
             tokens,
             lengths,
-            key,
+            noise(cache),
             sampling,
             SAMPLES,
             slots,
         )
     )
     return tokens, lengths, jax.device_get(run(policy, v))
+
+
+def arriving(config, policy, v, greedy, slots, chunk, cache):
+    """The completions of the same prompts if these arrive in chunks."""
+    tokens, lengths, sampling = arguments(config, greedy, cache)
+    sizes = QueueSizes(PROMPTS, chunk, SAMPLES, slots, WIDTH)
+    batch = ContinuousBatch(config, policy, v, noise(cache), sampling, sizes)
+    waiting, progress = 0, None
+    while progress is None or (progress.lengths == 0).any():
+        if batch.num_added < PROMPTS and not waiting:
+            part = slice(batch.num_added, batch.num_added + chunk)
+            batch.add(np.arange(PROMPTS, dtype=np.uint32)[part], tokens[part], lengths[part])
+        batch.advance(3, batch.num_added < PROMPTS)
+        progress = batch.progress()
+        waiting = int(progress.waiting)
+    return progress
 
 
 def update(config, policy, v, mesh, tokens, lengths, completions):
@@ -106,6 +132,8 @@ def measure(config, policy, v, mesh, modes, cache):
         found[mode] = {"tokens": completions.tokens.tolist(), "lengths": completions.lengths.tolist()}
         _, _, waiting = rollout(config, policy, v, mode == "greedy", 8, cache)  # half of them wait for a slot
         assert (waiting.tokens == completions.tokens).all() and (waiting.lengths == completions.lengths).all(), mode
+        added = arriving(config, policy, v, mode == "greedy", 8, 4, cache)
+        assert (added.tokens == completions.tokens).all() and (added.lengths == completions.lengths).all(), mode
     return found | update(config, policy, v, mesh, tokens, lengths, completions)
 
 

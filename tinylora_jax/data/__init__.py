@@ -10,6 +10,7 @@ from tinylora_jax.data.pipeline import (
 )
 from tinylora_jax.data.prompts import TEMPLATES, PromptTemplate, get_template, render
 from tinylora_jax.data.questions import DataSpec, Question, load_questions
+from tinylora_jax.data.queue import PromptQueue
 from tinylora_jax.data.solutions import encode_solutions, solution_text
 from tinylora_jax.data.sources import DataError, read_jsonl
 from tinylora_jax.data.suites import EVAL_SETS, EvalSet, parse_suite
@@ -22,6 +23,7 @@ __all__ = [
     "EvalSet",
     "Prompt",
     "PromptArrays",
+    "PromptQueue",
     "PromptTemplate",
     "Question",
     "encode_prompts",

@@ -120,6 +120,15 @@ def make_pipeline(
       DataError: there are fewer prompts than a batch needs, or ids repeat.
       ValueError: the batch size, the seed or the number of epochs is out of range.
     """
+    check_pipeline(prompts, batch_size, seed, epochs)
+    dataset = grain.MapDataset.source(tuple(prompts)).seed(seed).shuffle()
+    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=tuple).repeat(epochs)
+    # Reading from memory needs neither threads nor a buffer.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def check_pipeline(prompts: Sequence[Prompt], batch_size: int, seed: int, epochs: int | None = None) -> None:
+    """Raises the errors of `make_pipeline`."""
     if batch_size < 1 or (epochs is not None and epochs < 1) or not 0 <= seed < 2**32:
         problem = f"got batch_size={batch_size}, epochs={epochs}, seed={seed}"
         raise ValueError(f"a pipeline needs batch_size >= 1, epochs >= 1 (or None) and a 32-bit seed; {problem}")
@@ -130,10 +139,6 @@ def make_pipeline(
     if repeated:
         problem = f"{_some(repeated, len(prompts))} have repeated ids"
         raise DataError(f"{problem}; ids determine the sampling noise, so renumber questions of joined data sets")
-    dataset = grain.MapDataset.source(tuple(prompts)).seed(seed).shuffle()
-    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=tuple).repeat(epochs)
-    # Reading from memory needs neither threads nor a buffer.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
 def padded_width(prompts: Sequence[Prompt]) -> int:

@@ -4,6 +4,9 @@ from tinylora_jax.rl._learner import Learner as Learner
 from tinylora_jax.rl._learner import Underway as Underway
 from tinylora_jax.rl._learner import plan as plan
 from tinylora_jax.rl._learner import rollout_metrics as rollout_metrics
+from tinylora_jax.rl._refill import Refilled as Refilled
+from tinylora_jax.rl._refill import refill as refill
+from tinylora_jax.rl._refill import refill_sizes as refill_sizes
 from tinylora_jax.rl._rollout import GradedRollout as GradedRollout
 from tinylora_jax.rl._rollout import Rollout as Rollout
 from tinylora_jax.rl._rollout import grade as grade

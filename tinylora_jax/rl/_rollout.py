@@ -116,6 +116,27 @@ class GradedRollout(Rollout):
         grades = [getattr(grade, which or "strict") for grade in self.grades]
         return np.array(grades, np.float32).reshape(-1, self.samples)
 
+    def num_right(self) -> list[int]:
+        """Number of right completions of each prompt: those whose strict grade is more than one half."""
+        return (self.rewards("strict") > 0.5).sum(axis=1).tolist()
+
+    def groups(self, places: Sequence[int]) -> GradedRollout:
+        """The groups at some places, as a rollout of their own; it keeps the seconds and decoding steps of the whole.
+
+        Only the seconds of grading are divided, in proportion to the groups.
+        """
+        rows = [place * self.samples + sample for place in places for sample in range(self.samples)]
+        own = {name: getattr(self.completions, name)[rows] for name in ("tokens", "logprobs", "lengths", "stopped")}
+        return dataclasses.replace(
+            self,
+            prompts=tuple(self.prompts[place] for place in places),
+            arrays=PromptArrays(*(x[list(places)] for x in self.arrays)),
+            completions=dataclasses.replace(self.completions, **own),
+            texts=tuple(self.texts[row] for row in rows),
+            grades=tuple(self.grades[row] for row in rows),
+            grading_seconds=self.grading_seconds * len(places) / len(self.prompts),
+        )
+
     def part_rewards(self) -> Float[np.ndarray, "parts prompts samples"]:
         """The strict grades by each of several rewards, or by the one, float32 `[parts, prompts, samples]`."""
         values = [grade.parts if self.weights else (grade.strict,) for grade in self.grades]

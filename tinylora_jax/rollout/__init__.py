@@ -1,5 +1,9 @@
 """Sampling and generation as jitted programs."""
 
+from tinylora_jax.rollout.continuous import ContinuousBatch as ContinuousBatch
+from tinylora_jax.rollout.continuous import Progress as Progress
+from tinylora_jax.rollout.continuous import QueueSizes as QueueSizes
+from tinylora_jax.rollout.continuous import lower_continuous as lower_continuous
 from tinylora_jax.rollout.generate import Completions as Completions
 from tinylora_jax.rollout.generate import decode_step as decode_step
 from tinylora_jax.rollout.generate import empty_state as empty_state

@@ -134,27 +134,40 @@ def prepare(
     samples: int,
 ) -> tuple[Any, _Prefilled, jax.Array]:
     """Prepares decoding: weights in its layout, the prompts' caches, and a random number per token."""
-    if not (weights_are_split() or on_tpu()):  # joining split kernels would move them, and a TPU gains nothing from it
-        params = fused(params)
+    params = decoding_layout(params)
     keys = completion_keys(key, ids, samples)
     noise = jax.vmap(uniforms, (None, 0), 1)(keys, jnp.arange(sampling.max_new_tokens))
     return params, _prefill(config, params, tokens, lengths, sampling.quantize_cache), noise
 
 
-def _admit(state: _State, prefilled: _Prefilled, params: Any, samples: int) -> _State:
+def decoding_layout(params: Any) -> Any:
+    """The weights in the layout that decodes fastest; a copy of the blocks, unless they are split or on a TPU."""
+    # Joining split kernels would move them, and a TPU gains nothing from it.
+    return params if weights_are_split() or on_tpu() else fused(params)
+
+
+def admit(state: _State, prefilled: _Prefilled, params: Any, samples: int, first: jax.Array | None = None) -> _State:
     """Gives empty slots to waiting completions, in order.
 
     If devices split the rows, each device's slots take completions of its own prompts, so that no cache moves.
+
+    Args:
+      state: decoding state.
+      prefilled: prefilled prompts, some of whose completions may wait.
+      params: weights, adapted or not.
+      samples: number of completions per prompt.
+      first: index of the first completion of these prompts, int32 scalar; None for 0.
     """
     slots, total, groups = state.slots, state.lengths.shape[0], state.waiting.shape[0]
-    share = total // groups  # number of completions in a group
+    share = prefilled.lengths.shape[0] * samples // groups  # number of completions in a group
     group = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    start = group * share if first is None else group * share + first
     empty = (slots.completion == total).reshape(groups, -1)
     candidate = state.waiting[:, None] + jnp.cumsum(empty, axis=1) - 1
     taken_of = empty & (candidate < share)
     taken = taken_of.reshape(-1)
-    completion = jnp.where(taken, (candidate + group * share).reshape(-1), slots.completion).astype(jnp.int32)
-    prompt_of = jnp.clip(completion.reshape(groups, -1) - group * share, 0, share - 1) // samples
+    completion = jnp.where(taken, (candidate + start).reshape(-1), slots.completion).astype(jnp.int32)
+    prompt_of = jnp.clip(completion.reshape(groups, -1) - start, 0, share - 1) // samples
     prompt = (prompt_of + group * (share // samples)).reshape(-1)
     width = prefilled.cache.capacity
 
@@ -201,7 +214,7 @@ def admit_all(state: _State, prefilled: _Prefilled, params: Any, samples: int) -
     return replace(state, slots=slots, waiting=jnp.full_like(state.waiting, total // state.waiting.shape[0]))
 
 
-def _shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
+def shrink(slots: _Slots, size: int, total: int, shards: int) -> _Slots:
     """Shrinks the pool to `size` slots, those in use first, with equally many from every shard."""
     empty = (slots.completion == total).reshape(shards, -1)
     order = jnp.argsort(empty, axis=1, stable=True)[:, : size // shards]
@@ -290,7 +303,7 @@ def empty_state(
     )
 
 
-def _sizes(slots: int, shards: int) -> list[int]:
+def pool_sizes(slots: int, shards: int) -> list[int]:
     """The successive sizes of the pool; only a few, because each needs a compiled loop.
 
     Pools of at least 64 slots shrink to a half, then to a quarter of that. Large pools, whose steps take time in
@@ -327,7 +340,7 @@ class _Pool:
         return jax.lax.while_loop(self._is_needed, fill_and_decode, state)
 
     def _decodes_on(self, state: _State) -> jax.Array:
-        enough = _worth_an_admission(self.size, self.groups)
+        enough = worth_an_admission(self.size, self.groups)
         waits = jnp.any(self._waiting(state))
         return jnp.where(waits, self._room(state) < enough, self._crowded(state) > self.next_size)
 
@@ -349,7 +362,7 @@ class _Pool:
         return self.shards * jnp.max(used)
 
 
-def _worth_an_admission(size: int, groups: int) -> int:
+def worth_an_admission(size: int, groups: int) -> int:
     """Number of empty slots from which an admission pays off: it costs less than a step.
 
     A single group must be able to reach this number, because it may be the last one waiting.
@@ -400,14 +413,14 @@ def generate(
     state = empty_state(config, params, total, slots, width, sampling, prefilled.hidden.dtype, groups)
     if slots == total:
         state = admit_all(state, prefilled, params, samples)
-    admit = partial(_admit, prefilled=prefilled, params=params, samples=samples)
-    admit = (lambda state: state) if slots == total else admit
+    fill = partial(admit, prefilled=prefilled, params=params, samples=samples)
+    fill = (lambda state: state) if slots == total else fill
     step = partial(decode_step, config, sampling, noise)
-    sizes = _sizes(slots, shards)
+    sizes = pool_sizes(slots, shards)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         if state.slots.completion.shape[0] != size:
-            state = replace(state, slots=_shrink(state.slots, size, total, shards))
-        state = _Pool(total, groups, shards, size, next_size).drain(state, admit, step)
+            state = replace(state, slots=shrink(state.slots, size, total, shards))
+        state = _Pool(total, groups, shards, size, next_size).drain(state, fill, step)
     return Completions(state.tokens, state.logprobs, state.lengths, state.stopped, state.slot_steps)
 
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments import grpo
 from tinylora_jax import multihost as hosts
 from tinylora_jax.io.adapter._file import read_adapter
 
@@ -58,6 +59,20 @@ def test_two_processes_make_the_run_of_one(two_processes, processes, finished, t
     ]
     for v in vectors[1:]:
         np.testing.assert_allclose(v, vectors[0], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_refill_the_batches_of_one(two_processes, config, stop, tmp_path, traces):
+    """Each process decides by itself when a batch is full, so all must see the same completions and grades."""
+    config.update({"refill": 3, "min_draw": 0.1})
+    grpo.run(config, tmp_path / "alone", stop)
+    flags = ("--config.refill=3", "--config.min_draw=0.1")
+    codes, outputs = ends(two_processes("grpo", f"--workdir={tmp_path / 'run'}", *flags, *MESH))
+    assert codes == [0, 0], outputs
+    alone, two = traces(tmp_path / "alone"), traces(tmp_path / "run")
+    assert two["pages"] == alone["pages"] and two["summary"] == alone["summary"]
+    for found, expected in zip(two["rows"], alone["rows"], strict=True):
+        assert (found["questions"], found["reward"]) == (expected["questions"], expected["reward"])
 
 
 @pytest.mark.slow
