@@ -1,4 +1,4 @@
-"""This project's adapter files: a vector of 26 bytes and its description (ADAPTER_FORMAT.md), and offsets."""
+"""This project's adapter files: a vector of 26 bytes (ADAPTER_FORMAT.md), and sets of offsets."""
 
 from tinylora_jax.io.adapter._description import FORMAT_VERSION as FORMAT_VERSION
 from tinylora_jax.io.adapter._description import AdapterError as AdapterError

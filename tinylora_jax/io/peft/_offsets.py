@@ -1,4 +1,4 @@
-"""Writes trained offsets as PEFT folders: those of outputs as LoRA with a bias, those of norms as LN tuning."""
+"""Writes trained offsets as PEFT folders: LoRA with a bias for outputs, LN tuning for norms."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ def export_ln_tuning(folder: Path, params: Any, v: Vectors, base: str) -> None:
         names.append(".".join(["model", *path.split("/")[:-1]]))
         scale = np.asarray(to_host(leaves[path]), np.float32) + vector
         tensors[f"{PREFIX}{names[-1]}.ln_tuning_layers.weight"] = scale
-    write_folder(folder, base, names, {"peft_type": "LN_TUNING"}, tensors)
+    write_folder(folder, base, names, {"peft_type": "LN_TUNING"}, tensors, of_maps=False)
