@@ -37,16 +37,21 @@ def test_zeros_are_the_base_model(family, full_logits, dtype):
         assert np.abs(full_logits(family.config, policy(filled(policy.init())), TOKENS) - base).max() > 0.1
 
 
-@pytest.mark.parametrize("scheme", ["none", "int8", "int4"])
-@pytest.mark.parametrize("method", list(SPECS))
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("norm", "int8"), ("bias", "int4"), ("frozen", "int8"))
+]
+
+
+@pytest.mark.parametrize(("method", "scheme"), [*((method, "none") for method in SPECS), ("bias", "int8"), *SLOW])
 def test_cached_decoding_is_the_full_forward(tiny, full_logits, method, scheme):
     config, params = tiny("qwen3")
     policy = adapt(quantize_maps(params, scheme), SPECS[method])
     weights = policy(filled(policy.init()))
     expected = full_logits(config, weights, TOKENS)
     joined = fused(weights)
-    hidden, cache = forward(config, joined, TOKENS[:, :6], cache=KVCache.empty(config, 3, 8, jnp.float32))
-    last, _ = forward(config, joined, TOKENS[:, 6:], jnp.full((3,), 6, jnp.int32), cache)
+    tokens = jnp.asarray(TOKENS)
+    hidden, cache = forward(config, joined, tokens[:, :6], cache=KVCache.empty(config, 3, 8, jnp.float32))
+    last, _ = forward(config, joined, tokens[:, 6:], jnp.full((3,), 6, jnp.int32), cache)
     found = logits(config, joined, jnp.concatenate([hidden, last], axis=1))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
