@@ -4,12 +4,16 @@
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --to=peft-tinylora --output=/tmp/peft
     python -m experiments.export --adapter=/tmp/peft --to=peft-lora --output=/tmp/lora
     python -m experiments.export --adapter=/tmp/peft --to=tinylora --output=/tmp/adapter
+    python -m experiments.export --adapter=/tmp/steering/adapter --to=merged --output=/tmp/steered
     python -m experiments.export --adapter=/tmp/tinylora-demo/adapter --push=me/sums --dry_run
 
 `merged` is a model folder with W + ΔW, config and tokenizer, for transformers, vLLM and SGLang. `peft-tinylora` is a
 folder that `PeftModel.from_pretrained` loads as TinyLoRA. `peft-lora` is plain LoRA of the same rank, for PEFT, vLLM
 and SGLang. `tinylora` is this project's format. All contain the same ΔW. The input may come from a run or be a PEFT
 TinyLoRA adapter. The base model is loaded by its name in the adapter, unless --model gives another.
+
+Offsets (`steering`, `bias`, `norm`) become biases and scales of a `merged` model. `peft-lora` is then LoRA with a bias,
+for offsets of outputs, and `peft-ln-tuning` PEFT's LN tuning, for scales of norms. Only PEFT loads these two.
 
 --push uploads the adapter to the Hugging Face hub as `tinylora` and as `peft-lora`, with a model card, in one commit.
 Every command then takes it as --adapter=hub:me/sums. Log in with `hf auth login`, or set HF_TOKEN.
@@ -22,8 +26,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     from experiments.common import opening
 
+    _FORMATS = ("merged", "tinylora", "peft-tinylora", "peft-lora", "peft-ln-tuning")
     opening.define_path("adapter", "Folder, URL or hub:owner/name of an adapter, also in PEFT's TinyLoRA.", url=True)
-    flags.DEFINE_enum("to", None, ["merged", "tinylora", "peft-tinylora", "peft-lora"], "Format to write.")
+    flags.DEFINE_enum("to", None, list(_FORMATS), "Format to write.")
     opening.define_path("output", "Folder or URL to create.", url=True)
     flags.DEFINE_string("model", None, "Load this base model. Default: the one named in the adapter.")
     flags.DEFINE_bool("allow_download", False, "Download the base model named in the adapter if it is not cached.")
@@ -54,13 +59,14 @@ from experiments.common.pushing import push
 from experiments.common.serving import vllm_command
 from tinylora_jax.adapters import Factors
 from tinylora_jax.files import read_json
-from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter
-from tinylora_jax.io.adapter import base_fingerprint, save_adapter
-from tinylora_jax.io.hf import NotInCacheError, export_merged, rounding_loss
-from tinylora_jax.io.peft import export_lora, export_tinylora
+from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter, open_saved
+from tinylora_jax.io.adapter import SavedOffsets, base_fingerprint, save_adapter
+from tinylora_jax.io.hf import NotInCacheError, export_merged, export_offsets, rounding_loss
+from tinylora_jax.io.peft import export_ln_tuning, export_lora, export_output_offsets, export_tinylora
 
 FLAGS = flags.FLAGS
 _PEFT = {"peft-tinylora": export_tinylora, "peft-lora": export_lora}
+_PEFT_OFFSETS = {"peft-lora": export_output_offsets, "peft-ln-tuning": export_ln_tuning}
 _LOSS_TOLD = 0.01
 
 
@@ -77,8 +83,9 @@ def export(
     """Writes an adapter as a PEFT folder, in this project's format, or merged into its model.
 
     Args:
-      adapter: folder with `vector.bin` and `adapter.json`, PEFT folder with `adapter_config.json`, or `hub:owner/name`.
-      to: output format: `merged`, `peft-tinylora`, `peft-lora` or `tinylora`.
+      adapter: folder with `vector.bin` and `adapter.json`, folder with offsets, PEFT folder with `adapter_config.json`,
+        or `hub:owner/name`.
+      to: output format: `merged`, `peft-tinylora`, `peft-lora`, `peft-ln-tuning` or `tinylora`.
       output: output folder, which must be absent or empty. After an error nothing is left there.
       model: source of the base model, as for `load_pretrained`; None uses the name in the adapter.
       dtype: dtype of merged weights, or of the vector in this project's format.
@@ -92,12 +99,15 @@ def export(
 
     Raises:
       AdapterError, PeftError: the adapter is damaged, or belongs to another base model.
-      ValueError: the dtype does not apply to this format, or the base model is not named.
+      ValueError: the format cannot contain the adapter, the dtype does not apply to it, or no base model is named.
       FileExistsError: the output folder is not empty, or is inside the adapter's folder.
     """
-    if to in _PEFT and dtype != "float32":
+    if to.startswith("peft") and dtype != "float32":
         raise ValueError(f"--dtype={dtype}: {to} is always float32, as in PEFT; omit --dtype")
-    trained = open_adapter(adapter, transfer=quantize == "none")
+    trained = open_saved(adapter, transfer=quantize == "none")
+    known = ("merged", *(_PEFT_OFFSETS if isinstance(trained, SavedOffsets) else ("tinylora", *_PEFT)))
+    if to not in known:
+        raise ValueError(f"--to={to}: this format cannot contain {adapter}; choose {' or '.join(known)}")
     quantize = quantize or trained.quantize
     if to == "tinylora" and quantize != trained.quantize:
         raise ValueError(f"--quantize={quantize}: {to} keeps the base of training, {trained.quantize}; omit --quantize")
@@ -113,32 +123,46 @@ def export(
             pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=allowed, quantize=quantize)
         except NotInCacheError as error:
             raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
+        if quantize != "none" and to == "merged":
+            tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
         tell("loading the adapter")
-        if to == "tinylora":
+        if isinstance(trained, SavedOffsets):
+            _write_offsets(folder, to, trained, pretrained, name or base, dtype)
+        elif to == "tinylora":
             _save(folder, trained, pretrained, name or base, dtype)
         else:
             factors = trained.factors(pretrained.params, "auto")
             tell(f"writing {to}")
             if to == "merged":
-                _merge(folder, pretrained, trained, factors, dtype, quantize)
+                _merge(folder, pretrained, trained, factors, dtype)
             else:
                 _PEFT[to](folder, factors, trained.v, name or base)
     return trained.template
 
 
-def _merge(
-    folder: Path, pretrained: Pretrained, trained: SavedAdapter, factors: Factors, dtype: str, quantize: str
-) -> None:
+def _write_offsets(folder: Path, to: str, trained: SavedOffsets, pretrained: Pretrained, base: str, dtype: str) -> None:
+    """Writes offsets in a format that can contain them."""
+    trained.policy(pretrained.params)  # raises for another base model
+    tell(f"writing {to}")
+    if to == "merged":
+        _warn_of_rounding(export_offsets(folder, pretrained, trained.v, dtype), dtype)
+    else:
+        _PEFT_OFFSETS[to](folder, pretrained.params, trained.v, base)
+
+
+def _merge(folder: Path, pretrained: Pretrained, trained: SavedAdapter, factors: Factors, dtype: str) -> None:
     """Writes the model with the adapter in its weights, and says what rounding loses."""
-    if quantize != "none":
-        tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
-    loss = rounding_loss(pretrained.params, factors, trained.v, dtype)
+    _warn_of_rounding(rounding_loss(pretrained.params, factors, trained.v, dtype), dtype)
+    export_merged(folder, pretrained, factors, trained.v, dtype)
+
+
+def _warn_of_rounding(loss: float, dtype: str) -> None:
+    """Says how much of the update a rounding loses, unless it is little."""
     if loss > _LOSS_TOLD:
         tell(
             f"warning: rounding to {dtype} has an error of {loss:.0%} of the update's size;"
             f"{' the trained change is mostly lost;' if loss > 0.5 else ''} --dtype=float32 keeps it"
         )
-    export_merged(folder, pretrained, factors, trained.v, dtype)
 
 
 def _save(folder: Path, trained: SavedAdapter, pretrained: Pretrained, base: str, dtype: str) -> None:
@@ -206,8 +230,10 @@ def next_commands(to: str, folder: Path, template: str | None, name: str | None 
     generate = ["python", "-m", "experiments.generate"]
     if to == "merged":
         return [("ask it", [*generate, f"--model={shown}", *asked]), ("serve it", ["vllm", "serve", shown])]
+    config = read_json(folder / "adapter_config.json", 2**20) if to == "peft-lora" else {}
+    if to == "peft-ln-tuning" or config.get("lora_bias"):
+        return []  # only PEFT loads it
     if to == "peft-lora":
-        config = read_json(folder / "adapter_config.json", 2**20)
         return [("serve it", vllm_command(config["base_model_name_or_path"], shown, config["r"]))]
     return [("ask it", [*generate, f"--adapter={shown}", *(asked if to == "peft-tinylora" else [])])]
 

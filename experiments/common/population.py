@@ -2,9 +2,9 @@
 
 A member behaves like a separate run: it has its own prompts in its own order, its own sampling noise and its own
 optimizer. Members may differ in anything that leaves the compiled programs unchanged: seeds, the optimizer, the
-adapter's tying, u and seed, and the adapted modules, because all adapters of one rank are points of one space
-(`coordinates`). The rollout decodes all members' prompts together, each row with its member's adapter. The members are
-updated one after the other, with one compiled gradient.
+adapter's tying, u and seed, and the adapted modules, because all adapters of one rank are points of one space, and so
+are all offsets (`Space`). The rollout decodes all members' prompts together, each row with its member's adapter. The
+members are updated one after the other, with one compiled gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.common.runs import optimizer_of, plan_of
 from experiments.common.specs import ConfigError, Specs, parse
 from experiments.common.task import Task
 from tinylora_jax import rl
-from tinylora_jax.adapters import Factors, TinyLoRA, Trained, coordinates, init, lora_xs, retie
+from tinylora_jax.adapters import Space, Spec, Trained, joint_spec
 from tinylora_jax.data import Prompt
 from tinylora_jax.training import DivergenceError, TrainState, init_state
 
@@ -122,7 +122,7 @@ def member_configs(config: ConfigDict, members: Sequence[Changes]) -> dict[str, 
         if name in found:
             raise ConfigError(f"two members are called {name}; write one of them differently")
         try:
-            free_spec(own, parse(own))
+            joint(config, [own])
         except ConfigError as error:
             raise ConfigError(f"member {name}: {error}") from error
         found[name] = own
@@ -137,33 +137,24 @@ class Member:
     Args:
       name: name of the member in the sweep.
       config: configuration, as for a separate run.
-      factors: factors of the member's spec.
-      free: LoRA-XS factors, whose space contains all members.
+      whole: policy whose space contains all members, abstract.
       learner: learner whose compiled gradient all members share.
       steps: number of steps of the run.
     """
 
-    def __init__(self, name: str, config: ConfigDict, factors: Factors, free: Factors, learner: rl.Learner, steps: int):
-        self.name, self.config, self.factors = name, config, _ties_of(factors)
-        self._optimizer = optimizer_of(parse(config), steps)
-        self.learner = learner.with_optimizer(self._optimizer, partial(coordinates, _ties_of(free), self.factors))
+    def __init__(self, name: str, config: ConfigDict, whole: Space, learner: rl.Learner, steps: int):
+        self.name, self.config, specs = name, config, parse(config)
+        self.spec, self.policy = specs.adapter, whole.within(specs.adapter)
+        self._optimizer = optimizer_of(specs, steps)
+        self.learner = learner.with_optimizer(self._optimizer, partial(whole.point, self.policy))
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(init(self.factors), self._optimizer)
+        return init_state(self.policy.init(), self._optimizer)
 
-    def point(self, v: Trained) -> jax.Array:
-        """The coordinates of v."""
+    def point(self, v: Trained) -> Trained:
+        """The v of the population's policy for the member's."""
         return self.learner.point(v)
-
-
-def _ties_of(factors: Factors) -> Factors:
-    """The factors without singular vectors, which coordinates do not need; small enough for a program's constants."""
-    none = jnp.zeros((0,))
-    leaves = {
-        path: type(leaf)(none, none, none, leaf.P, leaf.groups, leaf.target) for path, leaf in factors.leaves.items()
-    }
-    return Factors(leaves, factors.spec)
 
 
 class Population:
@@ -172,7 +163,7 @@ class Population:
     Args:
       configs: configurations of the members, by name.
       specs: parsed configuration of any member.
-      task: task adapted by LoRA-XS of the members' rank (`free_spec`), loaded or abstract.
+      task: task whose policy's space contains all members (`joint`), abstract.
       width: padded prompt length, in tokens.
       steps: number of steps of every member.
     """
@@ -180,15 +171,12 @@ class Population:
     def __init__(self, configs: Mapping[str, ConfigDict], specs: Specs, task: Task, width: int, steps: int):
         self.width, self.config = width, next(iter(configs.values()))
         learner = rl.Learner(plan_of(self.config, specs, task.model, width), optimizer_of(specs, steps))
-        # Abstract factors contain only the tie groups; these are rebuilt.
-        tied = partial(retie, task.policy.params, task.policy.factors)
-        free, self.members = tied(task.policy.factors.spec), {}
+        self.members = {}
         for name, config in configs.items():
             try:
-                own = tied(parse(config).adapter)
+                self.members[name] = Member(name, config, task.policy, learner, steps)
             except ValueError as error:
                 raise ConfigError(f"member {name}: {error}") from error
-            self.members[name] = Member(name, config, own, free, learner, steps)
 
     def initial_states(self) -> dict[str, TrainState]:
         """Every member's state before the first step."""
@@ -198,7 +186,7 @@ class Population:
         """Lowers the programs of a step."""
         names = list(self.members)
         count = len(names) * self.config.batch_size
-        v = jnp.zeros((count, *init(task.policy.factors).shape), jnp.float32)
+        v = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(task.policy.init))
         key = jnp.broadcast_to(jax.random.key(0), (count,))
         yield lower_answer(task, v, count, self.width, task.sampling, self.config.samples, key)
         yield from self.members[names[0]].learner.lower(states[names[0]], task.policy)
@@ -225,7 +213,8 @@ class Population:
         """
         names, size = list(self.members), self.config.batch_size
         rows = lambda x: jnp.repeat(jnp.stack(x), size, axis=0)
-        v = rows([self.members[name].point(states[name].v) for name in names])
+        points = [self.members[name].point(states[name].v) for name in names]
+        v = jax.tree.map(lambda *each: rows(each), *points)
         keys = rows([rl.step_key(self.members[name].config.seed, "train", index) for name in names])
         together = [prompt for name in names for prompt in prompts[name]]
         sampling, samples = task.sampling, self.config.samples
@@ -243,12 +232,19 @@ class Population:
         return found
 
 
-def free_spec(config: ConfigDict, specs: Specs) -> TinyLoRA:
-    """LoRA-XS with a config's rank and targets, whose space contains all members.
+def joint(config: ConfigDict, members: Collection[ConfigDict]) -> Spec:
+    """The spec of the space that contains all members: LoRA-XS of the sweep's rank and targets, or all their offsets.
 
     Raises:
-      ConfigError: the config's method is not TinyLoRA or LoRA-XS.
+      ConfigError: the members' methods cannot share one program.
     """
-    if config.method not in ("tinylora", "lora_xs"):
-        raise ConfigError(f"config.method={config.method!r}: a sweep in one program trains 'tinylora' or 'lora_xs'")
-    return lora_xs(specs.adapter.rank, specs.adapter.targets)
+    try:
+        return joint_spec(parse(config).adapter, [parse(own).adapter for own in members])
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        methods = " and ".join(repr(method) for method in dict.fromkeys(own.method for own in members))
+        raise ConfigError(
+            f"config.method={methods}: a sweep in one program trains 'tinylora' or 'lora_xs', or else 'steering',"
+            " 'bias' or 'norm'; run a separate sweep for the others"
+        ) from error

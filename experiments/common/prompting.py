@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,16 @@ from experiments.common.cli import NOT_IN_CACHE
 from experiments.common.meshes import on_mesh
 from experiments.common.progress import tell
 from experiments.common.wording import paragraph
-from tinylora_jax.adapters import CombinationError, Policy
+from tinylora_jax.adapters import CombinationError, Space, Trained
 from tinylora_jax.data import TEMPLATES, get_template
-from tinylora_jax.io import Pretrained, SavedAdapter, open_adapter, open_pretrained, read_together
+from tinylora_jax.io import Pretrained, SavedAdapter, open_pretrained, open_saved, policy_together
+from tinylora_jax.io.adapter import SavedOffsets
 from tinylora_jax.io.hf import NotInCacheError
 from tinylora_jax.models import param_shardings, policy_shardings
 
 BASE = "base"  # stands for the model without an adapter; write ./base for a folder of that name
-_adapted = jax.jit(Policy.__call__)
+_adapted = jax.jit(lambda policy, v: policy(v))
+_Saved: TypeAlias = SavedAdapter | SavedOffsets
 
 
 class InputError(ValueError):
@@ -40,24 +42,25 @@ class Answering:
       base: base model.
       names: displayed names of the adapters.
       templates: name of each adapter's prompt template.
-      policy: model with factors; None without adapters.
-      vectors: vector of each adapter, `[adapters, groups, u]`; zeros for the base model.
+      policy: policy whose space contains the adapters; None without adapters.
+      vectors: v of each adapter, with a leading axis of adapters; zeros for the base model.
       mesh: devices that hold the weights; None for a single device.
     """
 
     base: Pretrained
     names: tuple[str, ...]
     templates: tuple[str, ...]
-    policy: Policy | None
-    vectors: np.ndarray | None
+    policy: Space | None
+    vectors: Trained
     mesh: Mesh | None = None
 
     def weights(self, prompts: int) -> Any:
         """The weights for prompt-major rows: every prompt with every adapter."""
         if self.policy is None:
             return self.base.params
-        rows = self.vectors[0] if len(self.names) == 1 else np.tile(self.vectors, (prompts, 1, 1))
-        return _adapted(self.policy, jnp.asarray(rows))
+        one = len(self.names) == 1
+        rows = lambda x: jnp.asarray(x[0] if one else np.tile(x, (prompts, *(1,) * (x.ndim - 1))))
+        return _adapted(self.policy, jax.tree.map(rows, self.vectors))
 
 
 def short_names(adapters: Sequence[str]) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ def load(
     if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
         raise InputError(f"--adapter={twice[0]} is given twice; use --samples for several answers of one adapter")
     folders = [name for name in adapters if name != BASE]
-    trained = {name: open_adapter(Path(name), transfer=quantize == "none") for name in folders}
+    trained = {name: open_saved(Path(name), transfer=quantize == "none") for name in folders}
     quantize = quantize or next((each.quantize for each in trained.values()), "none")
     shown = short_names(adapters)
     templates = _templates(shown, [trained.get(name) for name in adapters], template)
@@ -121,13 +124,12 @@ def load(
     tell("loading the adapters")
     with on_mesh(chosen):
         try:
-            factors, read = read_together(base.params, list(trained.values()))
+            policy, read = policy_together(base.params, list(trained.values()))
         except CombinationError as error:
             raise InputError(f"the adapters cannot share a batch: {error}; run a separate command for each") from error
-        policy = Policy(base.params, factors)
         policy = policy if chosen is None else jax.device_put(policy, policy_shardings(chosen, policy))
-    by_name = dict(zip(trained, read, strict=True)) | {BASE: np.zeros((factors.num_groups, factors.spec.u), np.float32)}
-    vectors = np.stack([by_name[name] for name in adapters])
+        by_name = dict(zip(trained, read, strict=True)) | {BASE: policy.init()}
+    vectors = jax.tree.map(lambda *each: np.stack(each), *(by_name[name] for name in adapters))
     return Answering(replace(base, params=policy.params), shown, templates, policy, vectors, chosen)
 
 
@@ -153,15 +155,15 @@ def _base(
         raise
 
 
-def _check_alike(adapters: Mapping[str, SavedAdapter], model: str | None) -> None:
+def _check_alike(adapters: Mapping[str, _Saved], model: str | None) -> None:
     """Raises an error for adapters that cannot share a batch, before anything is loaded."""
     for first, one in list(adapters.items())[:1]:
         for name, other in adapters.items():
-            if other.spec.rank != one.spec.rank or set(other.spec.targets) != set(one.spec.targets):
-                shape = lambda spec: f"rank {spec.rank} and {len(spec.targets)} weights"
+            (theirs, key), (ours, expected) = other.shape, one.shape
+            if key != expected:
                 raise InputError(
-                    f"{name} adapts {shape(other.spec)}, but {first} {shape(one.spec)}; adapters in one batch need the"
-                    " same rank and weights, so run a separate command for each"
+                    f"{name} adapts {theirs}, but {first} {ours}; adapters in one batch need the same rank and weights,"
+                    " or are all offsets, so run a separate command for each"
                 )
             if model is None and None not in (one.base, other.base) and other.base != one.base:
                 raise InputError(
@@ -170,7 +172,7 @@ def _check_alike(adapters: Mapping[str, SavedAdapter], model: str | None) -> Non
                 )
 
 
-def _templates(names: Sequence[str], adapters: Sequence[SavedAdapter | None], given: str | None) -> tuple[str, ...]:
+def _templates(names: Sequence[str], adapters: Sequence[_Saved | None], given: str | None) -> tuple[str, ...]:
     """Chooses each adapter's template: the given one, else its own, else the first one that any adapter names."""
     if given is not None:
         get_template(given)

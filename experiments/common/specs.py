@@ -11,7 +11,19 @@ from ml_collections import ConfigDict
 
 from experiments.common.wording import suggestion
 from experiments.configs import base
-from tinylora_jax.adapters import SCHEMES, SVD_METHODS, Full, LoRA, Spec, Target, TinyLoRA, lora_xs
+from tinylora_jax.adapters import (
+    SCHEMES,
+    SVD_METHODS,
+    Full,
+    LoRA,
+    Spec,
+    Target,
+    TinyLoRA,
+    biases,
+    lora_xs,
+    norm_scales,
+    steering,
+)
 from tinylora_jax.data import DataSpec, get_template
 from tinylora_jax.io import flat, parse_loggers
 from tinylora_jax.models import CACHE_SCHEMES, MeshSpec
@@ -29,7 +41,8 @@ _MOST = {
     **dict.fromkeys(("max_prompt_tokens", "max_new_tokens", "adapter.rank", "adapter.u", "lora.rank"), 2**20),
 }
 
-METHODS = ("tinylora", "lora_xs", "lora", "full")
+METHODS = ("tinylora", "lora_xs", "lora", "full", "steering", "bias", "norm")
+_OFFSETS = {"steering": steering, "bias": biases, "norm": norm_scales}
 
 
 class ConfigError(ValueError):
@@ -167,6 +180,8 @@ def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:
             return LoRA(**config.lora, **targets)
         case "lora_xs":
             return lora_xs(config.adapter.rank, **targets)
+        case "steering" | "bias" | "norm":
+            return _OFFSETS[config.method](**targets)
     return TinyLoRA(**config.adapter, **targets)
 
 

@@ -34,7 +34,7 @@ def trained_words(config: ConfigDict, task: Task) -> str:
         fields = {"r": spec.rank, "u": spec.u, "n_tie": spec.n_tie} if config.method == "tinylora" else {"r": spec.rank}
         how += [named(fields), f"in {count} {'matrix' if count == 1 else 'matrices'}"]
     elif config.method == "lora":
-        how += [named({"r": config.lora.rank})]
+        how += [named({"r": config.lora.rank})] + (["A frozen"] if config.lora.freeze_a else [])
     return f"{counted(task.policy.num_params, 'number')}: {', '.join(how)}"
 
 

@@ -29,10 +29,10 @@ def get_config() -> ConfigDict:
     config.quantize_cache = "none"  # or `int8`: storage of the KV cache in rollouts and evaluations, see `Sampling`
     config.seed = 0  # seed of the data order and the sampling noise
 
-    config.method = "tinylora"  # or `lora_xs`, `lora`, `full`
+    config.method = "tinylora"  # or `lora_xs`, `lora`, `full`, `steering`, `bias`, `norm`
     config.adapter = _fields(TinyLoRA(n_tie=16), "targets")  # `lora_xs` uses only the rank
     config.lora = _fields(LoRA(), "targets")
-    config.targets = config_dict.placeholder(str)  # regular expression over paths; None: the seven linear maps
+    config.targets = config_dict.placeholder(str)  # regular expression over paths; None: the method's usual ones
     config.svd = "auto"  # or `exact`, `subspace`, `jnp`: see `truncated_svd`
     config.save_dtype = "bfloat16"  # dtype of vector.bin
 

@@ -1,4 +1,4 @@
-"""LoRA-XS, LoRA and full fine-tuning through the same commands: trained, resumed, saved, evaluated."""
+"""Every method but TinyLoRA through the same commands: trained, resumed, saved, evaluated."""
 
 import json
 
@@ -19,12 +19,15 @@ from tinylora_jax.io.peft._lora import is_lora, read_lora, save_lora
 from tinylora_jax.io.peft._tinylora import PeftError
 from tinylora_jax.models import forward, logits
 
-NUM_PARAMS = {"lora_xs": 14 * 4, "lora": None, "full": None}
+# The tiny model has 2 layers of width 32, and maps with 32 + 16 + 16 + 32 + 48 + 48 + 32 outputs; its LoRA has rank 3.
+NUM_PARAMS = {"lora_xs": 14 * 4, "lora": None, "full": None, "lora, A frozen": 3 * 2 * 224}
+NUM_PARAMS |= {"steering": 2 * 32, "bias": 2 * 224, "norm": 5 * 32}
 
 
 def configured(config, method):
-    config.method, config.lora.rank, config.max_steps = method, 3, 3
-    config.optimizer.learning_rate = {"full": 1e-3, "lora": 1e-2}.get(method, 5e-2)
+    config.method, config.lora.rank, config.max_steps = method.split(",")[0], 3, 3
+    config.lora.freeze_a = "frozen" in method
+    config.optimizer.learning_rate = {"full": 1e-3, "lora": 1e-2}.get(config.method, 5e-2)
     return config
 
 
@@ -41,9 +44,10 @@ def test_what_is_saved_is_what_was_trained(trained):
     count = sum(x.size for x in jax.tree.leaves(opened.v))
     assert summary["params"] == count == (NUM_PARAMS[method] or count) and count > 8
     base = load_pretrained(config.model, "float32")
-    policy = opened.policy(base.params, "auto")
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), policy.merged(opened.v), base.params)
-    assert max(jax.tree.leaves(moved)) > 1e-4
+    policy, start = opened.policy(base.params, "auto"), opened.policy(base.params, "auto").init()
+    run = jax.jit(lambda params: forward(base.config, params, jnp.arange(12).reshape(2, 6))[0])
+    assert np.abs(run(policy(opened.v)) - run(base.params)).max() > 1e-4
+    assert jax.tree.structure(start) == jax.tree.structure(opened.v)
     result, _ = evaluate_run(config, workdir / "adapter")
     assert all(result[name] == summary["eval_after"][name] for name in ("strict", "lenient", "mean_tokens"))
 
@@ -76,7 +80,7 @@ def test_checkpoints_may_be_rare(config, stop, tmp_path):
     assert steps == {4, 5}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "lora, A frozen", "steering", "bias", "norm"])
 def test_sft_trains_them_too(config, stop, tmp_path, method):
     config = configured(config, method)
     config.max_new_tokens, config.reward = 24, "hash"

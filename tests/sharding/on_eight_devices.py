@@ -3,7 +3,8 @@
     python tests/sharding/on_eight_devices.py MODEL MODES DATA FSDP TENSOR
 
 MODEL is a family of tests/conftest.py, perhaps with the storage of the weights and of the cache, as in `llama:int4` or
-`qwen2:none:int8`. MODES is `sampled` or `greedy,sampled`. Other tests share a process in which there is one device.
+`qwen2:none:int8`, and then with what is trained, as in `qwen3:none:none:offsets`. MODES is `sampled` or
+`greedy,sampled`. Other tests share a process in which there is one device.
 """
 
 import os
@@ -23,13 +24,20 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import FAMILIES, _randomized  # noqa: E402
 
-from tinylora_jax import Policy, TinyLoRA, factorize  # noqa: E402
+from tinylora_jax import TinyLoRA  # noqa: E402
+from tinylora_jax.adapters import LoRA, adapt, biases, joint_spec, norm_scales  # noqa: E402
 from tinylora_jax.io.hf import quantize_maps  # noqa: E402
 from tinylora_jax.models.sharding import MeshSpec, policy_shardings  # noqa: E402
 from tinylora_jax.rollout import ContinuousBatch, QueueSizes, Sampling, generate  # noqa: E402
 from tinylora_jax.training import GRPO, Batch, Bounds, Optimizer, Plan, Update, init_state, plan_sequences  # noqa: E402
 
 PROMPTS, SAMPLES, WIDTH, NEW = 8, 2, 6, 8
+SPECS = {
+    "tinylora": TinyLoRA(rank=2, u=2, n_tie=4, seed=3),
+    "one layer": TinyLoRA(rank=2, u=2, n_tie=4, seed=3, targets=("layers/1/.*kernel",)),
+    "offsets": joint_spec(biases(), [biases(), norm_scales()]),
+    "frozen": LoRA(rank=2, freeze_a=True),
+}
 SEQUENCE_LEVEL = GRPO(importance_sampling_level="sequence", tis_mode="sequence_truncate")
 
 
@@ -107,17 +115,21 @@ def update(config, policy, v, mesh, tokens, lengths, completions):
     # The rollout is no longer on-policy: the sequence-level ratios of two updates ago differ from 1.
     sequence_level = Update(dataclasses.replace(plan, grpo=SEQUENCE_LEVEL), optimizer)
     _, sums, gradient = sequence_level.gradient(state.v, policy, batch)
-    counts |= {"importance": float(sums["importance"]), "sequence_level": gradient.tolist()}
-    return {"v": state.v.tolist(), "grad_norm": float(metrics["grad_norm"]), "sequences": sequences} | counts
+    counts |= {"importance": float(sums["importance"]), "sequence_level": numbers(gradient)}
+    return {"v": numbers(state.v), "grad_norm": float(metrics["grad_norm"]), "sequences": sequences} | counts
+
+
+def numbers(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).tolist()
 
 
 def run(family, modes, sizes):
     """Everything on one mesh; (1, 1, 1) is one device without a mesh."""
-    family, scheme, cache = [*family.split(":"), "none", "none"][:3]
+    family, scheme, cache, method = [*family.split(":"), *("none", "none", "tinylora")[family.count(":") :]]
     config = FAMILIES[family]
     params = quantize_maps(_randomized(config, seed=3), scheme)
-    policy = Policy(params, factorize(params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))
-    v = jnp.asarray(0.3 * np.random.default_rng(5).standard_normal((policy.factors.num_groups, 2)), jnp.float32)
+    policy, rng = adapt(params, SPECS[method]), np.random.default_rng(5)
+    v = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), policy.init())
     mesh = None if sizes == (1, 1, 1) else MeshSpec(*sizes).make(jax.devices())
     if mesh is None:
         return measure(config, policy, v, None, modes, cache)

@@ -65,6 +65,13 @@ def test_a_mesh_changes_nothing_of_a_quantized_model(alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["offsets", "frozen", "one layer"])
+def test_a_mesh_changes_nothing_of_other_methods(alone, method):
+    """Biases and norms together, LoRA with A frozen, and layers of which only some are adapted, which cannot stack."""
+    check(alone, f"qwen3:none:none:{method}", ("sampled",), (2, 2, 2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "smollm", "llama:int4", "qwen2:int8", "qwen2:none:int8"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_every_mesh_changes_nothing(alone, family, mesh):

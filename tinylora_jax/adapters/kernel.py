@@ -1,4 +1,4 @@
-"""A weight with a separate low-rank update, and a matmul that handles both.
+"""A weight with a separate low-rank update or offset, and a matmul that handles them.
 
 The update is never added to the weight: in bfloat16 a tiny ΔW would be lost to rounding, and each row of the batch
 may have its own adapter.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,14 @@ from jaxtyping import Array, Float, Int
 from tinylora_jax.adapters.quantized import (
     QuantizedKernel,
     contract,
+    float_product,
     is_quantized,
     joined,
+    product_gradients,
     quantized_gradient,
     quantized_product,
 )
+from tinylora_jax.adapters.shifted import Shifted, aligned, shifted_product
 
 
 @jax.tree_util.register_dataclass
@@ -117,20 +120,6 @@ def _columns(x: jax.Array, mixed: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([x, high, low, high, padding], axis=-1)
 
 
-def _base_product(x: jax.Array, W: Any, num_in: int) -> jax.Array:
-    """x·W in float32."""
-    if is_quantized(W):
-        return quantized_product(x, W, num_in)
-    return contract(x, W, num_in, jnp.float32)
-
-
-def _base_gradients(x: jax.Array, W: Any, num_in: int, g: jax.Array) -> tuple[jax.Array, Any]:
-    """The gradients of x and W in x·W, in the dtype of x; integers have none."""
-    if is_quantized(W):
-        return quantized_gradient(g, W, num_in), None
-    return jax.vjp(lambda x, W: contract(x, W, num_in, x.dtype), x, W)[1](g)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized(x, W, num_in):
     return quantized_product(x, W, num_in).astype(x.dtype)
@@ -154,7 +143,7 @@ def _adapted_forward(x, W, right, core, left, num_in):
         wide = _widened(W, left)
         y = jnp.matmul(_columns(x, mixed, wide.shape[0]), wide)
     else:
-        base = _base_product(x, W, num_in)
+        base = float_product(x, W, num_in)
         y = (base + _expand(mixed, left.T).reshape(base.shape)).astype(x.dtype)
     return y, (x, W, right, core, left, skinny)
 
@@ -164,7 +153,7 @@ def _adapted_backward(num_in, residuals, g):
     # dead code that the compiler removes.
     x, W, right, core, left, skinny = residuals
     num_out = W.ndim - num_in
-    dx, dW = _base_gradients(x, W, num_in, g)
+    dx, dW = product_gradients(x, W, num_in, g)
     wide = partial(jnp.matmul, preferred_element_type=jnp.float32)
     g_flat, x_flat = _flat(g, num_out), _flat(x, num_in)
     g_mixed = wide(g_flat, left.astype(g.dtype))
@@ -181,16 +170,29 @@ def _adapted_backward(num_in, residuals, g):
 _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
-def matmul(
-    x: Float[Array, ...], kernel: jax.Array | QuantizedKernel | AdaptedKernel, num_in: int = 1
-) -> Float[Array, ...]:
+Kernel: TypeAlias = jax.Array | QuantizedKernel | AdaptedKernel | Shifted
+"""What `matmul` multiplies by."""
+
+
+def _base(kernel: Kernel) -> jax.Array | QuantizedKernel:
+    """The frozen weight of a kernel."""
+    return kernel.base if is_adapted(kernel) else kernel
+
+
+def is_adapted(leaf: Any) -> bool:
+    """Whether a leaf of `policy(v)` holds a frozen weight and something trained beside it."""
+    return isinstance(leaf, AdaptedKernel | Shifted)
+
+
+def matmul(x: Float[Array, ...], kernel: Kernel, num_in: int = 1) -> Float[Array, ...]:
     """Contracts the trailing axes of `x` with the leading axes of a kernel, adapted, quantized, both or neither.
 
-    y = x·W + x·V·(RᵀΣ)·Uᵀ, where the update is accumulated in float32 and added before a single rounding to `x.dtype`.
+    y = x·W + x·V·(RᵀΣ)·Uᵀ, or x·W + b for a `Shifted` kernel. What is trained is accumulated in float32 and added
+    before a single rounding to `x.dtype`.
 
     Args:
       x: activations `[..., *in]`; `[rows, ..., *in]` if the kernel has one adapter per row.
-      kernel: array `[*in, *out]`, `QuantizedKernel` or `AdaptedKernel`.
+      kernel: array `[*in, *out]`, `QuantizedKernel`, `AdaptedKernel` or `Shifted`.
       num_in: number of input axes.
 
     Returns:
@@ -203,6 +205,8 @@ def matmul(
     if isinstance(kernel, AdaptedKernel):
         base = kernel.base if is_quantized(kernel.base) else kernel.base.astype(x.dtype)
         return _adapted(x, base, kernel.right, kernel.core, kernel.left, num_in)
+    if isinstance(kernel, Shifted):
+        return shifted_product(x, kernel, num_in)
     if is_quantized(kernel):
         return _quantized(x, kernel, num_in)
     return contract(x, kernel.astype(x.dtype), num_in)
@@ -235,18 +239,20 @@ class FusedKernel:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Update:
-    """The update of one kernel, as `core` `[rows, rank, rank]` and `left` `[rank, out]`.
+    """The update of one kernel, as `core` `[rows, rank, rank]` and `left` `[rank, out]`, or as an offset.
 
-    `core` is None if all rows share the adapter: it is then part of `left`. A kernel without an adapter has rank 0.
+    `core` is None if all rows share the adapter: it is then part of `left`. A kernel without matrices has rank 0.
     """
 
     core: jax.Array | None
     left: jax.Array
+    offset: jax.Array | None = None
 
     @classmethod
-    def of(cls, kernel: jax.Array | QuantizedKernel | AdaptedKernel) -> _Update:
+    def of(cls, kernel: Kernel) -> _Update:
         if not isinstance(kernel, AdaptedKernel):
-            return cls(None, jnp.zeros((0, kernel.shape[1]), jnp.float32))
+            offset = kernel.offset if isinstance(kernel, Shifted) else None
+            return cls(None, jnp.zeros((0, _base(kernel).shape[1]), jnp.float32), offset)
         # Adjacent outputs are adjacent in memory, because adjacent threads read them.
         left = kernel.left.T
         if kernel.core.ndim == 3:
@@ -261,27 +267,37 @@ class _Update:
         """The factor of the rows of `left`."""
         return skinny if self.core is None else _mix(skinny, self.core)
 
-    def __call__(self, skinny: jax.Array) -> jax.Array:
-        return _expand(self.mixed(skinny), self.left)
+    @property
+    def is_none(self) -> bool:
+        """Whether the kernel has no adapter."""
+        return not self.rank and self.offset is None
+
+    def added(self, y: jax.Array, skinny: jax.Array) -> jax.Array:
+        """The product of the frozen weight with the update, in float32."""
+        if self.rank:
+            y = y + _expand(self.mixed(skinny), self.left)
+        return y if self.offset is None else y + aligned(self.offset, y.ndim)
 
 
-def map_shared(function: Callable[[jax.Array], jax.Array], kernel: jax.Array | QuantizedKernel | AdaptedKernel) -> Any:
-    """Applies a function to the arrays of a kernel that all rows share, which are all but `core`."""
+def map_shared(function: Callable[[jax.Array], jax.Array], kernel: Kernel) -> Any:
+    """Applies a function to the arrays of a kernel that all rows may share, which are all but `core` and `offset`."""
+    if isinstance(kernel, Shifted):
+        return replace(kernel, base=jax.tree.map(function, kernel.base))
     if not isinstance(kernel, AdaptedKernel):
         return jax.tree.map(function, kernel)
     shared = jax.tree.map(function, (kernel.base, kernel.right, kernel.left))
     return AdaptedKernel(shared[0], shared[1], kernel.core, shared[2])
 
 
-def can_fuse(kernels: Sequence[jax.Array | QuantizedKernel | AdaptedKernel]) -> bool:
+def can_fuse(kernels: Sequence[Kernel]) -> bool:
     """Whether kernels have the same input: in int4 each has its own scales of the inputs."""
-    bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
+    bases = [_base(kernel) for kernel in kernels]
     return not any(is_quantized(base) and base.inputs is not None for base in bases)
 
 
-def fuse(kernels: Sequence[jax.Array | QuantizedKernel | AdaptedKernel]) -> FusedKernel:
+def fuse(kernels: Sequence[Kernel]) -> FusedKernel:
     """Joins two-dimensional kernels with the same input, for `fused_matmul`; all are quantized, or none is."""
-    bases = [k.base if isinstance(k, AdaptedKernel) else k for k in kernels]
+    bases = [_base(kernel) for kernel in kernels]
     rights = [k.right.astype(k.base.dtype) for k in kernels if isinstance(k, AdaptedKernel)]
     updates, widths = tuple(_Update.of(kernel) for kernel in kernels), tuple(base.shape[1] for base in bases)
     if is_quantized(bases[0]):
@@ -321,34 +337,46 @@ def fused_matmul(x: Float[Array, "... in"], kernel: FusedKernel) -> tuple[Float[
         mixed = [update.mixed(part) for update, part in zip(kernel.updates, jnp.split(skinny, ranks, -1), strict=True)]
         columns = _columns(x, jnp.concatenate(mixed, axis=-1), kernel.base.shape[0])
         return tuple(jnp.split(_product(columns, kernel.base, x.dtype), np.cumsum(kernel.widths)[:-1], axis=-1))
-    adapted = any(update.rank for update in kernel.updates)
+    adapted = not all(update.is_none for update in kernel.updates)
     product = _product(x, kernel.base, jnp.float32 if adapted else x.dtype)
     outputs, at, skinny_at = [], 0, 0
     skinny = skinny if apart else product[..., sum(kernel.widths) :]
     for width, update in zip(kernel.widths, kernel.updates, strict=True):
-        y = product[..., at : at + width]
-        if update.rank:
-            y = y + update(skinny[..., skinny_at : skinny_at + update.rank])
+        y = update.added(product[..., at : at + width], skinny[..., skinny_at : skinny_at + update.rank])
         outputs.append(y.astype(x.dtype))
         at, skinny_at = at + width, skinny_at + update.rank
     return tuple(outputs)
 
 
-_WITH_CORES = (AdaptedKernel, _Update)
+_WITH_ROWS = (AdaptedKernel, Shifted, _Update)
 
 
-def _has_own_rows(kernel: Any) -> bool:
-    """Whether each row of the batch has its own core."""
-    return isinstance(kernel, _WITH_CORES) and kernel.core is not None and kernel.core.ndim == 3
+def _of_rows(node: Any) -> dict[str, jax.Array]:
+    """The fields of a node that have one entry per row of the batch."""
+    core, offset = getattr(node, "core", None), getattr(node, "offset", None)
+    found = {"core": core} if core is not None and core.ndim == 3 else {}
+    return found | ({"offset": offset} if offset is not None and offset.ndim == 2 else {})
+
+
+def _map_rows(change: Callable[..., Any], params: Any, *trees: Any) -> Any:
+    return jax.tree.map(change, params, *trees, is_leaf=lambda x: isinstance(x, _WITH_ROWS))
 
 
 def select_rows(params: Any, index: Int[Array, " rows"]) -> Any:
     """Gives row i the adapter of row `index[i]`; adapters that all rows share are unchanged."""
-    select = lambda kernel: replace(kernel, core=kernel.core[index]) if _has_own_rows(kernel) else kernel
-    return jax.tree.map(select, params, is_leaf=lambda x: isinstance(x, _WITH_CORES))
+
+    def select(node: Any) -> Any:
+        own = _of_rows(node)
+        return replace(node, **{name: x[index] for name, x in own.items()}) if own else node
+
+    return _map_rows(select, params)
 
 
 def rows_marked(params: Any, tree: Any, mark: Any) -> Any:
     """A tree like `params`, with `mark` for leaves that have one entry per batch row and `tree`'s leaves elsewhere."""
-    select = lambda kernel, other: replace(other, core=mark) if _has_own_rows(kernel) else other
-    return jax.tree.map(select, params, tree, is_leaf=lambda x: isinstance(x, _WITH_CORES))
+
+    def select(node: Any, other: Any) -> Any:
+        own = _of_rows(node)
+        return replace(other, **dict.fromkeys(own, mark)) if own else other
+
+    return _map_rows(select, params, tree)

@@ -7,7 +7,7 @@ a vector or a tree of matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -17,11 +17,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinylora_jax.adapters.batches import lower_factorize
-from tinylora_jax.adapters.factors import Factors, factorize
-from tinylora_jax.adapters.lora import LoRA, Matrices, apply_lora, init_lora, merge_lora
-from tinylora_jax.adapters.spec import TinyLoRA
+from tinylora_jax.adapters.factors import Factors, factorize, retie
+from tinylora_jax.adapters.lora import LoRA, Matrices, apply_lora, complete, init_lora, merge_lora
+from tinylora_jax.adapters.offsets import (
+    Offsets,
+    Vectors,
+    apply_offsets,
+    init_offsets,
+    merge_offsets,
+    selected,
+    union,
+)
+from tinylora_jax.adapters.spec import TinyLoRA, lora_xs
 from tinylora_jax.adapters.targets import leaves_by_path, map_by_path
-from tinylora_jax.adapters.tinylora import apply, init, merge
+from tinylora_jax.adapters.tinylora import apply, coordinates, init, merge
 
 Trained: TypeAlias = Any
 """The trained parameters: a pytree of float32 arrays."""
@@ -70,6 +79,19 @@ class Adapted(Protocol):
         ...
 
 
+@runtime_checkable
+class Space(Adapted, Protocol):
+    """A policy whose v can represent other adapters of the same weights, so that these share its programs."""
+
+    def within(self, spec: Any) -> Space:
+        """The policy of another spec, whose adapters are points of this policy's space."""
+        ...
+
+    def point(self, other: Any, v: Trained) -> Trained:
+        """The v of this policy that gives the same weights as `v` of `other`; linear in `v`."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Policy:
@@ -102,6 +124,14 @@ class Policy:
         """Applies functions to the frozen parts and returns the new policy."""
         return replace(self, params=weights(self.params), factors=factors(self.factors))
 
+    def within(self, spec: TinyLoRA) -> Policy:
+        """The policy of another spec of the same rank, without a new decomposition; see `retie`."""
+        return Policy(self.params, retie(self.params, self.factors, spec))
+
+    def point(self, other: Policy, v: Float[Array, "groups u"]) -> Float[Array, "modules free"]:
+        """The vector of this policy, which is that of LoRA-XS, for a vector of `other`; see `coordinates`."""
+        return coordinates(self.factors, other.factors, v)
+
     @property
     def num_params(self) -> int:
         """Number of trained parameters."""
@@ -116,7 +146,7 @@ class Policy:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoRAPolicy:
-    """A policy adapted by LoRA; v holds the two matrices of every module.
+    """A policy adapted by LoRA; v holds the two matrices of every module, or only B if A is frozen.
 
     Attributes:
       params: tree of base weights.
@@ -142,9 +172,63 @@ class LoRAPolicy:
         """The adapted weights at v, merged into dense arrays."""
         return merge_lora(self.params, self.spec, v)
 
+    def matrices(self, v: Matrices) -> Matrices:
+        """Both matrices of every module at v."""
+        return complete(self.params, self.spec, v)
+
     def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> LoRAPolicy:
         """Applies a function to the base weights and returns the new policy."""
         return replace(self, params=weights(self.params))
+
+    @property
+    def num_params(self) -> int:
+        """Number of trained parameters."""
+        return _count(jax.eval_shape(self.init))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OffsetPolicy:
+    """A policy with trained offsets of outputs or of norms' scales; v maps each path to its vector.
+
+    Attributes:
+      params: tree of base weights.
+      spec: description of the vectors.
+    """
+
+    params: Any
+    spec: Offsets = field(metadata={"static": True})
+
+    rows_apart = True
+    trains_head = False
+    ill_conditioned = ()
+
+    def __call__(self, v: Vectors) -> Any:
+        """The weights at v, with their offsets beside them."""
+        return apply_offsets(self.params, self.spec, v)
+
+    def init(self) -> Vectors:
+        """The vectors of the base model: zeros."""
+        return init_offsets(self.params, self.spec)
+
+    def merged(self, v: Vectors) -> Any:
+        """The weights at v as dense arrays; every kernel with an offset needs a bias beside it."""
+        return merge_offsets(self.params, self.spec, v)
+
+    def map_frozen(self, weights: Callable[[Any], Any], factors: Callable[[Factors], Factors]) -> OffsetPolicy:
+        """Applies a function to the base weights and returns the new policy."""
+        return replace(self, params=weights(self.params))
+
+    def within(self, spec: Offsets) -> OffsetPolicy:
+        """The policy of a spec that selects some of the same leaves."""
+        outside = sorted(set(selected(self.params, spec)) - set(selected(self.params, self.spec)))
+        if outside:
+            raise ValueError(f"targets outside those of all members: {', '.join(outside[:3])}, …")
+        return OffsetPolicy(self.params, spec)
+
+    def point(self, other: OffsetPolicy, v: Vectors) -> Vectors:
+        """The vectors of this policy: those of `other`, and zeros for the leaves that it does not select."""
+        return {**self.init(), **v}
 
     @property
     def num_params(self) -> int:
@@ -196,7 +280,25 @@ class FullPolicy:
         return _count(self.params)
 
 
-Spec: TypeAlias = TinyLoRA | LoRA | Full
+Spec: TypeAlias = TinyLoRA | LoRA | Full | Offsets
+
+
+def joint_spec(base: Spec, members: Sequence[Spec]) -> TinyLoRA | Offsets:
+    """The spec of the smallest space that contains the adapters of all members.
+
+    Args:
+      base: spec with the rank and targets of the space of TinyLoRA and LoRA-XS; not used for offsets.
+      members: specs of the members.
+
+    Raises:
+      ValueError: no single space contains them.
+    """
+    if all(isinstance(spec, Offsets) for spec in members):
+        return union([spec for spec in members if isinstance(spec, Offsets)])
+    if isinstance(base, TinyLoRA) and all(isinstance(spec, TinyLoRA) for spec in members):
+        return lora_xs(base.rank, base.targets)
+    kinds = ", ".join(sorted({type(spec).__name__ for spec in (base, *members)}))
+    raise ValueError(f"adapters of the kinds {kinds} are not points of one space")
 
 
 def adapt(params: Any, spec: Spec, method: str = "auto", report: Callable[[int, int], None] | None = None) -> Adapted:
@@ -216,6 +318,9 @@ def adapt(params: Any, spec: Spec, method: str = "auto", report: Callable[[int, 
     if isinstance(spec, LoRA):
         jax.eval_shape(lambda params: init_lora(params, spec), params)  # raises if the tree has no such modules
         return LoRAPolicy(params, spec)
+    if isinstance(spec, Offsets):
+        jax.eval_shape(lambda params: init_offsets(params, spec), params)  # raises likewise
+        return OffsetPolicy(params, spec)
     return Policy(params, factorize(params, spec, method, report=report))
 
 

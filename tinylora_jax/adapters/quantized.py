@@ -214,6 +214,20 @@ def quantized_gradient(g: Any, kernel: QuantizedKernel, num_in: int) -> jax.Arra
     return _scaled(dx, kernel, num_in)
 
 
+def float_product(x: jax.Array, W: Any, num_in: int) -> jax.Array:
+    """x·W in float32, for an array or a quantized kernel."""
+    if is_quantized(W):
+        return quantized_product(x, W, num_in)
+    return contract(x, W, num_in, jnp.float32)
+
+
+def product_gradients(x: jax.Array, W: Any, num_in: int, g: jax.Array) -> tuple[jax.Array, Any]:
+    """The gradients of x and W in x·W, in the dtype of x; integers have none."""
+    if is_quantized(W):
+        return quantized_gradient(g, W, num_in), None
+    return jax.vjp(lambda x, W: contract(x, W, num_in, x.dtype), x, W)[1](g)
+
+
 def joined(kernels: Sequence[QuantizedKernel], columns: int) -> QuantizedKernel:
     """The columns of several int8 kernels `[in, out]` as one kernel, padded with zeros to a number of columns."""
     missing = columns - sum(kernel.shape[1] for kernel in kernels)

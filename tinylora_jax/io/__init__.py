@@ -23,4 +23,6 @@ from tinylora_jax.io._saving import open_trained as open_trained
 from tinylora_jax.io._saving import save_trained as save_trained
 from tinylora_jax.io._trained import SavedAdapter as SavedAdapter
 from tinylora_jax.io._trained import open_adapter as open_adapter
+from tinylora_jax.io._trained import open_saved as open_saved
+from tinylora_jax.io._trained import policy_together as policy_together
 from tinylora_jax.io._trained import read_together as read_together

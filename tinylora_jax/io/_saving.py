@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylora_jax.adapters import Adapted, FullPolicy, LoRAPolicy, Policy
+from tinylora_jax.adapters import Adapted, FullPolicy, LoRAPolicy, OffsetPolicy, Policy
 from tinylora_jax.adapters.policy import Trained
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.io._pretrained import Pretrained, load_pretrained
-from tinylora_jax.io._trained import open_adapter
+from tinylora_jax.io._trained import open_saved
 from tinylora_jax.io.adapter._file import AdapterError, save_adapter
+from tinylora_jax.io.adapter._offsets import save_offsets
 from tinylora_jax.io.hf._export import write_model
 from tinylora_jax.io.hf._hub_adapters import adapter_folder
 from tinylora_jax.io.peft._lora import is_lora, read_lora, save_lora
@@ -51,8 +52,8 @@ def save_trained(
 ) -> Trained:
     """Writes trained parameters in a format that other tools can load too.
 
-    TinyLoRA and LoRA-XS give `vector.bin` and `adapter.json`, LoRA a PEFT folder, and full fine-tuning a float32 model
-    folder.
+    TinyLoRA and LoRA-XS give `vector.bin` and `adapter.json`, offsets `offsets.safetensors` and `offsets.json`, LoRA a
+    PEFT folder, and full fine-tuning a float32 model folder.
 
     Args:
       folder: output folder, created, or replaced if it holds the same kind.
@@ -92,7 +93,14 @@ def _write_vector(
 def _write_matrices(
     policy: LoRAPolicy, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
 ) -> None:
-    save_lora(folder, policy.spec, v, model.name, fingerprint, **about)
+    save_lora(folder, policy.spec, policy.matrices(v), model.name, fingerprint, **about)
+
+
+@_write.register
+def _write_offsets(
+    policy: OffsetPolicy, folder: Path, model: Pretrained, v: Trained, fingerprint: _About, dtype: str, about: _About
+) -> None:
+    save_offsets(folder, v, model.name, fingerprint, **about)
 
 
 @_write.register
@@ -126,7 +134,7 @@ def open_trained(folder: Path | str, transfer: bool = False) -> SavedPolicy:
         tree = load_pretrained(str(folder), jnp.float32).params
         v = leaves_by_path(tree)
         return SavedPolicy(v, None, lambda params, method: _full_policy(folder, params, v))
-    adapter = open_adapter(folder, transfer)
+    adapter = open_saved(folder, transfer)
     return SavedPolicy(adapter.v, adapter.base, adapter.policy)
 
 

@@ -1,4 +1,4 @@
-"""Reads a trained adapter in any supported format: this project's folder, or PEFT's TinyLoRA."""
+"""Reads a trained adapter in any supported format: this project's folders, or PEFT's TinyLoRA."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters import Factors, Policy, TinyLoRA, combine, factorize, own_triplets, retied
+from tinylora_jax.adapters import (
+    Factors,
+    OffsetPolicy,
+    Policy,
+    Space,
+    TinyLoRA,
+    Trained,
+    combine,
+    factorize,
+    joint_spec,
+    own_triplets,
+    retied,
+)
+from tinylora_jax.io.adapter._description import AdapterError
 from tinylora_jax.io.adapter._file import AdapterReader, factors_of, read_adapter
+from tinylora_jax.io.adapter._offsets import SavedOffsets, is_offsets, read_offsets, template_of
 from tinylora_jax.io.hf._hub_adapters import adapter_folder
 from tinylora_jax.io.hf._quantizing import as_trained
 from tinylora_jax.io.peft._tinylora import PeftError, is_peft, peft_factors, read_tinylora, written_spec
@@ -55,9 +70,12 @@ class SavedAdapter:
     @property
     def template(self) -> str | None:
         """Name of the prompt template used in training; None if the folder does not state it."""
-        config = self.about.get("config")
-        name = config.get("template") if isinstance(config, dict) else None
-        return name if isinstance(name, str) else None
+        return template_of(self.about)
+
+    @property
+    def shape(self) -> tuple[str, Hashable]:
+        """Words for what a batch can contain together with it, and a key that is then equal: rank and leaves."""
+        return f"rank {self.spec.rank} and {len(self.spec.targets)} weights", (self.spec.rank, set(self.spec.targets))
 
     def own(self, params: Any, method: str = "auto") -> tuple[Factors, Float[Array, "groups u"]]:
         """Factors from this library's decomposition of the weights, and the vector, see `own_triplets`.
@@ -81,6 +99,16 @@ class SavedAdapter:
         return Policy(params, self.factors(params, method))
 
 
+def open_saved(folder: Path | str, transfer: bool = False) -> SavedAdapter | SavedOffsets:
+    """Opens what `open_adapter` opens, or trained offsets; both can share a batch with others of their kind.
+
+    Raises:
+      AdapterError, PeftError, FileNotFoundError: as for `open_adapter`.
+    """
+    found = adapter_folder(folder)
+    return read_offsets(found, transfer) if is_offsets(found) else open_adapter(found, transfer)
+
+
 def open_adapter(folder: Path | str, transfer: bool = False) -> SavedAdapter:
     """Reads an adapter without its base model; a folder with `adapter_config.json` is a PEFT folder.
 
@@ -94,6 +122,11 @@ def open_adapter(folder: Path | str, transfer: bool = False) -> SavedAdapter:
       FileNotFoundError: the hub has no such adapter, or cannot be reached.
     """
     folder = adapter_folder(folder)
+    if is_offsets(folder):
+        raise AdapterError(
+            f"{folder} holds offsets (steering, bias or norm), but a TinyLoRA adapter is expected here; evaluate,"
+            " generate and export accept offsets"
+        )
     if is_peft(folder):
         adapter = read_tinylora(folder)
         factors = lambda params, method: peft_factors(adapter, params)
@@ -111,6 +144,29 @@ def open_adapter(folder: Path | str, transfer: bool = False) -> SavedAdapter:
     about = about if isinstance(about, dict) else {}
     kind = spec, json.dumps(description["factors"], sort_keys=True), quantize
     return SavedAdapter(folder, v, description["base"], spec, factors, dtype, quantize, about, kind, source=source)
+
+
+def policy_together(params: Any, adapters: Sequence[SavedAdapter | SavedOffsets]) -> tuple[Space, list[Trained]]:
+    """Reads several adapters of one base model, or several sets of offsets, for use in one batch.
+
+    Args:
+      params: weights of the base model.
+      adapters: adapters of equal `shape`.
+
+    Returns:
+      The policy whose space contains them, and each one's v in it, as NumPy arrays.
+
+    Raises:
+      AdapterError, PeftError, CombinationError: as for `read_together`.
+    """
+    offsets = [adapter for adapter in adapters if isinstance(adapter, SavedOffsets)]
+    if not offsets:
+        factors, vectors = read_together(params, [each for each in adapters if isinstance(each, SavedAdapter)])
+        return Policy(params, factors), vectors
+    policies = [adapter.policy(params) for adapter in offsets]
+    joint = OffsetPolicy(params, joint_spec(policies[0].spec, [policy.spec for policy in policies]))
+    points = [joint.point(policy, adapter.v) for policy, adapter in zip(policies, offsets, strict=True)]
+    return joint, [jax.tree.map(np.asarray, point) for point in points]
 
 
 def read_together(params: Any, adapters: Sequence[SavedAdapter]) -> tuple[Factors, list[np.ndarray]]:

@@ -56,6 +56,7 @@ class ModelConfig:
       tie_embeddings: whether the output head is the transposed embedding.
       qkv_bias: whether the q, k and v projections have biases (Qwen2).
       o_bias: whether the output projection has a bias.
+      mlp_bias: whether the three maps of the MLP have biases.
       qk_norm: whether RMSNorm is applied to each head of q and k (Qwen3).
       max_positions: longest supported sequence, in tokens.
     """
@@ -72,6 +73,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     max_positions: int = 32_768
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tinylora_jax.adapters import AdaptedKernel, FusedKernel, can_fuse, fuse, fused_matmul, matmul, scheme_of
+from tinylora_jax.adapters import FusedKernel, can_fuse, fuse, fused_matmul, is_adapted, matmul, rescale, scheme_of
 from tinylora_jax.models.attention import cached_attention, causal_attention
 from tinylora_jax.models.cache import Entries, KeyBias, KVCache, QuantizedEntries, stored_as
 from tinylora_jax.models.config import ModelConfig
@@ -50,7 +50,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale.get_value()
+        return rescale(wide, self.scale.get_value(), x.dtype)
 
 
 class Linear(nnx.Module):
@@ -114,7 +114,7 @@ class MLP(nnx.Module):
     """Gated MLP: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        make = partial(Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        make = partial(Linear, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = make(config.hidden_size, config.intermediate_size)
         self.up_proj = make(config.hidden_size, config.intermediate_size)
         self.down_proj = make(config.intermediate_size, config.hidden_size)
@@ -202,8 +202,11 @@ def _in_one_loop(layers: Sequence[Any]) -> bool:
     """Whether many tokens go through one loop over stacked weights, so that XLA compiles a single block.
 
     For a TPU that already takes a minute. But stacking copies all weights, and the copies of quantized weights, which
-    were to fit on one device, would fill it. Without a loop, the 28 blocks of Qwen2.5-7B compile in 2.6 minutes.
+    were to fit on one device, would fill it. Without a loop, the 28 blocks of Qwen2.5-7B compile in 2.6 minutes. Layers
+    of which only some are adapted cannot be stacked.
     """
+    if len({jax.tree.structure(layer) for layer in layers}) > 1:
+        return False
     mesh = current_mesh()
     return mesh is not None or (on_tpu() and scheme_of(layers) == "none")
 
@@ -341,7 +344,7 @@ def head_kernel(config: ModelConfig, params: Any) -> Float[Array, "hidden vocab"
     """
     embedding = params["embed_tokens"]["embedding"]
     kernel = embedding if config.tie_embeddings else params["lm_head"]["kernel"]
-    if isinstance(kernel, AdaptedKernel) or isinstance(embedding, AdaptedKernel):
+    if is_adapted(kernel) or is_adapted(embedding):
         raise ValueError("adapters on embed_tokens or lm_head are not supported; remove them from the targets")
     return kernel.T if config.tie_embeddings else kernel
 

@@ -173,7 +173,8 @@ REFUSED = [
     ("model_type", {"model_type": None}),
     ("model_type", {"model_type": ["llama"]}),
     ("hidden_act", {"hidden_act": "gelu"}),
-    ("mlp_bias", {"mlp_bias": True}),
+    ("mlp_bias", {"model_type": "qwen2", "mlp_bias": True}),
+    ("mlp_bias", {"model_type": "qwen3", "mlp_bias": True}),
     ("use_sliding_window", {"use_sliding_window": True}),
     ("use_mrope", {"use_mrope": True}),
     ("layer_types", {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}),
@@ -219,7 +220,7 @@ def test_refuses_by_name(name, change):
 def test_names_all_problems_at_once():
     bad = {
         "hidden_act": "gelu",
-        "mlp_bias": True,
+        "mlp_bias": 1,
         "novelty": 1,
         "hidden_size": -1,
         "rope_scaling": {"type": "dynamic"},

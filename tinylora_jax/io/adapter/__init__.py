@@ -1,4 +1,4 @@
-"""This project's adapter files: a vector of 26 bytes and its description (ADAPTER_FORMAT.md)."""
+"""This project's adapter files: a vector of 26 bytes (ADAPTER_FORMAT.md), and sets of offsets."""
 
 from tinylora_jax.io.adapter._description import FORMAT_VERSION as FORMAT_VERSION
 from tinylora_jax.io.adapter._description import AdapterError as AdapterError
@@ -8,3 +8,5 @@ from tinylora_jax.io.adapter._file import load_adapter as load_adapter
 from tinylora_jax.io.adapter._file import read_adapter as read_adapter
 from tinylora_jax.io.adapter._file import save_adapter as save_adapter
 from tinylora_jax.io.adapter._fingerprint import base_fingerprint as base_fingerprint
+from tinylora_jax.io.adapter._offsets import SavedOffsets as SavedOffsets
+from tinylora_jax.io.adapter._offsets import save_offsets as save_offsets

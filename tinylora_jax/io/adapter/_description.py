@@ -189,11 +189,20 @@ def parse_description(description: Mapping[str, Any]) -> tuple[TinyLoRA, np.dtyp
             _require(_is_list(names, str) and least <= len(set(names)) == len(names), "factors", "distinct modules")
         _require(isinstance(kept["sha256"], str), "factors", "a SHA-256")
     if base is not None:
-        _require(isinstance(base["dtype"], str) and isinstance(base["weights"], dict), "base_fingerprint", "an object")
-        _require(base.get("quantize", "none") in list(SCHEMES), "base_fingerprint.quantize", " or ".join(SCHEMES))
-        bad = [path for path, row in base["weights"].items() if not _is_numbers(row, NUM_SIGNED + 1)]
-        _require(not bad, f"base_fingerprint of {', '.join(bad[:1])}", f"{NUM_SIGNED + 1} finite numbers")
+        check_fingerprint(base)
     return spec, DTYPES[description["dtype"]], tuple(shape)
+
+
+def check_fingerprint(base: Mapping[str, Any]) -> None:
+    """Checks the fingerprint of a base model from a file.
+
+    Raises:
+      AttributeError, KeyError, OverflowError, TypeError or ValueError: a field is wrong; the message says which.
+    """
+    _require(isinstance(base["dtype"], str) and isinstance(base["weights"], dict), "base_fingerprint", "an object")
+    _require(base.get("quantize", "none") in list(SCHEMES), "base_fingerprint.quantize", " or ".join(SCHEMES))
+    bad = [path for path, row in base["weights"].items() if not _is_numbers(row, NUM_SIGNED + 1)]
+    _require(not bad, f"base_fingerprint of {', '.join(bad[:1])}", f"{NUM_SIGNED + 1} finite numbers")
 
 
 def _require(ok: Any, field: str, expected: str) -> None:

@@ -38,7 +38,6 @@ _MAX_LAYERS = 4096  # a name table is built per layer, so a bad config must not 
 # Fields that must have the value that leaves the model unchanged.
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
-    "mlp_bias": False,
     "use_sliding_window": False,
     "use_mrope": False,
     "pretraining_tp": 1,
@@ -59,6 +58,7 @@ _READ = (
     "rms_norm_eps",
     "tie_word_embeddings",
     "attention_bias",
+    "mlp_bias",
     "layer_types",
     "quantization_config",
 )
@@ -158,7 +158,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     reader.unknown(_HARMLESS | frozenset(_READ))
     _refuse_quantization(config.get("quantization_config"), problems)
     sizes = _sizes(reader, _DEFAULTS[family])
-    bias = _attention_bias(reader, family)
+    bias, mlp_bias = _attention_bias(reader, family), _mlp_bias(reader, family)
     _check_layer_types(reader, sizes["num_hidden_layers"])
     rope = _rope(reader, sizes["max_position_embeddings"])
     eps = reader.number("rms_norm_eps", 1e-6, low=0.0)
@@ -179,6 +179,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=tied,
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
+        mlp_bias=mlp_bias,
         qk_norm=family == "qwen3",
         max_positions=sizes["max_position_embeddings"],
     )
@@ -218,6 +219,14 @@ def _attention_bias(reader: _Reader, family: str) -> bool:
         return reader.flag("attention_bias", False)
     if reader.values.get("attention_bias") not in (None, True):
         reader.problems.append("attention_bias=False is not supported for qwen2, which always has biases on q, k, v")
+    return False
+
+
+def _mlp_bias(reader: _Reader, family: str) -> bool:
+    """Whether the maps of the MLP have biases, which only Llama can have."""
+    if family == "llama" and reader.values.get("mlp_bias") is not None:
+        return reader.flag("mlp_bias", False)
+    reader.fixed({"mlp_bias": False})
     return False
 
 

@@ -37,13 +37,14 @@ def describe_config(config: ModelConfig) -> dict[str, Any]:
     if config.qk_norm:
         family = "qwen3"
     else:
-        family = "qwen2" if config.qkv_bias and not config.o_bias else "llama"
-    if config.qkv_bias != config.o_bias and family != "qwen2":
+        family = "qwen2" if config.qkv_bias and not (config.o_bias or config.mlp_bias) else "llama"
+    if (config.qkv_bias != config.o_bias and family != "qwen2") or (config.mlp_bias and family != "llama"):
         raise ValueError(
-            f"a model with qkv_bias={config.qkv_bias}, o_bias={config.o_bias} and qk_norm={config.qk_norm} is none of"
-            f" {', '.join(_CLASSES)}, so transformers cannot load it"
+            f"a model with qkv_bias={config.qkv_bias}, o_bias={config.o_bias}, mlp_bias={config.mlp_bias} and"
+            f" qk_norm={config.qk_norm} is none of {', '.join(_CLASSES)}, so transformers cannot load it"
         )
     bias = {} if family == "qwen2" else {"attention_bias": config.qkv_bias}
+    bias |= {"mlp_bias": True} if config.mlp_bias else {}
     return {
         "architectures": [_CLASSES[family]],
         "model_type": family,

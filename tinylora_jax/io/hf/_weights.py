@@ -43,9 +43,9 @@ def parameter_names(config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...
         ("self_attn", "k_proj"): (width, kv, config.qkv_bias),
         ("self_attn", "v_proj"): (width, kv, config.qkv_bias),
         ("self_attn", "o_proj"): (q, width, config.o_bias),
-        ("mlp", "gate_proj"): (width, inner, False),
-        ("mlp", "up_proj"): (width, inner, False),
-        ("mlp", "down_proj"): (inner, width, False),
+        ("mlp", "gate_proj"): (width, inner, config.mlp_bias),
+        ("mlp", "up_proj"): (width, inner, config.mlp_bias),
+        ("mlp", "down_proj"): (inner, width, config.mlp_bias),
     }
     norms: dict[tuple[str, ...], int] = {("input_layernorm",): width, ("post_attention_layernorm",): width}
     if config.qk_norm:

@@ -47,18 +47,21 @@ def write_folder(
     config: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
+    of_maps: bool = True,
 ) -> None:
-    """Writes a PEFT folder with the common fields and the given config, tensors and texts for their file's header."""
+    """Writes a PEFT folder with the common fields and the given config, tensors and texts for their file's header.
+
+    The fields of linear maps are written if `of_maps`; LN tuning has none of them.
+    """
     name, revision = split_revision(base) if HUB_ID.fullmatch(base) else (base, None)
     common = {
         "base_model_name_or_path": name,
         "revision": revision,
         "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": list(modules),
     }
+    common |= {"bias": "none", "fan_in_fan_out": False} if of_maps else {}
     folder.mkdir(parents=True, exist_ok=True)
     lazy = {name: LazyTensor(x.shape, lambda x=x: x) for name, x in tensors.items()}
     write_safetensors(folder / WEIGHTS, lazy, "float32", metadata)

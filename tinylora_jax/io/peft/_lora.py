@@ -2,7 +2,8 @@
 
 PEFT stores A `[r, in]` and B `[out, r]` of every module and scales by `lora_alpha / r`, as `adapters.lora` does. The
 additional file `training.json` contains the fingerprint of the base model, so that loading onto another one fails, and
-a summary of the training. Folders from PEFT without this file can be read too.
+a summary of the training. Folders from PEFT without this file can be read too. If A was frozen, the folder contains it
+as well, because PEFT needs it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinylora_jax.adapters import LoRA, LoRAPolicy, Target
-from tinylora_jax.adapters.lora import Matrices
+from tinylora_jax.adapters.lora import Matrices, frozen_right
 from tinylora_jax.adapters.targets import leaves_by_path
 from tinylora_jax.files import is_number, write_atomically
 from tinylora_jax.hub import join_revision
@@ -49,6 +50,7 @@ class LoRAFolder:
       folder: folder of the adapter.
       spec: rank, alpha and adapted leaves.
       v: LoRA matrices, float32, by leaf path.
+      sizes: numbers of inputs and outputs, by leaf path.
       base: name of the base model; None if the folder does not state it.
       training: content of `training.json`; empty if there is none.
       transfer: whether a quantized base in training may be replaced by the same base in 16 bit.
@@ -57,6 +59,7 @@ class LoRAFolder:
     folder: Path
     spec: LoRA
     v: Matrices
+    sizes: Mapping[str, tuple[int, int]]
     base: str | None
     training: Mapping[str, Any]
     transfer: bool = False
@@ -68,8 +71,7 @@ class LoRAFolder:
           AdapterError, PeftError: the adapter belongs to another model.
         """
         shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
-        for path, pair in self.v.items():
-            expected = (pair["right"].shape[0], pair["left"].shape[0])
+        for path, expected in self.sizes.items():
             if shapes.get(path) != expected:
                 found = shapes.get(path, "no such weight")
                 raise PeftError(f"{self.folder} adapts {path} of shape {expected}, but the base model has {found}")
@@ -89,7 +91,7 @@ def save_lora(
     Args:
       folder: output folder, created if absent.
       spec: spec of v.
-      v: LoRA matrices of linear maps of blocks, float32, by leaf path.
+      v: both LoRA matrices of linear maps of blocks, float32, by leaf path.
       base: name of the base model.
       fingerprint: fingerprint of the base weights, from `base_fingerprint`.
       **about: JSON-serializable summary of the training.
@@ -106,7 +108,7 @@ def save_lora(
     }
     config = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": 0.0}
     write_folder(folder, base, names, config, tensors)
-    training = {"base_fingerprint": fingerprint, "about": about}
+    training = {"base_fingerprint": fingerprint, "about": about} | ({"frozen_a": spec.seed} if spec.freeze_a else {})
     write_atomically(folder / _TRAINING, json.dumps(training, indent=1) + "\n")
 
 
@@ -142,7 +144,21 @@ def read_lora(folder: Path, transfer: bool = False) -> LoRAFolder:
     targets = tuple(Target(re.escape(path)) for path in v)
     training = folder / _TRAINING
     kept = read_json(training, _MAX_JSON_BYTES) if training.is_file() else {}
-    return LoRAFolder(folder, LoRA(rank, float(alpha), targets), v, base, kept, transfer)
+    sizes = {path: (pair["right"].shape[0], pair["left"].shape[0]) for path, pair in v.items()}
+    spec = LoRA(rank, float(alpha), targets)
+    if (seed := _frozen_seed(kept, v)) is not None:
+        spec, v = replace(spec, seed=seed, freeze_a=True), {path: {"left": pair["left"]} for path, pair in v.items()}
+    return LoRAFolder(folder, spec, v, sizes, base, kept, transfer)
+
+
+def _frozen_seed(training: Mapping[str, Any], v: Matrices) -> int | None:
+    """The seed of the frozen matrices A; None if A was trained, or another generator drew what is in the file."""
+    seed = training.get("frozen_a")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        return None
+    drawn = lambda path, A: frozen_right(path, seed, (), *A.shape)
+    same = all(np.array_equal(drawn(path, pair["right"]), pair["right"]) for path, pair in v.items())
+    return seed if same else None
 
 
 def _read_matrices(folder: Path, rank: int) -> Matrices:
