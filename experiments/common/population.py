@@ -69,10 +69,10 @@ def parse_member(text: str, config: ConfigDict) -> Changes:
 
 def _parsed(field: str, text: str, config: ConfigDict) -> Any:
     """Converts a value to the type of its field."""
-    if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection"):
+    if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection", "optimizer.method"):
         raise ConfigError(
-            f"{field}: members may differ only in seed, method, targets, optimizer.* and adapter.* (except rank and"
-            " projection); run a separate sweep for each value of this field"
+            f"{field}: members may differ only in seed, method, targets, optimizer.* (except method) and adapter.*"
+            " (except rank and projection); run a separate sweep for each value of this field"
         )
     try:
         now = config
@@ -247,8 +247,12 @@ def free_spec(config: ConfigDict, specs: Specs) -> TinyLoRA:
     """LoRA-XS with a config's rank and targets, whose space contains all members.
 
     Raises:
-      ConfigError: the config's method is not TinyLoRA or LoRA-XS.
+      ConfigError: the config's method is not TinyLoRA or LoRA-XS, or it does not train by gradients.
     """
+    if config.teacher:
+        raise ConfigError(f"config.teacher={config.teacher!r}: a sweep trains with rewards; leave it out")
+    if config.search != "gradient":
+        raise ConfigError(f"config.search={config.search!r}: a sweep trains by gradients; set it to 'gradient'")
     if config.method not in ("tinylora", "lora_xs"):
         raise ConfigError(f"config.method={config.method!r}: a sweep in one program trains 'tinylora' or 'lora_xs'")
     return lora_xs(specs.adapter.rank, specs.adapter.targets)
