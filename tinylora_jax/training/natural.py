@@ -39,13 +39,13 @@ class NaturalState(NamedTuple):
     """The state of `natural`.
 
     Attributes:
-      count: number of updates, int32 scalar.
+      updates: number of updates, int32 scalar.
       seen: number of matrices in the average, int32 scalar; batches without signal have none.
       fisher: moving average of F̂ before bias correction, float32 `[n, n]`.
       momentum: moving average of the gradient before bias correction, float32 `[n]`.
     """
 
-    count: Int[Array, ""]
+    updates: Int[Array, ""]
     seen: Int[Array, ""]
     fisher: Float[Array, "n n"]
     momentum: Float[Array, " n"]
@@ -133,8 +133,8 @@ def natural(
         average = jnp.where(seen > state.seen, average, state.fisher)
         momentum = b1 * state.momentum + (1 - b1) * flat
         corrected = average / (1 - fisher_decay ** jnp.maximum(seen, 1))
-        direction, length = natural_direction(corrected, momentum / (1 - b1 ** (state.count + 1)), damping)
-        scale = rates(state.count) * (trust_scale(length, kl_radius) if kl_radius else 1.0)
-        return unravel(-scale * direction), NaturalState(state.count + 1, seen, average, momentum)
+        direction, length = natural_direction(corrected, momentum / (1 - b1 ** (state.updates + 1)), damping)
+        scale = rates(state.updates) * (trust_scale(length, kl_radius) if kl_radius else 1.0)
+        return unravel(-scale * direction), NaturalState(state.updates + 1, seen, average, momentum)
 
     return optax.GradientTransformationExtraArgs(start, update)
