@@ -26,7 +26,7 @@ from absl import app, flags
 from grain import DatasetIterator
 from ml_collections import ConfigDict
 
-from experiments.common import runs
+from experiments.common import evolving, runs
 from experiments.common.answering import (
     answer,
     answer_until_signal,
@@ -34,6 +34,7 @@ from experiments.common.answering import (
     lower_answer_until_signal,
     readable_page,
 )
+from experiments.common.distilling import distillation_learner
 from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
@@ -47,13 +48,16 @@ FLAGS = flags.FLAGS
 
 
 class Trainer(runs.Trainer):
-    """Trains with rewards: rollout, grading and update; see `runs.Trainer`."""
+    """Trains with rewards or a teacher: rollout, grading and update; see `runs.Trainer`."""
 
     def __init__(
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
     ):
         super().__init__(config, specs, prompts, steps, stop)
-        self.learner = rl.Learner(plan_of(config, specs, task.model, self.width), self.optimizer)
+        plan = plan_of(config, specs, task.model, self.width)
+        self.learner = rl.Learner(plan, self.optimizer)
+        if config.teacher:
+            self.learner = distillation_learner(config, specs, task, plan, self.optimizer, self.width)
         counts = config.batch_size, config.refill, len(prompts), config.samples
         self.sizes = rl.refill_sizes(*counts, self.width, task.slots) if config.refill else None
 
@@ -89,9 +93,14 @@ class Trainer(runs.Trainer):
         return Stepped(state, metrics | told, page, tokens)
 
 
+def make_trainer(config: ConfigDict, *arguments: Any) -> runs.Trainer:
+    """Creates the trainer that `config.search` names, see `runs.Trainer`."""
+    return (evolving.Trainer if config.search == "es" else Trainer)(config, *arguments)
+
+
 def run(config: ConfigDict, workdir: Path, stop: StopRequests, dry_run: bool = False) -> dict[str, Any]:
-    """`runs.run` by GRPO."""
-    return runs.run(config, workdir, stop, Trainer, "grpo", dry_run)
+    """`runs.run` by GRPO, or with `config.search=es` by an evolution strategy."""
+    return runs.run(config, workdir, stop, make_trainer, "grpo", dry_run)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -55,6 +55,7 @@ NAME = "run.png"  # file name of the plot, in the workdir
 _MAX_JSON_BYTES = 2**28  # a line of metrics takes about a kilobyte
 CURVES = "curves.png"  # file name of a sweep's curves, in its workdir
 _GRPO = ("reward", "reward_lenient", "length", "truncated", "v_norm", "delta_prob", "rollout_s", "update_s")
+_EVOLUTION = (*(name for name in _GRPO if name != "delta_prob"), "pairs_that_differ")
 _SFT = ("loss", "grad_norm", "entropy", "length", "v_norm", "update_s")
 _EVALUATED = ("eval_strict", "eval_lenient")  # in the steps after which `config.evaluate_every` evaluates
 _OPTIONAL = ("reward_se", "grading_s")  # absent in runs of older versions
@@ -142,7 +143,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             raise PlotError(f"{where} is damaged: {error}") from error
         if not isinstance(row, dict) or row.get("step") != index:
             raise PlotError(f"{where} is damaged: expected step {index}, found {str(row)[:40]!r}")
-        needed = _GRPO if "reward" in (rows or [row])[0] else _SFT
+        needed = _needed((rows or [row])[0])
         if missing := [name for name in needed if name not in row]:
             raise PlotError(f"{where} lacks {', '.join(missing)}: it is not from experiments.grpo or experiments.sft")
         known = {name: _number(f"{where}, {name}", row[name]) for name in (*needed, *_OPTIONAL) if name in row}
@@ -154,6 +155,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             numbers["v"] = [_number(f"{where}, v", x) for x in row["v"]]
         rows.append(numbers)
     return rows
+
+
+def _needed(first: dict[str, Any]) -> tuple[str, ...]:
+    """The metrics of every step of a run, of the kind that its first step shows."""
+    if "pairs_that_differ" in first:
+        return _EVOLUTION
+    return _GRPO if "reward" in first else _SFT
 
 
 def plot(workdir: Path, output: Path | None = None) -> Path:

@@ -33,7 +33,7 @@ from experiments.common import runs
 from experiments.common.opening import parse_flags
 from experiments.common.preemption import StopRequests
 from experiments.common.runs import Stepped, plan_of
-from experiments.common.specs import Specs, check_plain_draws
+from experiments.common.specs import ConfigError, Specs, check_plain_draws
 from experiments.common.task import Task
 from tinylora_jax.data import Prompt, encode_solutions, pad_prompts
 from tinylora_jax.training import SFT_OBJECTIVE, TrainState, Update, finite_metrics, solutions_batch
@@ -47,6 +47,7 @@ class Trainer(runs.Trainer):
     """Trains on worked solutions; see `runs.Trainer`.
 
     Raises:
+      ConfigError: `config.search` is not `gradient`.
       DataError: a question has no solution, or its solution is too long.
     """
 
@@ -54,6 +55,10 @@ class Trainer(runs.Trainer):
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
     ):
         check_plain_draws(config, "experiments.sft")
+        if config.search != "gradient":
+            raise ConfigError(f"config.search={config.search!r}: SFT has no rewards; set it to 'gradient'")
+        if config.teacher:
+            raise ConfigError(f"config.teacher={config.teacher!r}: SFT learns from solutions; leave it out")
         grpo = dataclasses.replace(
             specs.grpo, loss_type="dapo", kl_coef=0.0, updates_per_rollout=1, skip_without_signal=False
         )

@@ -7,10 +7,10 @@
 
 --vary trains all combinations of the given values; --member=field=value,field=value adds a single member. Every member
 has the same prompts, noise and optimizer as in a separate run. All decode in one batch over the same frozen weights.
-Members may differ in seed, targets, optimizer.*, adapter.* except the rank, and method (`tinylora`, `lora_xs`; or
-`steering`, `bias`, `norm`). A member that diverges is dropped. The sweep is saved after every step, and the same
-command continues it. Each member has a folder in `members` with the contents of a run's workdir. `summary.json`
-compares the members, and `curves.png` shows their rewards.
+Members may differ in seed, targets, optimizer.* except its method, adapter.* except the rank, and method (`tinylora`,
+`lora_xs`; or `steering`, `bias`, `norm`). A member that diverges is dropped. The sweep is saved after every step, and
+the same command continues it. Each member has a folder in `members` with the contents of a run's workdir.
+`summary.json` compares the members, and `curves.png` shows their rewards.
 """
 
 from __future__ import annotations

@@ -298,8 +298,8 @@ def step(case: Case) -> Program:
 
 def updates(case: Case) -> Iterator[Program]:
     """Loss and gradient of one microbatch of a rollout, for every sequence shape."""
-    plan = case.plan()
-    for sequence, microbatch in zip(plan.shapes, empty_microbatches(plan), strict=True):
+    plan, by_prompt = case.plan(), case.specs.optimizer.needs_fisher
+    for sequence, microbatch in zip(plan.shapes, empty_microbatches(plan, by_prompt), strict=True):
         yield _update(case, plan, sequence, microbatch)
 
 

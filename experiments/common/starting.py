@@ -49,7 +49,8 @@ def device_words() -> str:
 def memory_words(config: ConfigDict, task: Task) -> str:
     """Predicts the memory of a device while decoding."""
     mesh = active_mesh() or MeshSpec(1, 1, 1).make(jax.devices()[:1])
-    slots = task.slots or config.batch_size * config.samples
+    points = 2 if config.search == "es" else 1
+    slots = task.slots or points * config.batch_size * config.samples
     return f"about {size(rollout_bytes(task.model, config, mesh, slots, joins_kernels()))} per device while decoding"
 
 
@@ -75,6 +76,7 @@ def start_block(
     """
     weights = jax.tree.leaves(task.policy.params)
     batch = f"{config.batch_size} questions × {config.samples} answers"
+    batch = f"{batch} at both points of a pair" if config.search == "es" else batch
     batch = f"{config.batch_size} worked solutions" if experiment == "sft" else batch
     sources = {"training": config.train_data.source, "evaluation": config.eval_data.source}
     data = ", ".join(f"{questions[name]:,} of {source} for {name}" for name, source in sources.items())

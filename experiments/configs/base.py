@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_dict
 from tinylora_jax.adapters import LoRA, TinyLoRA
 from tinylora_jax.data import DataSpec
 from tinylora_jax.models import MeshSpec
-from tinylora_jax.training import GRPO, Optimizer
+from tinylora_jax.training import GRPO, Evolution, Optimizer
 
 
 def _fields(spec, *without: str) -> ConfigDict:
@@ -57,6 +57,10 @@ def get_config() -> ConfigDict:
 
     config.grpo = _fields(GRPO())
     config.optimizer = _fields(Optimizer(learning_rate=1e-4), "total_updates")
+    config.teacher = config_dict.placeholder(str)  # model that replaces the rewards: on-policy distillation
+    config.teacher_adapter = config_dict.placeholder(str)  # folder or `hub:owner/name` of an adapter of the teacher
+    config.search = "gradient"  # or `es`: an evolution strategy, which answers every prompt of a step twice
+    config.evolution = _fields(Evolution())
 
     config.mesh = _fields(MeshSpec())  # 0: the smallest `tensor` that fits, and `data` for the remaining devices
 

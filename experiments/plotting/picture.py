@@ -233,6 +233,13 @@ def _mismatch(axes: Axes, run: Run) -> None:
         axes.annotate("0 in every step", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GRAY)
 
 
+def _pairs(axes: Axes, run: Run) -> None:
+    axes.set_title("pairs of points with different rewards")
+    _line(axes, run.steps["pairs_that_differ"], BLUE, "share")
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(_percent)
+
+
 def _seconds(axes: Axes, run: Run) -> None:
     axes.set_title("seconds of a step")
     axes.set_ylabel("s")
@@ -255,7 +262,7 @@ _PANELS: tuple[dict[str, Callable[[Axes, Run], None]], ...] = (
     {"reward": _reward, "loss": _loss},
     {"truncated": _length, "grad_norm": _gradient},
     {"v_norm": _vector},
-    {"delta_prob": _mismatch, "length": _solutions},
+    {"delta_prob": _mismatch, "pairs_that_differ": _pairs, "length": _solutions},
     {"update_s": _seconds},
 )
 """The candidates for each panel, by metric; the first one whose metric is logged is drawn."""

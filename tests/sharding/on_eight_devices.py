@@ -4,7 +4,8 @@
 
 MODEL is a family of tests/conftest.py, perhaps with the storage of the weights and of the cache, as in `llama:int4` or
 `qwen2:none:int8`, and then with what is trained, as in `qwen3:none:none:offsets`. MODES is `sampled` or
-`greedy,sampled`. Other tests share a process in which there is one device.
+`greedy,sampled`, or `natural` for natural gradients of a given rollout. Other tests share a process in which there is
+one device.
 """
 
 import os
@@ -123,6 +124,30 @@ def numbers(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).tolist()
 
 
+def natural(config, policy, v, mesh):
+    """Gradients of prompts, and two steps with their matrix, on a rollout that no device drew."""
+    rng, shape = np.random.default_rng(1), (PROMPTS, SAMPLES, NEW)
+    batch = Batch(
+        prompts=rng.integers(0, config.vocab_size, (PROMPTS, WIDTH)).astype(np.int32),
+        lengths=np.array([3, 5, 1, 6, 2, 6, 4, 1], np.int32),
+        completions=rng.integers(0, config.vocab_size, shape).astype(np.int32),
+        mask=np.arange(NEW) < rng.integers(1, NEW + 1, (*shape[:2], 1)),
+        rollout_logprobs=-np.abs(rng.standard_normal(shape)).astype(np.float32),
+        advantages=rng.standard_normal(shape[:2]).astype(np.float32),
+    )
+    shapes, sequences = plan_sequences(mesh, Bounds(PROMPTS, WIDTH, SAMPLES, NEW), 64)
+    plan = Plan(config, GRPO(), 1.0, NEW, shapes, sequences, remat=bool(mesh), prompts=PROMPTS)
+    optimizer = Optimizer(1e-2, method="natural", kl_radius=1e-3).transform()
+    step, state = Update(plan, optimizer), init_state(v, optimizer)
+    if mesh is not None:
+        state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    _, _, apart = step.gradient(state.v, policy, batch)
+    state, _ = step(state, policy, batch)
+    state, metrics = step(state, policy, batch)
+    counts = {"compiled": step.accumulate._cache_size(), "shapes": len(shapes), "sequences": sequences}
+    return {"apart": apart.tolist(), "v": state.v.tolist(), "step_kl": float(metrics["step_kl"])} | counts
+
+
 def run(family, modes, sizes):
     """Everything on one mesh; (1, 1, 1) is one device without a mesh."""
     family, scheme, cache, method = [*family.split(":"), *("none", "none", "tinylora")[family.count(":") :]]
@@ -138,6 +163,8 @@ def run(family, modes, sizes):
 
 
 def measure(config, policy, v, mesh, modes, cache):
+    if modes == ["natural"]:
+        return natural(config, policy, v, mesh)
     found = {}
     for mode in modes:
         tokens, lengths, completions = rollout(config, policy, v, mode == "greedy", cache=cache)

@@ -78,6 +78,17 @@ def test_every_mesh_changes_nothing(alone, family, mesh):
     check(alone, family, ("greedy", "sampled"), mesh)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_mesh_changes_nothing_of_natural_gradients(alone, mesh):
+    expected, got = alone("qwen2", ("natural",)), run("qwen2", ("natural",), mesh)
+    np.testing.assert_allclose(got["apart"], expected["apart"], atol=1e-5)
+    np.testing.assert_allclose(got["v"], expected["v"], atol=1e-4)
+    np.testing.assert_allclose(got["step_kl"], expected["step_kl"], rtol=1e-3)
+    assert np.abs(expected["apart"]).max() > 1e-2 and got["sequences"] > expected["sequences"] == 1
+    assert got["compiled"] == got["shapes"]
+
+
 # 2 kv heads divide neither 4 nor 8.
 DECODING = [
     *[(2, (8, 1, 1)), (4, (2, 1, 4))],

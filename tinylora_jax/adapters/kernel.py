@@ -41,7 +41,8 @@ class AdaptedKernel:
     Attributes:
       base: kernel W, `[*in, *out]`, quantized or not.
       right: V, float32 `[in, rank]`, with the input axes flattened.
-      core: Rᵀ Σ, float32 `[rank, rank]`, or `[rows, rank, rank]` with one adapter per row of the batch.
+      core: Rᵀ Σ, float32 `[rank, rank]`, `[rows, rank, rank]` with one adapter per row of the batch, or
+        `[rows, tokens, rank, rank]` with one per token.
       left: U, float32 `[out, rank]`, with the output axes flattened.
     """
 
@@ -61,10 +62,11 @@ _UNROLLED = 6  # up to this rank the update is a few fused multiply-adds; above,
 
 
 def _mix(skinny: jax.Array, core: jax.Array) -> jax.Array:
-    """skinny · core for `[..., r]` and `[r, r]`, or `[rows, r, r]` when each row has its own; exact float32."""
+    """skinny · core for `[..., r]` and `[r, r]`, or `[rows, (tokens,) r, r]` with own ones; exact float32."""
     rank = core.shape[-1]
-    if core.ndim == 3:
-        core = core.reshape(core.shape[0], *(1,) * (skinny.ndim - 2), rank, rank)
+    if core.ndim > 2:
+        own = core.shape[:-2]
+        core = core.reshape(*own, *(1,) * (skinny.ndim - 1 - len(own)), rank, rank)
     if rank <= _UNROLLED:
         return sum(skinny[..., j, None] * core[..., j, :] for j in range(rank))
     return jnp.matmul(skinny[..., None, :], core, precision="highest")[..., 0, :]
@@ -159,7 +161,7 @@ def _adapted_backward(num_in, residuals, g):
     g_mixed = wide(g_flat, left.astype(g.dtype))
     g_skinny = _mix(g_mixed, jnp.swapaxes(core, -1, -2))
     dx = dx + _expand(g_skinny, right.astype(jnp.float32).T).reshape(x.shape).astype(x.dtype)
-    rows = lambda y: y.reshape(y.shape[0], -1, y.shape[-1]) if core.ndim == 3 else y.reshape(-1, y.shape[-1])
+    rows = lambda y: y.reshape(*core.shape[:-2], -1, y.shape[-1])
     d_core = _outer(rows(skinny), rows(g_mixed))
     tokens = lambda y: y.reshape(-1, y.shape[-1])
     d_right = wide(tokens(x_flat).T, tokens(g_skinny).astype(x.dtype)).astype(right.dtype)

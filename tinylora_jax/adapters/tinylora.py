@@ -143,7 +143,8 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
     Args:
       params: tree of weights that was factorized.
       factors: factors computed from these weights by `factorize`.
-      v: trained vector, float32 `[groups, u]`, or `[rows, groups, u]` with one adapter per row of a batch.
+      v: trained vector, float32 `[groups, u]`, `[rows, groups, u]` with one adapter per row of a batch, or
+        `[rows, tokens, groups, u]` with one per token, whose gradient is that of each token apart.
 
     Returns:
       A tree of the same structure; forward code must multiply through `matmul`.
@@ -152,7 +153,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
       ValueError: the tree is not the one that was factorized, the shape of `v` does not fit, or a kernel's
         layout is not `layer… in… out…` (use `merge` for such layouts).
     """
-    _check_vector(factors, v, (2, 3))
+    _check_vector(factors, v, (2, 3, 4))
     _check_tree(params, factors)
 
     def wrap(name, leaf):

@@ -1,5 +1,9 @@
 """One GRPO iteration as library calls: rollout, grading, advantages and update."""
 
+from tinylora_jax.rl._distillation import DistillationLearner as DistillationLearner
+from tinylora_jax.rl._distillation import Teacher as Teacher
+from tinylora_jax.rl._distillation import distillation_advantages as distillation_advantages
+from tinylora_jax.rl._evolution import EvolutionLearner as EvolutionLearner
 from tinylora_jax.rl._learner import Learner as Learner
 from tinylora_jax.rl._learner import Underway as Underway
 from tinylora_jax.rl._learner import plan as plan

@@ -207,15 +207,15 @@ def grade(drawn: Rollout, reward: Reward, tokenizer: Decoder) -> GradedRollout:
 
 
 def step_key(seed: int, purpose: str, step: int) -> jax.Array:
-    """Derives the key of one step's sampling noise; it differs between steps and purposes.
+    """Derives the key of one step's noise; it differs between steps and purposes.
 
     Args:
       seed: seed of the run.
-      purpose: use of the noise, `train` or `eval`.
+      purpose: use of the noise: `train`, `eval` or `search`.
       step: index of the step.
 
     Returns:
       A typed PRNG key.
     """
-    purposes = ("train", "eval")
+    purposes = ("train", "eval", "search")
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purposes.index(purpose)), jnp.uint32(step))

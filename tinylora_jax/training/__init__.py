@@ -6,6 +6,11 @@ from tinylora_jax.training.batch import SequenceShape as SequenceShape
 from tinylora_jax.training.batch import pack as pack
 from tinylora_jax.training.batch import sequence_shapes as sequence_shapes
 from tinylora_jax.training.batch import unpack as unpack
+from tinylora_jax.training.evolution import Evolution as Evolution
+from tinylora_jax.training.evolution import antithetic_points as antithetic_points
+from tinylora_jax.training.evolution import evolution_gradient as evolution_gradient
+from tinylora_jax.training.evolution import search_noise as search_noise
+from tinylora_jax.training.evolution import shaped_differences as shaped_differences
 from tinylora_jax.training.grpo import GRPO as GRPO
 from tinylora_jax.training.grpo import Metrics as Metrics
 from tinylora_jax.training.grpo import Plan as Plan

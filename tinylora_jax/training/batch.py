@@ -32,7 +32,7 @@ class Batch:
       completions: right-padded completion tokens, int32 `[N, G, T]`.
       mask: True for the tokens to train on, bool `[N, G, T]`.
       rollout_logprobs: log-probabilities from generation, float32 `[N, G, T]`.
-      advantages: advantage of each completion, float32 `[N, G]`.
+      advantages: advantage of each completion, float32 `[N, G]`, or of each token, `[N, G, T]`.
       old_logprobs: log-probabilities under the policy before the first update, float32 `[N, G, T]`; None in the first
         update, which uses the current policy instead.
       ref_logprobs: log-probabilities under v = 0, float32 `[N, G, T]`; None without KL.
@@ -43,7 +43,7 @@ class Batch:
     completions: Int[np.ndarray, "prompts samples tokens"]
     mask: Bool[np.ndarray, "prompts samples tokens"]
     rollout_logprobs: Float[np.ndarray, "prompts samples tokens"]
-    advantages: Float[np.ndarray, "prompts samples"]
+    advantages: Float[np.ndarray, "prompts samples"] | Float[np.ndarray, "prompts samples tokens"]
     old_logprobs: Float[np.ndarray, "prompts samples tokens"] | None = None
     ref_logprobs: Float[np.ndarray, "prompts samples tokens"] | None = None
 
@@ -59,10 +59,11 @@ class Microbatch:
       source: index of each token in the rollout's flattened completions `[N·G·T]`, int32; −1 for other tokens.
       mask: True for the tokens to train on, bool.
       weights: weight of each token's loss, float32.
-      advantages: advantage of each token's completion, float32.
+      advantages: advantage of each token or of its completion, float32.
       rollout_logprobs: log-probabilities from generation, float32.
       old_logprobs: log-probabilities before the first update, float32; or None.
       ref_logprobs: log-probabilities under the reference policy, float32; or None.
+      prompt: index of each token's prompt in the rollout, int32; −1 for padding; or None.
     """
 
     tokens: Int[AnyArray, "sequences tokens"]
@@ -74,6 +75,7 @@ class Microbatch:
     rollout_logprobs: Float[AnyArray, "sequences tokens"]
     old_logprobs: Float[AnyArray, "sequences tokens"] | None = None
     ref_logprobs: Float[AnyArray, "sequences tokens"] | None = None
+    prompt: Int[AnyArray, "sequences tokens"] | None = None
 
 
 class _Unit(NamedTuple):
@@ -218,12 +220,22 @@ def _lay_out(units: Sequence[_Unit], batch: Batch, ends: np.ndarray, shape: Sequ
     return _Laid(tokens, source, positions, tokens_at, places_of, lengths)
 
 
+def _owners(units: Sequence[_Unit], batch: Batch, tokens: int) -> Int[np.ndarray, " tokens"]:
+    """The prompt of each token of a sequence that `_lay_out` lays out; −1 for padding."""
+    prompts = np.array([unit.prompt for unit in units], np.int32)
+    asked = batch.lengths[prompts]
+    answered = np.array([unit.tokens for unit in units], np.int32) - asked
+    owners = np.repeat(np.tile(prompts, 2), np.concatenate([answered, asked]))
+    return np.pad(owners, (0, tokens - owners.size), constant_values=-1)
+
+
 def pack(
     batch: Batch,
     weights: np.ndarray,
     shapes: Sequence[SequenceShape],
     sequences: int = 1,
     wanted: np.ndarray | None = None,
+    by_prompt: bool = False,
 ) -> Iterator[Microbatch]:
     """Packs a rollout into microbatches of `sequences` sequences each, first-fit by length.
 
@@ -235,6 +247,7 @@ def pack(
       shapes: shapes of the run's sequences, from `sequence_shapes`.
       sequences: B, the number of sequences per microbatch.
       wanted: completions to include, bool `[N, G]`; None includes all.
+      by_prompt: whether the microbatches say which prompt each token belongs to.
 
     Yields:
       The microbatches; none if no completion is wanted. Microbatches of one shape run the same compiled program.
@@ -247,11 +260,15 @@ def pack(
         bins += [[] for _ in range(-len(bins) % sequences)]
         left = left & (rows > shape.places)
         for first in range(0, len(bins), sequences):
-            laid = [_lay_out(units, batch, ends, shape) for units in bins[first : first + sequences]]
-            yield _microbatch(batch, weights, _Laid.stack(laid))
+            units = bins[first : first + sequences]
+            laid = _Laid.stack([_lay_out(each, batch, ends, shape) for each in units])
+            owners = np.stack([_owners(each, batch, shape.tokens) for each in units]) if by_prompt else None
+            yield _microbatch(batch, weights, laid, owners)
 
 
-def empty_microbatch(shape: SequenceShape, sequences: int = 1, *, old: bool = False, ref: bool = False) -> Microbatch:
+def empty_microbatch(
+    shape: SequenceShape, sequences: int = 1, *, old: bool = False, ref: bool = False, by_prompt: bool = False
+) -> Microbatch:
     """Creates a microbatch without tokens, to compile a program in advance.
 
     Args:
@@ -259,6 +276,7 @@ def empty_microbatch(shape: SequenceShape, sequences: int = 1, *, old: bool = Fa
       sequences: B, the number of sequences.
       old: whether to include log-probabilities before the update.
       ref: whether to include log-probabilities of the reference policy.
+      by_prompt: whether to include the prompt of each token.
     """
     zeros = np.zeros((1, shape.samples, 1), np.float32)
     batch = Batch(
@@ -272,12 +290,15 @@ def empty_microbatch(shape: SequenceShape, sequences: int = 1, *, old: bool = Fa
         ref_logprobs=zeros if ref else None,
     )
     laid = [_lay_out((), batch, np.zeros(zeros.shape[:2], int), shape)] * sequences
-    return _microbatch(batch, zeros, _Laid.stack(laid))
+    owners = np.stack([_owners((), batch, shape.tokens)] * sequences) if by_prompt else None
+    return _microbatch(batch, zeros, _Laid.stack(laid), owners)
 
 
-def _microbatch(batch: Batch, weights: np.ndarray, laid: _Laid) -> Microbatch:
+def _microbatch(batch: Batch, weights: np.ndarray, laid: _Laid, owners: np.ndarray | None) -> Microbatch:
     source = laid.source
-    spread = np.broadcast_to(batch.advantages[:, :, None], batch.mask.shape)
+    spread = batch.advantages
+    if spread.ndim == 2:
+        spread = np.broadcast_to(spread[:, :, None], batch.mask.shape)
     per_token = lambda x: None if x is None else np.where(source >= 0, x.reshape(-1)[source], 0)
     return Microbatch(
         tokens=laid.tokens,
@@ -289,6 +310,7 @@ def _microbatch(batch: Batch, weights: np.ndarray, laid: _Laid) -> Microbatch:
         rollout_logprobs=per_token(batch.rollout_logprobs),
         old_logprobs=per_token(batch.old_logprobs),
         ref_logprobs=per_token(batch.ref_logprobs),
+        prompt=owners,
     )
 
 

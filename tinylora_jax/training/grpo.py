@@ -113,6 +113,7 @@ class Plan:
       shapes: shapes of the packed sequences; see `sequence_shapes`.
       sequences: number of sequences differentiated at once.
       remat: whether the activations of a block are recomputed in the backward pass.
+      prompts: number of prompts of a rollout, for gradients by prompt; 0 if it is unknown.
     """
 
     config: ModelConfig
@@ -122,6 +123,7 @@ class Plan:
     shapes: tuple[SequenceShape, ...]
     sequences: int = 1
     remat: bool = False
+    prompts: int = 0
 
 
 @partial(jax.jit, static_argnames=("config", "temperature"))

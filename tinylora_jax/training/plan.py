@@ -103,7 +103,8 @@ def plan_update(
 
     def planned(share: float) -> Plan:
         shapes, sequences = plan_sequences(mesh, bounds, max(1, int(share * grpo.stream_tokens)))
-        return Plan(config, grpo, temperature, bounds.completion_tokens, shapes, sequences, grpo.remat == "on")
+        longest, remat = bounds.completion_tokens, grpo.remat == "on"
+        return Plan(config, grpo, temperature, longest, shapes, sequences, remat, bounds.prompts)
 
     memory = _SHARE * (_UNKNOWN_BYTES if device_bytes is None else device_bytes)
     if grpo.remat == "auto":

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from tinylora_jax.adapters.policy import Trained
+from tinylora_jax.training.natural import FisherTransformation, natural
+
+_LEAST_DAMPING = 1e-3  # with less, rounding of float32 could make the damped matrix of 4,096 numbers indefinite
 
 
 @jax.tree_util.register_dataclass
@@ -31,10 +34,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with a learning-rate schedule.
+    """AdamW or the natural gradient, with a learning-rate schedule.
 
     Attributes:
-      learning_rate: peak learning rate.
+      learning_rate: peak learning rate; not used by `natural` with a `kl_radius`, whose steps the schedule scales.
       schedule: `constant`, `linear` or `cosine` (the last two decay to zero at `total_updates`).
       warmup_updates: number of updates of the linear warm-up, which starts one increment above zero.
       total_updates: length of the schedule, in updates.
@@ -44,6 +47,10 @@ class Optimizer:
       max_grad_norm: largest gradient norm, to which larger ones are clipped; 0 never clips.
       precision: `float32`, or `bfloat16` to round v after every update (Fig 4 compares them); updates smaller than half
         of the last of v's 8 bits are then lost.
+      method: `adam`, or `natural` for the natural gradient of at most 4,096 numbers, see `training.natural`.
+      kl_radius: KL divergence of a step of `natural`, in nats per token; 0 uses the learning rate instead.
+      damping: damping of `natural`, in units of the mean eigenvalue of the Fisher matrix.
+      fisher_decay: decay rate of the Fisher matrix of `natural`.
     """
 
     learning_rate: float
@@ -55,6 +62,10 @@ class Optimizer:
     b2: float = 0.999
     max_grad_norm: float = 1.0
     precision: str = "float32"
+    method: str = "adam"
+    kl_radius: float = 1e-4
+    damping: float = 0.1
+    fisher_decay: float = 0.9
 
     def __post_init__(self):
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -68,9 +79,24 @@ class Optimizer:
                 f"Optimizer: warmup_updates={self.warmup_updates} must be between 0 and"
                 f" total_updates={self.total_updates}"
             )
-        for name, bound in (("weight_decay", math.inf), ("max_grad_norm", math.inf), ("b1", 1.0), ("b2", 1.0)):
+        if self.method not in ("adam", "natural"):
+            raise ValueError(f"Optimizer: method {self.method!r}: expected 'adam' or 'natural'")
+        bounds = dict.fromkeys(("b1", "b2", "fisher_decay"), 1.0)
+        bounds |= dict.fromkeys(("weight_decay", "max_grad_norm", "kl_radius", "damping"), math.inf)
+        for name, bound in bounds.items():
             if not 0 <= getattr(self, name) < bound:
                 raise ValueError(f"Optimizer: {name} must be >= 0 and below {bound}, got {getattr(self, name)}")
+        if self.damping < _LEAST_DAMPING:
+            raise ValueError(f"Optimizer: damping must be at least {_LEAST_DAMPING}, got {self.damping}")
+        if self.needs_fisher and self.weight_decay:
+            raise ValueError(
+                f"Optimizer: weight_decay={self.weight_decay} needs method 'adam'; set it to 0 for 'natural'"
+            )
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the transformation is a `FisherTransformation`."""
+        return self.method == "natural"
 
     def learning_rates(self) -> optax.Schedule:
         """The learning rate as a function of the update's index."""
@@ -89,8 +115,16 @@ class Optimizer:
     def transform(self) -> optax.GradientTransformation:
         """The optax transformation."""
         clip = optax.clip_by_global_norm(self.max_grad_norm) if self.max_grad_norm else optax.identity()
+        rounded = [_ROUNDED] if self.precision == "bfloat16" else []
+        if self.needs_fisher:
+            return FisherTransformation(*optax.chain(clip, self._natural(), *rounded))
         adam = optax.adamw(self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay)
-        return optax.chain(clip, adam, *([_ROUNDED] if self.precision == "bfloat16" else []))
+        return optax.chain(clip, adam, *rounded)
+
+    def _natural(self) -> optax.GradientTransformationExtraArgs:
+        rates = self.learning_rates()
+        share = (lambda count: rates(count) / self.learning_rate) if self.kl_radius else rates
+        return natural(share, self.kl_radius, self.damping, self.fisher_decay, self.b1)
 
 
 def _to_bfloat16(updates: Trained, v: Trained | None) -> Trained:

@@ -66,6 +66,20 @@ def test_so_it_is_for_sft_and_for_a_population(config, stop, tmp_path, compiled)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        ({"optimizer": {"method": "natural"}}, {"jit(_generate)", "jit(_accumulate_by_prompt)", "jit(_apply)"}),
+        ({"search": "es", "evolution": {"population": 4}}, {"jit(_generate)", "jit(_apply)"}),
+    ],
+)
+def test_so_it_is_for_other_steps_of_v(config, stop, tmp_path, compiled, change, steps):
+    config.update({**change, "max_steps": 2, "svd": "subspace"})
+    grpo.run(config, tmp_path / "run", stop)
+    assert steps <= set(compiled.early) and not steps & set(compiled.late)
+
+
+@pytest.mark.slow
 def test_so_it_is_on_a_mesh(processes, tmp_path, monkeypatch):
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_LOG_COMPILES": "1"}
     monkeypatch.setattr(processes, "env", processes.env | settings)
