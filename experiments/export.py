@@ -51,6 +51,7 @@ from absl import app, flags
 
 from experiments.common.cli import NOT_IN_CACHE, fail, reporting_errors, use_compilation_cache
 from experiments.common.closing import block, next_lines
+from experiments.common.licences import check_licence
 from experiments.common.meshes import find_devices
 from experiments.common.opening import parse_flags
 from experiments.common.places import adapter_of, new_folder_of
@@ -59,9 +60,10 @@ from experiments.common.pushing import push
 from experiments.common.serving import vllm_command
 from tinylora_jax.adapters import Factors
 from tinylora_jax.files import read_json
+from tinylora_jax.hub import HubError
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter, open_saved
 from tinylora_jax.io.adapter import SavedOffsets, base_fingerprint, save_adapter
-from tinylora_jax.io.hf import NotInCacheError, export_merged, export_offsets, rounding_loss
+from tinylora_jax.io.hf import NotInCacheError, check_push, export_merged, export_offsets, rounding_loss
 from tinylora_jax.io.peft import export_ln_tuning, export_lora, export_output_offsets, export_tinylora
 
 FLAGS = flags.FLAGS
@@ -187,6 +189,14 @@ def _check_flags() -> None:
     named |= {"quantize": FLAGS.quantize, "dtype": None if FLAGS.dtype == "float32" else FLAGS.dtype}
     if given := [f"--{name}" for name, value in named.items() if value is not None]:
         fail(f"--push uploads tinylora and peft-lora together, as they were trained; omit {' and '.join(given)}")
+    try:
+        check_push(FLAGS.push)
+    except HubError as error:
+        fail(f"--push: {error}")
+    try:
+        check_licence(FLAGS.licence or "other")
+    except ValueError as error:
+        fail(f"--licence: {error}")
 
 
 def _push(adapter: Path) -> str:

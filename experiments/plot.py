@@ -44,6 +44,7 @@ from experiments.common.wording import nearest_path
 from experiments.plotting.charts import draw_curves
 from experiments.plotting.curves import mean_curves
 from experiments.plotting.picture import Run, draw, draw_panels
+from tinylora_jax.extras import lacking
 from tinylora_jax.files import is_number, parse_json, read_at_most, read_json, write_atomically
 
 FLAGS = flags.FLAGS
@@ -299,7 +300,7 @@ def main(argv: Sequence[str]) -> None:
             workdirs = [run_of(name) for name in FLAGS.workdir or []]
             drawn = _drawn(workdirs, output)
         except ImportError as error:
-            fail(f"{error}; pip install matplotlib")
+            fail(f"{lacking('matplotlib')} ({error})")
     # Programs get the path alone.
     print(ending(drawn, workdirs) if sys.stdout.isatty() else drawn)
 

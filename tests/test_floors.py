@@ -23,7 +23,7 @@ BELOW = {
     "training": {"adapters", "models"},
     "rl": {"adapters", "data", "models", "rewards", "rollout", "training"},
 }
-GROUND = {"files", "hub", "multihost", "stores"}  # modules: `hub` needs huggingface_hub, `multihost` JAX
+GROUND = {"extras", "files", "hub", "multihost", "stores"}  # modules: `hub` needs huggingface_hub, `multihost` JAX
 # The library without what a floor above needs: all that `import tinylora_jax` may ask for is JAX and its own needs.
 FOR_OTHERS = (
     *("absl", "datasets", "etils", "flax", "gguf", "grain", "jinja2", "matplotlib", "ml_collections", "optax"),

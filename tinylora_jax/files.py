@@ -1,8 +1,9 @@
-"""Reads untrusted files within limits, and writes files atomically."""
+"""Reads untrusted files within limits, writes files atomically, and locks them."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -236,6 +237,28 @@ def check_tree(folder: Path) -> None:
             mode = os.lstat(os.path.join(root, name)).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise OSError(f"{os.path.join(root, name)} is {kind_of(mode)}, expected a file; remove it")
+
+
+def lock_file(path: Path) -> int:
+    """Locks a file for this process; the file is created if absent.
+
+    On a file system without locks nothing is locked, because a run must work there too.
+
+    Returns:
+      The open file. Closing it releases the lock, as the end of the process does.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+      OSError: the file cannot be opened, or is a link.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(file)
+            raise BlockingIOError(error.errno, f"another process holds the lock {path}") from error
+    return file
 
 
 def sync_folder(folder: Path) -> None:

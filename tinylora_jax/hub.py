@@ -113,22 +113,24 @@ def causes(error: BaseException) -> list[BaseException]:
     return found
 
 
-def explain(error: BaseException, what: str, otherwise: str) -> str:
+def explain(error: BaseException, what: str, check: str, instead: str = "") -> str:
     """Says in one clause what the hub answered, and in another what to do.
 
     Args:
       error: error of huggingface_hub or of a library that uses it.
       what: noun for what was wanted, such as `model`.
-      otherwise: advice for a failure of unknown cause.
+      check: nouns for what may be wrong in the request, such as `the id`.
+      instead: advice that needs no hub, such as `use a local folder`; empty if there is none.
     """
     from huggingface_hub import errors
 
-    chain = causes(error)
+    chain, otherwise = causes(error), f", or {instead}" if instead else ""
     first = lambda *kinds: next((each for each in chain if isinstance(each, kinds)), None)
     if (own := first(HubError)) is not None:
         return str(own)
     if first(errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set, and the cache lacks it; unset HF_HUB_OFFLINE to download it, or {otherwise}"
+        lacks = ", and the cache lacks it" if instead else ""
+        return f"HF_HUB_OFFLINE is set{lacks}; unset it{otherwise}"
     if first(errors.GatedRepoError) or any("is a gated dataset" in str(each) for each in chain):
         return (
             f"it is gated; accept the {what}'s licence on its page at huggingface.co, then log in with `hf auth login`"
@@ -143,24 +145,24 @@ def explain(error: BaseException, what: str, otherwise: str) -> str:
         )
     status = next((each.response.status_code for each in chain if isinstance(each, errors.HfHubHTTPError)), None)
     if status is not None:
-        return _explain_status(status, otherwise)
+        return _explain_status(status, check, otherwise)
     if any("Consistency check failed" in str(each) for each in chain):
         return "a file arrived with another size than the hub states; run the same command again to download it again"
     if any(type(each).__name__ == "JSONDecodeError" for each in chain):
         return (
             "the response did not come from the hub but, for example, from a proxy or a network's login page; open"
-            f" https://huggingface.co in a browser, or {otherwise}"
+            f" https://huggingface.co in a browser{otherwise}"
         )
     if first(errors.HTTPError, ConnectionError):
         name = type(first(errors.HTTPError, ConnectionError)).__name__
-        return (
-            f"the connection broke; run the same command again, check the id and the network, or {otherwise} ({name})"
-        )
+        broke = "the hub cannot be reached" if name in ("ConnectError", "ConnectTimeout") else "the connection broke"
+        return f"{broke} ({name}); check the network and run the same command again{otherwise}"
     said = (str(error).strip().splitlines() or ["no detail"])[0].rstrip(".")
-    return f"{said:.500}; {otherwise}"
+    return f"{said:.500}; check {check}{otherwise}"
 
 
-def _explain_status(status: int, otherwise: str) -> str:
+def _explain_status(status: int, check: str, otherwise: str) -> str:
+    """Says what a status means; `otherwise` begins with a comma, or is empty."""
     if status == 429:
         return _too_many()
     if status == 401:
@@ -168,8 +170,8 @@ def _explain_status(status: int, otherwise: str) -> str:
     if status == 403:
         return "the hub refuses access with this token (403); use a token with the permission that this needs"
     if status >= 500:
-        return f"the hub has a problem of its own (status {status}); run the same command again later, or {otherwise}"
-    return f"the hub answered with status {status}; {otherwise}"
+        return f"the hub has a problem of its own (status {status}); run the same command again later{otherwise}"
+    return f"the hub answered with status {status}; check {check}{otherwise}"
 
 
 def check_blobs(snapshot: Path) -> None:

@@ -11,13 +11,15 @@ import hashlib
 import os
 import re
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinylora_jax.extras import lacking
 from tinylora_jax.files import user_cache
 
 # Scheme -> (package, extra of this project's setup.py, how to log in).
@@ -111,9 +113,7 @@ class Store:
         except StoreError:
             raise
         except ImportError as error:
-            raise StoreError(
-                f"{self.url} needs the package {self._package}: pip install 'tinylora_jax[{self._extra}]' ({error})"
-            ) from error
+            raise StoreError(f"{self.url}: {lacking(self._package, self._extra)} ({error})") from error
         except Exception as error:  # botocore, aiohttp, google-auth and gcsfs have exceptions of their own
             raise StoreError(f"{self.url}: {self._explained(error)}") from error
 
@@ -224,17 +224,38 @@ def _stored(info: Mapping[str, Any]) -> Stored:
 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
     """Runs `work` for all items in a few threads; raises the error of the first item that fails."""
-    with ThreadPoolExecutor(_TRANSFERS, "store") as pool:
-        for future in [pool.submit(work, item) for item in items]:
-            future.result()
+    waiting, errors = deque(enumerate(items)), dict[int, BaseException]()
+
+    def drain() -> None:
+        while not errors:
+            try:
+                index, item = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                work(item)
+            except BaseException as error:  # raised again below, in the thread of the caller
+                errors[index] = error
+
+    # Not a ThreadPoolExecutor: the interpreter would wait at its end for a transfer that hangs.
+    threads = [threading.Thread(target=drain, daemon=True) for _ in range(min(_TRANSFERS, len(items)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[min(errors)]
 
 
-def fetch_objects(url: str, wanted: Callable[[str], bool] = lambda name: "/" not in name) -> Path:
+def fetch_objects(
+    url: str, wanted: Callable[[str], bool] = lambda name: "/" not in name, beside: Sequence[str] = ()
+) -> Path:
     """Copies objects of a URL into the local cache, unless the same contents are there already.
 
     Args:
       url: URL of a folder.
       wanted: function that chooses the objects by name; the default takes those directly in the folder.
+      beside: names of objects next to the folder that are copied too, next to the local folder, if they exist.
 
     Returns:
       The local folder.
@@ -246,7 +267,20 @@ def fetch_objects(url: str, wanted: Callable[[str], bool] = lambda name: "/" not
     found = {name: stored for name, stored in store.objects().items() if wanted(name)}
     if not found:
         raise StoreError(f"{url}: there is no such folder, or it has no files that are needed here; check the URL")
-    return _cached(store, found)
+    parent, _, leaf = store.url.rpartition("/")
+    if not beside or store.root == store.bucket:
+        return _cached(store, found)
+    around = Store(parent)
+    found = {f"{leaf}/{name}": stored for name, stored in found.items()}
+    for name in beside:
+        try:
+            stored = around.find(name)
+        except StoreError as error:
+            if not isinstance(error.__cause__, PermissionError):  # the account may have rights for the folder alone
+                raise
+            stored = None
+        found |= {name: stored} if stored is not None else {}
+    return _cached(around, found) / leaf
 
 
 def fetch_object(url: str) -> Path:

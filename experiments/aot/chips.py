@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from tinylora_jax.extras import install_command
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -97,11 +99,11 @@ def topology(name: str) -> Topology:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{asked}")
     except jax.errors.JaxRuntimeError as error:
         if "libtpu" in str(error):
-            raise TopologyError(f"libtpu does not load ({error}); run: pip install 'jax[tpu]'") from error
+            raise TopologyError(f"libtpu does not load ({error}); run: {install_command('tpu')}") from error
         near = f"{kind}:{_nearest(chip, layout)}"
         raise TopologyError(f"topology {name!r} does not exist; the nearest is {near} ({error})") from error
     except (RuntimeError, ImportError) as error:
-        raise TopologyError(f"the TPU compiler is not installed ({error}); run: pip install 'jax[tpu]'") from error
+        raise TopologyError(f"the TPU compiler is not installed ({error}); run: {install_command('tpu')}") from error
     devices = tuple(found.devices)
     return Topology(name, chip, devices[:1] if alone else devices)
 

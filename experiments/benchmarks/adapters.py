@@ -27,6 +27,7 @@ from experiments.common.cli import use_compilation_cache
 from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
 from tinylora_jax.adapters import AdaptedKernel, Factors, Policy
+from tinylora_jax.extras import lacking
 from tinylora_jax.io.adapter import AdapterReader, base_fingerprint, save_adapter
 from tinylora_jax.models import ModelConfig
 from tinylora_jax.multihost import to_host
@@ -127,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.peft and FLAGS.model.startswith("random:"):
             raise ValueError(f"--peft={FLAGS.peft} needs a model from files, got {FLAGS.model}")
         if FLAGS.peft and (missing := peers.missing("torch", "peft")):
-            raise ValueError(f"--peft={FLAGS.peft}: {missing} not installed; pip install {missing}")
+            raise ValueError(f"--peft={FLAGS.peft}: {lacking(missing, 'test')}")
         model = common.load()
         factors = to_host(model.policy.factors)
         tell("writing the adapters")

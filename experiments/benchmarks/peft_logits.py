@@ -33,6 +33,7 @@ from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
 from experiments.export import export
 from tinylora_jax.adapters import Factors, apply
+from tinylora_jax.extras import lacking
 from tinylora_jax.io import Pretrained, load_pretrained, open_adapter
 from tinylora_jax.io.hf import write_model
 from tinylora_jax.io.peft import MODULES, export_tinylora
@@ -217,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     with common.measuring(alone=True):
         if absent := missing("torch", "peft"):
-            raise ValueError(f"{absent} not installed: nothing to compare with; run: pip install -e '.[test]'")
+            raise ValueError(f"nothing to compare with: {lacking(absent, 'test')}")
         from importlib.metadata import version
 
         model = load_pretrained(FLAGS.model, jnp.float32)

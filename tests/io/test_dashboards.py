@@ -155,8 +155,10 @@ def test_none_leaves_the_lines_alone(tmp_path):
     [
         ("wandbb", "'wandbb' is unknown; expected wandb, trackio, tensorboard, none.*did you mean wandb"),
         ("tensorboard,tensorbord", "did you mean tensorboard"),
-        ("tensorboard, tensorboard", "each name once"),
-        ("none,tensorboard", "none only alone"),
+        ("tensorboard, tensorboard", "names a logger twice; write each name once"),
+        ("wandb,wandb", "names a logger twice"),
+        ("none,none", "names none and others; write none alone"),
+        ("none,tensorboard", "names none and others; write none alone, or only tensorboard"),
         ("", "names no logger; expected wandb"),
         (",", "names no logger"),
     ],
@@ -166,10 +168,17 @@ def test_wrong_names(text, said):
         parse_loggers(text)
 
 
+def test_none_and_others_are_refused_whether_or_not_the_others_are_installed(monkeypatch):
+    monkeypatch.setattr(_dashboards.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError) as caught:
+        parse_loggers("none,wandb")
+    assert str(caught.value) == "'none,wandb' names none and others; write none alone, or only wandb"
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_library_is_named_with_its_command(name, monkeypatch):
     monkeypatch.setattr(_dashboards.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=f"{name} is not installed; run: pip install {name}"):
+    with pytest.raises(ValueError, match=rf"{name} is not installed; run: pip install -e '.\[{name}\]'"):
         parse_loggers(f"tensorboard,{name}")
     assert parse_loggers("tensorboard") == ("tensorboard",)
 

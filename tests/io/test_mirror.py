@@ -1,6 +1,8 @@
 """A run's copy in a store: whatever fails and whenever it ends, the run continues from there, and nothing is mixed."""
 
 import random
+import threading
+import time
 import zipfile
 
 import pytest
@@ -72,7 +74,7 @@ def sound(fake, unfinished=False):
 def finish(mirror, first=0):
     for _ in run_of(mirror.folder, first=first):
         mirror.sync()
-    assert mirror.close(0.0) == ""
+    assert mirror.close(60.0) == ""
 
 
 def test_a_finished_run_is_all_there_and_only_its_newest_checkpoints(fake, machine):
@@ -232,7 +234,7 @@ def test_what_was_left_is_dropped_if_another_machine_has_continued(fake, machine
     half_uploaded(mirror)
     write(mirror.folder / "summary.json", "of a process that was replaced")
     fake.before = lambda name, path: (_ for _ in ()).throw(OSError("down"))
-    assert mirror.close(0.0)
+    assert mirror.close(60.0)
     fake.before = lambda name, path: None
     finish(machine("two"), first=sound(fake))
     assert machine("one").said == [] and "replaced" not in fake.text("summary.json")
@@ -251,7 +253,8 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     first = machine()
     life = half_uploaded(first)
     second = machine()
-    assert "was not closed by" in second.said[0]
+    (said,) = second.said
+    assert "did not say that it ended" in said and said.endswith("If it still runs, it will stop")
     next(life)
     first.sync()  # the second one has not claimed the run, and may be refused
     again = run_of(second.folder, first=newest_step(second.folder))
@@ -263,7 +266,7 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     assert "another process has begun to write" in first.close(600.0)
     for _ in again:
         second.sync()
-    assert second.close(0.0) == "" and sound(fake) == 4
+    assert second.close(60.0) == "" and sound(fake) == 4
 
 
 def test_a_run_that_was_removed_from_the_store_is_not_completed(fake, machine):
@@ -296,7 +299,7 @@ def test_nothing_is_written_before_the_run_claims_its_folder(fake, machine):
     mirror = machine()
     write(mirror.folder / "error.log", "the config was refused")
     write(mirror.folder / "run.png", "")
-    assert mirror.close(0.0) == "" and not fake.names()
+    assert mirror.close(60.0) == "" and not fake.names()
 
 
 def test_a_damaged_checkpoint_is_named(fake, machine):
@@ -331,6 +334,39 @@ def test_unpack_inverts_pack(tmp_path):
     pack(folder, tmp_path / "a.zip")
     unpack(tmp_path / "a.zip", tmp_path / "to")
     assert (tmp_path / "to" / "empty").is_dir() and (tmp_path / "to" / "a" / "b").read_text() == "text"
+
+
+def test_a_transfer_that_hangs_does_not_hold_up_the_end(fake, machine):
+    """Neither `close` nor the interpreter, which waits for every thread that is no daemon."""
+    mirror, going_on = machine(), threading.Event()
+    for _ in run_of(mirror.folder):
+        pass
+    mirror._clock, mirror._sleep = time.monotonic, time.sleep
+    put = stores.Store.put
+    mirror.store.put = lambda path, name: (going_on.wait(60), put(mirror.store, path, name))
+    try:
+        started = time.monotonic()
+        assert "not everything could be uploaded" in mirror.close(0.2)
+        assert time.monotonic() - started < 5 and "summary.json" not in fake.names()
+        ours = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+        assert ours and all(thread.daemon for thread in ours)
+    finally:
+        going_on.set()
+        mirror._thread.join()
+
+
+def test_close_repeats_what_fails_only_until_its_deadline(fake, machine, clock):
+    """Each attempt takes 15 s here, so that two of them are more than the patience."""
+    mirror = machine()
+    for _ in run_of(mirror.folder):
+        pass
+
+    def before(name, path):
+        clock.now += 15
+        raise OSError("down")
+
+    fake.before = before
+    assert mirror.close(20.0) and clock.now <= 35
 
 
 def test_the_thread_uploads_by_itself(fake, machine, monkeypatch):

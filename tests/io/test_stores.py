@@ -115,7 +115,7 @@ def test_a_package_that_is_not_installed(monkeypatch, scheme, extra):
         raise ImportError(f"Install it to access {scheme}")
 
     monkeypatch.setattr(stores, "_filesystem", absent)
-    with pytest.raises(StoreError, match=rf"pip install 'tinylora_jax\[{extra}\]'"):
+    with pytest.raises(StoreError, match=rf"fs is not installed; run: pip install -e '.\[{extra}\]' "):
         Store(f"{scheme}://bucket/run")
 
 

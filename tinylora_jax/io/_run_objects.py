@@ -64,6 +64,21 @@ def fetch_run(url: str) -> Path:
     return fetch_objects(url, is_result)
 
 
+def fetch_adapter(url: str) -> Path:
+    """Copies an adapter into the local cache, and the config and the summary of its run beside it if they exist.
+
+    Args:
+      url: URL of the adapter's folder.
+
+    Returns:
+      The local folder of the adapter.
+
+    Raises:
+      StoreError: the store cannot be read, or there is no such folder.
+    """
+    return fetch_objects(url, beside=(CONFIG, "summary.json"))
+
+
 def newest_step(folder: Path) -> int | None:
     """The newest complete checkpoint in a run's folder; Orbax names a step when it is complete."""
     steps = folder / STEPS

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from tinylora_jax.extras import lacking
 from tinylora_jax.rewards.answers import extract_boxed, extract_hash, extract_last_number, is_equal
 from tinylora_jax.rewards.grade import BatchReward, Grade, Reward, RewardError
 from tinylora_jax.rewards.math_reward import MathReward
@@ -120,9 +121,7 @@ def _load_one(name: str, first: str) -> Reward:
     if name in BUILT_IN:
         package = BUILT_IN[name].package
         if package and importlib.util.find_spec(package) is None:
-            raise RewardError(
-                f"reward {name!r} needs a package: pip install 'math-verify>=0.9' (or tinylora_jax's extra `eval`)"
-            )
+            raise RewardError(f"reward {name!r}: {lacking('math-verify', 'eval')}")
         return BUILT_IN[name].reward
     if not _MODULE_FUNCTION.fullmatch(name):
         close = difflib.get_close_matches(name, (*BUILT_IN, *SHAPING), n=1)

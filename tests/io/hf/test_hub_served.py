@@ -12,7 +12,7 @@ from huggingface_hub.utils import _http
 from tinylora_jax.hub import HubError
 from tinylora_jax.io.hf import _hub
 from tinylora_jax.io.hf._hub import NotInCacheError, fetch_folder
-from tinylora_jax.io.hf._hub_adapters import adapter_folder, push_folder
+from tinylora_jax.io.hf._hub_adapters import adapter_folder, check_push, push_folder
 
 TOKEN = "hf_a_secret_that_nobody_may_see"
 READ = {"config.json": b"{}", "tokenizer.json": b"{ }", "merges.txt": b"a b", "model.safetensors": b"weights" * 9}
@@ -94,7 +94,7 @@ FAILURES = {
     "429 until reset": (fault("GET .*/resolve/", status=429, headers={"RateLimit": '"api";r=0;t=299'}), "org/model",
                         "run the same command again in 299 seconds"),
     "503": (fault(AT_ALL, status=503), "org/model", r"has a problem of its own \(status 503\)"),
-    "cut off": (fault(WEIGHTS, cut=20), "org/model", "the connection broke; run the same command again"),
+    "cut off": (fault(WEIGHTS, cut=20), "org/model", r"connection broke \(\w+\); check the network and run"),
     "no answer": (fault("/api/", stall_s=2), "org/model", "the connection broke"),
     "no answer for a file": (fault("GET .*/resolve/", stall_s=2), "org/model", "the connection broke"),
     "nothing to read": (None, "org/pickles", "holds none of the files that are read here"),
@@ -163,8 +163,8 @@ def test_what_is_cached_is_enough_and_what_is_not_is_told(hub, monkeypatch, how)
     download, asked = how != "no download", len(hub.asked)
     assert names(fetch_folder("org/model", download)) == sorted(READ)
     expected = {
-        "HF_HUB_OFFLINE": (FileNotFoundError, "HF_HUB_OFFLINE is set, and the cache lacks it; unset HF_HUB_OFFLINE"),
-        "down": (FileNotFoundError, "the connection broke; run the same command again, check the id and the network"),
+        "HF_HUB_OFFLINE": (FileNotFoundError, "HF_HUB_OFFLINE is set, and the cache lacks it; unset it, or use"),
+        "down": (FileNotFoundError, "the hub cannot be reached .*; check the network"),
         "no download": (NotInCacheError, "'org/other' is not in the cache"),
     }
     kind, said = expected[how]
@@ -297,3 +297,35 @@ def test_nothing_private_goes_to_a_public_repository(hub, folder):
 
 def test_the_names_of_models_on_the_hub_are_still_the_ids(hub):
     assert _hub.HUB_ID.fullmatch("Qwen/Qwen2.5-0.5B") and not _hub.HUB_ID.fullmatch("a/b@")
+
+
+def test_a_hub_that_refuses_the_connection_is_said_with_one_piece_of_advice(hub, tmp_path):
+    hub.close()
+    for folder, instead in ((fetch_folder, "use a local folder with config.json and model.safetensors"),
+                            (lambda name: adapter_folder(f"hub:{name}"), "name a local folder")):  # fmt: skip
+        with pytest.raises(FileNotFoundError) as caught:
+            folder("org/model")
+        assert str(caught.value) == (
+            "cannot get 'org/model' from the Hugging Face hub: the hub cannot be reached (ConnectError); check the"
+            f" network and run the same command again, or {instead}"
+        )
+    with pytest.raises(HubError) as caught:
+        push_folder(tmp_path, "me/model", "title")
+    assert str(caught.value) == (
+        "cannot push to 'me/model': the hub cannot be reached (ConnectError); check the network and run the same"
+        " command again. So far nothing was uploaded"
+    )
+
+
+@pytest.mark.parametrize(
+    "repo", ["sums", "me/", "/sums", "me/a/b", "me/sums@main", "me/a--b", "me/a.git", "me/..", "a b/c"]
+)
+def test_a_malformed_id_and_a_missing_token_are_found_without_the_hub(hub, monkeypatch, tmp_path, repo):
+    for check in (check_push, lambda repo: push_folder(tmp_path, repo, "title")):
+        with pytest.raises(HubError, match="is not the id of a repository; expected"):
+            check(repo)
+    check_push("me/sums")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="no token to push to 'me/sums' is known; log in with `hf auth login`, or set"):
+        check_push("me/sums")
+    assert not hub.asked

@@ -8,6 +8,7 @@ from tinylora_jax.io.hf._hub import NotInCacheError as NotInCacheError
 from tinylora_jax.io.hf._hub_adapters import HUB as HUB
 from tinylora_jax.io.hf._hub_adapters import OWN_FOLDER as OWN_FOLDER
 from tinylora_jax.io.hf._hub_adapters import adapter_folder as adapter_folder
+from tinylora_jax.io.hf._hub_adapters import check_push as check_push
 from tinylora_jax.io.hf._hub_adapters import push_folder as push_folder
 from tinylora_jax.io.hf._offsets import export_offsets as export_offsets
 from tinylora_jax.io.hf._quantizing import quantize_maps as quantize_maps

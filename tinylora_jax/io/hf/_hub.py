@@ -54,20 +54,20 @@ def fetch_folder(source: str, download: bool = True) -> Path:
             f"{source!r} is not a model: expected a folder with config.json, "
             "a .gguf file or a hub id like 'Qwen/Qwen2.5-0.5B'"
         )
-    advice = "use a local folder with config.json and model.safetensors"
-    return fetch_snapshot(source, "model", advice, download, _model_files)
+    instead = "use a local folder with config.json and model.safetensors"
+    return fetch_snapshot(source, "model", instead, download, _model_files)
 
 
 Get = Callable[..., Path]
 
 
-def fetch_snapshot(source: str, what: str, otherwise: str, download: bool, files: Callable[[Get], Path]) -> Path:
+def fetch_snapshot(source: str, what: str, instead: str, download: bool, files: Callable[[Get], Path]) -> Path:
     """Fetches files of a repository into the hub's cache, and compares them with the hashes that the hub states.
 
     Args:
       source: hub id; a revision follows the id after `@`.
       what: noun for messages, such as `model`.
-      otherwise: advice for a failure of unknown cause.
+      instead: advice that needs no hub, such as `use a local folder`.
       download: whether files that are not in the cache may be downloaded.
       files: function that is given `get(patterns, **options)`, calls it at least once and returns the last folder.
 
@@ -89,11 +89,11 @@ def fetch_snapshot(source: str, what: str, otherwise: str, download: bool, files
         if not download and isinstance(error, LocalEntryNotFoundError):
             raise NotInCacheError(f"{source!r} is not in the cache of the Hugging Face hub") from error
         raise FileNotFoundError(
-            f"cannot get {source!r} from the Hugging Face hub: {explain(error, what, otherwise)}"
+            f"cannot get {source!r} from the Hugging Face hub: {explain(error, what, 'the id', instead)}"
         ) from error
     if not snapshot.is_dir():  # the hub matched no file
         raise FileNotFoundError(
-            f"{source!r} on the Hugging Face hub holds none of the files that are read here; {otherwise}"
+            f"{source!r} on the Hugging Face hub holds none of the files that are read here; {instead}"
         )
     check_blobs(snapshot)
     return snapshot

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from tinylora_jax.hub import HUB_ID, HubError, bounded_requests, explain
 from tinylora_jax.io.hf._hub import Get, fetch_snapshot
@@ -14,7 +15,7 @@ HUB = "hub:"
 """Begins the name of an adapter on the hub, as in `hub:owner/name@revision`."""
 
 OWN_FOLDER = "tinylora"
-"""Folder of a repository that holds the adapter in this project's format; PEFT's files lie at the top."""
+"""Folder of a repository that holds the adapter in this project's format; PEFT's files are at the top."""
 
 # The files of both formats; others, such as pickles, are never fetched.
 _FILES = ("adapter.json", "vector.bin", "factors.safetensors", "training.json")
@@ -46,8 +47,7 @@ def adapter_folder(place: Path | str, download: bool = True) -> Path:
         raise FileNotFoundError(
             f"{text!r} is not an adapter on the hub; expected hub:owner/name or hub:owner/name@main"
         )
-    advice = "check the id and the network, or name a folder"
-    snapshot = fetch_snapshot(source, "adapter", advice, download, _adapter_files)
+    snapshot = fetch_snapshot(source, "adapter", "name a local folder", download, _adapter_files)
     folder = snapshot / OWN_FOLDER
     found = folder if (folder / _FILES[0]).is_file() else snapshot
     if not any((found / name).is_file() for name in (_FILES[0], _PEFT_FILES[0])):
@@ -59,6 +59,31 @@ def adapter_folder(place: Path | str, download: bool = True) -> Path:
 
 def _adapter_files(get: Get) -> Path:
     return get([*_FILES, *_PEFT_FILES, *(f"{OWN_FOLDER}/{name}" for name in _FILES)])
+
+
+def check_push(repo: str) -> None:
+    """Checks what an upload needs, without asking the hub.
+
+    Args:
+      repo: id of the repository, `owner/name`.
+
+    Raises:
+      HubError: the id is malformed, or there is no token.
+    """
+    _check_id(repo)
+    if get_token() is None:
+        raise HubError(f"no token to push to {repo!r} is known; log in with `hf auth login`, or set HF_TOKEN")
+
+
+def _check_id(repo: str) -> None:
+    problem = "" if HUB_ID.fullmatch(repo) and repo.count("/") == 1 and "@" not in repo else "expected <user>/<name>"
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        rule = "at most 96 letters, digits, '-', '_' and '.', without '--', '..', .git or a '-' or '.' at either end"
+        problem = problem or f"expected {rule}"
+    if problem:
+        raise HubError(f"{repo!r} is not the id of a repository; {problem}")
 
 
 def push_folder(folder: Path, repo: str, message: str, private: bool = False) -> str:
@@ -78,8 +103,7 @@ def push_folder(folder: Path, repo: str, message: str, private: bool = False) ->
     Raises:
       HubError: the files were not uploaded, or a private upload was asked for and the repository is public.
     """
-    if not HUB_ID.fullmatch(repo) or repo.count("/") != 1 or "@" in repo or ".." in repo:
-        raise HubError(f"{repo!r} is not the id of a repository; expected <user>/<name>")
+    _check_id(repo)
     api, stage = HfApi(), "nothing was uploaded"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
@@ -96,6 +120,6 @@ def push_folder(folder: Path, repo: str, message: str, private: bool = False) ->
     except (OSError, HTTPError, ValueError) as error:
         if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError) and stage.startswith("the repo"):
             stage = f"whether the files arrived is not known: see {api.endpoint}/{repo}"
-        why = explain(error, "repository", "check the id, the token and the network")
+        why = explain(error, "repository", "the id and the token")
         raise HubError(f"cannot push to {repo!r}: {why}. So far {stage}") from error
     return commit.oid
