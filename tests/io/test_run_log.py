@@ -10,8 +10,14 @@ import sys
 
 import pytest
 
+from experiments.configs import base
 from tinylora_jax.io._run_log import RunLog, WorkdirError, write_atomically
 
+OLDER_GRPO = (
+    "loss_type normalize_std clip_low clip_high kl_coef tis_cap updates_per_rollout stream_tokens remat"
+    " skip_without_signal"
+)
+OLDER_OPTIMIZER = "learning_rate schedule warmup_updates weight_decay b1 b2 max_grad_norm precision"
 CONFIG = {"model": "m", "seed": 0, "grpo": {"kl_coef": 0.1, "deep": {"x": None}}, "list": (1, 2)}
 
 
@@ -222,6 +228,21 @@ def test_a_run_from_before_a_field_existed_goes_on_with_the_value_it_had(tmp_pat
     with pytest.raises(WorkdirError, match=r"config.quantize_cache: 'none' there, 'int8' now"):
         RunLog(tmp_path, {"seed": 0, "quantize": "none", "quantize_cache": "int8"})
     RunLog(tmp_path, {"seed": 0, "quantize": "none", "quantize_cache": "none"}).close()
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its config lacks every field that was added since; a new field of the configs belongs to that list too."""
+    now = base.get_config().to_dict()
+    older = json.loads(json.dumps(now))
+    for name in "quantize quantize_cache refill min_draw search teacher teacher_adapter evolution".split():
+        del older[name]
+    del older["lora"]["freeze_a"]
+    older["optimizer"] = {name: now["optimizer"][name] for name in OLDER_OPTIMIZER.split()}
+    older["grpo"] = {name: now["grpo"][name] for name in OLDER_GRPO.split()}
+    RunLog(tmp_path, older).close()
+    with pytest.raises(WorkdirError, match=r"config.optimizer.method: 'adam' there, 'natural' now"):
+        RunLog(tmp_path, now | {"optimizer": now["optimizer"] | {"method": "natural"}})
+    RunLog(tmp_path, now).close()
 
 
 def test_a_run_may_go_on_with_another_mesh_and_other_slots(tmp_path):

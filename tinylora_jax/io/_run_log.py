@@ -40,7 +40,23 @@ from tinylora_jax.io._dashboards import TENSORBOARD, Dashboards
 _MAX_JSON_BYTES = 2**26  # size limit of a result; the summary of a sweep with a thousand members has 2 MB
 _MAX_LINE_BYTES = 2**20  # size limit of a step's metrics
 _MOST_TOLD = 100  # largest number of differing fields to list
-_ADDED = dict.fromkeys(("quantize", "quantize_cache"), "none")  # what older runs lack, with the values that they had
+# Fields that older runs lack, with the values that they had.
+_ADDED = {
+    "quantize": "none",
+    "quantize_cache": "none",
+    "lora.freeze_a": False,
+    "refill": 0,
+    "min_draw": 1.0,
+    "search": "gradient",
+    "teacher": None,
+    "teacher_adapter": None,
+    "grpo.importance_sampling_level": "token",
+    "grpo.multi_objective_aggregation": "sum_then_normalize",
+    "grpo.tis_mode": "token_truncate",
+    "grpo.mask_truncated_completions": False,
+    "optimizer.method": "adam",
+}
+_UNUSED = ("optimizer.kl_radius", "optimizer.damping", "optimizer.fisher_decay", "evolution.")  # by the values above
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "adapter")
 
 
@@ -149,7 +165,9 @@ class RunLog:
             raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir or remove this one") from error
         try:
             before, now, missing = flat(before), flat(self._config), object()
-            before |= {name: value for name, value in _ADDED.items() if name in now and name not in before}
+            absent = now.keys() - before.keys()
+            before |= {name: value for name, value in _ADDED.items() if name in absent}
+            before |= {name: now[name] for name in absent if name.startswith(_UNUSED)}
         except RecursionError:
             raise WorkdirError(f"{path} is damaged (nested too deeply); choose another --workdir") from None
         differ = [
