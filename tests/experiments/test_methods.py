@@ -31,7 +31,10 @@ def configured(config, method):
     return config
 
 
-@pytest.fixture(scope="module", params=list(NUM_PARAMS))
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("steering", "norm")]  # offsets, as `bias`
+
+
+@pytest.fixture(scope="module", params=["lora_xs", "lora", "full", "lora, A frozen", "bias", *SLOW])
 def trained(request, make_config, stop, tmp_path_factory):
     config = configured(make_config(), request.param)
     workdir = tmp_path_factory.mktemp(request.param) / "run"
@@ -80,7 +83,7 @@ def test_checkpoints_may_be_rare(config, stop, tmp_path):
     assert steps == {4, 5}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "lora, A frozen", "steering", "bias", "norm"])
+@pytest.mark.parametrize("method", ["lora", "full", "lora, A frozen", "bias", *SLOW])
 def test_sft_trains_them_too(config, stop, tmp_path, method):
     config = configured(config, method)
     config.max_new_tokens, config.reward = 24, "hash"

@@ -83,6 +83,7 @@ def test_a_pool_that_shrinks_saves_steps_of_empty_slots(qwen2, policy, v, prompt
     assert small.slot_steps < 40 * longest
 
 
+@pytest.mark.slow
 def test_of_quantized_weights_and_a_quantized_cache(qwen2, v, prompts):
     params = quantize_maps(qwen2.params, "int8")
     policy = Policy(params, factorize(params, TinyLoRA(rank=2, u=2, n_tie=4, seed=3)))

@@ -112,7 +112,8 @@ def selected(params: Any, spec: Offsets) -> dict[str, _Selected]:
     """
     leaves, problems = leaves_by_path(params), []
     found: dict[str, _Selected] = {}
-    for target in spec.targets:
+    for given in spec.targets:
+        target = given if isinstance(given, Target) else Target(given)
         paths = [path for path in leaves if re.fullmatch(target.path, path)]
         if not paths:
             problems.append(f"target {target.path!r} matches no leaf")

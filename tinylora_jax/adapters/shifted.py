@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tinylora_jax.adapters.quantized import QuantizedKernel, float_product, is_quantized, product_gradients
+from tinylora_jax.adapters.quantized import QuantizedKernel, float_product, product_gradients
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +63,7 @@ _product.defvjp(lambda x, W, offset, num_in: (_product(x, W, offset, num_in), (x
 
 def shifted_product(x: Float[Array, ...], kernel: Shifted, num_in: int = 1) -> Float[Array, ...]:
     """x·W + b, in the dtype of x; see `matmul`."""
-    base = kernel.base if is_quantized(kernel.base) else kernel.base.astype(x.dtype)
+    base = kernel.base if isinstance(kernel.base, QuantizedKernel) else kernel.base.astype(x.dtype)
     return _product(x, base, kernel.offset, num_in)
 
 
@@ -81,5 +82,5 @@ def rescale(
     info = jnp.finfo(dtype)
     # As the frozen scale would: XLA optimizes a pair of casts away, and the result at b = 0 would differ by a rounding.
     rounded = lambda x: jax.lax.reduce_precision(x, info.nexp, info.nmant)
-    wide = rounded(x) * (scale.base.astype(jnp.float32) + aligned(scale.offset, x.ndim))
+    wide = rounded(x) * (cast(jax.Array, scale.base).astype(jnp.float32) + aligned(scale.offset, x.ndim))
     return rounded(wide).astype(dtype)

@@ -41,10 +41,10 @@ def draw_probability(right: int, seen: int, samples: int, min_draw: float) -> fl
     Returns:
       The probability; 1 for a prompt that was never seen.
 
-    >>> [round(draw_probability(right, 4, 4, 0.1), 2) for right in range(5)]
-    [0.32, 0.73, 0.85, 0.73, 0.32]
+    >>> [round(draw_probability(right, 4, 4, 0.1), 3) for right in range(5)]
+    [0.318, 0.72, 0.848, 0.72, 0.318]
     >>> draw_probability(0, 0, 4, 0.1), round(draw_probability(40, 40, 4, 0.01), 3)
-    (1.0, 0.052)
+    (1.0, 0.053)
     """
     if not seen:
         return 1.0
@@ -102,7 +102,8 @@ class PromptQueue(grain.DatasetIterator[tuple[Prompt, ...]]):
 
     def ahead(self) -> Iterator[Prompt]:
         """Yields the prompts of the next step in order, each once; the queue stays where it is until `take`."""
-        self._ends, position, given = [], self._position, set()
+        given: set[int] = set()
+        self._ends, position = [], self._position
         while len(given) < len(self._places):
             prompt = self._order[position]
             epoch, position = position // len(self._places), position + 1

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import (
     Factors,
     OffsetPolicy,
+    Offsets,
     Policy,
     Space,
     TinyLoRA,
@@ -164,7 +165,8 @@ def policy_together(params: Any, adapters: Sequence[SavedAdapter | SavedOffsets]
         factors, vectors = read_together(params, [each for each in adapters if isinstance(each, SavedAdapter)])
         return Policy(params, factors), vectors
     policies = [adapter.policy(params) for adapter in offsets]
-    joint = OffsetPolicy(params, joint_spec(policies[0].spec, [policy.spec for policy in policies]))
+    spec = joint_spec(policies[0].spec, [policy.spec for policy in policies])
+    joint = OffsetPolicy(params, cast(Offsets, spec))  # members of one kind have a space of that kind
     points = [joint.point(policy, adapter.v) for policy, adapter in zip(policies, offsets, strict=True)]
     return joint, [jax.tree.map(np.asarray, point) for point in points]
 

@@ -95,14 +95,14 @@ def cached_attention(
       Weighted sums of the values, and the updated cache.
     """
     center = None if bias is None else bias.rotated
-    apart = () if bias is None else (center, bias.queries(q), bias.table)
+    factors = None if bias is None else (bias.queries(q), bias.table)
     if q.shape[1] == 1 and _on_gpu(q) and keys.shape[1] % BLOCK == 0:
-        return over_heads(decode_kernel, q, k, v, keys, values, start, *apart)
+        return over_heads(decode_kernel, q, k, v, keys, values, start, *(() if factors is None else (center, *factors)))
     if on_tpu() and can_write(keys, k):
         keys, values = write_entry(keys, values, k, v, start, center)
     else:
         keys, values = write(keys, k, start, center), write(values, v, start)
-    added = None if bias is None else _of_table(*apart[1:], keys.shape[2])
+    added = None if factors is None else _of_table(*factors, keys.shape[2])
     if q.shape[1] == 1 and jax.default_backend() == "cpu" and not on_tpu():
         return _summed(q, keys, values, start, added), keys, values
     position = start[:, None] + jnp.arange(q.shape[1])

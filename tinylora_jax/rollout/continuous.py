@@ -135,7 +135,8 @@ def _placed(buffers: _Buffers) -> _Buffers:
 
 def _map_caches(buffers: _Buffers, small: Any, caches: Any) -> _Buffers:
     """Applies `caches` to the arrays of both caches, and `small` to all other arrays."""
-    slots, room = buffers.state.slots, buffers.room
+    slots: Any = buffers.state.slots
+    room: Any = buffers.room
     rest = replace(buffers.state, slots=replace(slots, cache=None)), replace(room, cache=None), buffers.first
     state, room, first = jax.tree.map(small, rest)
     held = jax.tree.map(caches, (slots.cache, buffers.room.cache))

@@ -78,7 +78,7 @@ def refused(kind, status):
         (refused(GatedRepoError, 403), "accept the model's licence on its page.*`hf auth login`"),
         (refused(RepositoryNotFoundError, 401), "check the id; for a private model log in"),
         (json.JSONDecodeError("Expecting value", "<html>", 0), "not come from the hub but.*a network's login page"),
-        (http.ReadError("connection reset"), "check the id and the network"),
+        (http.ReadError("connection reset"), "check the network and run the same command again"),
     ],
 )
 def test_every_failure_says_what_to_do(monkeypatch, error, said):
