@@ -334,6 +334,7 @@ def test_a_checkpoint_that_cannot_be_written(config, command_line, finished, tmp
     assert traces(tmp_path / "run") == traces(finished.workdir)
 
 
+@pytest.mark.slow
 def test_no_space_left(processes, tmp_path):
     # A limit on the size of files fails the growing ones (metrics, TensorBoard) as a full disk does.
     limited = ("--config.max_steps=10", "--config.epochs=20", f"--workdir={tmp_path / 'run'}")

@@ -83,7 +83,7 @@ def test_checkpoints_may_be_rare(config, stop, tmp_path):
     assert steps == {4, 5}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "lora, A frozen", "bias", *SLOW])
+@pytest.mark.parametrize("method", ["full", "lora, A frozen", "bias", *SLOW])
 def test_sft_trains_them_too(config, stop, tmp_path, method):
     config = configured(config, method)
     config.max_new_tokens, config.reward = 24, "hash"

@@ -95,6 +95,7 @@ def test_the_command_draws_the_curves_at_its_end(swept, make_config, monkeypatch
     assert sorted(curve["label"] for curve in curves) == ["rate 0.01", "rate 0.05"]
 
 
+@pytest.mark.slow
 def test_different_adapters_share_one_program(make_config, tmp_path):
     config = make_config()
     config.max_steps = 3

@@ -70,6 +70,7 @@ def test_slots_do_not_idle_while_prompts_may_be_added(qwen2, policy, v, prompts)
     assert idle < 4 * STOPS.max_new_tokens, "only the end may have empty slots"
 
 
+@pytest.mark.slow
 def test_a_pool_that_shrinks_saves_steps_of_empty_slots(qwen2, policy, v, prompts):
     large, _ = arriving(qwen2.config, policy, v, prompts, 4, 64, 4)
     small, _ = arriving(qwen2.config, policy, v, prompts, 4, 64, 4, may_shrink=True)
