@@ -73,7 +73,7 @@ def _adapter_in(place: str, names: Iterable[str]) -> str:
 
     Args:
       place: folder or URL.
-      names: what is below it, by paths relative to it; the name of a folder may stand for its files if it ends in `/`.
+      names: paths of everything below it, relative to it; a folder may stand for its files if its path ends in `/`.
     """
     names = sorted(names)
     if {"adapter.json", "vector.bin", "adapter_config.json"} & set(names):

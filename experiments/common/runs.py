@@ -29,7 +29,7 @@ from experiments.common.opening import config_arguments
 from experiments.common.places import mirrored, workdir_of
 from experiments.common.preemption import Stopped, StopRequests
 from experiments.common.progress import Steps, clear, tell, with_names
-from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse
+from experiments.common.specs import ConfigError, Specs, as_json, check_template, parse, points_per_prompt
 from experiments.common.starting import device_words, start_block
 from experiments.common.task import Task, load_graded_questions, make_prompts
 from experiments.common.untrained import evaluate_untrained
@@ -307,7 +307,7 @@ def run(
         return done
     train_questions, eval_questions = questions_of(config, specs)
     how = {"batch_size": config.eval_batch_size, "samples": config.eval_samples}
-    with launch(config, specs, members=2 if config.search == "es" else 1) as start:  # both points of a pair answer
+    with launch(config, specs, members=points_per_prompt(config)) as start:
         prompts = make_prompts(config, train_questions, start.abstract)
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))

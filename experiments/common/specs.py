@@ -166,6 +166,11 @@ def _check_search(config: ConfigDict, require: Callable[[str, bool, str], None],
         )
 
 
+def points_per_prompt(config: ConfigDict) -> int:
+    """Number of points v at which every prompt of a step is answered: both of a pair in an evolution strategy."""
+    return 2 if config.search == "es" else 1
+
+
 def _one_of(found: Any, known: Sequence[str]) -> str:
     """The expectation of one of the known words, with the nearest one to what was found."""
     return " or ".join(map(repr, known)) + suggestion(str(found), known)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.common.fitting import rollout_bytes
 from experiments.common.meshes import joins_kernels, mesh_words
+from experiments.common.specs import points_per_prompt
 from experiments.common.task import Task
 from experiments.common.wording import counted, entries, named, size
 from experiments.configs import base
@@ -49,8 +50,7 @@ def device_words() -> str:
 def memory_words(config: ConfigDict, task: Task) -> str:
     """Predicts the memory of a device while decoding."""
     mesh = active_mesh() or MeshSpec(1, 1, 1).make(jax.devices()[:1])
-    points = 2 if config.search == "es" else 1
-    slots = task.slots or points * config.batch_size * config.samples
+    slots = task.slots or points_per_prompt(config) * config.batch_size * config.samples
     return f"about {size(rollout_bytes(task.model, config, mesh, slots, joins_kernels()))} per device while decoding"
 
 
@@ -76,7 +76,7 @@ def start_block(
     """
     weights = jax.tree.leaves(task.policy.params)
     batch = f"{config.batch_size} questions × {config.samples} answers"
-    batch = f"{batch} at both points of a pair" if config.search == "es" else batch
+    batch = f"{batch} at both points of a pair" if points_per_prompt(config) == 2 else batch
     batch = f"{config.batch_size} worked solutions" if experiment == "sft" else batch
     sources = {"training": config.train_data.source, "evaluation": config.eval_data.source}
     data = ", ".join(f"{questions[name]:,} of {source} for {name}" for name, source in sources.items())

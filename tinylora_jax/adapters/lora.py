@@ -81,8 +81,7 @@ def _sizes(params: Any, spec: LoRA) -> dict[str, tuple[tuple[int, ...], int, int
     modules, shapes = select(params, spec.targets), leaves_by_path(params)
     found = {}
     for module in modules:
-        words = module.target.layout.split()
-        if words != sorted(words, key=("layer", "in", "out").index):
+        if not module.target.is_ordered:
             raise ValueError(f"{module.path} is laid out {module.target.layout!r}; LoRA needs 'layer in out' order")
         leading = tuple(shapes[module.path].shape[axis] for axis in module.target.axes("layer"))
         found[module.path] = leading, *module.shape
@@ -105,8 +104,9 @@ def init_lora(params: Any, spec: LoRA) -> Matrices:
     key, found = jax.random.key(spec.seed), {}
     for index, (path, (leading, num_in, num_out)) in enumerate(_sizes(params, spec).items()):
         left = jnp.zeros((*leading, num_out, spec.rank), jnp.float32)
-        right = _uniform(jax.random.fold_in(key, index), leading, num_in, spec.rank)
-        found[path] = {"left": left} if spec.freeze_a else {"right": right, "left": left}
+        found[path] = {"left": left}
+        if not spec.freeze_a:
+            found[path]["right"] = _uniform(jax.random.fold_in(key, index), leading, num_in, spec.rank)
     return found
 
 

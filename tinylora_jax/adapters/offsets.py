@@ -42,7 +42,7 @@ class Offsets:
 
     Attributes:
       targets: regular expressions over leaf paths, or `Target`s laid out `layer… in… out…` for kernels.
-      kind: what the targets may select: `outputs` of kernels, `scales` of norms, or `both`.
+      kind: kind of leaves that the targets may select: `outputs` of kernels, `scales` of norms, or `both`.
 
     >>> Offsets(kind="norms")
     Traceback (most recent call last):
@@ -136,10 +136,9 @@ def _problem(path: str, shape: tuple[int, ...], target: Target, kind: str) -> st
         if not path.endswith("scale"):
             return f"{path} is neither a kernel nor the scale of a norm; select the kernel beside it"
         return None if kind in ("scales", "both") else f"{path} is a norm's scale, but this trains offsets of outputs"
-    words = target.layout.split()
-    if len(shape) != len(words):
+    if len(shape) != len(target.layout.split()):
         return f"{path} has shape {shape}, but its target's layout is {target.layout!r}"
-    if words != sorted(words, key=("layer", "in", "out").index):
+    if not target.is_ordered:
         return f"{path} is laid out {target.layout!r}; an offset needs 'layer in out' order"
     return None if kind in ("outputs", "both") else f"{path} is a kernel, but this trains the scales of norms"
 

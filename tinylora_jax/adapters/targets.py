@@ -49,6 +49,12 @@ class Target:
         """Positions of the axes that carry `word`."""
         return tuple(i for i, name in enumerate(self.layout.split()) if name == word)
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the axes are layers, then inputs, then outputs, as unmerged weights need them."""
+        words = self.layout.split()
+        return words == sorted(words, key=("layer", "in", "out").index)
+
 
 @dataclass(frozen=True)
 class Module:

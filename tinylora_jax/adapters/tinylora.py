@@ -160,7 +160,7 @@ def apply(params: Any, factors: Factors, v: Float[Array, "... groups u"]) -> Any
         if name not in factors.leaves:
             return leaf
         part = factors.leaves[name]
-        if part.target.layout.split() != sorted(part.target.layout.split(), key=("layer", "in", "out").index):
+        if not part.target.is_ordered:
             raise ValueError(f"{name} has layout {part.target.layout!r}; apply needs 'layer in out' order, use merge")
         stacked = bool(part.target.axes("layer"))
         return AdaptedKernel(leaf, *_parts(part.U, part.S, part.V, part.P, _groups(part), v, stacked))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,17 +15,16 @@ from jaxtyping import Array, Float
 from tinylora_jax.adapters import (
     Factors,
     OffsetPolicy,
-    Offsets,
     Policy,
     Space,
     TinyLoRA,
     Trained,
     combine,
     factorize,
-    joint_spec,
     own_triplets,
     retied,
 )
+from tinylora_jax.adapters.offsets import union
 from tinylora_jax.io.adapter._description import AdapterError
 from tinylora_jax.io.adapter._file import AdapterReader, factors_of, read_adapter
 from tinylora_jax.io.adapter._offsets import SavedOffsets, is_offsets, read_offsets, template_of
@@ -165,8 +164,7 @@ def policy_together(params: Any, adapters: Sequence[SavedAdapter | SavedOffsets]
         factors, vectors = read_together(params, [each for each in adapters if isinstance(each, SavedAdapter)])
         return Policy(params, factors), vectors
     policies = [adapter.policy(params) for adapter in offsets]
-    spec = joint_spec(policies[0].spec, [policy.spec for policy in policies])
-    joint = OffsetPolicy(params, cast(Offsets, spec))  # members of one kind have a space of that kind
+    joint = OffsetPolicy(params, union([policy.spec for policy in policies]))
     points = [joint.point(policy, adapter.v) for policy, adapter in zip(policies, offsets, strict=True)]
     return joint, [jax.tree.map(np.asarray, point) for point in points]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +20,23 @@ from jaxtyping import Int, UInt32
 
 from tinylora_jax.adapters import Adapted, Trained
 from tinylora_jax.models import KVCache, ModelConfig, abstract_everywhere, active_mesh
-from tinylora_jax.models.sharding import abstract_at, cache_shards, current_mesh, heads_axes, split_heads
+from tinylora_jax.models.sharding import abstract_at, cache_shards, current_mesh, heads_axes
 from tinylora_jax.multihost import to_host
 from tinylora_jax.rollout.generate import (
     _Prefilled,
     _State,
     admit,
+    crowded,
     decode_step,
     decoding_layout,
     empty_state,
     pool_sizes,
     prepare,
+    room,
     shrink,
     worth_an_admission,
 )
+from tinylora_jax.rollout.placing import map_caches, placed
 from tinylora_jax.rollout.sampling import Sampling
 
 
@@ -124,26 +126,6 @@ def _share(sizes: QueueSizes, groups: int) -> int:
     return sizes.chunk * sizes.samples // groups
 
 
-def _placed(buffers: _Buffers) -> _Buffers:
-    """Places the buffers between two programs: each compiles only once if it always gets the same placement."""
-    if current_mesh() is None:
-        return buffers
-    everywhere = lambda x: jax.lax.with_sharding_constraint(x, P())
-    heads = lambda x: split_heads(x, x.shape[2])
-    return _map_caches(buffers, everywhere, heads)
-
-
-def _map_caches(buffers: _Buffers, small: Any, caches: Any) -> _Buffers:
-    """Applies `caches` to the arrays of both caches, and `small` to all other arrays."""
-    slots: Any = buffers.state.slots
-    room: Any = buffers.room
-    rest = replace(buffers.state, slots=replace(slots, cache=None)), replace(room, cache=None), buffers.first
-    state, room, first = jax.tree.map(small, rest)
-    held = jax.tree.map(caches, (slots.cache, buffers.room.cache))
-    state = replace(state, slots=replace(state.slots, cache=held[0]))
-    return _Buffers(state, replace(room, cache=held[1]), first, small(buffers.noise))
-
-
 @partial(jax.jit, static_argnames=("config", "sampling", "sizes", "dtype"))
 def _open(config: ModelConfig, sampling: Sampling, sizes: QueueSizes, dtype: jnp.dtype) -> _Buffers:
     """Creates the buffers: all slots empty, nothing waits."""
@@ -156,7 +138,7 @@ def _open(config: ModelConfig, sampling: Sampling, sizes: QueueSizes, dtype: jnp
         lengths=jnp.zeros((sizes.chunk,), jnp.int32),
     )
     noise = jnp.zeros((sizes.rows, sampling.max_new_tokens), jnp.float32)
-    return _placed(_Buffers(state, room, jnp.int32(0), noise))
+    return placed(_Buffers(state, room, jnp.int32(0), noise))
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "sizes"), donate_argnames="buffers")
@@ -166,13 +148,13 @@ def _add(config, sampling, sizes, policy, v, key, first_prompt, ids, tokens, len
     first = first_prompt * sizes.samples
     noise = jax.lax.dynamic_update_slice_in_dim(buffers.noise, noise, first, axis=0)
     state = replace(buffers.state, waiting=jnp.zeros_like(buffers.state.waiting))
-    return _placed(_Buffers(state, room, first, noise))
+    return placed(_Buffers(state, room, first, noise))
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "sizes"), donate_argnames="buffers")
 def _advance(config, sampling, sizes, policy, v, most_steps, more, least, buffers):
     """Admits and decodes at most `most_steps` tokens, until `least` slots suffice, or another chunk is wanted."""
-    params, room = decoding_layout(policy(v)), buffers.room
+    params, chunk = decoding_layout(policy(v)), buffers.room
     size, groups = buffers.state.slots.completion.shape[0], buffers.state.waiting.shape[0]
     shards = cache_shards(size, config.num_kv_heads)
     enough, share = worth_an_admission(size, groups), _share(sizes, groups)
@@ -183,12 +165,11 @@ def _advance(config, sampling, sizes, policy, v, most_steps, more, least, buffer
 
     def is_over(state: _State) -> jax.Array:
         empty = jnp.sum(state.slots.completion == sizes.rows)
-        few = _crowded(state, sizes, shards) <= jnp.where(more, 0, least)
+        few = crowded(state, sizes.rows, shards) <= jnp.where(more, 0, least)
         return ~jnp.any(waits(state)) & (few | more & (empty >= enough))
 
     def has_room(state: _State) -> jax.Array:
-        empty = jnp.sum((state.slots.completion == sizes.rows).reshape(groups, -1), axis=1)
-        return jnp.sum(jnp.where(waits(state), empty, 0)) >= enough
+        return room(state, waits(state), sizes.rows) >= enough
 
     def decodes_on(carry) -> jax.Array:
         count, state = carry
@@ -205,16 +186,11 @@ def _advance(config, sampling, sizes, policy, v, most_steps, more, least, buffer
 
     def fill_and_decode(carry):
         count, state = carry
-        state = without(admit(state, room, params, sizes.samples, buffers.first))
+        state = without(admit(state, chunk, params, sizes.samples, buffers.first))
         return jax.lax.while_loop(decodes_on, step, (count, state))
 
     _, state = jax.lax.while_loop(goes_on, fill_and_decode, (jnp.int32(0), buffers.state))
-    return _placed(replace(buffers, state=state)), _progress(state, sizes, share, shards)
-
-
-def _crowded(state: _State, sizes: QueueSizes, shards: int) -> jax.Array:
-    """Number of slots in use if every shard were as full as the fullest."""
-    return shards * jnp.max(jnp.sum((state.slots.completion < sizes.rows).reshape(shards, -1), axis=1))
+    return placed(replace(buffers, state=state)), _progress(state, sizes, share, shards)
 
 
 @partial(jax.jit, static_argnames=("config", "sizes", "size"))
@@ -222,7 +198,7 @@ def _shrunk(config: ModelConfig, sizes: QueueSizes, size: int, buffers: _Buffers
     """Keeps only `size` slots, those in use first."""
     shards = cache_shards(buffers.state.slots.completion.shape[0], config.num_kv_heads)
     state = replace(buffers.state, slots=shrink(buffers.state.slots, size, sizes.rows, shards))
-    return _placed(replace(buffers, state=state))
+    return placed(replace(buffers, state=state))
 
 
 def _progress(state: _State, sizes: QueueSizes, share: int, shards: int) -> Progress:
@@ -237,7 +213,7 @@ def _progress(state: _State, sizes: QueueSizes, share: int, shards: int) -> Prog
         waiting=jnp.sum(share - state.waiting),
         num_tokens=jnp.sum(state.lengths) + ongoing,
         slot_steps=state.slot_steps,
-        crowded=_crowded(state, sizes, shards),
+        crowded=crowded(state, sizes.rows, shards),
     )
     if current_mesh() is None:
         return progress
@@ -353,7 +329,7 @@ def lower_continuous(
 
 
 def _abstract(buffers: _Buffers) -> _Buffers:
-    """The shapes of buffers with the placement that `_placed` gives them."""
+    """The shapes of buffers with the placement that `placed` gives them."""
     mesh = active_mesh()
     if mesh is None:
         return buffers
@@ -362,4 +338,4 @@ def _abstract(buffers: _Buffers) -> _Buffers:
         rows, heads = heads_axes(mesh, x.shape[0], x.shape[2])
         return abstract_at(x, NamedSharding(mesh, P(rows or None, None, heads or None, None)))
 
-    return _map_caches(buffers, lambda x: abstract_at(x, NamedSharding(mesh, P())), cache)
+    return map_caches(lambda x: abstract_at(x, NamedSharding(mesh, P())), cache, buffers)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Key, UInt32
+from jaxtyping import Array, Bool, Int, Key, UInt32
 
 from tinylora_jax.adapters import rows_marked, select_rows
 from tinylora_jax.models import KVCache, ModelConfig, forward, fused, logits
@@ -342,10 +342,10 @@ class _Pool:
     def _decodes_on(self, state: _State) -> jax.Array:
         enough = worth_an_admission(self.size, self.groups)
         waits = jnp.any(self._waiting(state))
-        return jnp.where(waits, self._room(state) < enough, self._crowded(state) > self.next_size)
+        return jnp.where(waits, self._room(state) < enough, crowded(state, self.total, self.shards) > self.next_size)
 
     def _is_needed(self, state: _State) -> jax.Array:
-        return jnp.any(self._waiting(state)) | (self._crowded(state) > self.next_size)
+        return jnp.any(self._waiting(state)) | (crowded(state, self.total, self.shards) > self.next_size)
 
     def _waiting(self, state: _State) -> jax.Array:
         """Which groups have completions without a slot."""
@@ -353,13 +353,18 @@ class _Pool:
 
     def _room(self, state: _State) -> jax.Array:
         """Number of empty slots for which a completion is waiting."""
-        empty = jnp.sum((state.slots.completion == self.total).reshape(self.groups, -1), axis=1)
-        return jnp.sum(jnp.where(self._waiting(state), empty, 0))
+        return room(state, self._waiting(state), self.total)
 
-    def _crowded(self, state: _State) -> jax.Array:
-        """Number of slots in use if every shard were as full as the fullest."""
-        used = jnp.sum((state.slots.completion < self.total).reshape(self.shards, -1), axis=1)
-        return self.shards * jnp.max(used)
+
+def room(state: _State, waiting: Bool[Array, " groups"], total: int) -> Int[Array, ""]:
+    """Number of empty slots in those groups in which a completion waits; an empty slot has the completion `total`."""
+    empty = jnp.sum((state.slots.completion == total).reshape(len(waiting), -1), axis=1)
+    return jnp.sum(jnp.where(waiting, empty, 0))
+
+
+def crowded(state: _State, total: int, shards: int) -> Int[Array, ""]:
+    """Number of slots in use if every shard were as full as the fullest."""
+    return shards * jnp.max(jnp.sum((state.slots.completion < total).reshape(shards, -1), axis=1))
 
 
 def worth_an_admission(size: int, groups: int) -> int:

@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key, UInt32
 
 from tinylora_jax.models import ModelConfig
-from tinylora_jax.models.sharding import current_mesh, split_heads
 from tinylora_jax.multihost import to_host
 from tinylora_jax.rollout.generate import Completions, admit_all, decode_step, empty_state, prepare
+from tinylora_jax.rollout.placing import placed
 from tinylora_jax.rollout.sampling import Sampling
 
 
@@ -27,18 +26,7 @@ def _begin(config, params, ids, tokens, lengths, key, sampling, samples):
     total, width = len(tokens) * samples, tokens.shape[1]
     state = empty_state(config, params, total, total, width, sampling, prefilled.hidden.dtype)
     state = admit_all(state, prefilled, params, samples)
-    return state.slots.params, noise, _placed(_without_params(state))
-
-
-def _placed(state):
-    """Places a state between two parts: the next part compiles only once if it always gets the same placement."""
-    if current_mesh() is None:
-        return state
-    cache = jax.tree.map(lambda x: split_heads(x, x.shape[2]), state.slots.cache)
-    small = jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, P()), replace(state, slots=replace(state.slots, cache=None))
-    )
-    return replace(small, slots=replace(small.slots, cache=cache))
+    return state.slots.params, noise, placed(_without_params(state))
 
 
 def _without_params(state):
@@ -63,7 +51,7 @@ def _advance(config, sampling, every, params, noise, start, state):
     part = lambda x: jnp.take(x, start + jnp.arange(every), axis=1, mode="fill", fill_value=0)
     stopped = state.stopped & (lengths > 0)
     new = Completions(part(state.tokens), part(state.logprobs), lengths, stopped, state.slot_steps - steps_before)
-    return _placed(state), new, going(state)
+    return placed(state), new, going(state)
 
 
 def stream(
