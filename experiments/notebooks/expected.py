@@ -15,7 +15,7 @@ from experiments.notebooks.subprocesses import ROOT
 
 RESULTS = ROOT / "experiments/results"
 COMPILED = {
-    "gsm8k_qwen2_5_7b_one_chip": "tpu_qwen2_5_7b_int8_v5e_1x1.json",
+    "gsm8k_qwen2_5_7b_one_chip": "tpu_qwen2_5_7b_int8_cache_v5e_1x1.json",
     "gsm8k_qwen2_5_7b": "tpu_qwen2_5_7b_v5e_2x4.json",
 }
 MEASURED, TIMED = "gsm8k_1_5b_methods_h100.json", "gsm8k_1_5b_h100.json"

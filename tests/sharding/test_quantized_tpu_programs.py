@@ -81,7 +81,7 @@ def test_no_program_writes_a_wide_copy_of_a_matrix(scheme, which):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["rollout", "decode", "update"])
 def test_seven_billion_weights_fit_one_chip_of_16_gb(which):
-    case = make_case("qwen2.5-7b", "int8", 0, 16, 1024, 512, 64)
+    case = make_case("qwen2.5-7b", "int8", 0, 16, 1024, 512, 64, cache="int8")
     program = {"rollout": rollout, "decode": step, "update": lambda case: list(updates(case))[-1]}[which](case)
     assert widened(case, program) == []
     compiled = compile_program(program, case.mesh)
