@@ -293,11 +293,14 @@ DAMAGED = {
         lambda t: t.update({"lm_head.weight_scale": np.ones((40, 1), np.float32)}),
         "lm_head.weight_scale: unexp",
     ),
-    "a float": (lambda t: t.update({UP: np.ones((44, 32), np.float32)}), None),
+    "an embedding in int8": (
+        lambda t: t.update({"model.embed_tokens.weight": np.ones((40, 32), np.int8)}),
+        "model.embed_tokens.weight: expected floating-point numbers, got I8",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", [case for case in DAMAGED if DAMAGED[case][1]])
+@pytest.mark.parametrize("case", DAMAGED)
 def test_damage_is_one_error_before_integers_are_read(plain, tmp_path, monkeypatch, case):
     compress(plain["Llama"], tmp_path / "q", 8)
     damage, message = DAMAGED[case]

@@ -1,6 +1,6 @@
-"""Reads models that are quantized already, in the format `compressed-tensors`; integers and scales stay as they are.
+"""Reads models that are quantized already, in the format `compressed-tensors`.
 
-Each linear map W ≈ diag(s) · Q, `[out, in]`, is stored as scales s, `weight_scale` `[out, 1]`, and integers Q. In the
+Integers and scales stay as they are in the file. Each linear map W ≈ diag(s) · Q, `[out, in]`, is stored as scales s, `weight_scale` `[out, 1]`, and integers Q. In the
 format `pack-quantized` they are `weight_packed`: 32 / bits integers in each int32, the first input in the lowest bits,
 each plus 2^(bits - 1), so that it is not negative; `weight_shape` is `[out, in]`. In `int-quantized` and
 `naive-quantized` they are `weight`, int8.
@@ -23,6 +23,7 @@ from tinylora_jax.io.hf._fields import FieldReader
 from tinylora_jax.io.hf._hub import open_tensors
 from tinylora_jax.io.hf._lazy import LazyTensor
 from tinylora_jax.io.hf._quantizing import is_map
+from tinylora_jax.io.hf._safetensors import INTEGERS
 from tinylora_jax.io.hf._weights import parameter_names
 from tinylora_jax.models.config import ModelConfig
 
@@ -198,14 +199,9 @@ def open_compressed(folder: Path, config: ModelConfig, stored: Stored) -> Iterat
         found, problems = dict(tensors), list[str]()
         for name, (path, shape) in parameter_names(config).items():
             if is_map(path):
-                module, (num_in, num_out) = name.removesuffix(".weight"), shape
-                parts = stored.parts(num_out, num_in)
-                given = {part: found.pop(f"{module}.{part}", None) for part in parts}
-                wrong = [line for part, tensor in given.items() for line in _problem(part, tensor, parts[part])]
-                scale = None if wrong else _check_values(given, num_out, num_in, wrong)
-                problems += [f"{module}.{line}" for line in wrong]
-                if scale is not None:
-                    found[name] = _lazy(next(iter(given.values())), scale, stored, num_in)
+                problems += _join(found, name.removesuffix(".weight"), stored, *shape)
+            elif name in found and found[name].dtype in INTEGERS:
+                problems.append(f"{name}: expected floating-point numbers, got {found[name].dtype}")
         if problems:
             rest = [f"... and {len(problems) - _MOST_LISTED} more"] if len(problems) > _MOST_LISTED else []
             lines = "\n  ".join(problems[:_MOST_LISTED] + rest)
@@ -214,6 +210,18 @@ def open_compressed(folder: Path, config: ModelConfig, stored: Stored) -> Iterat
                 f" {_INSTEAD}:\n  {lines}"
             )
         yield found
+
+
+def _join(tensors: dict[str, LazyTensor], module: str, stored: Stored, num_in: int, num_out: int) -> list[str]:
+    """Replaces the tensors of a linear map by one with `integers`; returns what is wrong with them instead, if any."""
+    parts = stored.parts(num_out, num_in)
+    given = {part: tensors.pop(f"{module}.{part}", None) for part in parts}
+    problems = [line for part, tensor in given.items() for line in _problem(part, tensor, parts[part])]
+    found = {part: tensor for part, tensor in given.items() if tensor is not None}
+    scale = None if problems else _read_scale(found, num_out, num_in, problems)
+    if scale is not None:
+        tensors[f"{module}.weight"] = _lazy(next(iter(found.values())), scale, stored, num_in)
+    return [f"{module}.{line}" for line in problems]
 
 
 def _problem(part: str, tensor: LazyTensor | None, shape: tuple[int, ...]) -> list[str]:
@@ -227,7 +235,7 @@ def _problem(part: str, tensor: LazyTensor | None, shape: tuple[int, ...]) -> li
     return []
 
 
-def _check_values(given: Mapping[str, Any], num_out: int, num_in: int, problems: list[str]) -> np.ndarray | None:
+def _read_scale(given: Mapping[str, LazyTensor], num_out: int, num_in: int, problems: list[str]) -> np.ndarray | None:
     """Reads the scales of a linear map, float32 `[out, 1]`; adds bad ones to `problems`, and another `weight_shape`."""
     scale = given["weight_scale"].read().astype(np.float32)
     bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))

@@ -19,7 +19,7 @@ from tinylora_jax.files import open_regular, parse_json, replacing
 from tinylora_jax.io.hf._weights import LazyTensor
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_INTEGERS = ("I8", "I32", "I64")
+INTEGERS = ("I8", "I32", "I64")  # those of quantized models
 _MAX_HEADER_BYTES = 2**24  # a hundred times a large model's header; parsed JSON takes up to 30 times its size
 
 
@@ -48,7 +48,7 @@ def open_safetensors(path: Path, integers: bool = False) -> Iterator[dict[str, L
 
 def _tensor(file: Any, name: str, path: Path, integers: bool) -> LazyTensor:
     view = file.get_slice(name)
-    if view.get_dtype() not in (*_FLOATS, *(_INTEGERS if integers else ())):
+    if view.get_dtype() not in (*_FLOATS, *(INTEGERS if integers else ())):
         raise ValueError(
             f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
             "quantized checkpoints without a supported quantization_config in config.json are not supported; load the "
