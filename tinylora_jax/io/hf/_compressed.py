@@ -1,9 +1,9 @@
 """Reads models that are quantized already, in the format `compressed-tensors`.
 
-Integers and scales stay as they are in the file. Each linear map W ≈ diag(s) · Q, `[out, in]`, is stored as scales s, `weight_scale` `[out, 1]`, and integers Q. In the
-format `pack-quantized` they are `weight_packed`: 32 / bits integers in each int32, the first input in the lowest bits,
-each plus 2^(bits - 1), so that it is not negative; `weight_shape` is `[out, in]`. In `int-quantized` and
-`naive-quantized` they are `weight`, int8.
+Integers and scales stay as they are in the file. A linear map W = diag(s) · Q, `[out, in]`, has the scales s in
+`weight_scale`, `[out, 1]`. In the format `pack-quantized` the integers Q are in `weight_packed`: each int32 holds
+32 / bits of them, the first input in its lowest bits. Each is stored plus 2^(bits - 1), so that it is not negative.
+`weight_shape` is `[out, in]`. In `int-quantized` and `naive-quantized` the integers are `weight`, int8.
 
 See `compressors/pack_quantized/helpers.py` and `compressors/naive_quantized/base.py` of compressed-tensors 0.20.
 """
