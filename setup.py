@@ -89,6 +89,7 @@ setup(
             "torch==2.13.0",
             "accelerate>=1.0",
             "peft>=0.19",
+            "compressed-tensors>=0.20",
             "equinox>=0.13",
             "reasoning-gym>=0.1.19",
             "math-verify>=0.9",

@@ -47,9 +47,9 @@ from experiments.aot.chips import Topology, larger, topology
 from experiments.aot.programs import Case, compile_all
 from experiments.aot.report import print_table, summary
 from experiments.aot.suggest import search
-from experiments.common.architectures import architecture
+from experiments.common.architectures import described
 from experiments.common.cli import reporting_errors
-from experiments.common.fitting import fit
+from experiments.common.fitting import fit, with_storage
 from experiments.common.meshes import mesh_words, parse_mesh
 from experiments.common.opening import parse_flags
 from experiments.common.progress import tell
@@ -62,9 +62,9 @@ FLAGS = flags.FLAGS
 
 def make_case(config: ConfigDict, model: str | None, target: Topology, spec: MeshSpec) -> Case:
     """Builds a run on a topology; mesh and slots that the config leaves open follow from a chip's memory."""
-    shape, memory = architecture(model or config.model), target.chip.hbm_bytes
-    found = fit(shape, config, spec, target.devices, memory)
-    fitted = config.copy_and_resolve_references()
+    (shape, quantize), memory = described(model or config.model, config.quantize), target.chip.hbm_bytes
+    fitted = with_storage(config, quantize)
+    found = fit(shape, fitted, spec, target.devices, memory)
     fitted.slots = found.slots
     return Case(fitted, parse(fitted), shape, found.mesh.make(target.devices), memory, model or "")
 

@@ -58,7 +58,7 @@ from experiments.common.places import adapter_of, new_folder_of
 from experiments.common.progress import tell
 from experiments.common.pushing import push
 from experiments.common.serving import vllm_command
-from tinylora_jax.adapters import Factors
+from tinylora_jax.adapters import Factors, scheme_of
 from tinylora_jax.files import read_json
 from tinylora_jax.hub import HubError
 from tinylora_jax.io import Pretrained, SavedAdapter, load_pretrained, new_folder, open_adapter, open_saved
@@ -125,8 +125,10 @@ def export(
             pretrained = load_pretrained(base, jnp.dtype(trained.dtype), download=allowed, quantize=quantize)
         except NotInCacheError as error:
             raise ValueError(f"{adapter} names the base model {base!r}, which {NOT_IN_CACHE}") from error
-        if quantize != "none" and to == "merged":
-            tell(f"merging into the weights of training, restored from {quantize}; --quantize=none takes the originals")
+        if to == "merged" and (scheme := scheme_of(pretrained.params)) != "none":
+            stored = "quantization_config" in (pretrained.hf_config or {})  # such a file has no other weights
+            advice = "" if stored else "; --quantize=none takes the originals"
+            tell(f"merging into the weights of training, restored from {scheme}{advice}")
         tell("loading the adapter")
         if isinstance(trained, SavedOffsets):
             _write_offsets(folder, to, trained, pretrained, name or base, dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylora_jax.files import read_json
-from tinylora_jax.io.hf import parse_config
+from tinylora_jax.io.hf import parse_config, stored_scheme
 from tinylora_jax.models import ModelConfig
 
 _MAX_CONFIG_BYTES = 2**24
@@ -80,6 +80,19 @@ def architecture(model: str) -> ModelConfig:
     Raises:
       ValueError: the argument is none of these.
     """
+    return described(model, "none")[0]
+
+
+def described(model: str, quantize: str) -> tuple[ModelConfig, str]:
+    """Returns what `architecture` does, and the storage of the weights.
+
+    Args:
+      model: named shape, model with a known shape, or path of a `config.json` or its folder.
+      quantize: requested storage; `none` accepts that of a file which is quantized already.
+
+    Raises:
+      ValueError: the model is none of these, or its file has another storage than the requested one.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -88,7 +101,8 @@ def architecture(model: str) -> ModelConfig:
             found = read_json(path, _MAX_CONFIG_BYTES)
             if not isinstance(found, dict):
                 raise ValueError(f"expected a JSON object, found {type(found).__name__}")
-            return parse_config(found)
+            config = parse_config(found)
+            return config, stored_scheme(found, config, quantize)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     name = shape_name(model)
@@ -97,4 +111,4 @@ def architecture(model: str) -> ModelConfig:
             f"the architecture of {model!r} is unknown: expected one of {', '.join(SHAPES)}, a model with one of these"
             " shapes, or the path of a config.json (--model_config)"
         )
-    return parse_config(dict(SHAPES[name]))
+    return parse_config(dict(SHAPES[name])), quantize

@@ -47,6 +47,13 @@ def open_model(source: str, dtype: str, quantize: str) -> OpenedModel:
     return open_pretrained(source, jnp.dtype(dtype), quantize=quantize)
 
 
+def with_storage(config: ConfigDict, quantize: str) -> ConfigDict:
+    """A copy of a run configuration with the storage that its model really has, which a quantized file determines."""
+    config = config.copy_and_resolve_references()
+    config.quantize = quantize
+    return config
+
+
 def rollout_bytes(
     model: ModelConfig,
     config: ConfigDict,

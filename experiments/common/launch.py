@@ -92,7 +92,7 @@ def launch(config: ConfigDict, specs: Specs, adapter: Spec | None = None, member
     adapter, mesh = adapter or specs.adapter, active_mesh()
     opened = open_model(config.model, config.dtype, config.quantize)
     open_model.cache_clear()  # the files may have changed since an earlier run in this process
-    slots = slots_of(config, opened.abstract.config, members)
+    slots = slots_of(config, opened.abstract.config, opened.quantize, members)
     with opened.reading(mesh and partial(param_shardings, mesh)) as reading:
         policy = abstract_policy(opened.abstract.params, adapter, mesh)
         yield Launch(config, specs, adapter, make_task(config, specs, opened.abstract, policy, slots), reading)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.common.fitting import fit, open_model
+from experiments.common.fitting import fit, open_model, with_storage
 from experiments.common.progress import tell, without_chatter
 from experiments.common.wording import named
 from experiments.configs import base
@@ -61,8 +61,9 @@ def use_fitting_mesh(config: ConfigDict, spec: MeshSpec) -> AbstractContextManag
     memory, devices = device_bytes(), jax.devices()
     if len(devices) == 1 or memory is None or spec.tensor:
         return use_mesh(spec)
-    model = open_model(config.model, config.dtype, config.quantize).abstract.config
-    return use_mesh(fit(model, config, spec, devices, memory, joins_kernels()).mesh)
+    opened = open_model(config.model, config.dtype, config.quantize)
+    config = with_storage(config, opened.quantize)
+    return use_mesh(fit(opened.abstract.config, config, spec, devices, memory, joins_kernels()).mesh)
 
 
 def prompting_mesh(model: ModelConfig, dtype: str, quantize: str, max_new_tokens: int, spec: MeshSpec) -> Mesh | None:
@@ -93,19 +94,21 @@ def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def slots_of(config: ConfigDict, model: ModelConfig, members: int = 1) -> int:
+def slots_of(config: ConfigDict, model: ModelConfig, quantize: str, members: int = 1) -> int:
     """Chooses the number of completions decoded at once (0 for all), and reports the placement on devices.
 
     Args:
       config: run configuration.
       model: architecture of the model.
+      quantize: storage of its weights.
       members: number of members of a sweep, whose batches are decoded together.
     """
     memory, mesh = device_bytes(), active_mesh()
     if memory is None and jax.default_backend() != "cpu":  # unknown accelerator memory: all at once
         return config.slots
     devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
-    found = fit(model, config, MeshSpec(*describe(mesh)), devices, memory, joins_kernels(), members)
+    stored = with_storage(config, quantize)
+    found = fit(model, stored, MeshSpec(*describe(mesh)), devices, memory, joins_kernels(), members)
     if found.num_bytes is not None:
         sizes = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(found.mesh).items())
         rows = members * config.batch_size * config.samples

@@ -144,7 +144,7 @@ def _base(
     """Loads the base model, and places it on its mesh: `model`, or the one that is named in the adapters."""
     try:
         opened = open_pretrained(model or named or "", dtype, download or model is not None, quantize)
-        chosen = mesh(opened.abstract, quantize)
+        chosen = mesh(opened.abstract, opened.quantize)
         with on_mesh(chosen), opened.reading(chosen and partial(param_shardings, chosen)) as reading:
             return replace(opened.abstract, params=reading.result()), chosen
     except NotInCacheError as error:

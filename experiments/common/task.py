@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from experiments.common.meshes import slots_of
 from experiments.common.progress import phase, tell
 from experiments.common.specs import ConfigError, Specs, sampling_of
-from tinylora_jax.adapters import Adapted, Spec, adapt
+from tinylora_jax.adapters import Adapted, Spec, adapt, scheme_of
 from tinylora_jax.data import DataSpec, Prompt, Question, encode_prompts, get_template, load_questions
 from tinylora_jax.io import Pretrained, load_pretrained
 from tinylora_jax.models import ModelConfig, active_mesh, head_kernel, param_shardings, policy_shardings
@@ -75,7 +75,7 @@ def load_task(config: ConfigDict, specs: Specs, policy_of: Callable[[Any, str], 
     mesh = active_mesh()
     place = mesh and partial(param_shardings, mesh)  # a model that must be split may not fit on one device
     model = load_pretrained(config.model, jnp.dtype(config.dtype), place, quantize=config.quantize)
-    slots = slots_of(config, model.config)
+    slots = slots_of(config, model.config, scheme_of(model.params))
     policy = make_policy(model.params, policy_of or specs.adapter, config.svd)
     return make_task(config, specs, model, policy, slots)
 

@@ -133,6 +133,17 @@ def test_a_quantized_file_is_the_same_in_shards(tmp_path, scheme):
         assert gate["read"] <= gate["whole"] // 4 and down["read"] <= down["whole"] // 2
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_file_that_is_quantized_already_is_the_same_in_shards(tmp_path, scheme):
+    """Its scales are in the file, so that each process reads only its own outputs, once."""
+    path = tmp_path / "weights.safetensors"
+    found = start("load_on_eight_devices.py", str(path), f"qwen2:{scheme}:file", 1, 2, 4)
+    assert all(leaf["equal"] and leaf["read in all"] == leaf["whole"] for leaf in found.values()), found
+    gate, down = (found[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "down"))
+    assert all(leaf["shard"] <= leaf["whole"] // 8 for leaf in (gate, down))
+    assert gate["read"] <= gate["whole"] // 4 and down["read"] <= down["whole"] // 2
+
+
 @pytest.mark.parametrize("mesh", [(1, 2, 4), (2, 1, 4)], ids=str)
 def test_of_a_file_each_device_gets_its_shards_and_no_more_is_read(mesh, tmp_path):
     found = start("load_on_eight_devices.py", str(tmp_path / "weights.safetensors"), "qwen2", *mesh)

@@ -28,6 +28,7 @@ from tinylora_jax.adapters.offsets import (
     selected,
     union,
 )
+from tinylora_jax.adapters.quantized import scheme_of
 from tinylora_jax.adapters.spec import TinyLoRA, lora_xs
 from tinylora_jax.adapters.targets import leaves_by_path, map_by_path
 from tinylora_jax.adapters.tinylora import apply, coordinates, init, merge
@@ -314,6 +315,11 @@ def adapt(params: Any, spec: Spec, method: str = "auto", report: Callable[[int, 
       ValueError: the spec does not fit the tree.
     """
     if isinstance(spec, Full):
+        if (scheme := scheme_of(params)) != "none":
+            raise ValueError(
+                f"full fine-tuning trains the weights, but they are quantized in {scheme}; load the original model, or"
+                " choose another method"
+            )
         return FullPolicy(params)
     if isinstance(spec, LoRA):
         jax.eval_shape(lambda params: init_lora(params, spec), params)  # raises if the tree has no such modules

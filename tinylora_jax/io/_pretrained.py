@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tinylora_jax.adapters.quantized import check_scheme
 from tinylora_jax.files import expand
 from tinylora_jax.io._model import Pretrained
 from tinylora_jax.io.gguf._model import load_gguf
+from tinylora_jax.io.hf._compressed import open_compressed, read_quantization, stored_scheme
 from tinylora_jax.io.hf._config import parse_config
 from tinylora_jax.io.hf._hub import (
     MAX_TOKENIZER_BYTES,
@@ -48,7 +50,7 @@ class OpenedModel:
       abstract: model with a `jax.ShapeDtypeStruct` for every weight.
       path: path of the file or folder.
       tensors: function that opens the weights, by Hugging Face name.
-      quantize: storage of the linear maps, see `load_pretrained`.
+      quantize: storage of the linear maps in memory: as requested, or that of a file which keeps its integers.
     """
 
     abstract: Pretrained
@@ -87,8 +89,9 @@ def load_pretrained(
       place: function that chooses the shardings, see `build_tree`.
       download: whether a model that is not in the hub's cache, or that is in a store, may be downloaded.
       quantize: `int8` or `int4` stores the seven linear maps of each block as integers with one scale per output
-        channel; `none` keeps `dtype`. Each tensor is quantized as it is read. A file that is quantized already, such as
-        a GGUF file in Q8_0, is converted to `dtype` and then quantized again.
+        channel; `none` keeps `dtype`. Each tensor is quantized as it is read. A GGUF file that is quantized already,
+        such as in Q8_0, is converted to `dtype` and then quantized again. A folder in the format compressed-tensors
+        keeps its integers and scales, with `none` too; requesting another storage is an error.
 
     Returns:
       Config, weights, tokenizer and stop tokens.
@@ -147,13 +150,16 @@ def _open_folder(folder: Path, name: str, dtype: DTypeLike, quantize: str) -> Op
     try:
         hf_config = read_json(folder / "config.json")
         config = parse_config(hf_config)
+        quantize = stored_scheme(hf_config, config, quantize)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer = _folder_tokenizer(folder)
     _check_vocabulary(tokenizer, config, folder)
     stops = _stop_tokens(tokenizer, stop_ids(folder), config)
     abstract = Pretrained(config, param_shapes(config, dtype, quantize), tokenizer, stops, name, hf_config)
-    return OpenedModel(abstract, folder, lambda: open_tensors(folder), quantize)
+    stored = read_quantization(hf_config, [])
+    tensors = partial(open_compressed, folder, config, stored) if stored else partial(open_tensors, folder)
+    return OpenedModel(abstract, folder, tensors, quantize)
 
 
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """Hugging Face folders: configs, weights, the hub's cache, and export of models."""
 
+from tinylora_jax.io.hf._compressed import stored_scheme as stored_scheme
 from tinylora_jax.io.hf._config import parse_config as parse_config
 from tinylora_jax.io.hf._export import export_merged as export_merged
 from tinylora_jax.io.hf._export import rounding_loss as rounding_loss

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tinylora_jax.files import is_number
+from tinylora_jax.io.hf._compressed import read_quantization
+from tinylora_jax.io.hf._fields import MAX_SIZE, FieldReader
 from tinylora_jax.models.config import ModelConfig, Rope
 
 # The defaults of transformers for absent fields (transformers 5.23, configuration_*.py).
@@ -32,7 +33,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _SIZES = tuple(_QWEN)
-_MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 4096  # a name table is built per layer, so a bad config must not make it huge
 
 # Fields that must have the value that leaves the model unchanged.
@@ -90,50 +90,6 @@ _ROPE_READ = frozenset(
 _ROPE_FIXED: Mapping[str, Any] = {"truncate": True, "partial_rotary_factor": 1.0}
 
 
-class _Reader:
-    """Reads typed values from a mapping and collects all problems."""
-
-    def __init__(self, values: Mapping[str, Any], problems: list[str], where: str = ""):
-        self.values, self.problems, self.where = values, problems, where
-
-    def number(self, name: str, default: float | None, low: float, high: float = math.inf) -> float:
-        """Reads a finite number in [low, high]; `default` if absent (None means required)."""
-        value = self.values.get(name, default)
-        if is_number(value) and low <= value <= high:
-            return float(value)
-        limit = "" if high == math.inf else f" and at most {high:g}"
-        self.problems.append(f"{self.where}{name}: expected a number of at least {low:g}{limit}, got {value!r:.80}")
-        return math.nan  # all comparisons with it are false, so a problem is reported only once
-
-    def size(self, name: str, default: int | None, high: int = _MAX_SIZE) -> int:
-        """Reads a positive integer of at most `high`."""
-        value = self.values.get(name, default)
-        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= high:
-            return value
-        self.problems.append(f"{self.where}{name}: expected an integer from 1 to {high}, got {value!r:.80}")
-        return 1
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Reads True or False."""
-        value = self.values.get(name, default)
-        if not isinstance(value, bool):
-            self.problems.append(f"{self.where}{name}: expected true or false, got {value!r:.80}")
-        return value is True
-
-    def fixed(self, expected: Mapping[str, Any]) -> None:
-        """Checks fields that must be absent, null or exactly as expected."""
-        for name, only in expected.items():
-            value = self.values.get(name)
-            if value is not None and value != only:
-                self.problems.append(f"{self.where}{name}={value!r:.80} is not supported; expected {only!r}")
-
-    def unknown(self, known: frozenset[str]) -> None:
-        """Reports fields outside `known` that are set; null counts as not set."""
-        for name, value in self.values.items():
-            if name not in known and value is not None:
-                self.problems.append(f"{self.where}{name}={value!r:.80} is not a known field")
-
-
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     """Translates the contents of a Hugging Face `config.json` (qwen2, qwen3 or llama; SmolLM2 is llama).
 
@@ -153,10 +109,10 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(family, str) or family not in _DEFAULTS:
         raise ValueError(f"model_type={family!r:.80} is not supported; expected one of {', '.join(_DEFAULTS)}")
     problems: list[str] = []
-    reader = _Reader(config, problems)
+    reader = FieldReader(config, problems)
     reader.fixed(_FIXED)
     reader.unknown(_HARMLESS | frozenset(_READ))
-    _refuse_quantization(config.get("quantization_config"), problems)
+    read_quantization(config, problems)
     sizes = _sizes(reader, _DEFAULTS[family])
     bias, mlp_bias = _attention_bias(reader, family), _mlp_bias(reader, family)
     _check_layer_types(reader, sizes["num_hidden_layers"])
@@ -185,23 +141,13 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _refuse_quantization(quantization: Any, problems: list[str]) -> None:
-    """Reports weights that are quantized in the file: ignoring that would load other numbers than the file's."""
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        problems.append(
-            f"quantization_config: weights quantized by {method!r:.80} are not supported; load the original model, and"
-            " set quantize='int8' to quantize it while it is read"
-        )
-
-
-def _sizes(reader: _Reader, defaults: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(reader: FieldReader, defaults: Mapping[str, Any]) -> dict[str, int]:
     """Reads all sizes; null head counts and head_dim follow from other fields, as in transformers."""
     derived = ("num_key_value_heads", "head_dim")
     sizes = {}
     for name in _SIZES:
         if name not in derived:
-            high = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            high = _MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             sizes[name] = reader.size(name, defaults[name], high)
     heads = sizes["num_attention_heads"]
     fallback = {"num_key_value_heads": heads, "head_dim": max(1, sizes["hidden_size"] // heads)}
@@ -213,7 +159,7 @@ def _sizes(reader: _Reader, defaults: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _attention_bias(reader: _Reader, family: str) -> bool:
+def _attention_bias(reader: FieldReader, family: str) -> bool:
     """Whether q, k, v and o all have biases; Qwen2 always has them on q, k and v, and never on o."""
     if family != "qwen2":
         return reader.flag("attention_bias", False)
@@ -222,7 +168,7 @@ def _attention_bias(reader: _Reader, family: str) -> bool:
     return False
 
 
-def _mlp_bias(reader: _Reader, family: str) -> bool:
+def _mlp_bias(reader: FieldReader, family: str) -> bool:
     """Whether the maps of the MLP have biases, which only Llama can have."""
     if family == "llama" and reader.values.get("mlp_bias") is not None:
         return reader.flag("mlp_bias", False)
@@ -230,7 +176,7 @@ def _mlp_bias(reader: _Reader, family: str) -> bool:
     return False
 
 
-def _check_layer_types(reader: _Reader, num_layers: int) -> None:
+def _check_layer_types(reader: FieldReader, num_layers: int) -> None:
     kinds = reader.values.get("layer_types")
     if kinds is None:
         return
@@ -248,13 +194,13 @@ def _check_heads(sizes: Mapping[str, int], problems: list[str]) -> None:
         problems.append(f"head_dim={width} must be even for rotary embeddings")
 
 
-def _rope(reader: _Reader, max_positions: int) -> Rope:
+def _rope(reader: FieldReader, max_positions: int) -> Rope:
     """Reads the rotary embedding with transformers' precedence: rope_scaling, then rope_parameters."""
     values = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
     if not isinstance(values, Mapping):
         reader.problems.append(f"rope_scaling/rope_parameters: expected an object, got {values!r:.80}")
         values = {}
-    inner = _Reader(values, reader.problems, where="rope: ")
+    inner = FieldReader(values, reader.problems, where="rope: ")
     inner.unknown(_ROPE_READ | frozenset(_ROPE_FIXED))
     inner.fixed(_ROPE_FIXED)
     source = inner if "rope_theta" in values else reader
@@ -273,7 +219,7 @@ def _rope(reader: _Reader, max_positions: int) -> Rope:
     return Rope()
 
 
-def _llama3(inner: _Reader, theta: float, max_positions: int) -> Rope:
+def _llama3(inner: FieldReader, theta: float, max_positions: int) -> Rope:
     low = inner.number("low_freq_factor", None, low=1e-6)
     high = inner.number("high_freq_factor", None, low=1e-6)
     if high <= low:
@@ -288,9 +234,9 @@ def _llama3(inner: _Reader, theta: float, max_positions: int) -> Rope:
     )
 
 
-def _yarn(inner: _Reader, theta: float, max_positions: int) -> Rope:
+def _yarn(inner: FieldReader, theta: float, max_positions: int) -> Rope:
     given = {name: value for name, value in inner.values.items() if value is not None}
-    known = _Reader(given, inner.problems, inner.where)  # null means absent in yarn's optional fields
+    known = FieldReader(given, inner.problems, inner.where)  # null means absent in yarn's optional fields
     original = known.size("original_max_position_embeddings", max_positions)
     factor = known.number("factor", max_positions / original, low=1e-6)
     fast, slow = known.number("beta_fast", 32.0, low=1e-6), known.number("beta_slow", 1.0, low=1e-6)

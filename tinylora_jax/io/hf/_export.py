@@ -117,7 +117,8 @@ def write_model(
     """
     _write_shards(folder, name_tensors(model.config, model.params, change), dtype)
     tokens = _special_tokens(model)
-    given = {k: x for k, x in (model.hf_config or describe_config(model.config)).items() if k != "dtype"}
+    dropped = ("dtype", "quantization_config")  # of the source: the weights written here have their own
+    given = {k: x for k, x in (model.hf_config or describe_config(model.config)).items() if k not in dropped}
     _write_json(folder / "config.json", tokens | given | {"torch_dtype": jnp.dtype(dtype).name})
     _write_json(folder / "generation_config.json", tokens | {"eos_token_id": list(model.stop_tokens)})
     model.tokenizer.save_pretrained(folder)

@@ -141,8 +141,12 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
+def open_tensors(folder: Path, integers: bool = False) -> Iterator[dict[str, LazyTensor]]:
     """Opens a folder's safetensors, single or sharded; tensors are readable inside the `with` block.
+
+    Args:
+      folder: folder in the Hugging Face layout.
+      integers: whether the files may hold integers, as a quantized model does.
 
     Yields:
       Lazy tensors by name.
@@ -155,7 +159,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, LazyTensor]]:
     with ExitStack() as stack:
         tensors: dict[str, LazyTensor] = {}
         for file, names in shards.items():
-            found = stack.enter_context(open_safetensors(folder / file))
+            found = stack.enter_context(open_safetensors(folder / file, integers))
             if absent := sorted(set(names or ()) - set(found)):
                 raise ValueError(
                     f"{folder / _INDEX} places {', '.join(absent[:8])} in {file}, "

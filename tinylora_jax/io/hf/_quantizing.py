@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -25,6 +26,41 @@ _MOST_LISTED = 5
 def is_map(path: Sequence[Any]) -> bool:
     """Whether a path of the parameter tree is one of the seven linear maps of a block."""
     return path[0] == "layers" and path[-1] == "kernel"
+
+
+def stored_leaf(
+    integers: Callable[[slice], tuple[np.ndarray, np.ndarray]], like: QuantizedKernel, places: Any
+) -> QuantizedKernel:
+    """Reads one linear map that is quantized in the file; each process reads only the channels of its own devices.
+
+    Args:
+      integers: function of a slice of outputs, see `LazyTensor`.
+      like: shapes of the result.
+      places: `QuantizedKernel` of shardings, or of None for the default device.
+    """
+    read = cache(lambda start, stop: integers(slice(start, stop)))
+
+    # Copied to a new contiguous buffer: JAX on CPU may alias its input, and a memory-mapped file can change.
+    def values(at: tuple[slice, ...]) -> np.ndarray:
+        return np.array(read(at[1].start, at[1].stop)[0].T[at[0]], like.values.dtype, order="C")
+
+    def scale(at: tuple[slice, ...]) -> np.ndarray:
+        return np.array(read(at[1].start, at[1].stop)[1].T)
+
+    def inputs(at: tuple[slice, ...]) -> np.ndarray:
+        return np.ones((like.shape[0], 1), np.float32)[at]  # the format has none
+
+    make: Any = jax.make_array_from_callback
+
+    def placed(shape: Any, place: Any, part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+        return jnp.asarray(part((slice(None), slice(None)))) if place is None else make(shape.shape, place, part)
+
+    return QuantizedKernel(
+        placed(like.values, places.values, values),
+        placed(like.scale, places.scale, scale),
+        like.inputs and placed(like.inputs, places.inputs, inputs),
+        like.dtype,
+    )
 
 
 def quantized_leaf(name: str, tensor: LazyTensor, like: QuantizedKernel, places: Any) -> tuple[QuantizedKernel, int]:

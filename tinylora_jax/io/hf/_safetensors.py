@@ -19,18 +19,23 @@ from tinylora_jax.files import open_regular, parse_json, replacing
 from tinylora_jax.io.hf._weights import LazyTensor
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+INTEGERS = ("I8", "I32", "I64")  # those of quantized models
 _MAX_HEADER_BYTES = 2**24  # a hundred times a large model's header; parsed JSON takes up to 30 times its size
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[dict[str, LazyTensor]]:
+def open_safetensors(path: Path, integers: bool = False) -> Iterator[dict[str, LazyTensor]]:
     """Opens a file; its tensors are readable inside the `with` block.
+
+    Args:
+      path: path of the file.
+      integers: whether the file may hold integers, as a quantized model does.
 
     Yields:
       Lazy tensors by name.
 
     Raises:
-      ValueError: the file is truncated or corrupt, or contains tensors that are not floating-point.
+      ValueError: the file is truncated or corrupt, or contains tensors of another dtype.
     """
     _check_size(path)
     try:
@@ -38,20 +43,22 @@ def open_safetensors(path: Path) -> Iterator[dict[str, LazyTensor]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a valid safetensors file ({error}); download it again") from error
     with file as opened:
-        yield {name: _tensor(opened, name, path) for name in opened.keys()}
+        yield {name: _tensor(opened, name, path, integers) for name in opened.keys()}
 
 
-def _tensor(file: Any, name: str, path: Path) -> LazyTensor:
+def _tensor(file: Any, name: str, path: Path, integers: bool) -> LazyTensor:
     view = file.get_slice(name)
-    if view.get_dtype() not in _FLOATS:
+    if view.get_dtype() not in (*_FLOATS, *(INTEGERS if integers else ())):
         raise ValueError(
             f"{path}: {name} has dtype {view.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
-            "quantized checkpoints are not supported; load the original model, and set quantize='int8'"
+            "quantized checkpoints without a supported quantization_config in config.json are not supported; load the "
+            "original model, and set quantize='int8'"
         )
     return LazyTensor(
         tuple(view.get_shape()),
         lambda: _read(lambda: file.get_tensor(name), name, path),
         lambda index: _read(lambda: view[index], name, path),
+        view.get_dtype(),
     )
 
 

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from tinylora_jax.adapters.quantized import dense, quantized_shape
 from tinylora_jax.io.hf._lazy import LazyTensor as LazyTensor
 from tinylora_jax.io.hf._lazy import check_floating
-from tinylora_jax.io.hf._quantizing import is_map, quantized_leaf, warn_of_outliers
+from tinylora_jax.io.hf._quantizing import is_map, quantized_leaf, stored_leaf, warn_of_outliers
 from tinylora_jax.models.config import ModelConfig
 from tinylora_jax.multihost import to_host
 
@@ -100,7 +100,8 @@ def build_tree(
       dtype: floating-point dtype of every leaf.
       place: function from a tree of `jax.ShapeDtypeStruct`s to a tree of shardings; each process sends its devices
         their shards of each tensor as it is read. None uses the default device.
-      quantize: storage of the linear maps, see `param_shapes`. Each is rounded to `dtype`, then quantized, alone.
+      quantize: storage of the linear maps, see `param_shapes`. Each is rounded to `dtype`, then quantized, alone. Maps
+        with `integers` keep them, and must have this storage.
 
     Returns:
       The nested tree; the keys of `layers` are integers.
@@ -175,6 +176,8 @@ def reading_tree(
             if quantize == "none" or not is_map(path):
                 return _leaf(*jobs[path], _at(shardings, path))
             name, tensor, *_ = jobs[path]
+            if tensor.integers is not None:
+                return stored_leaf(tensor.integers, _at(abstract, path), _at(shardings, path))
             leaf, coarse[name] = quantized_leaf(name, tensor, _at(abstract, path), _at(shardings, path))
             return leaf
 
