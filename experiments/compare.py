@@ -32,7 +32,7 @@ from absl import app, flags
 
 from experiments.common.changes import example_lines, interval, read_change
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.closing import ASK, ask, block, emit, next_lines, place_lines
+from experiments.common.closing import ask_both, block, emit, next_lines, place_lines
 from experiments.common.eval_metrics import GRADES
 from experiments.common.opening import parse_flags
 from experiments.common.wording import WIDTH, counted, cut, p_digits, points, table_with_sections
@@ -257,7 +257,7 @@ def ending(result: Mapping[str, Any], first: Evaluation, second: Evaluation) -> 
     places = {"first": first.path, "second": second.path}
     commands = []
     if second.adapter is not None and second.adapter != first.adapter:
-        commands = [(ASK, ask(second.adapter, fixed, first.adapter or "base"))]
+        commands = ask_both(second.adapter, fixed, first.adapter or "base")
     table = differences_table(result["sets"], questions)
     return block(table, notes, example, place_lines(places), next_lines(commands))
 

@@ -53,7 +53,7 @@ from experiments.common.abstract import base_policy
 from experiments.common.answering import answer, lower_answer
 from experiments.common.changes import Example, as_json, change, showcase_lines
 from experiments.common.cli import fail, reporting_errors, use_compilation_cache
-from experiments.common.closing import ASK, ask, block, emit, next_lines, place_lines
+from experiments.common.closing import ask_both, block, emit, next_lines, place_lines
 from experiments.common.compilation import compile_together
 from experiments.common.eval_metrics import Row, accuracy_table, sampled_summary, summary
 from experiments.common.meshes import use_fitting_mesh
@@ -297,7 +297,7 @@ def ending(result: dict[str, Any], adapter: Path | None, output: Path | None) ->
     elif "showcase" not in result:
         commands.append(("see what the adapter fixed", [*command, f"--adapter={adapter}", "--showcase=3"]))
     else:
-        commands.append((ASK, ask(adapter, [Example(**each) for each in result["showcase"]["fixed"]])))
+        commands += ask_both(adapter, [Example(**each) for each in result["showcase"]["fixed"]])
     if output is not None:
         other = output.with_name("other.json")
         commands.append(("compare with another result", ["python", "-m", "experiments.compare", other, output]))

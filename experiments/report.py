@@ -34,7 +34,7 @@ from absl import app, flags
 
 from experiments.common.changes import change
 from experiments.common.cli import fail, reporting_errors
-from experiments.common.closing import ASK, ask, block, member_rows, next_lines, page_command, place_lines
+from experiments.common.closing import ask_both, block, member_rows, next_lines, page_command, place_lines
 from experiments.common.combining import (
     PRECISION,
     ReportError,
@@ -204,7 +204,7 @@ def _write_page(name: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, page(content))
     fixed = content.change.fixed if content.change else ()
-    commands = [(ASK, ask(adapter, fixed))] if (adapter := workdir / "adapter").is_dir() else []
+    commands = ask_both(adapter, fixed) if (adapter := workdir / "adapter").is_dir() else []
     print(block(place_lines({"page": target, "size": size(target.stat().st_size)}), next_lines(commands)))
 
 

@@ -20,6 +20,7 @@ from experiments.common.wording import (
     percent,
     points,
 )
+from tinylora_jax.io.peft import is_lora
 
 _SHORT = 60  # longest question that is repeated in a command
 EXAMPLE = "for example, this one was fixed:"  # heads the last part of an ending that is not about files or commands
@@ -46,6 +47,18 @@ def question_for(examples: Sequence[Example]) -> str | None:
     return next(
         (each.question for each in examples if len(each.question) <= _SHORT and "\n" not in each.question), None
     )
+
+
+def stands_alone(adapter: object) -> bool:
+    """Whether a folder is a LoRA adapter or a whole model, which `generate` and `export` do not take as an adapter."""
+    folder = Path(str(adapter))
+    return (folder / "config.json").is_file() or is_lora(folder)
+
+
+def ask_both(adapter: object, examples: Sequence[Example], other: object = "base") -> list[tuple[str, list[object]]]:
+    """`ask` as the first of the commands that come next; none if `generate` refuses an adapter."""
+    alone = stands_alone(adapter) or stands_alone(other)
+    return [] if alone else [(ASK, ask(adapter, examples, other))]
 
 
 def ask(adapter: object, examples: Sequence[Example], other: object = "base") -> list[object]:
@@ -105,9 +118,9 @@ def run_block(summary: Mapping[str, Any], workdir: Path, config: Sequence[str], 
     evaluate = ["python", "-m", "experiments.evaluate", *config, f"--adapter={adapter}", "--showcase=3"]
     export = ["python", "-m", "experiments.export", f"--adapter={adapter}", "--to=merged", f"--output={workdir}/merged"]
     commands = [
-        (ASK, ask(adapter, fixed)),
+        *ask_both(adapter, fixed),
         ("see what was fixed", evaluate) if fixed else ("see the run as a page", page_command(workdir)),
-        ("use it elsewhere", export),
+        *([] if stands_alone(adapter) else [("use it elsewhere", export)]),
     ]
     return block(paragraph(head + minutes), changed, example, place_lines(places), next_lines(commands))
 

@@ -9,12 +9,13 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.common.abstract import base_policy
+from experiments.common.fitting import open_model
 from experiments.common.runs import plan_of
 from experiments.common.specs import ConfigError, Specs
 from experiments.common.task import Task, load_task
 from tinylora_jax import rl
 from tinylora_jax.adapters import TinyLoRA
-from tinylora_jax.io import open_pretrained, open_trained
+from tinylora_jax.io import open_trained
 from tinylora_jax.training import Plan
 
 
@@ -33,20 +34,23 @@ def distillation_learner(
 
     Raises:
       ConfigError: the teacher has another tokenizer.
-      FileNotFoundError, ValueError: the teacher cannot be opened.
+      FileNotFoundError, ValueError: the teacher or its adapter cannot be opened.
     """
-    found, wanted = open_pretrained(config.teacher).abstract.tokenizer, student.tokenizer
+    opened = open_model(config.teacher, config.dtype, config.quantize)
+    found, wanted = opened.abstract.tokenizer, student.tokenizer
     if found.get_vocab() != wanted.get_vocab():
         raise ConfigError(
             f"config.teacher={config.teacher!r} has another tokenizer than {student.name}; its log-probabilities would"
             " be those of other texts. Choose a teacher of the same family"
         )
 
+    # Opened now, so that a wrong name does not end the run only after its first rollout.
+    trained = open_trained(config.teacher_adapter) if config.teacher_adapter else None
+
     @cache
     def teacher() -> rl.Teacher:
         given = config.copy_and_resolve_references()
-        given.model = config.teacher
-        trained = open_trained(config.teacher_adapter) if config.teacher_adapter else None
+        given.model, given.teacher = config.teacher, None
         blank = partial(base_policy, spec=TinyLoRA())  # its factors are zeros, and need no decomposition
         task = load_task(given, specs, trained.policy if trained else blank)
         own = dataclasses.replace(specs, grpo=dataclasses.replace(specs.grpo, remat="off"))  # it has no backward pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -25,7 +26,9 @@ class Trainer(runs.Trainer):
     def __init__(
         self, config: ConfigDict, specs: Specs, task: Task, prompts: Sequence[Prompt], steps: int, stop: StopRequests
     ):
-        super().__init__(config, specs, prompts, steps, stop)
+        # A step is one update: for more, the learning-rate schedule would be longer than the run.
+        once = dataclasses.replace(specs, grpo=dataclasses.replace(specs.grpo, updates_per_rollout=1))
+        super().__init__(config, once, prompts, steps, stop)
         self.learner = rl.EvolutionLearner(specs.evolution, self.optimizer, config.seed)
 
     def lower(self, task: Task, state: TrainState) -> Iterator[jax.stages.Lowered]:

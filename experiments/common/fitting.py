@@ -41,7 +41,7 @@ class Fit:
     num_bytes: float | None = None
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # a model and its teacher
 def open_model(source: str, dtype: str, quantize: str) -> OpenedModel:
     """Cached `open_pretrained`, used for the choice of a mesh and for the run."""
     return open_pretrained(source, jnp.dtype(dtype), quantize=quantize)
@@ -75,7 +75,7 @@ def rollout_bytes(
       refilled: whether completions wait for a slot.
     """
     shapes = param_shapes(model, jnp.dtype(config.dtype), config.quantize)
-    weights = placed_bytes(shapes, param_shardings(mesh, shapes))
+    weights = placed_bytes(shapes, param_shardings(mesh, shapes)) + _teacher_bytes(config, mesh)
     whole = mesh.size == mesh.shape["data"]
     copies = placed_bytes(shapes["layers"], param_shardings(mesh, shapes)["layers"]) if joined and whole else 0.0
     trained = _TRAINED_BYTES * _num_trained(config, shapes)
@@ -87,6 +87,15 @@ def rollout_bytes(
     cache *= 2 if refilled and config.quantize_cache != "none" and not joined else 1
     scores = 8.0 * slots * model.vocab_size / mesh.size
     return weights + copies + trained + cache + 2 * prompts + scores
+
+
+def _teacher_bytes(config: ConfigDict, mesh: Mesh) -> float:
+    """Bytes per device of the weights of `config.teacher`, which stay in memory during rollouts; 0 without one."""
+    if not config.teacher:
+        return 0.0
+    teacher = open_model(config.teacher, config.dtype, config.quantize).abstract.config
+    shapes = param_shapes(teacher, jnp.dtype(config.dtype), config.quantize)
+    return placed_bytes(shapes, param_shardings(mesh, shapes))
 
 
 def _num_trained(config: ConfigDict, shapes: Any) -> int:

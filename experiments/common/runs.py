@@ -312,13 +312,13 @@ def run(
         questions = make_prompts(config, eval_questions, start.abstract)
         steps = num_steps(config, len(prompts))
         trainer = make_trainer(config, specs, start.abstract, prompts, steps, stop)
+        abstract = trainer.abstract_state(start.abstract.policy)  # refuses more numbers than the optimizer takes
         count = {"training": len(prompts), "evaluation": len(questions)}
         tell(start_block(config, start.abstract, workdir, count, steps, experiment))
         if dry_run:
             if is_new:
                 discard(workdir)
             return {}
-        abstract = trainer.abstract_state(start.abstract.policy)
         to_train = trainer.lower(start.abstract, abstract) if folder.saved_steps() < steps else ()
         task = start.finish(chain(to_train, lower_evaluation(start.abstract, abstract.v, questions, **how)))
     folder.claim()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -42,7 +42,7 @@ _MOST = {
 }
 
 METHODS = ("tinylora", "lora_xs", "lora", "full", "steering", "bias", "norm")
-_OFFSETS = {"steering": steering, "bias": biases, "norm": norm_scales}
+_OFFSETS = {"bias": biases, "norm": norm_scales}
 SEARCHES = ("gradient", "es")
 _SHORT = ("tinylora", "lora_xs")  # methods with few numbers, of which rows and tokens may have their own
 
@@ -130,7 +130,7 @@ def parse(config: ConfigDict) -> Specs:
         build("eval_data", DataSpec, **config.eval_data),
         build("grpo", GRPO, **config.grpo),
         build("optimizer", Optimizer, **config.optimizer, total_updates=2**31 - 1),
-        build("reward", load_reward, config.reward),
+        build("reward", _reward, config.reward),
         build("mesh", MeshSpec, **config.mesh),
         build("logger", parse_loggers, config.logger),
         build("evolution", Evolution, **config.evolution),
@@ -140,20 +140,38 @@ def parse(config: ConfigDict) -> Specs:
     return specs
 
 
+def _reward(text: str) -> Reward:
+    """`load_reward` of a run, whose first reward is the accuracy: that of single answers in an evaluation."""
+    if accuracy_name(text) == "length":
+        raise ValueError(
+            "the first reward is the accuracy, but 'length' only compares the answers of a group; name it after"
+            " another one, as in hash:1,length:0.05"
+        )
+    return load_reward(text)
+
+
 def _check_search(config: ConfigDict, require: Callable[[str, bool, str], None], problems: list[str]) -> None:
     """Adds the problems of how v moves: by which gradient, and by which optimizer."""
     short = " or ".join(map(repr, _SHORT))
     if config.optimizer.method == "natural":
         require("method", config.method in _SHORT, f"{short} with config.optimizer.method='natural'")
     for field, usual in (("refill", 0), ("min_draw", 1.0)):
-        if config.teacher or config.search == "es":
-            require(field, config[field] == usual, f"{usual} without gradients of rewards (config.teacher, es)")
+        if config.teacher:
+            require(field, config[field] == usual, f"{usual} with config.teacher, which teaches in every group")
+        elif config.search == "es":
+            require(field, config[field] == usual, f"{usual} with config.search='es', which compares pairs of points")
     if config.teacher_adapter and not config.teacher:
         problems.append("config.teacher_adapter needs config.teacher, the model that it adapts; set it too")
-    if config.search != "es":
-        require("samples", config.samples >= 2, "at least 2: an advantage compares the completions of one prompt")
-        return
-    require("samples", config.samples >= 1, "at least 1")
+    compared = config.search != "es" and not config.teacher
+    why = ": an advantage compares the completions of one prompt" if compared else ""
+    require("samples", config.samples >= 1 + compared, f"at least {1 + compared}{why}")
+    if config.search == "es":
+        _check_evolution(config, require, problems)
+
+
+def _check_evolution(config: ConfigDict, require: Callable[[str, bool, str], None], problems: list[str]) -> None:
+    """Adds the problems of an evolution strategy."""
+    short = " or ".join(map(repr, _SHORT))
     require("teacher", not config.teacher, "none with config.search='es', which only sees rewards")
     require("method", config.method in _SHORT, f"{short} with config.search='es'")
     if config.optimizer.method != "adam":
@@ -216,7 +234,9 @@ def adapter_spec(config: ConfigDict, targets: dict[str, Any]) -> Spec:
             return LoRA(**config.lora, **targets)
         case "lora_xs":
             return lora_xs(config.adapter.rank, **targets)
-        case "steering" | "bias" | "norm":
+        case "steering":  # other kernels would be biases, under the name of steering vectors
+            return replace(steering(**targets), kind="layers")
+        case "bias" | "norm":
             return _OFFSETS[config.method](**targets)
     return TinyLoRA(**config.adapter, **targets)
 

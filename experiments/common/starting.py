@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,26 @@ def changed_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields of a config that differ from the defaults, by name."""
     usual = flat(base.get_config().to_dict())
     return {name: value for name, value in flat(config.to_dict()).items() if usual.get(name) != value}
+
+
+def idle_fields(config: ConfigDict) -> list[str]:
+    """The changed fields that a GRPO run with this config never reads, such as the radius of a method not chosen."""
+    natural = config.optimizer.method == "natural"
+    idle = {
+        r"optimizer\.(kl_radius|damping|fisher_decay)": not natural,
+        r"optimizer\.b2": natural,
+        r"optimizer\.learning_rate": natural and config.optimizer.kl_radius > 0,
+        r"evolution\..*": config.search != "es",
+        r"grpo\..*": config.search == "es",
+        r"grpo\.(normalize_std|multi_objective_aggregation)": bool(config.teacher),
+        r"grpo\.tis_mode": not config.grpo.tis_cap,
+        r"grpo\.clip_low": config.grpo.loss_type == "cispo",
+        r"lora\..*": config.method != "lora",
+        r"adapter\..*": config.method not in ("tinylora", "lora_xs"),
+        r"adapter\.(?!rank).*": config.method == "lora_xs",
+    }
+    patterns = [pattern for pattern, holds in idle.items() if holds]
+    return [name for name in changed_fields(config) if any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 
 def trained_words(config: ConfigDict, task: Task) -> str:
@@ -81,6 +102,7 @@ def start_block(
     sources = {"training": config.train_data.source, "evaluation": config.eval_data.source}
     data = ", ".join(f"{questions[name]:,} of {source} for {name}" for name, source in sources.items())
     changed = {name: value for name, value in changed_fields(config).items() if name != "seed"}
+    idle = idle_fields(config) if experiment == "grpo" else []
     rows = [
         ("model", f"{task.name}: {sum(leaf.size for leaf in weights) / 1e6:,.1f} M weights, {config.dtype}"),
         ("device", device_words()),
@@ -88,6 +110,7 @@ def start_block(
         ("steps", f"{counted(steps, 'step')} of {batch}, at most {config.max_new_tokens} tokens each"),
         ("questions", data),
         ("changed", named(changed) if changed else "nothing: every field has its default"),
+        *([("unused", ", ".join(idle))] if idle else []),
         ("seed", str(config.seed)),
         ("memory", memory_words(config, task)),
         ("time", "the time left is shown after the first step"),

@@ -3,11 +3,16 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import grpo, sft
+from experiments.common.fitting import rollout_bytes
 from experiments.common.specs import ConfigError, parse
 from experiments.sweep import run as sweep_run
+from tinylora_jax.io import open_pretrained
+from tinylora_jax.models import MeshSpec
 
 
 def losses(workdir):
@@ -41,6 +46,25 @@ def test_of_itself_there_is_nothing_to_learn_and_of_its_adapter_there_is(config,
     grpo.run(config, tmp_path / "adapted", stop)
     adapted = json.loads((tmp_path / "adapted" / "metrics.jsonl").read_text())
     assert adapted["grad_norm"] > 10 * row["grad_norm"] and adapted["reward"] == row["reward"]
+
+
+def test_one_answer_per_question_is_enough(config, other_model_folder, stop, tmp_path):
+    config.teacher, config.max_steps, config.samples = str(other_model_folder), 1, 1
+    grpo.run(config, tmp_path / "run", stop)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["loss"] > 0.01 and row["grad_norm"] > 1e-3
+
+
+def test_the_teacher_is_counted_and_its_adapter_is_opened_before_anything_runs(config, stop, tmp_path):
+    mesh = MeshSpec(1, 1, 1).make(jax.devices()[:1])
+    model = open_pretrained(config.model, jnp.dtype(config.dtype)).abstract
+    size = lambda: rollout_bytes(model.config, config, mesh, 8, joined=False)
+    alone = size()
+    config.teacher = config.model
+    assert size() - alone == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.params))
+    config.teacher_adapter = str(tmp_path / "nowhere")
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        grpo.run(config, tmp_path / "run", stop, dry_run=True)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(config, model_folder, stop, tmp_path):

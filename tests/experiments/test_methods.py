@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import grpo, sft
+from experiments.common.closing import run_block
 from experiments.common.preemption import Stopped
 from experiments.evaluate import run as evaluate_run
 from tinylora_jax.adapters import LoRA, LoRAPolicy, Target
@@ -196,3 +197,21 @@ def test_a_method_that_means_nothing(config, stop, tmp_path):
     config.method = "lorax"
     with pytest.raises(ValueError, match="config.method='lorax': expected 'tinylora' or 'lora_xs' or 'lora' or 'full'"):
         grpo.run(config, tmp_path / "run", stop)
+
+
+def test_the_ending_names_no_command_that_refuses_the_adapter(trained):
+    method, _, workdir, summary = trained
+    text = run_block(summary, workdir, ["--config=demo"], None)
+    alone = method.split(",")[0] in ("lora", "full")
+    for command in ("experiments.generate", "experiments.export"):
+        assert (command in text) != alone
+    assert "experiments.report" in text or "experiments.evaluate" in text
+
+
+def test_a_steering_vector_is_refused_in_the_middle_of_a_layer(config, stop, tmp_path):
+    """Else it would be a bias: each layer has seven maps, of which one gives the output of the layer."""
+    config.method, config.targets = "steering", "layers/1/.*/kernel"
+    with pytest.raises(ValueError, match="layers/1/mlp/gate_proj/kernel is not the output of a layer"):
+        grpo.run(config, tmp_path / "run", stop, dry_run=True)
+    config.targets = "layers/1/.*down_proj/kernel"
+    grpo.run(config, tmp_path / "run", stop, dry_run=True)

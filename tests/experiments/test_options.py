@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import grpo
+from experiments.common.specs import ConfigError, parse
 from experiments.evaluate import run as evaluate_run
 
 SEVERAL = "tiny_rewards:even:1,tiny_rewards:shortest:0.5,format:0.25"
@@ -63,3 +64,9 @@ def test_an_interrupted_run_continues_to_the_same_bits(run_of, interrupted, stop
     parts = interrupted(config)
     grpo.run(config, parts, stop)
     assert traces(parts) == traces(workdir)
+
+
+def test_length_cannot_be_the_accuracy(config):
+    config.reward = "length:0.05,hash"
+    with pytest.raises(ConfigError, match="'length' only compares the answers of a group; name it after another one"):
+        parse(config)

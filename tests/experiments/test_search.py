@@ -7,6 +7,7 @@ import pytest
 
 from experiments import grpo, sft
 from experiments.common.specs import ConfigError, parse
+from experiments.common.starting import idle_fields
 from experiments.plot import plot
 from experiments.sweep import run as sweep_run
 
@@ -68,6 +69,34 @@ def test_values_that_do_not_fit_are_refused(config, change, message):
     config.update(change)
     with pytest.raises(ConfigError, match=message):
         parse(config)
+
+
+def test_more_numbers_than_the_natural_gradient_takes_are_refused_before_anything_runs(config, stop, tmp_path):
+    config.update(OPTIONS["natural"])
+    config.adapter.n_tie, config.adapter.u = 1, 400
+    with pytest.raises(ValueError, match="expected at most 4,096, got 5,600"):
+        grpo.run(config, tmp_path / "run", stop, dry_run=True)
+
+
+def test_a_step_of_an_evolution_strategy_is_one_update_of_the_schedule(config, stop, tmp_path):
+    config.update(OPTIONS["es"])
+    config.max_steps, config.optimizer.schedule = 3, "linear"
+    for updates in (1, 4):
+        config.grpo.updates_per_rollout = updates
+        grpo.run(config, tmp_path / str(updates), stop)
+    first, second = (json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1])["v"] for n in "14")
+    assert first == second
+
+
+def test_changed_fields_that_nothing_reads_are_named(config):
+    config.optimizer.kl_radius, config.evolution.sigma, config.grpo.kl_coef = 1e-3, 0.1, 0.1
+    config.lora.freeze_a = True
+    assert set(idle_fields(config)) == {"lora.freeze_a", "optimizer.kl_radius", "evolution.sigma"}
+    config.search, config.method = "es", "lora_xs"
+    of_losses, of_tinylora = {"grpo.kl_coef", "grpo.remat", "grpo.stream_tokens"}, {"adapter.n_tie", "adapter.u"}
+    assert set(idle_fields(config)) == {*of_losses, *of_tinylora, "lora.freeze_a", "optimizer.kl_radius"}
+    config.search, config.method, config.optimizer.method = "gradient", "lora", "natural"
+    assert set(idle_fields(config)) == {*of_tinylora, "optimizer.learning_rate", "evolution.sigma"}
 
 
 def test_other_commands_refuse_an_evolution_strategy(config, stop, tmp_path):

@@ -150,7 +150,7 @@ def test_async_rewards_work_where_a_loop_runs_already(module):
         ("one_fails", r"completion 1, question id 7: reward my_several:one_fails raised OSError: no connection on"),
         ("leaves", "raised SystemExit"),
         ("cancels", "cancelled its own task"),
-        ("too_few", r"question id 7: reward my_several:too_few returned 1 values on question '2\?'; .* of the 2 compl"),
+        ("too_few", r"question id 7: reward my_several:too_few returned 1 value on question '2\?'; .* of the 2 compl"),
         ("no_list", r"returned 1.0 on question '2\?'; return one number or Grade for each of the 2 completions"),
         ("a_nan", "reward my_several:a_nan returned nan for 4 completions; return a finite float"),
     ],
@@ -181,7 +181,11 @@ def test_a_coroutine_of_a_plain_function_is_refused(module):
         ("hash:1:2", "unknown reward 'hash:1'"),
         ("hash;format", "unknown reward 'hash;format'"),
         ("hash,fromat:0.1", "unknown reward 'fromat'.*did you mean 'format'"),
-        ("hash:one", "cannot import hash|there is no such function"),
+        ("hash:one", "if one is meant as a weight, write a finite number, such as hash:0.5"),
+        ("hash:nan", "if nan is meant as a weight, write a finite number, such as hash:0.5"),
+        ("math:inf", "it is not callable in .*; if inf is meant as a weight"),  # Python's own module has it
+        ("length:half", "if half is meant as a weight"),
+        ("my_rewards:short:high", "a weight is a finite number, not 'high'"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, said):

@@ -75,3 +75,12 @@ def test_equal_rewards_move_nothing_and_an_infinite_step_is_an_error():
         learner_of(optax.sgd(1e38)).update(state, graded(np.repeat([1e6, -1e6], PROMPTS)))
     with pytest.raises(ValueError, match="population=6 has 3 pairs, which do not divide 4 prompts"):
         learner.rows(state, 4)
+
+
+def test_a_question_that_is_answered_at_two_points_counts_once_in_the_standard_error():
+    sgd = optax.sgd(1.0)
+    learner, state = learner_of(sgd), init_state(jnp.zeros((2, 2)), sgd)
+    plus, minus = np.array([3.0, 1, 4, 1, 5, 9]), np.array([2.0, 6, 5, 3, 5, 8])
+    _, metrics = learner.update(state, graded(np.concatenate([plus, minus])))
+    assert metrics["reward"] == pytest.approx(np.mean([plus, minus]))
+    assert metrics["reward_se"] == pytest.approx(np.std((plus + minus) / 2, ddof=1) / 6**0.5)

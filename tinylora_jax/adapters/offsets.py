@@ -32,7 +32,7 @@ LAYER_OUTPUTS = (r"(.*/)?down_proj/kernel",)
 NORMS = (r"(.*/)?\w*norm/scale",)
 """The scales of all norms: of a layer's two inputs, the final one, and those of queries and keys in Qwen3."""
 
-KINDS = ("outputs", "scales", "both")
+KINDS = ("outputs", "layers", "scales", "both")
 _MOST_LISTED = 8
 
 
@@ -42,12 +42,13 @@ class Offsets:
 
     Attributes:
       targets: regular expressions over leaf paths, or `Target`s laid out `layer… in… out…` for kernels.
-      kind: kind of leaves that the targets may select: `outputs` of kernels, `scales` of norms, or `both`.
+      kind: kind of leaves that the targets may select: `outputs` of kernels, outputs of `layers` (the kernels of
+        `LAYER_OUTPUTS`), `scales` of norms, or `both` outputs and scales.
 
     >>> Offsets(kind="norms")
     Traceback (most recent call last):
     ...
-    ValueError: Offsets kind 'norms': expected one of outputs, scales, both
+    ValueError: Offsets kind 'norms': expected one of outputs, layers, scales, both
     """
 
     targets: tuple[str | Target, ...] = LINEAR_MAPS
@@ -140,7 +141,11 @@ def _problem(path: str, shape: tuple[int, ...], target: Target, kind: str) -> st
         return f"{path} has shape {shape}, but its target's layout is {target.layout!r}"
     if not target.is_ordered:
         return f"{path} is laid out {target.layout!r}; an offset needs 'layer in out' order"
-    return None if kind in ("outputs", "both") else f"{path} is a kernel, but this trains the scales of norms"
+    if kind == "scales":
+        return f"{path} is a kernel, but this trains the scales of norms; end the pattern in norm/scale"
+    if kind == "layers" and not any(re.fullmatch(pattern, path) for pattern in LAYER_OUTPUTS):
+        return f"{path} is not the output of a layer, which this trains; end the pattern in down_proj/kernel"
+    return None
 
 
 def _size(shape: tuple[int, ...], target: Target) -> _Selected:

@@ -128,9 +128,13 @@ def _load_one(name: str, first: str) -> Reward:
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         if "/" in name:  # ./my_rewards:f
             hint = "; name the module without its folder, which is the current one or on PYTHONPATH"
+        elif name.count(":") == 2:  # my_rewards:f:high
+            hint = f"; a weight is a finite number, not {name.rpartition(':')[2]!r}"
         expected = f"{', '.join((*BUILT_IN, *SHAPING))} or module:function"
         raise RewardError(f"unknown reward {name!r}: expected {expected}{hint}")
     module_name, function_name = name.split(":")
+    as_weight = f"if {function_name} is meant as a weight, write a finite number, such as {module_name}:0.5"
+    as_weight = as_weight if module_name in (*BUILT_IN, *SHAPING) else ""
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:  # importing runs the user's code, which may raise anything, including SystemExit
@@ -138,12 +142,13 @@ def _load_one(name: str, first: str) -> Reward:
         advice = "its folder must be the current folder or on PYTHONPATH"
         if module_name.endswith(".py"):
             advice = f"write {module_name.removesuffix('.py')}:{function_name}, without `.py`"
-        raise RewardError(f"reward {name}: cannot import {module_name} ({problem}); {advice}") from error
+        raise RewardError(f"reward {name}: cannot import {module_name} ({problem}); {as_weight or advice}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         found = "it is not callable" if hasattr(module, function_name) else "there is no such function"
         close = difflib.get_close_matches(function_name, dir(module), n=1)
         hint = f"; did you mean {module_name}:{close[0]}?" if close and function is None else ""
+        hint = f"; {as_weight}" if as_weight else hint  # `math:x` finds Python's own module
         raise RewardError(f"reward {name}: {found} in {getattr(module, '__file__', None) or module_name}{hint}")
     return UserReward.of(name, function)
 

@@ -154,7 +154,7 @@ class UserReward:
         except TypeError:
             values = []
         if len(values) != call.graded:
-            found = f"{len(values)} values" if values else shown(value)
+            found = f"{len(values)} value{'s' if len(values) > 1 else ''}" if values else shown(value)
             advice = f"return one number or Grade for each of the {call.graded} completions"
             raise self._error(call, f"returned {found}", advice)
         return [self._grade(call, each) for each in values]

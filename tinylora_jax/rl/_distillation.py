@@ -58,6 +58,10 @@ class DistillationLearner(Learner):
         advantages = distillation_advantages(self._teacher().logprobs(batch), batch.rollout_logprobs, batch.mask)
         return dataclasses.replace(batch, advantages=advantages)
 
+    def _advantages(self, graded: GradedRollout) -> np.ndarray:
+        """Zeros, until the teacher replaces them: rewards do not matter, so one completion per prompt is enough."""
+        return np.zeros((len(graded.prompts), graded.samples), np.float32)
+
 
 def distillation_advantages(
     teacher: TokenFloats, student: TokenFloats, mask: Bool[np.ndarray, "prompts samples tokens"]

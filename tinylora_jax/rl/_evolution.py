@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tinylora_jax.models import abstract_everywhere
-from tinylora_jax.rl._learner import rollout_metrics
+from tinylora_jax.rl._learner import rollout_metrics, standard_error
 from tinylora_jax.rl._rollout import GradedRollout, step_key
 from tinylora_jax.training import (
     Evolution,
@@ -87,6 +87,8 @@ class EvolutionLearner:
         metrics = finite_metrics(device_metrics) | rollout_metrics(graded)
         del metrics["groups_without_signal"]  # it compares the samples of one point, and the step compares points
         metrics |= {"pairs_that_differ": float((differences != 0).mean())}
+        # Both points of a pair answer the same questions, so a question counts once.
+        metrics["reward_se"] = standard_error(graded.rewards().reshape(2, -1, graded.samples).mean(axis=(0, 2)))
         metrics |= {"rollout_s": graded.seconds, "grading_s": graded.grading_seconds}
         metrics["update_s"] = time.perf_counter() - started
         metrics["tokens_per_s"] = graded.num_tokens / graded.seconds

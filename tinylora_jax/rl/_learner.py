@@ -161,7 +161,7 @@ class Learner:
             completions=np.reshape(completions.tokens, shape),
             mask=mask.reshape(shape),
             rollout_logprobs=np.reshape(completions.logprobs, shape),
-            advantages=_advantages(graded, grpo),
+            advantages=self._advantages(graded),
         )
         scores = lambda v: score(self.plan, policy, v, batch)
         if grpo.updates_per_rollout > 1:
@@ -170,12 +170,12 @@ class Learner:
             batch = dataclasses.replace(batch, ref_logprobs=scores(policy.init()))
         return batch
 
-
-def _advantages(graded: GradedRollout, grpo: GRPO) -> np.ndarray:
-    """The advantage of each completion, float32 `[prompts, samples]`."""
-    if grpo.multi_objective_aggregation == "normalize_then_sum":
-        return decoupled_advantages(graded.part_rewards(), tuple(graded.weights.values()) or (1.0,))
-    return np.asarray(group_advantages(graded.rewards(), grpo.normalize_std))
+    def _advantages(self, graded: GradedRollout) -> np.ndarray:
+        """The advantage of each completion, float32 `[prompts, samples]`."""
+        grpo = self.plan.grpo
+        if grpo.multi_objective_aggregation == "normalize_then_sum":
+            return decoupled_advantages(graded.part_rewards(), tuple(graded.weights.values()) or (1.0,))
+        return np.asarray(group_advantages(graded.rewards(), grpo.normalize_std))
 
 
 def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
@@ -185,7 +185,7 @@ def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
         "reward": float(groups.ravel().mean()),
         "reward_lenient": float(lenient.ravel().mean()),
         # The completions of one question are correlated, so only the means of questions are independent.
-        "reward_se": float(groups.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else 0.0,
+        "reward_se": standard_error(groups.mean(axis=1)),
         "groups_without_signal": float((groups == groups[:, :1]).all(axis=1).mean()),
         "length": float(graded.completions.lengths.mean()),
         "truncated": float(1 - graded.completions.stopped.mean()),
@@ -195,3 +195,8 @@ def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
             for name, part in zip(graded.weights, graded.part_rewards(), strict=False)
         },
     }
+
+
+def standard_error(means: np.ndarray) -> float:
+    """The standard error of the mean of independent values `[questions]`; 0 for a single one."""
+    return float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0
