@@ -63,13 +63,14 @@ _WIDEST = 27  # longest name of a run in the table
 
 
 def _name(row: dict[str, Any], with_steps: bool) -> str:
-    """Describes a run: its method, non-default values of u, tying and precision, and on request its steps."""
+    """Describes a run: its method, non-default values of u, tying and precision, options, and on request its steps."""
     words = [row["method"], *([f"r={row['rank']}"] if row["rank"] else [])]
     words += [re.sub(r"^\.\*/|/kernel$", "", row["targets"])] if row.get("targets") else []
     words += [f"u={row['u']}"] if row["u"] not in (None, 1) else []
     words += [row["tying"]] if row["tying"] not in (None, "tiled") else []
     precision = row.get("precision", PRECISION)  # absent in reports of older versions
     words += [precision] if precision != PRECISION else []
+    words += [row["options"]] if row.get("options") else []
     return " ".join([*words, *([f"{row['steps']} steps"] if with_steps else [])])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from experiments.configs import base
 from tinylora_jax.files import is_number, open_regular, parse_json, read_json
+from tinylora_jax.io import flat
 from tinylora_jax.metrics import Difference, compare_paired, estimate
 
 PRECISION = "float32"  # precision of v in runs of older versions
 _MAX_JSON_BYTES = 2**26
 # All fields but the seed.
-_SETTING = ("method", "rank", "targets", "tying", "u", "n_tie", "precision", "learning_rate", "steps")
+_SETTING = ("method", "rank", "targets", "tying", "u", "n_tie", "precision", "learning_rate", "steps", "options")
+# Fields of a config that a row states already, or that change no result.
+_STATED = re.compile(
+    r"model|method|targets|adapter\..*|lora\.(rank|seed|freeze_a)|optimizer\.(learning_rate|precision)|(.*\.)?seed"
+    r"|epochs|max_steps|eval.*|logger|samples_kept|checkpoint_every|slots|svd|mesh\..*|save_dtype"
+    r"|grpo\.(stream_tokens|remat|skip_without_signal)"
+)
 _POINT = ("accuracy", "low", "high")
 _SAMPLED = (*_POINT, "difference", "difference_low", "difference_high", "p")
+
+_NAMES = ("search", "optimizer.method", "grpo.loss_type")  # fields whose values need no name beside them
 
 
 class ReportError(ValueError):
@@ -157,6 +169,20 @@ def _is_frozen(config: Mapping[str, Any]) -> bool:
     return config["method"] == "lora" and config["lora"].get("freeze_a", False)
 
 
+def _options(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings in which runs differ besides those of `_STATED`, for each run, as one text: `es population=4`.
+
+    Without them, runs of one size with different losses or optimizers would look like seeds of one setting.
+    """
+    usual = flat(base.get_config().to_dict())
+    fields = [{**usual, **{k: v for k, v in flat(run["config"]).items() if k in usual}} for run in runs]
+    differ = [name for name in usual if len({json.dumps(each[name]) for each in fields}) > 1]
+    differ = [name for name in differ if not _STATED.fullmatch(name)]
+    differ.sort(key=lambda name: name not in _NAMES)  # a table may cut the end
+    words = lambda name, value: str(value) if name in _NAMES else f"{name.rpartition('.')[2]}={value}"
+    return [" ".join(words(name, each[name]) for name in differ if each[name] != usual[name]) for each in fields]
+
+
 def _row(run: dict[str, Any]) -> dict[str, Any]:
     config, paired = run["config"], _paired(run, "greedy")
     if paired is None:
@@ -176,6 +202,7 @@ def _row(run: dict[str, Any]) -> dict[str, Any]:
         "n_tie": config["adapter"]["n_tie"] if config["method"] == "tinylora" else None,
         "precision": config["optimizer"].get("precision", PRECISION),
         "learning_rate": config["optimizer"]["learning_rate"],
+        **({"options": run["options"]} if run.get("options") else {}),
         "seed": config["seed"],
         "steps": run["steps"],
         "training": round(run["training"], 6),
@@ -207,12 +234,13 @@ def report(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(models) > 1 or len(sets) > 1:
         raise ReportError(f"the runs have {len(models)} models and {len(sets)} sets of questions; expected one of each")
     first = runs[0]
-    base = estimate(list(first["before"]["greedy"].values()))
-    rows = sorted(map(_checked_row, runs), key=lambda row: (row["series"], row["params"], row["learning_rate"]))
+    untrained = estimate(list(first["before"]["greedy"].values()))
+    told = [{**run, "options": options} for run, options in zip(runs, _options(runs), strict=True)]
+    rows = sorted(map(_checked_row, told), key=lambda row: (row["series"], row["params"], row["learning_rate"]))
     return {
         "model": first["model"],
         "questions": len(first["before"]["greedy"]),
-        "untrained": {**_rounded(base), **_untrained_sampled(first), "eval": first["eval_before"]},
+        "untrained": {**_rounded(untrained), **_untrained_sampled(first), "eval": first["eval_before"]},
         "runs": rows,
     }
 

@@ -104,6 +104,26 @@ def test_runs_of_one_size_are_told_apart(tmp_path):
     assert len(ends) == 1, "columns stand under each other"
 
 
+def test_runs_that_learn_in_another_way_are_no_seeds_of_one_setting(tmp_path):
+    kinds = {
+        "*TinyLoRA r=2 es population=4": {"search": "es", "evolution": {"population": 4}},
+        " TinyLoRA r=2 cispo refill=3": {"refill": 3, "grpo": {"loss_type": "cispo", "stream_tokens": 64}},
+        " TinyLoRA r=2 natural": {"optimizer": {"learning_rate": 1e-3, "method": "natural"}},
+        " TinyLoRA r=2": {"logger": "none", "grpo": {"remat": "on"}, "seed": 1},
+    }
+    found = []
+    for place, (name, config) in enumerate(kinds.items()):
+        folder = tmp_path / str(place)
+        found += read_runs("RL", write_run(folder, 13, reward(0.9 if name[0] == "*" else 0.1), BEFORE, **config))
+    result = report.report(found)
+    assert [len(rows) for rows in best(result["runs"])["RL"]] == [1]
+    names = [line.partition("   ")[0].partition(" 13 ")[0].rstrip() for line in runs_table(result).splitlines()[4:8]]
+    assert names == ["*TinyLoRA r=2 es population…", *list(kinds)[1:]]
+    alone = report.report(found[:1] + read_runs("RL", found[0]["folder"]))
+    assert "options" not in alone["runs"][0], "what all runs share is not repeated in their names"
+    assert len(best(alone["runs"])["RL"][0]) == 2
+
+
 def test_sampled_answers_stand_beside_greedy_ones(tmp_path):
     scores = SCORES | {"sampled": {"samples": 2, "strict": 0.5}}
     folder = write_run(tmp_path / "run", 13, reward(0.5), BEFORE)

@@ -23,7 +23,7 @@ from tinylora_jax.data.sources import DataError
 
 
 def draw_probability(right: int, seen: int, samples: int, min_draw: float) -> float:
-    """The probability with which a prompt is drawn at its turn: how likely its next group has a signal.
+    """The probability with which a prompt is drawn at its turn, in proportion to that of a signal in its next group.
 
     A group of G completions teaches something if some are right and some are wrong. For a pass rate p this has the
     probability s(p) = 1 − pᴳ − (1 − p)ᴳ. The pass rate is uncertain, so s is averaged over its Beta posterior with

@@ -57,7 +57,7 @@ class GRPO:
       tis_mode: ratio that `tis_cap` bounds, that of each `token` or of the `sequence`, followed by the treatment of
         larger ones: `_truncate` lowers them to the cap, `_mask` drops them; see `losses.importance_weights`.
       mask_truncated_completions: whether to ignore the tokens of completions that were cut off before a stop token.
-        Their rewards still count in their group.
+        Their rewards still count in their group. Metrics over tokens leave them out too, and are 0 if all were cut off.
       updates_per_rollout: number of optimizer updates per rollout.
       stream_tokens: number of tokens in a packed sequence, which are differentiated at once.
       remat: recomputation of activations in the backward pass: `on`, `off`, or `auto` to recompute only if they would
