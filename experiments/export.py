@@ -131,8 +131,8 @@ def export(
             tell(f"merging into the weights of training, restored from {scheme}{advice}")
         if to.startswith("peft") and trained.quantize != "none":
             tell(
-                f"the adapter was trained on {trained.quantize}; {to} does not record it, and adds the same update to any"
-                " storage of the base that is loaded: measure the score there"
+                f"the adapter was trained on {trained.quantize}; {to} does not record it. It adds the same update to"
+                " whatever storage of the base is loaded: measure the score there"
             )
         tell("loading the adapter")
         if isinstance(trained, SavedOffsets):
