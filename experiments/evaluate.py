@@ -65,7 +65,7 @@ from experiments.common.task import Task, load_graded_questions, load_task, make
 from experiments.common.untrained import known_answers
 from experiments.common.wording import counted
 from tinylora_jax import rl
-from tinylora_jax.adapters import Trained
+from tinylora_jax.adapters import Trained, scheme_of
 from tinylora_jax.data import EvalSet, Prompt, get_template, padded_width, parse_suite
 from tinylora_jax.files import write_atomically, write_rows
 from tinylora_jax.io import open_trained
@@ -240,7 +240,8 @@ def run(
                 tell("evaluating the base model on the same questions")
                 base = judge(v=task.policy.init(), batch_size=how["batch_size"])[1]
             untrained += [{"set": each.name, **row} for row in base]
-    about = {"model": task.name, "adapter": with_names(adapter) if adapter else None, "template": config.template}
+    about = {"model": task.name, "quantize": scheme_of(task.policy), "quantize_cache": config.quantize_cache}
+    about |= {"adapter": with_names(adapter) if adapter else None, "template": config.template}
     about |= {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     about |= {"showcase": as_json(change(untrained, rows), showcase)} if showcase else {}
     return {**about, **({"sets": results} if suite else results[sets[0].name])}, rows
@@ -283,13 +284,20 @@ def main(argv: Sequence[str]) -> None:
             write_rows(correct, solutions)
             tell(f"{len(solutions)} different correct answers are in {correct}")
     if is_first():
-        emit(result, ending(result, adapter, output), FLAGS.json)
+        emit(result, ending(result, adapter, output, FLAGS.transfer), FLAGS.json)
 
 
-def ending(result: dict[str, Any], adapter: Path | None, output: Path | None) -> str:
-    """The ending of the command: the accuracies, questions that the adapter fixed, and what comes next."""
+def ending(result: dict[str, Any], adapter: Path | None, output: Path | None, transfer: bool = False) -> str:
+    """The ending of the command: the accuracies, questions that the adapter fixed, and what comes next.
+
+    Args:
+      result: first result of `run`.
+      adapter: folder of the adapter; None for the base model.
+      output: file of the result, if any.
+      transfer: as for `run`; the next commands then ask for the 16-bit base too.
+    """
     lines = accuracy_table(result.get("sets") or {result["data"]: result})
-    command = ["python", "-m", "experiments.evaluate", *config_arguments()]
+    command = ["python", "-m", "experiments.evaluate", *config_arguments(), *(["--transfer"] if transfer else [])]
     places = {} if output is None else {"result": output, "answers": output.with_suffix(".jsonl")}
     commands: list[tuple[str, Sequence[object]]] = []
     if adapter is None:
@@ -297,7 +305,8 @@ def ending(result: dict[str, Any], adapter: Path | None, output: Path | None) ->
     elif "showcase" not in result:
         commands.append(("see what the adapter fixed", [*command, f"--adapter={adapter}", "--showcase=3"]))
     else:
-        commands += ask_both(adapter, [Example(**each) for each in result["showcase"]["fixed"]])
+        asked = ask_both(adapter, [Example(**each) for each in result["showcase"]["fixed"]])
+        commands += [(text, [*words, "--quantize=none"] if transfer else words) for text, words in asked]
     if output is not None:
         other = output.with_name("other.json")
         commands.append(("compare with another result", ["python", "-m", "experiments.compare", other, output]))

@@ -129,6 +129,11 @@ def export(
             stored = "quantization_config" in (pretrained.hf_config or {})  # such a file has no other weights
             advice = "" if stored else "; --quantize=none takes the originals"
             tell(f"merging into the weights of training, restored from {scheme}{advice}")
+        if to.startswith("peft") and trained.quantize != "none":
+            tell(
+                f"the adapter was trained on {trained.quantize}; {to} does not record it. It adds the same update to"
+                " whatever storage of the base is loaded: measure the score there"
+            )
         tell("loading the adapter")
         if isinstance(trained, SavedOffsets):
             _write_offsets(folder, to, trained, pretrained, name or base, dtype)

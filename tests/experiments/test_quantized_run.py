@@ -32,7 +32,7 @@ def test_the_saved_adapter_scores_the_same(trained):
     config, workdir, summary = trained
     result, _ = evaluate.run(config, workdir / "adapter")
     assert all(result[name] == summary["eval_after"][name] for name in ("strict", "lenient", "mean_tokens"))
-    assert open_adapter(workdir / "adapter").quantize == config.quantize
+    assert open_adapter(workdir / "adapter").quantize == config.quantize == result["quantize"]
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(trained, stop, tmp_path):
@@ -47,13 +47,27 @@ def test_another_storage_is_refused_unless_asked_for(trained):
     config, workdir, _ = trained
     folder, scheme = workdir / "adapter", config.quantize
     plain, quantized = (weights_of(config, each).params for each in ("none", scheme))
-    with pytest.raises(AdapterError, match=f"in {scheme}, but .* without quantization; .* quantize='{scheme}', or ask"):
+    with pytest.raises(
+        AdapterError, match=f"in {scheme}, but .* without quantization; .* quantize='{scheme}' .*, or ask"
+    ):
         open_adapter(folder).factors(plain, "auto")
     other = "int4" if scheme == "int8" else "int8"
     with pytest.raises(AdapterError, match="--to=merged"):
         open_adapter(folder, transfer=True).factors(weights_of(config, other).params, "auto")
     ours, theirs = open_adapter(folder).factors(quantized, "auto"), open_adapter(folder, True).factors(plain, "auto")
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_next_commands_of_a_transfer_ask_for_it_too(trained):
+    config, workdir, _ = trained
+    config = config.copy_and_resolve_references()
+    config.quantize = "none"
+    result, _ = evaluate.run(config, workdir / "adapter", showcase=1, transfer=True)
+    assert result["quantize"] == "none"
+    shown = lambda result, transfer: evaluate.ending(result, workdir / "adapter", None, transfer)
+    plain = {name: value for name, value in result.items() if name != "showcase"}
+    for transfer in (False, True):
+        assert ("--transfer" in shown(plain, transfer)) == ("--quantize=none" in shown(result, transfer)) == transfer
 
 
 @pytest.mark.slow
@@ -79,6 +93,13 @@ def test_merged_exports(trained, tmp_path, model_folder):
     assert max(float(jnp.abs(x).max()) for x in moved[None].values()) > 1e-4
     with pytest.raises(ValueError, match="keeps the base of training"):
         export.export(workdir / "adapter", "tinylora", tmp_path / "own", str(model_folder), quantize="none")
+
+
+def test_a_peft_folder_says_that_it_does_not_record_the_storage(trained, tmp_path, model_folder, capsys):
+    config, workdir, _ = trained
+    export.export(workdir / "adapter", "peft-lora", tmp_path / "lora", str(model_folder))
+    said = capsys.readouterr().err
+    assert f"trained on {config.quantize}; peft-lora does not record it" in said
 
 
 def test_generation_loads_the_base_of_training(trained, model_folder):

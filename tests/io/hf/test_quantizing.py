@@ -1,5 +1,7 @@
 """Quantizing while reading: the integers of the oracle, and one clear error for each bad input."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,20 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tiny, tensors, scheme, 
 
     with pytest.raises(ValueError, match=rf"{NAME} holds numbers that are not finite, such as in row 3; download"):
         build_tree(tiny("qwen3").config, replaced(tensors, NAME, spoil), jnp.bfloat16, None, scheme)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "value"),
+    [("int8", jnp.float16, 1e6), ("int8", jnp.bfloat16, 3.4e38), ("int4", jnp.float32, 1e20)],
+)
+@pytest.mark.filterwarnings("error")
+def test_finite_numbers_that_overflow_are_refused_by_name(tiny, tensors, scheme, dtype, value):
+    def spoil(W):
+        W[3, 5] = value
+
+    message = re.escape(f"{NAME} holds numbers as large as {value:.2g}, which overflow in {scheme} of")
+    with pytest.raises(ValueError, match=message):
+        build_tree(tiny("qwen3").config, replaced(tensors, NAME, spoil), dtype, None, scheme)
 
 
 def test_zeros_stay_zeros_and_outliers_are_reported(tiny, tensors, caplog):

@@ -288,12 +288,15 @@ def _check_scheme(base: str, trained: str, found: str) -> None:
         return
     said = lambda scheme: "without quantization" if scheme == "none" else f"in {scheme}"
     if found == "none":
-        advice = "or ask for the transfer to 16 bit: --transfer of a command, `transfer=True` of `open_adapter`"
+        advice = (
+            "or ask for the transfer to 16 bit: --transfer of experiments.evaluate, --quantize=none of generate and"
+        )
+        advice += " export, or `transfer=True` of `open_adapter`"
     else:
         advice = "or export it with --to=merged and quantize the merged model"
     raise AdapterError(
         f"the adapter was trained on {base!r} {said(trained)}, but this base model was loaded {said(found)}; load it"
-        f" with quantize={trained!r}, {advice}"
+        f" with quantize={trained!r} (--config.quantize={trained} in a command), {advice}"
     )
 
 

@@ -76,7 +76,7 @@ def quantized_leaf(name: str, tensor: LazyTensor, like: QuantizedKernel, places:
       The kernel, and the number of its channels in `coarse_channels`.
 
     Raises:
-      ValueError: the tensor is not floating-point, or not finite.
+      ValueError: the tensor is not floating-point, not finite, or so large that it overflows.
     """
     read_part = tensor.read_part
     whole = read_part is None or like.inputs is not None  # scales of inputs depend on all outputs
@@ -106,20 +106,26 @@ def _quantized(name: str, W: np.ndarray, like: QuantizedKernel) -> tuple[Any, in
     """Quantizes some outputs `[out, in]`, or all of them in int4; returns a kernel on the host and its coarse channels.
 
     Raises:
-      ValueError: the weights are not floating-point, or not finite.
+      ValueError: the weights are not floating-point, not finite, or so large that they overflow.
     """
     check_floating(name, W)
     rows = _ROWS if like.inputs is None else len(W)
     parts, coarse = [], 0
     for start in range(0, len(W), rows):
         # Rounded to the model's dtype first: a model that is already in memory gives the same integers.
-        part = W[start : start + rows].astype(like.dtype).astype(np.float32).T
+        with np.errstate(over="ignore"):  # refused below
+            part = W[start : start + rows].astype(like.dtype).astype(np.float32).T
         parts.append(quantize(part, like.scheme))
         coarse += coarse_channels(part, parts[-1][0])
     values, scale = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
     if not np.isfinite(scale).all():
-        bad = int(np.flatnonzero(~np.isfinite(W.astype(np.float32)).all(axis=1))[0])
-        raise ValueError(f"{name} holds numbers that are not finite, such as in row {bad}; download the model again")
+        if (bad := np.flatnonzero(~np.isfinite(W).all(axis=1))).size:
+            problem = f"numbers that are not finite, such as in row {bad[0]}; download the model again"
+        else:
+            largest = float(np.max(np.abs(W.astype(np.float64))))
+            problem = f"numbers as large as {largest:.2g}, which overflow in {like.scheme} of {like.dtype} weights"
+            problem += "; load the model in float32 with quantize='none' to see them, or download it again"
+        raise ValueError(f"{name} holds {problem}")
     arrays: Any = (np.ascontiguousarray(values), scale, parts[0][2])
     return replace(like, **dict(zip(("values", "scale", "inputs"), arrays, strict=True))), coarse
 
