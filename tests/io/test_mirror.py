@@ -269,6 +269,14 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     assert second.close(60.0) == "" and sound(fake) == 4
 
 
+def test_the_id_on_dashboards_moves_to_another_machine(fake, machine):
+    mirror = machine()
+    half_uploaded(mirror)
+    write(mirror.folder / "dashboards.json", '{"id": "0123456789abcdef", "names": ["wandb"]}')
+    mirror.sync()
+    assert "0123456789abcdef" in (machine().folder / "dashboards.json").read_text()
+
+
 def test_a_run_that_was_removed_from_the_store_is_not_completed(fake, machine):
     mirror = machine()
     life = half_uploaded(mirror)
