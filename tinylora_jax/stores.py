@@ -30,6 +30,8 @@ _SCHEMES = {
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _IDENTITIES = ("ETag", "etag", "md5Hash", "generation", "LastModified", "updated", "created", "mtime")
 _TRANSFERS = 8  # objects copied at once
+WRITE_TEST = ".write_test"
+"""Start of the names of the small objects that `Store.check_writable` writes and removes."""
 
 
 class StoreError(ValueError):
@@ -212,7 +214,7 @@ class Store:
         Raises:
           StoreError: this account may not write there, or there is no such bucket.
         """
-        name = f".write_test.{os.getpid()}"
+        name = f"{WRITE_TEST}.{os.getpid()}"
         self.write(name, b"written to test the rights of the account")
         self.remove(name)
 
