@@ -29,7 +29,11 @@ _SCHEMES = {
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _IDENTITIES = ("ETag", "etag", "md5Hash", "generation", "LastModified", "updated", "created", "mtime")
+# Codes of S3 for keys that it does not accept; s3fs makes the same error of them as of missing rights.
+_REFUSED_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 _TRANSFERS = 8  # objects copied at once
+WRITE_TEST = ".write_test"
+"""Start of the names of the small objects that `Store.check_writable` writes and removes."""
 
 
 class StoreError(ValueError):
@@ -120,6 +124,10 @@ class Store:
     def _explained(self, error: Exception) -> str:
         """Says what is wrong and what to do."""
         kind, said = type(error).__name__, " ".join(str(error).split())[:300]
+        answer = getattr(error.__cause__, "response", None)  # of botocore, which s3fs translates
+        code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
+        if code in _REFUSED_KEYS:
+            return f"the credentials are not valid ({code}: {said}); {self._login}"
         if "Credential" in kind or "Anonymous caller" in said or "Refresh" in kind:
             return f"there are no valid credentials ({kind}: {said}); {self._login}"
         if isinstance(error, PermissionError) or getattr(error, "code", None) in (401, 403):
@@ -212,7 +220,7 @@ class Store:
         Raises:
           StoreError: this account may not write there, or there is no such bucket.
         """
-        name = f".write_test.{os.getpid()}"
+        name = f"{WRITE_TEST}.{os.getpid()}"
         self.write(name, b"written to test the rights of the account")
         self.remove(name)
 

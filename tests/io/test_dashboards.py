@@ -89,6 +89,16 @@ def test_a_dashboard_that_is_new_to_a_run_gets_its_earlier_steps(recorder, tmp_p
     assert [step for step, _, _ in only(recorder)["steps"]] == list(range(8))
 
 
+def test_a_dashboard_of_another_machine_gets_the_earlier_steps_under_the_same_id(recorder, tmp_path):
+    run(tmp_path, 0, 4)
+    (run_id,) = recorder.runs
+    recorder.runs.clear()
+    recorder.is_new = True
+    run(tmp_path, 4, 6).close()
+    assert list(recorder.runs) == [run_id]
+    assert [step for step, _, _ in only(recorder)["steps"]] == list(range(6))
+
+
 def test_another_dashboard_is_not_another_run(recorder, tmp_path):
     run(tmp_path, 0, 2, config=CONFIG | {"logger": "tensorboard"}).close()
     run(tmp_path, 2, 4, config=CONFIG | {"logger": "none"}).close()
@@ -223,6 +233,10 @@ def test_trackio_has_each_step_once(two_parts, tmp_path, monkeypatch, capsys):
     assert [row["loss"] for row in steps] == [1 / (i + 1) for i in range(6)]
     assert "page 3" in json.dumps(steps[3]) and any("picture" in row for row in rows)
     assert (tmp_path / "trackio").is_dir()
+    for each, is_new in ((run_id, False), ("0" * 16, True)):
+        opened = _dashboards.LOGGERS["trackio"](each, "run", tmp_path, CONFIG)
+        opened.close()
+        assert opened.is_new == is_new
     assert capsys.readouterr().out == "", "standard output holds only results"
 
 

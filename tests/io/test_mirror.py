@@ -254,9 +254,7 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     life = half_uploaded(first)
     second = machine()
     (said,) = second.said
-    assert "did not say that it ended" in said and said.endswith("If it still runs, it will stop")
-    next(life)
-    first.sync()  # the second one has not claimed the run, and may be refused
+    assert "did not record that it ended" in said and said.endswith("If it still runs, one of the two will stop")
     again = run_of(second.folder, first=newest_step(second.folder))
     next(again)
     second.sync()
@@ -267,6 +265,44 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     for _ in again:
         second.sync()
     assert second.close(60.0) == "" and sound(fake) == 4
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_what_another_process_wrote_while_this_one_started_is_not_overwritten(fake, machine, end):
+    """The other one finishes a step or the whole run, between the moments at which this one reads and claims it."""
+    first = machine()
+    life = half_uploaded(first)
+    second = machine()
+    for _ in life:
+        first.sync()
+        if not end and sound(fake) > newest_step(second.folder):
+            break
+    assert not end or first.close(60.0) == ""
+    before = fake.names(), sound(fake)
+    next(run_of(second.folder, first=newest_step(second.folder)))
+    assert not second.attempt() and "taken: another process" in second.said[-1]
+    assert "while this one started" in second.close(60.0) and "the same command continues the run" in second.said[-1]
+    assert (fake.names(), sound(fake)) == before, "nothing was removed or replaced"
+    third = machine()
+    assert newest_step(third.folder) == sound(fake)
+    finish(third, first=sound(fake))
+
+
+def test_another_process_that_ends_without_a_word_more_stops_nobody(fake, machine):
+    first = machine()
+    half_uploaded(first)
+    second = machine()
+    assert first.close(60.0) == "" and "owner.json" not in fake.names()
+    finish(second, first=newest_step(second.folder))
+    assert sound(fake) == 4
+
+
+def test_the_id_on_dashboards_moves_to_another_machine(fake, machine):
+    mirror = machine()
+    half_uploaded(mirror)
+    write(mirror.folder / "dashboards.json", '{"id": "0123456789abcdef", "names": ["wandb"]}')
+    mirror.sync()
+    assert "0123456789abcdef" in (machine().folder / "dashboards.json").read_text()
 
 
 def test_a_run_that_was_removed_from_the_store_is_not_completed(fake, machine):
@@ -287,8 +323,11 @@ def test_steps_of_a_replaced_process_are_removed(fake, machine):
             break
     second = machine()
     stale = fake.memory.store["/bucket/run/checkpoints/2.zip"]
-    fake.memory.store["/bucket/run/checkpoints/7.zip"] = stale
-    finish(second, first=2)
+    for index, _ in enumerate(run_of(second.folder, first=2)):
+        second.sync()
+        if index == 0:  # the upload of the other one was on its way when the run was claimed
+            fake.memory.store["/bucket/run/checkpoints/7.zip"] = stale
+    assert second.close(60.0) == ""
     assert {name for name in fake.names() if name.startswith("checkpoints/")} == {
         "checkpoints/3.zip",
         "checkpoints/4.zip",

@@ -147,6 +147,24 @@ def test_what_a_store_refuses_is_one_sentence(fake, error, said):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AccessDenied"])
+def test_keys_that_s3_does_not_accept_are_not_called_missing_rights(fake, code):
+    pytest.importorskip("s3fs", reason="pip install s3fs")
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    def before(name, path):
+        raise translate_boto_error(ClientError({"Error": {"Code": code, "Message": "as it says"}}, "PutObject"))
+
+    fake.before = before
+    with pytest.raises(StoreError) as caught:
+        Store("s3://bucket/run").check_writable()
+    if code == "AccessDenied":
+        assert "this account may not do that (as it says); ask for the rights" in str(caught.value)
+    else:
+        assert f"the credentials are not valid ({code}: as it says); run `aws configure`" in str(caught.value)
+
+
 def test_names_that_would_leave_the_folder_are_refused(fake, tmp_path):
     fake.memory.store["/bucket/run/a/../../../b"] = fake.memory.open("/bucket/x", "wb")
     with pytest.raises(StoreError, match="which cannot be a file; remove it"):

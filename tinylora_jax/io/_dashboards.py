@@ -31,7 +31,11 @@ _FILE, _MOST_BYTES = "dashboards.json", 2**16
 
 
 class Dashboard(Protocol):
-    """A run on one dashboard; any method may raise any exception."""
+    """A run on one dashboard; any method may raise any exception.
+
+    An attribute `is_new` that is true says that this dashboard has no step of the run, whatever was sent to it before:
+    it was kept on another machine.
+    """
 
     def step(self, step: int, values: Mapping[str, float], page: str) -> None:
         """Shows one step's metrics, and its page of completions unless that is empty."""
@@ -87,9 +91,19 @@ class _Trackio:
         import trackio
 
         self._library = trackio
-        project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
+        project, name = os.environ.get("TRACKIO_PROJECT", _PROJECT), f"{name}-{run_id}"
+        self.is_new = not self._has(project, name)
         with contextlib.redirect_stdout(sys.stderr):  # standard output holds only results
-            self._run = trackio.init(project, f"{name}-{run_id}", config=dict(config), resume="allow", embed=False)
+            self._run = trackio.init(project, name, config=dict(config), resume="allow", embed=False)
+
+    def _has(self, project: str, name: str) -> bool:
+        """Whether a run is in the database that will be written; another place than this machine keeps what it got."""
+        if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):
+            return True
+        try:
+            return any(run.name == name for run in self._library.Api().runs(project))
+        except ValueError:  # there is no such project yet
+            return False
 
     def step(self, step: int, values: Mapping[str, float], page: str) -> None:
         shown = {"samples": self._library.Markdown(f"~~~~\n{page}\n~~~~")} if page else {}
@@ -172,7 +186,8 @@ class Dashboards:
         steps = list(earlier) if self._names else []
         for name in list(self._names):
             self._try(name, self._begin)
-            self._sent[name] = last if name in self._known.get("names", ()) else -1
+            has_steps = name in self._known.get("names", ()) and not getattr(self._open.get(name), "is_new", False)
+            self._sent[name] = last if has_steps else -1
             for step, values in steps:
                 self._send(name, step, values, "")
 

@@ -3,7 +3,8 @@
 A run works in a local folder as ever. `Mirror.bring` fills a fresh one from the store, and a thread uploads what
 changes. The order of the uploads makes every state of the store one from which the run continues to the same bits:
 
-1. the owner, which names the process that writes there; another process that starts later replaces it
+1. the owner, which names the process that writes there; another process that starts later replaces it, unless the
+   store has changed since that process read it
 2. config.json, then logs, pages, answers and adapters
 3. the newest checkpoint as one object, `checkpoints/<step>.zip`: a step is there as a whole or not at all
 4. removal of checkpoints other than the newest two
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tinylora_jax.files import parse_json, write_atomically
 from tinylora_jax.io._run_objects import (
@@ -41,7 +42,7 @@ from tinylora_jax.io._run_objects import (
     steps_in,
     unpack,
 )
-from tinylora_jax.stores import Store, Stored, StoreError, in_parallel
+from tinylora_jax.stores import WRITE_TEST, Store, Stored, StoreError, in_parallel
 
 _OWNER = "owner.json"
 _GROWING = ("metrics.jsonl",)  # appended to, as the files in tensorboard/ are
@@ -99,8 +100,8 @@ class Mirror:
         owner = self._read_owner()
         if owner is not None:
             self._say(
-                f"the last process that wrote to {self.store.url} did not say that it ended; it began on"
-                f" {owner.get('started')} on the machine {owner.get('host')}. If it still runs, it will stop"
+                f"the last process that wrote to {self.store.url} did not record that it ended; it began on"
+                f" {owner.get('started')} on the machine {owner.get('host')}. If it still runs, one of the two will stop"
             )
         self._send_unsent(owner)
         for folder in (self.folder, self._outbox):
@@ -213,9 +214,17 @@ class Mirror:
         """Makes this process the owner, or checks that it still is.
 
         Raises:
-          StoreError: another process has replaced it, or the store was emptied.
+          StoreError: another process has replaced it or wrote while it started, or the store was emptied.
         """
         if not self._owns:
+            # Starting takes minutes. What another process wrote in them would be removed as the steps of a replaced one.
+            if self._brought and _digest(self.store.objects()) != self._brought:
+                who = (self._read_owner() or {}).get("host")
+                self._give_up(
+                    f"another process{f' ({who})' if who else ''} wrote to {self.store.url} while this one started; this"
+                    " one stops, so that nothing is lost. Stop the other one if it still runs; then the same command"
+                    " continues the run"
+                )
             owner = {"token": self._token, "host": f"{socket.gethostname()}, process {os.getpid()}"}
             owner["started"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
             self.store.write(_OWNER, json.dumps(owner).encode())
@@ -225,9 +234,17 @@ class Mirror:
         if owner.get("token") != self._token:
             who, url = owner.get("host"), self.store.url
             what = f"another process has begun to write to {url} ({who})" if who else f"{url} was removed"
-            self._taken = f"{what}; this one stops, so that they do not mix. What it computed is in {self.folder}"
-            self._on_taken(self._taken)
-            raise StoreError(self._taken)
+            self._give_up(f"{what}; this one stops, so that they do not mix. What it computed is in {self.folder}")
+
+    def _give_up(self, why: str) -> NoReturn:
+        """Leaves the store to another process, and stops this run.
+
+        Raises:
+          StoreError: always, with the reason.
+        """
+        self._taken = why
+        self._on_taken(why)
+        raise StoreError(why)
 
     def _read_owner(self) -> dict[str, Any] | None:
         data = self.store.read(_OWNER)
@@ -307,5 +324,6 @@ class Mirror:
 
 
 def _digest(objects: Mapping[str, Stored]) -> str:
-    """A text that differs between two contents of a store."""
-    return hashlib.sha256(repr(sorted(objects.items(), key=lambda item: item[0])).encode()).hexdigest()
+    """A text that differs between two contents of a store, but not between two owners of the same content."""
+    kept = {name: each for name, each in objects.items() if name != _OWNER and not name.startswith(WRITE_TEST)}
+    return hashlib.sha256(repr(sorted(kept.items(), key=lambda item: item[0])).encode()).hexdigest()

@@ -18,7 +18,7 @@ Stat = tuple[int, int, int]
 """Time of change in nanoseconds, size in bytes and inode of a file."""
 
 _NOT_MIRRORED = ("lock", "error.log")
-_RESULTS = (CONFIG, "metrics.jsonl", "answers_before.jsonl", "answers_after.jsonl", *MARKS)
+_RESULTS = (CONFIG, "metrics.jsonl", "dashboards.json", "answers_before.jsonl", "answers_after.jsonl", *MARKS)
 
 
 def is_result(name: str) -> bool:
