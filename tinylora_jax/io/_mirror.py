@@ -101,7 +101,7 @@ class Mirror:
         if owner is not None:
             self._say(
                 f"the last process that wrote to {self.store.url} did not record that it ended; it began on"
-                f" {owner.get('started')} on the machine {owner.get('host')}. If it still runs, one of the two will stop"
+                f" {owner.get('started')} on the machine {owner.get('host')}. If it still runs, one of the two stops"
             )
         self._send_unsent(owner)
         for folder in (self.folder, self._outbox):
@@ -217,13 +217,13 @@ class Mirror:
           StoreError: another process has replaced it or wrote while it started, or the store was emptied.
         """
         if not self._owns:
-            # Starting takes minutes. What another process wrote in them would be removed as the steps of a replaced one.
+            # Starting takes minutes. What another process wrote then would be removed as steps of a replaced one.
             if self._brought and _digest(self.store.objects()) != self._brought:
                 who = (self._read_owner() or {}).get("host")
                 self._give_up(
-                    f"another process{f' ({who})' if who else ''} wrote to {self.store.url} while this one started; this"
-                    " one stops, so that nothing is lost. Stop the other one if it still runs; then the same command"
-                    " continues the run"
+                    f"another process{f' ({who})' if who else ''} wrote to {self.store.url} while this one started;"
+                    " this one stops, so that nothing is lost. Stop the other one if it still runs; then the same"
+                    " command continues the run"
                 )
             owner = {"token": self._token, "host": f"{socket.gethostname()}, process {os.getpid()}"}
             owner["started"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
