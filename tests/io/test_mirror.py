@@ -254,7 +254,7 @@ def test_of_two_processes_the_one_that_began_first_stops(fake, machine):
     life = half_uploaded(first)
     second = machine()
     (said,) = second.said
-    assert "did not record that it ended" in said and said.endswith("If it still runs, one of the two will stop")
+    assert "did not record that it ended" in said and said.endswith("If it still runs, one of the two stops")
     again = run_of(second.folder, first=newest_step(second.folder))
     next(again)
     second.sync()
