@@ -22,7 +22,7 @@ def filled(v, scale=0.2):
     return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape), jnp.float32), v)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_zeros_are_the_base_model(family, full_logits, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), family.params)
     base = full_logits(family.config, params, TOKENS)
@@ -37,12 +37,14 @@ def test_zeros_are_the_base_model(family, full_logits, dtype):
         assert np.abs(full_logits(family.config, policy(filled(policy.init())), TOKENS) - base).max() > 0.1
 
 
-SLOW = [
-    pytest.param(*case, marks=pytest.mark.slow) for case in (("norm", "int8"), ("bias", "int4"), ("frozen", "int8"))
-]
+FAST = ("steering", "bias", "norm")  # the others are kernels that many tests run
+METHODS = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SPECS if name not in FAST)]
+SLOW = [("norm", "int8"), ("bias", "int4"), ("frozen", "int8"), ("frozen", "none"), ("one layer", "none")]
+CASES = [*((method, "none") for method in FAST), ("bias", "int8")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
-@pytest.mark.parametrize(("method", "scheme"), [*((method, "none") for method in SPECS), ("bias", "int8"), *SLOW])
+@pytest.mark.parametrize(("method", "scheme"), CASES)
 def test_cached_decoding_is_the_full_forward(tiny, full_logits, method, scheme):
     config, params = tiny("qwen3")
     policy = adapt(quantize_maps(params, scheme), SPECS[method])
@@ -56,7 +58,7 @@ def test_cached_decoding_is_the_full_forward(tiny, full_logits, method, scheme):
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", list(SPECS))
+@pytest.mark.parametrize("method", METHODS)
 def test_the_rollout_samples_from_the_policy_that_is_trained(tiny, method):
     config, params = tiny("qwen3")
     policy = adapt(params, SPECS[method])
