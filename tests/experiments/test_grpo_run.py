@@ -149,7 +149,7 @@ def test_a_single_update_never_clips(finished):
         assert row["kl"] == row["clip_low"] == row["clip_high"] == 0
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("dr_grpo", marks=pytest.mark.slow)])
 def test_other_losses_run(config, stop, tmp_path, loss_type):
     config.grpo.loss_type, config.grpo.stream_tokens, config.max_steps = loss_type, 4096, 2
     config.optimizer.schedule = "linear"

@@ -58,7 +58,9 @@ def test_a_workdir_of_sft_is_not_continued_by_grpo(sft_config, stop, tmp_path, f
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("method", ["tinylora", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["tinylora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "full"))]
+)
 def test_a_run_is_drawn_at_its_end(sft_config, command_line, tmp_path, blank_panels, method):
     sft_config.method, sft_config.max_steps, sft_config.optimizer.learning_rate = method, 2, 1e-3
     result = command_line(sft_config, tmp_path / "run", sft)

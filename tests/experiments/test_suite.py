@@ -110,6 +110,7 @@ def test_a_suite_is_evaluated_with_one_model_and_told_in_one_table(evaluated, fi
     assert max(map(len, lines[head : head + len(ways)])) <= 80
 
 
+@pytest.mark.slow
 def test_questions_of_each_set_can_be_limited(evaluated, boxed):
     boxed.eval_data.limit = 1
     path, _ = evaluated("few")

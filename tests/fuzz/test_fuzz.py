@@ -33,8 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 SECONDS = 2.0
 FREE_BYTES, EXPANSION = 300 * 2**20, 200  # of memory, beside so many times the size of what is read
-SHORT = {"adapter and model": 8, "tokenizer": 20, "template": 25, "parquet": 10, "checkpoint": 20, "GGUF": 40}  # else:
-CASES = 30
+SHORT = {"adapter and model": 4, "tokenizer": 10, "template": 12, "parquet": 5, "checkpoint": 10, "GGUF": 20}  # else:
+CASES = 15
 TURN_S = 0.5  # of a subject in a round, times its weight
 WEIGHTS = {
     "template": 4,

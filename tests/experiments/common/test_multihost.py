@@ -110,9 +110,17 @@ def test_an_error_of_the_first_process_is_everyones(two_processes, tmp_path):
     [
         (("--coordinator=a:1",), "--coordinator without --multihost"),
         (("--multihost", "--coordinator=a:1"), "expected all of --coordinator, --num_processes and --process_id"),
-        (("--multihost", "--coordinator=a:1", "--num_processes=2", "--process_id=2"), "expected 0 to --num_processes"),
-        (("--multihost", "--coordinator=a", "--num_processes=2", "--process_id=1"), "a: expected HOST:PORT"),
-        (("--multihost",), "or omit --multihost"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (
+                    ("--multihost", "--coordinator=a:1", "--num_processes=2", "--process_id=2"),
+                    "expected 0 to --num_processes",
+                ),
+                (("--multihost", "--coordinator=a", "--num_processes=2", "--process_id=1"), "a: expected HOST:PORT"),
+                (("--multihost",), "or omit --multihost"),
+            )
+        ),
     ],
 )
 def test_flags_that_contradict_each_other(processes, tmp_path, flags, expected):
