@@ -53,7 +53,8 @@ def test_the_loss_is_the_mean_over_the_solutions_tokens(qwen2, policy, v, stream
 
 
 @pytest.mark.parametrize("kind", ["tinylora", "lora", "full"])
-@pytest.mark.parametrize("model", [pytest.param("qwen2", marks=pytest.mark.slow), "llama"])  # a tied head, and one of its own
+# A tied head, and one of its own.
+@pytest.mark.parametrize("model", [pytest.param("qwen2", marks=pytest.mark.slow), "llama"])
 def test_the_gradient_is_that_of_the_naive_loss(tiny, policy, kind, model):
     config, params = tiny(model)
     spec = {"tinylora": policy.factors.spec, "lora": LoRA(rank=3), "full": Full()}[kind]
