@@ -197,7 +197,7 @@ def test_the_demo_is_as_it_was_measured():
 def test_the_pictures_show_something(blank_panels):
     shown = re.compile(r"!\[[^]]*\]\((\S+\.png)\)")
     pictures = [path.parent / name for path, text in TEXTS.items() for name in shown.findall(text)]
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     for picture in pictures:
         assert picture.stat().st_size < 200_000 and matplotlib.image.imread(picture).std() > 0.02
     assert not blank_panels(pictures[0].read_bytes())  # of a run
