@@ -245,6 +245,7 @@ def alone(answering, policy, v, template="plain"):
     ]
 
 
+@pytest.mark.slow
 def test_a_peft_folder_answers_alone_and_beside_ours(adapters, other_spec, peft, answering, capsys):
     params = answering.base.params
     factors, v = import_tinylora(Path(peft), params)
