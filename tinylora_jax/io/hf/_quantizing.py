@@ -38,29 +38,16 @@ def stored_leaf(
       like: shapes of the result.
       places: `QuantizedKernel` of shardings, or of None for the default device.
     """
-    read = cache(lambda start, stop: integers(slice(start, stop)))
 
-    # Copied to a new contiguous buffer: JAX on CPU may alias its input, and a memory-mapped file can change.
-    def values(at: tuple[slice, ...]) -> np.ndarray:
-        return np.array(read(at[1].start, at[1].stop)[0].T[at[0]], like.values.dtype, order="C")
+    @cache
+    def read(start: int | None, stop: int | None) -> QuantizedKernel:
+        values, scale = integers(slice(start, stop))
+        # Copied to new contiguous buffers: JAX on CPU may alias its input, and a memory-mapped file can change.
+        arrays: Any = {"values": np.array(values.T, like.values.dtype, order="C"), "scale": np.array(scale.T)}
+        return replace(like, **arrays, inputs=None)
 
-    def scale(at: tuple[slice, ...]) -> np.ndarray:
-        return np.array(read(at[1].start, at[1].stop)[1].T)
-
-    def inputs(at: tuple[slice, ...]) -> np.ndarray:
-        return np.ones((like.shape[0], 1), np.float32)[at]  # the format has none
-
-    make: Any = jax.make_array_from_callback
-
-    def placed(shape: Any, place: Any, part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-        return jnp.asarray(part((slice(None), slice(None)))) if place is None else make(shape.shape, place, part)
-
-    return QuantizedKernel(
-        placed(like.values, places.values, values),
-        placed(like.scale, places.scale, scale),
-        like.inputs and placed(like.inputs, places.inputs, inputs),
-        like.dtype,
-    )
+    ones = lambda: np.ones((like.shape[0], 1), np.float32)  # the format has no scales of inputs
+    return _placed(lambda part: read(part.start, part.stop), ones, like, places)
 
 
 def quantized_leaf(name: str, tensor: LazyTensor, like: QuantizedKernel, places: Any) -> tuple[QuantizedKernel, int]:
@@ -90,16 +77,31 @@ def quantized_leaf(name: str, tensor: LazyTensor, like: QuantizedKernel, places:
         kernel = found[key][0]
         return replace(kernel, values=kernel.values[:, part], scale=kernel.scale[:, part]) if whole else kernel
 
+    if places.values is None and (shape := channels(slice(None)).shape) != like.shape:
+        raise ValueError(f"{name}: expected {like.shape} after reading, got {shape}")
+    kernel = _placed(channels, lambda: channels(slice(None)).inputs, like, places)
+    return kernel, sum(coarse for _, coarse in found.values())
+
+
+def _placed(
+    channels: Callable[[slice], Any], inputs: Callable[[], np.ndarray], like: QuantizedKernel, places: Any
+) -> QuantizedKernel:
+    """Places one linear map on its devices, each of which asks only for its own outputs.
+
+    Args:
+      channels: function from a slice of outputs to their kernel on the host.
+      inputs: function that returns the scales of all inputs, float32 `[in, 1]`; called only if the scheme has them.
+      like: shapes of the result.
+      places: `QuantizedKernel` of shardings, or of None for the default device.
+    """
     if places.values is None:
-        kernel = channels(slice(None))
-        if kernel.shape != like.shape:
-            raise ValueError(f"{name}: expected {like.shape} after reading, got {kernel.shape}")
-        return jax.tree.map(jnp.asarray, kernel), sum(coarse for _, coarse in found.values())
+        whole = replace(channels(slice(None)), inputs=like.inputs and inputs())
+        return jax.tree.map(jnp.asarray, whole)
     place: Any = jax.make_array_from_callback
     values = place(like.shape, places.values, lambda at: channels(at[1]).values[at[0]])
     scale = place(like.scale.shape, places.scale, lambda at: channels(at[1]).scale)
-    inputs = like.inputs and place(like.inputs.shape, places.inputs, lambda at: channels(slice(None)).inputs[at[0]])
-    return QuantizedKernel(values, scale, inputs, like.dtype), sum(coarse for _, coarse in found.values())
+    scale_of_inputs = like.inputs and place(like.inputs.shape, places.inputs, lambda at: inputs()[at[0]])
+    return QuantizedKernel(values, scale, scale_of_inputs, like.dtype)
 
 
 def _quantized(name: str, W: np.ndarray, like: QuantizedKernel) -> tuple[Any, int]:
