@@ -74,11 +74,9 @@ def rollout_bytes(
       num_prompts: number of prompts of the batch; None for those of a training step.
       refilled: whether completions wait for a slot.
     """
-    shapes = param_shapes(model, jnp.dtype(config.dtype), config.quantize)
-    weights = placed_bytes(shapes, param_shardings(mesh, shapes)) + _teacher_bytes(config, mesh)
-    whole = mesh.size == mesh.shape["data"]
-    copies = placed_bytes(shapes["layers"], param_shardings(mesh, shapes)["layers"]) if joined and whole else 0.0
-    trained = _TRAINED_BYTES * _num_trained(config, shapes)
+    weights, blocks = _weight_bytes(model, config.dtype, config.quantize, mesh)
+    copies = blocks if joined and mesh.size == mesh.shape["data"] else 0.0
+    trained = _TRAINED_BYTES * _num_trained(model, config)
     head = head_bytes(model, jnp.dtype(config.dtype), config.quantize_cache)
     cache = cache_bytes(model, mesh, slots, config.max_prompt_tokens + config.max_new_tokens, head)
     prompts = cache_bytes(model, mesh, num_prompts or config.batch_size, config.max_prompt_tokens, head)
@@ -86,7 +84,15 @@ def rollout_bytes(
     # slots for 64 completions, rollouts of Llama-3.1-8B and Qwen3-8B took 3.3 and 3.7 GB more.
     cache *= 2 if refilled and config.quantize_cache != "none" and not joined else 1
     scores = 8.0 * slots * model.vocab_size / mesh.size
-    return weights + copies + trained + cache + 2 * prompts + scores
+    return weights + _teacher_bytes(config, mesh) + copies + trained + cache + 2 * prompts + scores
+
+
+@lru_cache(maxsize=32)  # the choice of slots asks for the same weights many times
+def _weight_bytes(model: ModelConfig, dtype: str, quantize: str, mesh: Mesh) -> tuple[float, float]:
+    """Bytes per device of all weights of a model, and of those of its blocks."""
+    shapes = param_shapes(model, jnp.dtype(dtype), quantize)
+    places = param_shardings(mesh, shapes)
+    return placed_bytes(shapes, places), placed_bytes(shapes["layers"], places["layers"])
 
 
 def _teacher_bytes(config: ConfigDict, mesh: Mesh) -> float:
@@ -94,13 +100,15 @@ def _teacher_bytes(config: ConfigDict, mesh: Mesh) -> float:
     if not config.teacher:
         return 0.0
     teacher = open_model(config.teacher, config.dtype, config.quantize).abstract.config
-    shapes = param_shapes(teacher, jnp.dtype(config.dtype), config.quantize)
-    return placed_bytes(shapes, param_shardings(mesh, shapes))
+    return _weight_bytes(teacher, config.dtype, config.quantize, mesh)[0]
 
 
-def _num_trained(config: ConfigDict, shapes: Any) -> int:
+def _num_trained(model: ModelConfig, config: ConfigDict) -> int:
     """Number of trained parameters in full fine-tuning; 0 for other methods, which train few."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) if config.method == "full" else 0
+    if config.method != "full":
+        return 0
+    shapes = param_shapes(model, jnp.dtype(config.dtype), config.quantize)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def placed_bytes(shapes: Any, places: Any) -> float:

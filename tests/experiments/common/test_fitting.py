@@ -26,10 +26,10 @@ def chosen(model, devices, memory, config=None, spec=None, joined=True):
     ("model", "devices", "memory", "mesh", "slots"),
     [
         ("qwen2.5-7b", 8, V5E, (2, 1, 4), 0),
-        pytest.param("qwen2.5-7b", 4, H100, (4, 1, 1), 0, marks=pytest.mark.slow),
+        ("qwen2.5-7b", 4, H100, (4, 1, 1), 0),
         ("qwen2.5-7b", 1, H100, (1, 1, 1), 128),
-        pytest.param("qwen2.5-0.5b", 8, V5E, (8, 1, 1), 0, marks=pytest.mark.slow),
-        pytest.param("qwen2.5-14b", 4, H100, (1, 1, 4), 0, marks=pytest.mark.slow),
+        ("qwen2.5-0.5b", 8, V5E, (8, 1, 1), 0),
+        ("qwen2.5-14b", 4, H100, (1, 1, 4), 0),
         ("qwen2.5-32b", 4, H100, (1, 1, 4), 128),
     ],
 )
