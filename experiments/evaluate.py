@@ -294,7 +294,7 @@ def ending(result: dict[str, Any], adapter: Path | None, output: Path | None, tr
       result: first result of `run`.
       adapter: folder of the adapter; None for the base model.
       output: file of the result, if any.
-      transfer: as for `run`; the next commands then ask for the 16-bit base too.
+      transfer: whether the adapter answered on the 16-bit base; the next commands then ask for that base too.
     """
     lines = accuracy_table(result.get("sets") or {result["data"]: result})
     command = ["python", "-m", "experiments.evaluate", *config_arguments(), *(["--transfer"] if transfer else [])]

@@ -290,8 +290,8 @@ def _check_scheme(base: str, trained: str, found: str) -> None:
     if found == "none":
         advice = (
             "or ask for the transfer to 16 bit: --transfer of experiments.evaluate, --quantize=none of generate and"
+            " export, or `transfer=True` of `open_adapter`"
         )
-        advice += " export, or `transfer=True` of `open_adapter`"
     else:
         advice = "or export it with --to=merged and quantize the merged model"
     raise AdapterError(
